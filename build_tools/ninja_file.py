@@ -1,0 +1,166 @@
+"""What is compiled with which flags, and the build.ninja that says so."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from build_tools.compilers import BuildError, CudaCompiler, CxxCompiler, first_error, run
+
+AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
+AVX512_FLAGS = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *AVX2_FLAGS,
+    "-mprefer-vector-width=512",
+]
+SIMD_FLAGS = {"_avx2": AVX2_FLAGS, "_avx512": AVX512_FLAGS}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the content of the extension."""
+
+    root: Path
+    output: Path
+    cxx: CxxCompiler
+    cuda: CudaCompiler | None
+    sanitizers: list[str] = field(default_factory=list)
+    extra_compile: list[str] = field(default_factory=list)
+    extra_link: list[str] = field(default_factory=list)
+
+    def common_flags(self) -> list[str]:
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
+        flags += ["-Wall", "-Wextra", "-Wno-psabi", *self.cxx.openmp_compile]
+        if self.sanitizers:
+            flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={','.join(self.sanitizers)}"]
+        if self.cxx.is_x86_64:
+            flags.append("-DELA_X86_SIMD")
+        return flags + self.extra_compile
+
+    def binding_flags(self) -> list[str]:
+        import pybind11
+
+        paths = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
+        flags = [f"-isystem{path}" for path in dict.fromkeys(paths)]
+        return [*flags, "-DELA_WITH_CUDA"] if self.cuda else flags
+
+    def cuda_flags(self) -> list[str]:
+        assert self.cuda is not None
+        flags = ["-std=c++17", "-O3", "-ccbin", self.cxx.executable]
+        flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+        for architecture in self.cuda.architectures:
+            flags += architecture.nvcc_flags()
+        return flags
+
+    def link_flags(self) -> list[str]:
+        kind = ["-bundle", "-undefined", "dynamic_lookup"] if self.cxx.is_darwin else ["-shared"]
+        flags = [*kind, *self.cxx.openmp_link]
+        if self.cuda is not None:
+            flags += [*self.cuda.library_flags, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        flags += self.extra_link
+        if self.sanitizers:
+            flags.append(f"-fsanitize={','.join(self.sanitizers)}")
+        return flags
+
+    def simd_levels(self) -> list[str]:
+        return ["baseline", "avx2", "avx512"] if self.cxx.is_x86_64 else ["baseline"]
+
+    def sources(self) -> list[Path]:
+        found = [*source_files(self.root, "csrc/binding/*.cpp"), *source_files(self.root, "csrc/cpu/*.cpp")]
+        if not self.cxx.is_x86_64:
+            found = [source for source in found if not source.stem.endswith(tuple(SIMD_FLAGS))]
+        if self.cuda is None:
+            return [source for source in found if source.relative_to(self.root) != Path("csrc/binding/cuda.cpp")]
+        return found + source_files(self.root, "csrc/cuda/*.cu")
+
+    def flags_for(self, source: Path) -> list[str]:
+        """The flags beyond the rule's own that one source needs."""
+        if source.parent.name == "binding":
+            return self.binding_flags()
+        for suffix, flags in SIMD_FLAGS.items():
+            if source.stem.endswith(suffix):
+                return flags
+        return []
+
+
+def source_files(root: Path, pattern: str) -> list[Path]:
+    return sorted(root.glob(pattern))
+
+
+def environment_flags(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """What the user's CPPFLAGS, CXXFLAGS and LDFLAGS add to compiling and linking."""
+    compile_flags = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+    return compile_flags, shlex.split(environ.get("LDFLAGS", ""))
+
+
+def ninja_text(plan: Plan) -> str:
+    """The build.ninja of a plan: one rule for each compiler, one edge for each object, one link."""
+    from ninja.ninja_syntax import Writer
+
+    text = io.StringIO()
+    writer = Writer(text, width=100)
+    writer.variable("ninja_required_version", "1.5")
+    writer.variable("cxx", _shell(plan.cxx.command))
+    writer.variable("cxxflags", _shell([*plan.common_flags(), f"-I{plan.root / 'csrc'}"]))
+    writer.rule(
+        "cxx",
+        command="$cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
+        depfile="$out.d",
+        deps="gcc",
+        description="$in",
+    )
+    if plan.cuda is not None:
+        writer.variable("nvcc", _shell([plan.cuda.nvcc]))
+        writer.variable("nvccflags", _shell([*plan.cuda_flags(), f"-I{plan.root / 'csrc'}"]))
+        writer.rule(
+            "nvcc",
+            command="$nvcc $nvccflags -MMD -MF $out.d -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="$in",
+        )
+    writer.variable("ldflags", _shell(plan.link_flags()))
+    writer.rule("link", command="$cxx $in $ldflags -o $out", description="$out")
+    objects = []
+    for source in plan.sources():
+        target = Path("objects", f"{source.relative_to(plan.root / 'csrc')}.o")
+        rule = "nvcc" if source.suffix == ".cu" else "cxx"
+        flags = plan.flags_for(source)
+        variables = {"flags": _shell(flags)} if flags else None
+        writer.build(str(target), rule, str(source), variables=variables)
+        objects.append(str(target))
+    writer.build(str(plan.output), "link", objects)
+    return text.getvalue()
+
+
+def _shell(words: Sequence[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
+    """Writes `folder/build.ninja` and runs it.
+
+    Raises:
+        BuildError: if a compiler or the linker fails; `output` holds what it printed.
+    """
+    try:
+        import ninja
+    except ImportError as error:
+        raise BuildError("the Python package ninja, which runs the compilers, is not installed") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "build.ninja").write_text(ninja_text(plan))
+    plan.output.parent.mkdir(parents=True, exist_ok=True)
+    command = [str(Path(ninja.BIN_DIR, "ninja")), "-j", str(jobs), "-k", "0", "-v"]
+    print(f"building {plan.output.name} with {jobs} job(s) in {folder}", flush=True)
+    try:
+        done = run(command, cwd=folder)
+    except OSError as error:
+        raise BuildError(f"ninja could not be run: {error}") from error
+    print(done.stdout, file=sys.stdout if done.returncode == 0 else sys.stderr, flush=True)
+    if done.returncode != 0:
+        raise BuildError(f"compiling failed: {first_error(done.stdout)}", done.stdout)

@@ -1,0 +1,16 @@
+"""Builds the extension; everything else is in pyproject.toml."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+# The folder of setup.py is not on the path of an isolated build.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from build_tools.commands import BuildExtension, BuildPython, extensions
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+)
