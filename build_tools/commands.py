@@ -75,10 +75,12 @@ def build(mode: str, output: Path, folder: Path) -> dict[str, Any]:
         except BuildError as error:
             if cuda is None or mode == "cuda":
                 raise
-            record["cuda_problem"] = str(error)
             plan = Plan(ROOT, output, cxx, None, sanitizers, compile_flags, link_flags)
             compile_plan(plan, folder, jobs)
+            print(error.output, file=sys.stderr)
+            record["cuda_problem"] = str(error)
     except BuildError as error:
+        print(error.output, file=sys.stderr)
         if mode != "auto":
             raise
         record["problem"] = str(error)
@@ -127,7 +129,9 @@ def announce(record: dict[str, Any]) -> None:
             file=sys.stderr,
         )
     elif record["cuda_problem"] and record["mode"] == "auto":
-        print(f"ela_kernels: built without CUDA, because {record['cuda_problem']}.", file=sys.stderr)
+        print(
+            f"ela_kernels: built without CUDA, because {record['cuda_problem']}.", file=sys.stderr
+        )
 
 
 def in_place_binaries() -> list[Path]:
@@ -157,12 +161,17 @@ class BuildExtension(build_ext):
         folder = Path(self.build_temp).resolve()
         if in_place:
             # pip gives every editable install a new temporary folder; in a lasting one only what changed is rebuilt.
-            folder = ROOT / "build" / f"in-place-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            folder = (
+                ROOT
+                / "build"
+                / f"in-place-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            )
         try:
             record = build(mode, output, folder)
         except BuildError as error:
-            print(error.output, file=sys.stderr)
-            raise SystemExit(f"ela_kernels: ELA_KERNELS_BUILD={mode} was asked for, but {error}.") from error
+            raise SystemExit(
+                f"ela_kernels: ELA_KERNELS_BUILD={mode} was asked for, but {error}."
+            ) from error
         announce(record)
         write_record(record, output.parent)
         return record

@@ -87,14 +87,19 @@ def run(command: Sequence[str], cwd: Path | None = None) -> subprocess.Completed
 def first_error(output: str) -> str:
     """The line of a compiler's output that says most about why it failed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for pattern in (r"\b(fatal )?error\b", r"undefined reference|cannot find|not found|No such file"):
+    for pattern in (
+        r"\b(fatal )?error\b",
+        r"undefined reference|cannot find|not found|No such file",
+    ):
         for line in lines:
             if re.search(pattern, line):
                 return line
     return lines[-1] if lines else "it printed nothing"
 
 
-def _compiles(command: list[str], program: str, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def _compiles(
+    command: list[str], program: str, flags: Sequence[str]
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(program)
@@ -103,8 +108,14 @@ def _compiles(command: list[str], program: str, flags: Sequence[str]) -> subproc
 
 def _find_openmp(command: list[str], is_darwin: bool) -> tuple[list[str], list[str]]:
     candidates = [(["-fopenmp"], ["-fopenmp"])]
-    if is_darwin:  # Apple's clang knows the pragmas, but leaves the flag and the library to the user
-        prefixes = [os.environ.get("LIBOMP_PREFIX", ""), "/opt/homebrew/opt/libomp", "/usr/local/opt/libomp"]
+    if (
+        is_darwin
+    ):  # Apple's clang knows the pragmas, but leaves the flag and the library to the user
+        prefixes = [
+            os.environ.get("LIBOMP_PREFIX", ""),
+            "/opt/homebrew/opt/libomp",
+            "/usr/local/opt/libomp",
+        ]
         for prefix in prefixes:
             if prefix and Path(prefix, "include/omp.h").exists():
                 compile_flags = ["-Xpreprocessor", "-fopenmp", f"-I{prefix}/include"]
@@ -122,7 +133,9 @@ def find_cxx(environ: Mapping[str, str]) -> CxxCompiler:
         BuildError: if there is none, or it cannot compile and link an empty program.
     """
     if sys.platform == "win32":
-        raise BuildError("on Windows the extension is not built: its kernels need g++ or clang++, not MSVC")
+        raise BuildError(
+            "on Windows the extension is not built: its kernels need g++ or clang++, not MSVC"
+        )
     names = ("clang++", "c++", "g++") if sys.platform == "darwin" else ("g++", "clang++", "c++")
     if environ.get("CXX", "").strip():
         command = shlex.split(environ["CXX"])
@@ -131,7 +144,9 @@ def find_cxx(environ: Mapping[str, str]) -> CxxCompiler:
     else:
         command = next(([name] for name in names if shutil.which(name)), [])
         if not command:
-            raise BuildError(f"no C++ compiler was found: there is no {', '.join(names)} on the PATH")
+            raise BuildError(
+                f"no C++ compiler was found: there is no {', '.join(names)} on the PATH"
+            )
     try:
         trial = _compiles(command, "int main() { return 0; }\n", [])
         if trial.returncode != 0:
@@ -143,7 +158,9 @@ def find_cxx(environ: Mapping[str, str]) -> CxxCompiler:
         version = run([*command, "--version"]).stdout.partition("\n")[0].strip()
         target = run([*command, "-dumpmachine"]).stdout.strip()
     except OSError as error:
-        raise BuildError(f"the C++ compiler {shlex.join(command)} could not be run: {error}") from error
+        raise BuildError(
+            f"the C++ compiler {shlex.join(command)} could not be run: {error}"
+        ) from error
     openmp_compile, openmp_link = _find_openmp(command, "darwin" in target)
     return CxxCompiler(command, version, target, openmp_compile, openmp_link)
 
@@ -153,7 +170,9 @@ def _nvcc_path(environ: Mapping[str, str]) -> str:
     if environ.get("CUDACXX"):
         nvcc = shutil.which(environ["CUDACXX"])
         if nvcc is None:
-            raise BuildError(f"the CUDA compiler named by CUDACXX, {environ['CUDACXX']!r}, was not found")
+            raise BuildError(
+                f"the CUDA compiler named by CUDACXX, {environ['CUDACXX']!r}, was not found"
+            )
         return nvcc
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
@@ -163,7 +182,9 @@ def _nvcc_path(environ: Mapping[str, str]) -> str:
             return nvcc
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
-        raise BuildError("no CUDA compiler was found: there is no nvcc on the PATH or in /usr/local/cuda/bin")
+        raise BuildError(
+            "no CUDA compiler was found: there is no nvcc on the PATH or in /usr/local/cuda/bin"
+        )
     return nvcc
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,12 @@ class Plan:
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
         flags += ["-Wall", "-Wextra", "-Wno-psabi", *self.cxx.openmp_compile]
         if self.sanitizers:
-            flags += ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={','.join(self.sanitizers)}"]
+            flags += [
+                "-O1",
+                "-g",
+                "-fno-omit-frame-pointer",
+                f"-fsanitize={','.join(self.sanitizers)}",
+            ]
         if self.cxx.is_x86_64:
             flags.append("-DELA_X86_SIMD")
         return flags + self.extra_compile
@@ -45,7 +49,11 @@ class Plan:
     def binding_flags(self) -> list[str]:
         import pybind11
 
-        paths = [sysconfig.get_path("include"), sysconfig.get_path("platinclude"), pybind11.get_include()]
+        paths = [
+            sysconfig.get_path("include"),
+            sysconfig.get_path("platinclude"),
+            pybind11.get_include(),
+        ]
         flags = [f"-isystem{path}" for path in dict.fromkeys(paths)]
         return [*flags, "-DELA_WITH_CUDA"] if self.cuda else flags
 
@@ -71,11 +79,18 @@ class Plan:
         return ["baseline", "avx2", "avx512"] if self.cxx.is_x86_64 else ["baseline"]
 
     def sources(self) -> list[Path]:
-        found = [*source_files(self.root, "csrc/binding/*.cpp"), *source_files(self.root, "csrc/cpu/*.cpp")]
+        found = [
+            *source_files(self.root, "csrc/binding/*.cpp"),
+            *source_files(self.root, "csrc/cpu/*.cpp"),
+        ]
         if not self.cxx.is_x86_64:
             found = [source for source in found if not source.stem.endswith(tuple(SIMD_FLAGS))]
         if self.cuda is None:
-            return [source for source in found if source.relative_to(self.root) != Path("csrc/binding/cuda.cpp")]
+            return [
+                source
+                for source in found
+                if source.relative_to(self.root) != Path("csrc/binding/cuda.cpp")
+            ]
         return found + source_files(self.root, "csrc/cuda/*.cu")
 
     def flags_for(self, source: Path) -> list[str]:
@@ -94,7 +109,9 @@ def source_files(root: Path, pattern: str) -> list[Path]:
 
 def environment_flags(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """What the user's CPPFLAGS, CXXFLAGS and LDFLAGS add to compiling and linking."""
-    compile_flags = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(environ.get("CXXFLAGS", ""))
+    compile_flags = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(
+        environ.get("CXXFLAGS", "")
+    )
     return compile_flags, shlex.split(environ.get("LDFLAGS", ""))
 
 
@@ -151,7 +168,9 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
     try:
         import ninja
     except ImportError as error:
-        raise BuildError("the Python package ninja, which runs the compilers, is not installed") from error
+        raise BuildError(
+            "the Python package ninja, which runs the compilers, is not installed"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_text(plan))
     plan.output.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +180,6 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
         done = run(command, cwd=folder)
     except OSError as error:
         raise BuildError(f"ninja could not be run: {error}") from error
-    print(done.stdout, file=sys.stdout if done.returncode == 0 else sys.stderr, flush=True)
     if done.returncode != 0:
         raise BuildError(f"compiling failed: {first_error(done.stdout)}", done.stdout)
+    print(done.stdout, flush=True)

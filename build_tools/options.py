@@ -106,7 +106,9 @@ def build_mode(environ: Mapping[str, str]) -> str:
 
 def sanitizers(environ: Mapping[str, str]) -> list[str]:
     """The compiler's sanitizers to build with (`ELA_KERNELS_SANITIZE=address,undefined`)."""
-    names = [name for name in environ.get("ELA_KERNELS_SANITIZE", "").replace(" ", "").split(",") if name]
+    names = [
+        name for name in environ.get("ELA_KERNELS_SANITIZE", "").replace(" ", "").split(",") if name
+    ]
     for name in names:
         if name not in SANITIZERS:
             raise BuildOptionError(
@@ -142,7 +144,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
             amounts.append(int(match[1]) * 1024)
     for limit_file, used_file in (
         ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
-        ("sys/fs/cgroup/memory/memory.limit_in_bytes", "sys/fs/cgroup/memory/memory.usage_in_bytes"),
+        (
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
     ):
         try:
             limit = (root / limit_file).read_text().strip()

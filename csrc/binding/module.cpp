@@ -1,5 +1,5 @@
-// The extension module. It knows nothing of PyTorch: it takes pointers, sizes and strides, and returns
-// error codes.
+// The extension module. It knows nothing of PyTorch: it takes pointers, sizes and strides, and
+// returns error codes.
 #include <pybind11/pybind11.h>
 
 namespace py = pybind11;

@@ -22,7 +22,9 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, f"the compiled extension was not built: {_not_built_reason()}"
     try:
         return importlib.import_module(MODULE), None
-    except Exception as error:  # a broken binary can raise anything, and eager still works without it
+    except (
+        Exception
+    ) as error:  # a broken binary can raise anything, and eager still works without it
         return None, (
             f"the compiled extension was built but failed to load: {type(error).__name__}: {error}; "
             "reinstalling ela_kernels on this machine builds it anew"

@@ -1,0 +1,86 @@
+# Every target makes its own virtual environment first; nothing has to be set up by hand.
+# Variables: PYTHON (an interpreter of 3.10 or later), TORCH (what pip installs as PyTorch), VENV (where).
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BUILD_REQUIRES := setuptools ninja pybind11
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?= --quick --out results/bench
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*/*)
+ASAN := build/asan
+
+# glibc gives memory back after every pass and takes it again with page faults, which would be most of what is timed.
+BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test slow gpu-test lint format bench asan clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make the virtual environment and install the package in it, editable
+
+# A file target: it is made anew when a requirement or a native source changes, and ninja rebuilds only what did.
+$(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
+	@set -e; \
+	if [ ! -x $(BIN)/python ]; then \
+	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then echo "No Python of 3.10 or later was found; name one: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	  echo "making $(VENV) with $$found ($$($$found --version))"; \
+	  $$found -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "$$found cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	fi
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)' $(BUILD_REQUIRES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## train on handwritten digits, side by side, in about five minutes
+	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
+
+test: $(INSTALLED) ## run the tests that need no GPU and are not slow
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+slow: $(INSTALLED) ## run the slow tests
+	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+gpu-test: $(INSTALLED) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check style, types and formatting
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(INSTALLED) ## format the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
+	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usual build, and test the kernels
+	ELA_KERNELS_BUILD=cpu ELA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
+	  --build-base $(ASAN) --build-lib $(ASAN)/lib --build-temp $(ASAN)/objects
+	@# The sanitizer has to be in the process before the interpreter; Python itself is not free of leaks.
+	CXX_RUN="$${CXX:-g++}"; \
+	export LD_PRELOAD="$$($$CXX_RUN -print-file-name=libasan.so) $$($$CXX_RUN -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:abort_on_error=1:allocator_may_return_null=1 \
+	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=$(ASAN)/lib PYTHONSAFEPATH=1 PYTHONMALLOC=malloc OMP_NUM_THREADS=2; \
+	$(BIN)/python -c "from ela_kernels.backends.extension import build_info, extension; \
+	  assert '$(ASAN)' in extension().__file__ and build_info()['sanitizers'], 'not the sanitized build'" && \
+	$(BIN)/python -m pytest -o pythonpath= -p no:cacheprovider -m "not slow and not gpu" tests/ops $(PYTEST_ARGS)
+
+clean: ## remove what builds and tests leave, and the virtual environment
+	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f ela_kernels/_C*.so ela_kernels/_build_info.json
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
