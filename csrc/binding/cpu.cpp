@@ -6,8 +6,8 @@
 #include <array>
 #include <vector>
 
-#include "../cpu/params.h"
-#include "../cpu/select.h"
+#include "cpu/params.h"
+#include "cpu/select.h"
 
 namespace py = pybind11;
 

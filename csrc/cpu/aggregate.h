@@ -1,0 +1,162 @@
+// The weighted sum over depth. Chunk outside, depth inside: the running sum of a chunk stays in the first-level
+// cache while each source streams past, so every source is read once and nothing is concatenated.
+
+constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
+constexpr int kStreams = 4;       // sources read side by side, to load and store the running sum less often
+
+// Rows of contiguous elements: a head is one row where its channels follow each other without gaps in every map,
+// and head_dim rows otherwise.
+struct RowPlan {
+  int64_t rows, length, chunks;
+};
+
+inline RowPlan plan_rows(const Shape& s, bool gapless) {
+  RowPlan plan;
+  plan.rows = gapless ? 1 : s.head_dim();
+  plan.length = gapless ? s.head_dim() * s.positions : s.positions;
+  plan.chunks = ceil_div(plan.length, kChunk);
+  return plan;
+}
+
+inline bool is_gapless(const Shape& s, const MapView& map) { return map.inner == s.positions; }
+
+template <class T>
+inline const T* planar_at(const MapView& map, int64_t b, int64_t c, int64_t offset) {
+  return static_cast<const T*>(map.data) + b * map.batch + c * map.inner + offset;
+}
+
+// sum (+)= factor_0 v_0 + ... over `count` elements of J sources; the last call stores to `out` in its own type.
+template <class T, int J>
+inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out) {
+  for_vectors<T>(count, [&](int64_t i, int n) {
+    Vec<T> x{};
+    if (!first) x = load_n(sum + i, n);
+    for (int j = 0; j < J; ++j) x += factor[j] * load_n(v[j] + i, n);
+    if (out != nullptr) {
+      store_n(out + i, x, n);
+    } else {
+      store_n(sum + i, x, n);
+    }
+  });
+}
+
+template <class T>
+inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out) {
+  static_assert(kStreams == 4, "one case for each number of sources");
+  switch (j) {
+    case 1: return add_sources<T, 1>(sum, v, factor, count, first, out);
+    case 2: return add_sources<T, 2>(sum, v, factor, count, first, out);
+    case 3: return add_sources<T, 3>(sum, v, factor, count, first, out);
+    default: return add_sources<T, 4>(sum, v, factor, count, first, out);
+  }
+}
+
+template <class T>
+void aggregate_planar(const AggregateParams& p, int threads) {
+  using A = Acc<T>;
+  const Shape& s = p.shape;
+  bool gapless = is_gapless(s, p.out);
+  for (int64_t j = 0; j < p.sources; ++j) gapless = gapless && is_gapless(s, p.maps[j]);
+  const RowPlan plan = plan_rows(s, gapless);
+  const int64_t per_head = plan.rows * plan.chunks;
+  parallel_for(s.batch * s.heads * per_head, threads, [&](int64_t begin, int64_t end) {
+    alignas(ELA_VECTOR_BYTES) A sum[kChunk];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / per_head;
+      const int64_t b = head / s.heads;
+      const int64_t c = head % s.heads * s.head_dim() + item % per_head / plan.chunks;
+      const int64_t offset = item % plan.chunks * kChunk;
+      const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
+      T* out = const_cast<T*>(planar_at<T>(p.out, b, c, offset));
+      for (int64_t j = 0; j < p.sources; j += kStreams) {
+        const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
+        const T* v[kStreams];
+        A factor[kStreams];
+        for (int i = 0; i < some; ++i) {
+          v[i] = planar_at<T>(p.maps[j + i], b, c, offset);
+          factor[i] = static_cast<const A*>(p.columns[j + i].data)[head * p.columns[j + i].stride];
+        }
+        add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr);
+      }
+    }
+  });
+}
+
+// Interleaved maps: neighbouring elements belong to different heads, so the weights are laid out by channel first,
+// [B, sources, C], and then read as vectors.
+template <class T>
+void expand_columns(const Shape& s, int64_t sources, const ColumnView* columns, Acc<T>* expanded, int threads) {
+  using A = Acc<T>;
+  const int64_t head_dim = s.head_dim();
+  parallel_for(s.batch * sources, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const ColumnView& column = columns[item % sources];
+      const A* weights = static_cast<const A*>(column.data) + item / sources * s.heads * column.stride;
+      A* row = expanded + item * s.channels;
+      for (int64_t g = 0; g < s.heads; ++g) {
+        for (int64_t i = 0; i < head_dim; ++i) *row++ = weights[g * column.stride];
+      }
+    }
+  });
+}
+
+template <class T>
+inline const T* interleaved_at(const MapView& map, int64_t b, int64_t position, int64_t c) {
+  return static_cast<const T*>(map.data) + b * map.batch + position * map.inner + c;
+}
+
+template <class T>
+void aggregate_interleaved(const AggregateParams& p, int threads) {
+  using A = Acc<T>;
+  const Shape& s = p.shape;
+  A* expanded = static_cast<A*>(p.workspace);
+  expand_columns<T>(s, p.sources, p.columns, expanded, threads);
+  const int64_t strip = s.channels < kChunk ? s.channels : kChunk;
+  const int64_t strips = ceil_div(s.channels, strip);
+  const int64_t rows = kChunk / strip;
+  const int64_t blocks = ceil_div(s.positions, rows);
+  parallel_for(s.batch * blocks * strips, threads, [&](int64_t begin, int64_t end) {
+    alignas(ELA_VECTOR_BYTES) A sums[kChunk];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / (blocks * strips);
+      const int64_t first_row = item / strips % blocks * rows;
+      const int64_t last_row = first_row + rows < s.positions ? first_row + rows : s.positions;
+      const int64_t c = item % strips * strip;
+      const int64_t count = s.channels - c < strip ? s.channels - c : strip;
+      for (int64_t j = 0; j < p.sources; j += kStreams) {
+        const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
+        const A* weights = expanded + (b * p.sources + j) * s.channels + c;
+        const bool last = j + some == p.sources;
+        for (int64_t row = first_row; row < last_row; ++row) {
+          A* sum = sums + (row - first_row) * strip;
+          T* out = const_cast<T*>(interleaved_at<T>(p.out, b, row, c));
+          for_vectors<T>(count, [&](int64_t i, int n) {
+            Vec<T> x{};
+            if (j != 0) x = load_n(sum + i, n);
+            for (int k = 0; k < some; ++k) {
+              x += load_n(weights + k * s.channels + i, n) * load_n(interleaved_at<T>(p.maps[j + k], b, row, c) + i, n);
+            }
+            if (last) {
+              store_n(out + i, x, n);
+            } else {
+              store_n(sum + i, x, n);
+            }
+          });
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void aggregate_kernel(const AggregateParams& p, int threads) {
+  if (p.shape.interleaved) {
+    aggregate_interleaved<T>(p, threads);
+  } else {
+    aggregate_planar<T>(p, threads);
+  }
+}
+
+inline int64_t aggregate_workspace(const Shape& s, int64_t sources) {
+  return s.interleaved ? s.batch * sources * s.channels : 0;
+}

@@ -1,0 +1,239 @@
+// The gradient of one layer: <dout, v_j> per head for every j in one read of the values (with dv_j = a_j dout written
+// in the same pass where the push form asks for it), then the gradients of scores, query, keys and previous weights.
+//
+// Dot products are cut into blocks by the shape alone and their partial sums added in a fixed order, in double, so
+// that the same call gives the same bits on any number of threads.
+
+constexpr int64_t kBlockChunks = 8;            // planar: chunks to one partial sum
+constexpr int64_t kBlockElements = 32 * 1024;  // interleaved: elements of dout to one partial sum, in second-level cache
+constexpr int64_t kStrip = 1024;               // interleaved: channels to one running sum
+constexpr int kRows = 4;                       // interleaved: positions added to the running sum at once
+
+// Partial sums [B, G, blocks, depth] (planar) or [B, blocks, depth, G] (interleaved).
+struct Partials {
+  int64_t blocks, batch, head, block, depth;
+  int64_t size;
+};
+
+inline int64_t interleaved_rows(const Shape& s) {
+  const int64_t rows = kBlockElements / s.channels;
+  return rows < 1 ? 1 : rows;
+}
+
+inline Partials plan_partials(const Shape& s, int64_t depth) {
+  Partials q;
+  if (s.interleaved) {
+    q.blocks = ceil_div(s.positions, interleaved_rows(s));
+    q = {q.blocks, q.blocks * depth * s.heads, 1, depth * s.heads, s.heads, 0};
+  } else {
+    // Gaps between channels never change the number of blocks by much; the larger count serves both.
+    const int64_t rows = plan_rows(s, false).rows * plan_rows(s, false).chunks;
+    const int64_t flat = plan_rows(s, true).chunks;
+    q.blocks = ceil_div(rows > flat ? rows : flat, kBlockChunks);
+    q = {q.blocks, s.heads * q.blocks * depth, q.blocks * depth, depth, 1, 0};
+  }
+  q.size = s.batch * q.batch;
+  return q;
+}
+
+// sum_i x_i y_i for J rows y, and (where dv is given) dv_j = factor_j x.
+template <class T, int J>
+inline void dot_sources(const Acc<T>* x, const T* const* v, const Acc<T>* factor, T* const* dv, int64_t count,
+                        Acc<T>* sums) {
+  constexpr int kUnroll = 2;  // independent sums to hide the latency of the multiply-add
+  Vec<T> sum[J][kUnroll] = {};
+  constexpr int64_t kStep = kUnroll * kLanes<T>;
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) {
+    for (int u = 0; u < kUnroll; ++u) {
+      const Vec<T> d = Memory<Acc<T>>::load(x + i + u * kLanes<T>);
+      for (int j = 0; j < J; ++j) sum[j][u] += d * Memory<T>::load(v[j] + i + u * kLanes<T>);
+    }
+  }
+  for_vectors<T>(count - i, [&](int64_t k, int n) {
+    for (int j = 0; j < J; ++j) sum[j][0] += load_n(x + i + k, n) * load_n(v[j] + i + k, n);
+  });
+  for (int j = 0; j < J; ++j) {
+    sums[j] += sum_lanes<T>(sum[j][0] + sum[j][1]);
+    if (dv[j] == nullptr) continue;
+    for_vectors<T>(count, [&](int64_t k, int n) { store_n(dv[j] + k, factor[j] * load_n(x + k, n), n); });
+  }
+}
+
+// A chunk of dout in the accumulation type: itself, or widened once for all depths.
+inline const float* widened(const float* x, float*, int64_t) { return x; }
+inline const double* widened(const double* x, double*, int64_t) { return x; }
+template <class T>
+inline const float* widened(const T* x, float* buffer, int64_t count) {
+  for_vectors<T>(count, [&](int64_t i, int n) { store_n(buffer + i, load_n(x + i, n), n); });
+  return buffer;
+}
+
+template <class T>
+void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, int threads) {
+  using A = Acc<T>;
+  const Shape& s = p.forward.shape;
+  const int64_t depth = p.forward.depth;
+  bool gapless = is_gapless(s, *p.dout);
+  for (int64_t j = 0; j < depth; ++j) {
+    gapless = gapless && is_gapless(s, p.values[j]);
+    if (p.dvalues != nullptr && p.dvalues[j].data != nullptr) gapless = gapless && is_gapless(s, p.dvalues[j]);
+  }
+  const RowPlan plan = plan_rows(s, gapless);
+  const int64_t units = plan.rows * plan.chunks;
+  parallel_for(s.batch * s.heads * q.blocks, threads, [&](int64_t begin, int64_t end) {
+    alignas(ELA_VECTOR_BYTES) A buffer[kChunk];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / q.blocks;
+      const int64_t b = head / s.heads;
+      const int64_t first_unit = item % q.blocks * kBlockChunks;
+      const int64_t last_unit = first_unit + kBlockChunks < units ? first_unit + kBlockChunks : units;
+      const A* weights = static_cast<const A*>(p.forward.weights) + head * depth;
+      A* sums = partials + item * depth;
+      for (int64_t j = 0; j < depth; ++j) sums[j] = 0;
+      for (int64_t unit = first_unit; unit < last_unit; ++unit) {
+        const int64_t c = head % s.heads * s.head_dim() + unit / plan.chunks;
+        const int64_t offset = unit % plan.chunks * kChunk;
+        const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
+        const A* x = widened(planar_at<T>(*p.dout, b, c, offset), buffer, count);
+        for (int64_t j = 0; j < depth; j += kStreams) {
+          const int some = static_cast<int>(depth - j < kStreams ? depth - j : kStreams);
+          const T* v[kStreams];
+          T* dv[kStreams];
+          for (int i = 0; i < some; ++i) {
+            v[i] = planar_at<T>(p.values[j + i], b, c, offset);
+            const bool wanted = p.dvalues != nullptr && p.dvalues[j + i].data != nullptr;
+            dv[i] = wanted ? const_cast<T*>(planar_at<T>(p.dvalues[j + i], b, c, offset)) : nullptr;
+          }
+          switch (some) {
+            case 1: dot_sources<T, 1>(x, v, weights + j, dv, count, sums + j); break;
+            case 2: dot_sources<T, 2>(x, v, weights + j, dv, count, sums + j); break;
+            case 3: dot_sources<T, 3>(x, v, weights + j, dv, count, sums + j); break;
+            default: dot_sources<T, 4>(x, v, weights + j, dv, count, sums + j); break;
+          }
+        }
+      }
+    }
+  });
+}
+
+// Adds the products of `rows` positions to the running sums of `count` channels, and writes dv = weight * dout.
+template <class T>
+inline void multiply_rows(const T* const* x, const T* const* v, T* const* dv, const Acc<T>* weights, int rows,
+                          int64_t count, Acc<T>* sum) {
+  for_vectors<T>(count, [&](int64_t i, int n) {
+    Vec<T> total = load_n(sum + i, n);
+    for (int r = 0; r < rows; ++r) {
+      const Vec<T> d = load_n(x[r] + i, n);
+      total += d * load_n(v[r] + i, n);
+      if (weights != nullptr) store_n(dv[r] + i, load_n(weights + i, n) * d, n);
+    }
+    store_n(sum + i, total, n);
+  });
+}
+
+template <class A>
+inline A sum_run(const A* x, int64_t count) {
+  Vec<A> sum{};
+  for_vectors<A>(count, [&](int64_t i, int n) { sum += load_n(x + i, n); });
+  return sum_lanes<A>(sum);
+}
+
+template <class T>
+void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partials, const Acc<T>* expanded,
+                      int threads) {
+  using A = Acc<T>;
+  const Shape& s = p.forward.shape;
+  const int64_t depth = p.forward.depth;
+  const int64_t rows = interleaved_rows(s);
+  const int64_t head_dim = s.head_dim();
+  parallel_for(s.batch * q.blocks, threads, [&](int64_t begin, int64_t end) {
+    alignas(ELA_VECTOR_BYTES) A sum[kStrip];
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / q.blocks;
+      const int64_t first_row = item % q.blocks * rows;
+      const int64_t last_row = first_row + rows < s.positions ? first_row + rows : s.positions;
+      for (int64_t j = 0; j < depth; ++j) {
+        A* by_head = partials + (item * depth + j) * s.heads;
+        for (int64_t g = 0; g < s.heads; ++g) by_head[g] = 0;
+        const bool wanted = p.dvalues != nullptr && p.dvalues[j].data != nullptr;
+        for (int64_t c = 0; c < s.channels; c += kStrip) {
+          const int64_t count = s.channels - c < kStrip ? s.channels - c : kStrip;
+          for (int64_t i = 0; i < count; ++i) sum[i] = 0;
+          const A* weights = wanted ? expanded + (b * depth + j) * s.channels + c : nullptr;
+          for (int64_t row = first_row; row < last_row; row += kRows) {
+            const int some = static_cast<int>(last_row - row < kRows ? last_row - row : kRows);
+            const T *x[kRows], *v[kRows];
+            T* dv[kRows] = {};
+            for (int r = 0; r < some; ++r) {
+              x[r] = interleaved_at<T>(*p.dout, b, row + r, c);
+              v[r] = interleaved_at<T>(p.values[j], b, row + r, c);
+              if (wanted) dv[r] = const_cast<T*>(interleaved_at<T>(p.dvalues[j], b, row + r, c));
+            }
+            multiply_rows<T>(x, v, dv, weights, some, count, sum);
+          }
+          // A head may straddle two strips; its two parts meet in by_head.
+          for (int64_t i = 0; i < count;) {
+            const int64_t g = (c + i) / head_dim;
+            const int64_t stop = (g + 1) * head_dim - c < count ? (g + 1) * head_dim - c : count;
+            by_head[g] += stop - i == 1 ? sum[i] : sum_run(sum + i, stop - i);
+            i = stop;
+          }
+        }
+      }
+    }
+  });
+}
+
+template <class T>
+void backward_kernel(const BackwardParams& p, int threads) {
+  using A = Acc<T>;
+  const WeightsParams& f = p.forward;
+  const Shape& s = f.shape;
+  const Partials q = plan_partials(s, f.depth);
+  // The workspace: sums over all blocks in double, scratch scores, partial sums, weights by channel.
+  double* totals = static_cast<double*>(p.workspace);
+  A* scratch = reinterpret_cast<A*>(totals + s.batch * s.heads * f.depth);
+  A* partials = scratch + s.batch * s.heads * f.depth;
+  A* expanded = partials + q.size;
+  if (p.dout != nullptr) {
+    if (s.interleaved) {
+      if (p.dvalues != nullptr) {
+        // One column view at a time would need an array of them; weights are [B, G, depth], so lay them out here.
+        const A* weights = static_cast<const A*>(f.weights);
+        const int64_t head_dim = s.head_dim();
+        parallel_for(s.batch * f.depth, threads, [&](int64_t begin, int64_t end) {
+          for (int64_t item = begin; item < end; ++item) {
+            const A* column = weights + item / f.depth * s.heads * f.depth + item % f.depth;
+            A* row = expanded + item * s.channels;
+            for (int64_t c = 0; c < s.channels; ++c) row[c] = column[c / head_dim * f.depth];
+          }
+        });
+      }
+      dots_interleaved<T>(p, q, partials, expanded, threads);
+    } else {
+      dots_planar<T>(p, q, partials, threads);
+    }
+  }
+  parallel_for(s.batch * s.heads, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      double* total = totals + item * f.depth;
+      const A* start = partials + item / s.heads * q.batch + item % s.heads * q.head;
+      for (int64_t j = 0; j < f.depth; ++j) {
+        total[j] = p.dweights == nullptr ? 0.0 : static_cast<const A*>(p.dweights)[item * f.depth + j];
+        if (p.dout == nullptr) continue;
+        for (int64_t block = 0; block < q.blocks; ++block) total[j] += start[block * q.block + j * q.depth];
+      }
+      A* dscores = static_cast<A*>(p.dscores) + item * f.depth;
+      scores_gradient<T>(p, item, total, dscores);
+      query_and_key_gradients<T>(p, item, dscores);
+      if (p.dprev != nullptr) prev_gradient<T>(p, item, scratch + item * f.depth);
+    }
+  });
+}
+
+// In accumulation elements; `totals` are doubles, hence two floats each.
+inline int64_t backward_workspace(const Shape& s, int64_t depth) {
+  const int64_t scores = s.batch * s.heads * depth;
+  return 3 * scores + plan_partials(s, depth).size + aggregate_workspace(s, depth);
+}

@@ -1,0 +1,167 @@
+// Vectors by GCC/Clang vector extensions: one source for every instruction set. Included once by each
+// translation unit, inside a namespace of its own, so that the linker never merges two sets' code.
+// No std:: templates here for the same reason.
+
+using vfloat = float __attribute__((vector_size(ELA_VECTOR_BYTES)));
+using vdouble = double __attribute__((vector_size(ELA_VECTOR_BYTES)));
+using vint32 = int32_t __attribute__((vector_size(ELA_VECTOR_BYTES)));
+using vuint32 = uint32_t __attribute__((vector_size(ELA_VECTOR_BYTES)));
+using vuint16 = uint16_t __attribute__((vector_size(ELA_VECTOR_BYTES / 2)));
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// The accumulation type of an element type, and its vector.
+template <class T>
+struct Traits {
+  using A = float;
+  using V = vfloat;
+};
+template <>
+struct Traits<double> {
+  using A = double;
+  using V = vdouble;
+};
+template <class T>
+using Acc = typename Traits<T>::A;
+template <class T>
+using Vec = typename Traits<T>::V;
+template <class T>
+constexpr int kLanes = ELA_VECTOR_BYTES / sizeof(Acc<T>);
+
+template <class To, class From>
+inline To bits_of(const From& x) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+inline vfloat widen(vuint16 h, bfloat16) {
+  return bits_of<vfloat>(__builtin_convertvector(h, vuint32) << 16);
+}
+
+inline vuint16 narrow(vfloat x, bfloat16) {
+  const vuint32 u = bits_of<vuint32>(x);
+  // Round to nearest, ties to even; a NaN must stay one, so it is made quiet instead of rounded.
+  const vuint32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vuint32 quiet = (u >> 16) | 0x40u;
+  const vint32 is_nan = bits_of<vint32>(u & 0x7fffffffu) > 0x7f800000;
+  return __builtin_convertvector(is_nan ? quiet : rounded, vuint16);
+}
+
+#if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
+// The masked forms with a full mask: the plain ones start from an undefined register, which GCC warns about.
+inline vfloat widen(vuint16 h, float16) {
+  return bits_of<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bits_of<__m256i>(h)));
+}
+inline vuint16 narrow(vfloat x, float16) {
+  return bits_of<vuint16>(_mm512_maskz_cvtps_ph(0xffff, bits_of<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__) && ELA_VECTOR_BYTES == 32
+inline vfloat widen(vuint16 h, float16) { return bits_of<vfloat>(_mm256_cvtph_ps(bits_of<__m128i>(h))); }
+inline vuint16 narrow(vfloat x, float16) {
+  return bits_of<vuint16>(_mm256_cvtps_ph(bits_of<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without hardware conversion. Exponents are rebased by exact multiplications with powers of two, so subnormals,
+// infinities and NaN need no branch of their own on the way up.
+inline vfloat widen(vuint16 h, float16) {
+  const vuint32 w = __builtin_convertvector(h, vuint32) << 16;
+  const vuint32 sign = w & 0x80000000u;
+  const vuint32 magnitude = (w << 1) >> 4;  // exponent and mantissa at float's place, exponent not rebased
+  const vfloat normal = bits_of<vfloat>(magnitude + (0xE0u << 23)) * 0x1.0p-112f;
+  const vfloat subnormal = bits_of<vfloat>(((w << 1) >> 17) | (126u << 23)) - 0.5f;
+  const vint32 is_subnormal = bits_of<vint32>((w << 1) >> 1) < (1 << 26);
+  return bits_of<vfloat>(sign | bits_of<vuint32>(is_subnormal ? subnormal : normal));
+}
+inline vuint16 narrow(vfloat x, float16) {
+  const vuint32 u = bits_of<vuint32>(x);
+  const vuint32 sign = (u >> 16) & 0x8000u;
+  const vuint32 magnitude = u & 0x7fffffffu;
+  // Adding a power of two whose last mantissa bit is the half's last bit rounds to nearest even in hardware.
+  const vint32 exponent = bits_of<vint32>(magnitude >> 23);
+  const vint32 floor_exponent = exponent < 113 ? (vint32{} + 113) : exponent;
+  const vfloat magic = bits_of<vfloat>(bits_of<vuint32>(floor_exponent + 13) << 23);
+  const vuint32 steps = bits_of<vuint32>(bits_of<vfloat>(magnitude) + magic) - bits_of<vuint32>(magic);
+  const vuint32 half = (bits_of<vuint32>(floor_exponent - 113) << 10) + steps;
+  const vint32 overflow = bits_of<vint32>(magnitude) >= 0x477ff000;  // 65520: rounds to infinity
+  const vint32 is_nan = bits_of<vint32>(magnitude) > 0x7f800000;
+  const vuint32 finite = overflow ? (vuint32{} + 0x7c00u) : half;
+  return __builtin_convertvector(sign | (is_nan ? (vuint32{} + 0x7e00u) : finite), vuint16);
+}
+#endif
+
+template <class T>
+struct Memory {  // two-byte types
+  static vfloat load(const T* p) {
+    vuint16 h;
+    __builtin_memcpy(&h, p, sizeof(h));
+    return widen(h, T{});
+  }
+  static void store(T* p, vfloat x) {
+    const vuint16 h = narrow(x, T{});
+    __builtin_memcpy(p, &h, sizeof(h));
+  }
+  static vfloat load_part(const T* p, int n) {
+    vuint16 h{};
+    __builtin_memcpy(&h, p, n * sizeof(T));
+    return widen(h, T{});
+  }
+  static void store_part(T* p, vfloat x, int n) {
+    const vuint16 h = narrow(x, T{});
+    __builtin_memcpy(p, &h, n * sizeof(T));
+  }
+};
+
+template <class T>
+struct NativeMemory {
+  static Vec<T> load(const T* p) {
+    Vec<T> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  static void store(T* p, Vec<T> x) { __builtin_memcpy(p, &x, sizeof(x)); }
+  static Vec<T> load_part(const T* p, int n) {
+    Vec<T> v{};
+    __builtin_memcpy(&v, p, n * sizeof(T));
+    return v;
+  }
+  static void store_part(T* p, Vec<T> x, int n) { __builtin_memcpy(p, &x, n * sizeof(T)); }
+};
+template <>
+struct Memory<float> : NativeMemory<float> {};
+template <>
+struct Memory<double> : NativeMemory<double> {};
+
+template <class T>
+inline Acc<T> sum_lanes(Vec<T> v) {
+  // Halving pairs: fewer roundings than one lane after the other.
+  Acc<T> lanes[kLanes<T>];
+  __builtin_memcpy(lanes, &v, sizeof(v));
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// Calls body(i, n) over [0, count) in steps of a vector; n < kLanes<T> only in the last step.
+template <class T, class Body>
+inline void for_vectors(int64_t count, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, kLanes<T>);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
+template <class T>
+inline Vec<T> load_n(const T* p, int n) {
+  return n == kLanes<T> ? Memory<T>::load(p) : Memory<T>::load_part(p, n);
+}
+template <class T>
+inline void store_n(T* p, Vec<T> x, int n) {
+  n == kLanes<T> ? Memory<T>::store(p, x) : Memory<T>::store_part(p, x, n);
+}

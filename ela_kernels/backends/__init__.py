@@ -1,0 +1,5 @@
+"""Backends: which exist, which can run here, and how one is chosen for a call."""
+
+from ela_kernels.backends.dispatch import backend_status, use_backend
+
+__all__ = ["backend_status", "use_backend"]

@@ -1,0 +1,141 @@
+"""The one function that chooses a backend, and the setting that forces one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from types import TracebackType
+
+from ela_kernels.backends.base import (
+    Backend,
+    CppBackend,
+    CudaBackend,
+    EagerBackend,
+    Request,
+    TritonBackend,
+)
+
+logger = logging.getLogger("ela_kernels")
+
+EAGER = EagerBackend()
+# In the order in which `auto` asks them; eager serves everything and therefore stands last.
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (CudaBackend(), TritonBackend(), CppBackend(), EAGER)
+}
+SETTINGS = (*BACKENDS, "auto")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in SETTINGS:
+        raise ValueError(f"{source}: got {name!r}; allowed are {', '.join(sorted(SETTINGS))}")
+    return name
+
+
+_setting = _checked(os.environ.get("ELA_KERNELS_BACKEND", "auto"), "ELA_KERNELS_BACKEND")
+
+
+class use_backend:
+    """Force a backend, for the rest of the process or for a `with` block.
+
+    The setting takes effect on the call itself and is process-wide: it holds in every thread.
+    A forced backend that cannot serve a call raises `ValueError` with its reasons; `"auto"`
+    takes the fastest backend that can, and eager PyTorch otherwise.
+
+    Args:
+        name: `"eager"`, `"cpp"`, `"triton"`, `"cuda"` or `"auto"`. The environment variable
+            `ELA_KERNELS_BACKEND` sets the initial value.
+
+    Raises:
+        ValueError: unknown name.
+
+    Example:
+        >>> import ela_kernels as ek
+        >>> with ek.use_backend("eager"):
+        ...     pass
+    """
+
+    def __init__(self, name: str) -> None:
+        global _setting
+        self._previous = _setting
+        _setting = _checked(name, "use_backend(name)")
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _setting
+        _setting = self._previous
+
+
+def current_setting() -> str:
+    """The name in force: one of the backends, or `"auto"`."""
+    return _setting
+
+
+def backend_status() -> dict[str, str]:
+    """For each backend `"available"`, or the sentence that says why it is not.
+
+    Returns:
+        A dict from backend name to status, in the order in which `"auto"` asks them.
+    """
+    status = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.unavailable_reason()
+        status[name] = "available" if reason is None else reason
+    return status
+
+
+def choose_backend(request: Request) -> Backend:
+    """The backend that serves `request` under the present setting.
+
+    Raises:
+        ValueError: the forced backend cannot serve it; the message holds its reasons.
+    """
+    return _choose(_setting, request)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(setting: str, request: Request) -> Backend:
+    if setting != "auto":
+        reasons = BACKENDS[setting].not_supported_reasons(request)
+        if reasons:
+            raise ValueError(
+                f"backend {setting!r} was forced and cannot serve this {request.op} call "
+                f"({request.dtype} on {request.device_type}, depth {request.depth}): "
+                f"{'; '.join(reasons)}. Use use_backend('auto') to let another backend serve it."
+            )
+        return BACKENDS[setting]
+    refusals = []
+    for name, backend in BACKENDS.items():
+        reasons = backend.not_supported_reasons(request)
+        if not reasons:
+            if backend is EAGER and request.device_type != "meta" and not _only_no_backward(request):
+                _log_fallback(request.device_type, "; ".join(refusals))
+            return backend
+        refusals.append(f"{name}: {', '.join(reasons)}")
+    raise AssertionError("the eager backend serves every call")
+
+
+def _only_no_backward(request: Request) -> bool:
+    """True when a kernel would serve this call but for the gradient: not worth a warning."""
+    return request.needs_grad and any(
+        not b.not_supported_reasons(request._replace(needs_grad=False))
+        for b in BACKENDS.values()
+        if b is not EAGER
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _log_fallback(device_type: str, refusals: str) -> None:
+    logger.warning(
+        "layer attention on %s runs in eager PyTorch, because no kernel can serve it (%s). "
+        "`python -m ela_kernels info` shows more.",
+        device_type,
+        refusals,
+    )

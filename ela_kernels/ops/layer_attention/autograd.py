@@ -1,0 +1,281 @@
+"""The stateless op for autograd and for torch.compile: the push form, which returns the gradient of every value.
+
+Two PyTorch ops, `ela_kernels::layer_attention` and `ela_kernels::layer_attention_backward`, are registered with
+`torch.library`, so that torch.compile and fake tensors see each as one node. Plain tensors take an
+`autograd.Function` that calls the kernels directly, past the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.base import Request
+from ela_kernels.backends.dispatch import EAGER, choose_backend
+from ela_kernels.ops.layer_attention.cpp import (
+    Saved,
+    layer_attention_backward_cpp,
+    layer_attention_forward_cpp,
+)
+from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
+from ela_kernels.ops.layer_attention.reference import accumulate_dtype, layer_attention_reference
+
+_library = torch.library.Library("ela_kernels", "FRAGMENT")
+_library.define(
+    "layer_attention(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
+    "bool channels_last) -> (Tensor out, Tensor weights, Tensor kl)"
+)
+_library.define(
+    "layer_attention_backward(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
+    "Tensor weights, Tensor? dout, Tensor? dweights, Tensor? dkl, bool channels_last) "
+    "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues, Tensor dprev)"
+)
+
+
+def _uses_eager(q: Tensor, depth: int) -> bool:
+    request = Request("layer_attention", q.device.type, q.dtype, depth, False)
+    return choose_backend(request) is EAGER
+
+
+def _forward_op(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _uses_eager(q, len(keys)):
+        out, weights, kl = layer_attention_reference(
+            q, keys, values, heads, scale, prev_weights, channels_last
+        )
+        like = empty_map(values[-1], channels_last, is_interleaved(values[-1], channels_last))
+        out = like.copy_(out)  # one memory format, whichever backend ran
+    else:
+        out, weights, kl = layer_attention_forward_cpp(
+            q, keys, values, heads, scale, prev_weights, channels_last
+        )
+    # A schema has no optional result: without previous weights the divergence is empty.
+    return out, weights, weights.new_empty(0) if kl is None else kl
+
+
+def _forward_shapes(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    last = values[-1]
+    out = empty_map(last, channels_last, is_interleaved(last, channels_last))
+    dtype = accumulate_dtype(q.dtype)
+    weights = q.new_empty((q.shape[0], heads, len(keys)), dtype=dtype)
+    return out, weights, q.new_empty((0,) if prev_weights is None else (q.shape[0], heads), dtype=dtype)
+
+
+def _backward_op(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    weights: Tensor,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    depth = len(keys)
+    if _uses_eager(q, depth):
+        found = _gradients_eager(
+            (q, prev_weights, *keys, *values), heads, scale, channels_last, (dout, dweights, dkl), False
+        )
+        dq, dprev, dkeys, dvalues = found[0], found[1], found[2 : 2 + depth], found[2 + depth :]
+    else:
+        saved = Saved(q, keys, values, heads, scale, prev_weights, weights, channels_last)
+        every = [True] * depth
+        g = layer_attention_backward_cpp(saved, dout, dweights, dkl, True, True, every, every)
+        dq, dprev, dkeys, dvalues = g.dq, g.dprev, g.dkeys, g.dvalues
+    dq_out, dkeys_out, dvalues_out, dprev_out = _backward_shapes(
+        q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
+    )
+    return (
+        _given_or_zero(dq, dq_out),
+        [_given_or_zero(d, o) for d, o in zip(dkeys, dkeys_out, strict=True)],
+        [_given_or_zero(d, o) for d, o in zip(dvalues, dvalues_out, strict=True)],
+        _given_or_zero(dprev, dprev_out),
+    )
+
+
+def _given_or_zero(found: Tensor | None, out: Tensor) -> Tensor:
+    """An op may not return None or another layout than it promised."""
+    if found is None:
+        return out.zero_()
+    return found if found.stride() == out.stride() else out.copy_(found)
+
+
+def _backward_shapes(
+    q: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    weights: Tensor,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    interleaved = is_interleaved(values[-1], channels_last)
+    return (
+        q.new_empty(q.shape),
+        [q.new_empty(q.shape) for _ in keys],
+        [empty_map(values[-1], channels_last, interleaved) for _ in values],
+        weights.new_empty(0) if prev_weights is None else weights.new_empty(prev_weights.shape),
+    )
+
+
+def _gradients_eager(
+    inputs: Sequence[Tensor | None],
+    heads: int,
+    scale: float,
+    channels_last: bool,
+    grad_outputs: Sequence[Tensor | None],
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the reference, in the order of `inputs` (q, prev_weights, keys, values)."""
+    depth = (len(inputs) - 2) // 2
+    with torch.enable_grad():
+        if not create_graph:
+            inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        q, prev, maps = inputs[0], inputs[1], inputs[2:]
+        keys = [m for m in maps[:depth] if m is not None]
+        values = [m for m in maps[depth:] if m is not None]
+        assert q is not None
+        outputs = layer_attention_reference(q, keys, values, heads, scale, prev, channels_last)
+        pairs = [
+            (o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o is not None and g is not None
+        ]
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        if not pairs or not wanted:
+            return (None,) * len(inputs)
+        grads = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                wanted,
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+        return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
+
+
+class _LayerAttention(torch.autograd.Function):
+    """The kernels on plain tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        prev_weights: Tensor | None,
+        heads: int,
+        scale: float,
+        channels_last: bool,
+        *maps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        depth = len(maps) // 2
+        ctx.set_materialize_grads(False)
+        ctx.heads, ctx.scale, ctx.channels_last = heads, scale, channels_last
+        out, weights, kl = layer_attention_forward_cpp(
+            q, maps[:depth], maps[depth:], heads, scale, prev_weights, channels_last
+        )
+        ctx.save_for_backward(q, prev_weights, weights, *maps)
+        return out, weights, kl
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dweights: Tensor | None, dkl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        q, prev, weights, *maps = ctx.saved_tensors
+        depth, heads, scale, channels_last = len(maps) // 2, ctx.heads, ctx.scale, ctx.channels_last
+        if torch.is_grad_enabled():
+            # A second derivative is wanted: the reference gives a first one that has it.
+            inputs, grad_outputs = (q, prev, *maps), (dout, dweights, dkl)
+            found = _gradients_eager(inputs, heads, scale, channels_last, grad_outputs, True)
+            return (found[0], found[1], None, None, None, *found[2:])
+        need = ctx.needs_input_grad
+        saved = Saved(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last)
+        g = layer_attention_backward_cpp(
+            saved, dout, dweights, dkl, need[0], need[1], need[5 : 5 + depth], need[5 + depth :]
+        )
+        return (g.dq, g.dprev, None, None, None, *g.dkeys, *g.dvalues)
+
+
+def layer_attention_autograd(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(out, weights, kl)` of the chosen kernel, differentiable."""
+    if (
+        torch.compiler.is_compiling()
+        or type(q) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
+        out, weights, kl = torch.ops.ela_kernels.layer_attention(
+            q, list(keys), list(values), heads, scale, prev_weights, channels_last
+        )
+        return out, weights, None if prev_weights is None else kl
+    out, weights, kl = _LayerAttention.apply(
+        q, prev_weights, heads, scale, channels_last, *keys, *values
+    )
+    return out, weights, kl
+
+
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, keys, values, ctx.heads, ctx.scale, prev_weights, ctx.channels_last = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, prev_weights, output[1], *keys, *values)
+
+
+def _backward_of_op(
+    ctx: Any, dout: Tensor | None, dweights: Tensor | None, dkl: Tensor | None
+) -> tuple[Any, ...]:
+    q, prev_weights, weights, *maps = ctx.saved_tensors
+    depth = len(maps) // 2
+    dq, dkeys, dvalues, dprev = torch.ops.ela_kernels.layer_attention_backward(
+        q,
+        maps[:depth],
+        maps[depth:],
+        ctx.heads,
+        ctx.scale,
+        prev_weights,
+        weights,
+        dout,
+        dweights,
+        None if prev_weights is None else dkl,
+        ctx.channels_last,
+    )
+    return dq, dkeys, dvalues, None, None, None if prev_weights is None else dprev, None
+
+
+_library.impl("layer_attention", _forward_op, "CompositeExplicitAutograd")
+_library.impl("layer_attention_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("ela_kernels::layer_attention", _forward_shapes, lib=_library)
+torch.library.register_fake("ela_kernels::layer_attention_backward", _backward_shapes, lib=_library)
+torch.library.register_autograd(
+    "ela_kernels::layer_attention", _backward_of_op, setup_context=_setup_op_context, lib=_library
+)

@@ -1,0 +1,309 @@
+"""The keys, values and weights of the layers seen so far, with the pull form of the backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.base import Request
+from ela_kernels.backends.dispatch import EAGER, choose_backend
+from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.interface import (
+    LayerAttentionWeights,
+    layer_attention,
+    layer_attention_weights,
+)
+from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
+
+
+def _version_of(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _Entry:
+    """One layer's key and value."""
+
+    __slots__ = ("key", "key_version", "serial", "value", "value_version")
+    _count = 0
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+        self.key_version, self.value_version = _version_of(key), _version_of(value)
+        _Entry._count += 1
+        self.serial = _Entry._count
+
+
+class _Prefix:
+    """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
+
+    __slots__ = ("entries", "heads", "kl", "position", "token", "weights")
+
+    def __init__(
+        self,
+        entries: tuple[_Entry, ...] = (),
+        position: int = 0,
+        heads: int | None = None,
+        weights: Tensor | None = None,
+        kl: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> None:
+        self.entries, self.position, self.heads = entries, position, heads
+        self.weights, self.kl, self.token = weights, kl, token
+
+
+def _graph_task() -> int:
+    """Which backward pass is running in this thread; -1 outside of one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+class LayerHistory:
+    """Keys, values and weights of the layers of one stage in one forward pass.
+
+    Make one for each stage and forward pass, and hand it to every layer of the stage in turn. Equivalent
+    PyTorch: two growing lists, and :func:`ela_kernels.layer_attention` over them at every layer. The gradients
+    are the same; the memory is not: with a kernel the gradient of a value is gathered once, from the later
+    layers' output gradients (the pull form), instead of added up over T partial gradients.
+
+    Values share one shape, dtype, device and number of heads; they must not be changed in place while the
+    history is in use. Works with `torch.utils.checkpoint` (`use_reentrant=False`) when `caller` is given, as the
+    modules of this package do. Kernels give first derivatives only; second ones come with
+    `use_backend("eager")`.
+
+    Example:
+        >>> import torch, ela_kernels as ek
+        >>> history = ek.LayerHistory()
+        >>> for _ in range(3):
+        ...     q, k, v = torch.randn(2, 8), torch.randn(2, 8), torch.randn(2, 8, 4, 4)
+        ...     out = history.attend(q, k, v, heads=2)
+        >>> history.weights.shape, history.kl.shape
+        (torch.Size([2, 2, 3]), torch.Size([2, 2]))
+    """
+
+    def __init__(self) -> None:
+        self._now = _Prefix()
+        self._latest = self._now
+        self._found_by: dict[Any, list[tuple[_Prefix, bool]]] = {}
+        self._record = Record()
+        self._made_in = _graph_task()
+
+    @property
+    def depth(self) -> int:
+        """Number of key and value pairs held."""
+        return len(self._now.entries)
+
+    @property
+    def position(self) -> int:
+        """Number of layers that came by, skipped ones included."""
+        return self._now.position
+
+    @property
+    def recomputing(self) -> bool:
+        """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
+        return _graph_task() not in (-1, self._made_in)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights `[B, G, t]` of the last layer that retrieved; None before the first."""
+        return self._latest.weights
+
+    @property
+    def kl(self) -> Tensor | None:
+        """Divergence `[B, G]` of the last layer that retrieved from the one before it; None without one."""
+        return self._latest.kl
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """The keys held, `[B, C]` each."""
+        return tuple(e.key for e in self._now.entries)
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The values held, `[B, C, *spatial]` each."""
+        return tuple(e.value for e in self._now.entries)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        heads: int,
+        scale: float | None = None,
+        channels_last: bool = False,
+        caller: Any = None,
+    ) -> Tensor:
+        """Append `(k, v)` and retrieve with `q` from all pairs held, this layer's own included.
+
+        Args:
+            q, k: query and key, `[B, C]`.
+            v: value, `[B, C, *spatial]`, or `[B, *spatial, C]` with `channels_last=True`.
+            heads: G, the same for all layers of the history.
+            scale: factor of the scores; `1 / sqrt(C / G)` if None.
+            channels_last: the last dimension of the values is the channel.
+            caller: the module that calls; needed under `torch.utils.checkpoint`.
+
+        Returns:
+            `out`, like `v`. The weights and the divergence are then in :attr:`weights` and :attr:`kl`, both
+            differentiable.
+
+        Raises:
+            TypeError, ValueError: as :func:`ela_kernels.layer_attention`, and for a layer whose value or heads
+                differ from those held.
+            RuntimeError: a held tensor was changed in place, or reentrant checkpointing.
+
+        Source:
+            MRLA (arXiv 2302.03985), base form.
+        """
+        prefix = self._enter(caller, (q, k, v))
+        q = checks.check_query(q)
+        if self._takes_kernel(q):
+            key, heads = self._checked_pair(prefix, q, k, v, heads, channels_last)
+            checks.check_like("q", q, v)
+            scale = checks.check_scale(scale, q.shape[1] // heads)
+            entry = _Entry(key, v)
+            entries = (*prefix.entries, entry)
+            link = self._link(entries, heads, scale, channels_last)
+            out, weights, kl, token = attend_pull(q, key, v, prefix.token, prefix.weights, link)
+        else:
+            key, heads = self._checked_pair(prefix, q, k, v, heads, channels_last)
+            entry = _Entry(key, v)
+            entries = (*prefix.entries, entry)
+            out, weights, kl = layer_attention(
+                q,
+                [e.key for e in entries],
+                [e.value for e in entries],
+                heads,
+                scale,
+                prefix.weights,
+                channels_last,
+            )
+            token = prefix.token
+        self._leave(_Prefix(entries, prefix.position + 1, heads, weights, kl, token))
+        return out
+
+    def provide(
+        self, k: Tensor, v: Tensor, *, heads: int, channels_last: bool = False, caller: Any = None
+    ) -> None:
+        """Append `(k, v)` for the later layers without retrieving; arguments as in :meth:`attend`."""
+        prefix = self._enter(caller, (k, v))
+        checks.check_query(k)
+        key, heads = self._checked_pair(prefix, k, k, v, heads, channels_last)
+        entries = (*prefix.entries, _Entry(key, v))
+        token = prefix.token
+        if self._takes_kernel(k):
+            link = self._link(entries, heads, 1.0, channels_last)
+            token = provide_pull(key, v, token, link)
+        self._leave(
+            _Prefix(entries, prefix.position + 1, heads, prefix.weights, prefix.kl, token)
+        )
+
+    def pass_by(self, caller: Any = None) -> None:
+        """Count a layer that neither retrieves nor provides."""
+        p = self._enter(caller, ())
+        self._leave(_Prefix(p.entries, p.position + 1, p.heads, p.weights, p.kl, p.token))
+
+    @torch.no_grad()
+    def probe(
+        self, q: Tensor, k: Tensor, *, heads: int, scale: float | None = None
+    ) -> LayerAttentionWeights:
+        """The weights and divergence that a layer would have here; nothing is appended, no value is read.
+
+        Args:
+            q, k: query and key of the layer, `[B, C]`, the key counted as its own pair.
+            heads, scale: as in :meth:`attend`.
+
+        Returns:
+            `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
+        """
+        p = self._now
+        keys = [*(e.key.detach() for e in p.entries), k.detach()]
+        prev = None if p.weights is None else p.weights.detach()
+        return layer_attention_weights(q.detach(), keys, heads, scale, prev)
+
+    def _enter(self, caller: Any, inputs: tuple[Tensor, ...]) -> _Prefix:
+        """The prefix that this layer extends: the present one, or its old one in a recomputation."""
+        if not self.recomputing:
+            if caller is not None:
+                self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
+            return self._now
+        found = self._found_by.get(caller, []) if caller is not None else []
+        if len(found) != 1:
+            raise RuntimeError(
+                "caller: a LayerHistory is used in a backward pass that did not make it, and the layer's place in it "
+                f"is not clear ({len(found)} calls of this caller are on record; allowed is exactly one). Under "
+                "torch.utils.checkpoint pass caller=<the module>, and use each layer once for each history"
+            )
+        prefix, had_grad = found[0]
+        if not had_grad and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            raise RuntimeError(
+                "LayerHistory: got reentrant checkpointing, which would lose the gradients between layers; allowed is "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        return prefix
+
+    def _leave(self, prefix: _Prefix) -> None:
+        self._latest = prefix
+        if not self.recomputing:
+            self._now = prefix
+
+    def _takes_kernel(self, q: Tensor) -> bool:
+        if (
+            torch.compiler.is_compiling()
+            or type(q) is not Tensor
+            or torch._C._len_torch_dispatch_stack() > 0
+        ):
+            return False
+        request = Request("layer_attention", q.device.type, q.dtype, self.depth + 1, False)
+        return choose_backend(request) is not EAGER
+
+    def _checked_pair(
+        self, prefix: _Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
+    ) -> tuple[Tensor, int]:
+        """The key and the heads, after the checks against q and against what is held."""
+        checks.check_tensor("k", k)
+        checks.check_like("k", k, q)
+        if k.shape != q.shape:
+            raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
+        checks.check_map("v", v, q, channels_last)
+        heads = checks.check_heads(heads, q.shape[1])
+        if not prefix.entries:
+            return k, heads
+        first = prefix.entries[0].value
+        if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
+            raise ValueError(
+                f"v: got shape {list(v.shape)}, {v.dtype} on {v.device}; allowed is what the history holds, "
+                f"{list(first.shape)}, {first.dtype} on {first.device}. Make a new LayerHistory for each stage and "
+                "forward pass"
+            )
+        if heads != prefix.heads:
+            raise ValueError(
+                f"heads: got {heads}; allowed is {prefix.heads}, as the layers before it in this history"
+            )
+        for j, entry in enumerate(prefix.entries):
+            if (
+                _version_of(entry.value) != entry.value_version
+                or _version_of(entry.key) != entry.key_version
+            ):
+                raise RuntimeError(
+                    f"history: the key or value of layer {j} was changed in place after it was appended; allowed is an "
+                    "out-of-place operation, or a clone given to the history"
+                )
+        return k, heads
+
+    def _link(
+        self, entries: tuple[_Entry, ...], heads: int, scale: float, channels_last: bool
+    ) -> Link:
+        return Link(
+            tuple(e.serial for e in entries),
+            [e.key for e in entries],
+            [e.value for e in entries],
+            heads,
+            scale,
+            channels_last,
+            self._record,
+        )
+
+
+

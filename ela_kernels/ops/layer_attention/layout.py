@@ -1,0 +1,87 @@
+"""How a feature map lies in memory, as the kernels see it: B x C x N with two strides and one of two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MapView = tuple[int, int, int]
+"""Address, batch stride, and channel stride (planar) or position stride (interleaved), in elements."""
+
+
+def is_interleaved(value: Tensor, channels_last: bool) -> bool:
+    """True when the channels of a position lie together, False when the positions of a channel do.
+
+    A map in neither form (a spatial slice, say) gets the form of its shape; :func:`in_form` then copies it.
+    """
+    if value.is_contiguous() or _inner_stride(value, channels_last, channels_last) is not None:
+        return channels_last
+    return (_inner_stride(value, channels_last, not channels_last) is not None) != channels_last
+
+
+def _inner_stride(value: Tensor, channels_last: bool, interleaved: bool) -> int | None:
+    """Channel stride (planar) or position stride (interleaved); None when the map is not in that form."""
+    shape, strides = value.shape, value.stride()
+    channel = len(shape) - 1 if channels_last else 1
+    position_stride = None
+    expected = None
+    for i in range(len(shape) - 1, 0, -1):
+        if i == channel or shape[i] == 1:
+            continue
+        if position_stride is None:
+            position_stride = strides[i]
+        elif strides[i] != expected:
+            return None
+        expected = strides[i] * shape[i]
+    if interleaved:
+        if strides[channel] != 1 and shape[channel] != 1:
+            return None
+        return shape[channel] if position_stride is None else position_stride
+    if position_stride not in (None, 1):
+        return None
+    return strides[channel] if shape[channel] != 1 else (expected or 1)
+
+
+def view_in_form(value: Tensor, channels_last: bool, interleaved: bool) -> MapView | None:
+    """The kernel's view of `value`, or None when it is not in that form."""
+    inner = _inner_stride(value, channels_last, interleaved)
+    return None if inner is None else (value.data_ptr(), value.stride(0), inner)
+
+
+def in_form(value: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
+    """`value` itself when the kernels can read it in that form, else a compact copy that they can read."""
+    if _inner_stride(value, channels_last, interleaved) is not None:
+        return value
+    return empty_map(value, channels_last, interleaved).copy_(value)
+
+
+def empty_map(like: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
+    """A new compact map of `like`'s shape and dtype in the given form."""
+    if interleaved == channels_last:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    shape = list(like.shape)
+    if channels_last:
+        shape.insert(1, shape.pop())
+        return like.new_empty(shape).movedim(1, -1)
+    shape.append(shape.pop(1))
+    return like.new_empty(shape).movedim(-1, 1)
+
+
+def kernel_sizes(
+    value: Tensor, heads: int, channels_last: bool, interleaved: bool
+) -> tuple[int, int, int, int, int]:
+    """`(B, C, G, N, interleaved)` as the extension takes it."""
+    batch = value.shape[0]
+    channels = value.shape[-1 if channels_last else 1]
+    positions = 1
+    for i, size in enumerate(value.shape[1:], start=1):
+        if i != (value.dim() - 1 if channels_last else 1):
+            positions *= size
+    return batch, channels, heads, positions, int(interleaved)
+
+
+def compact_rows(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Queries or keys `[B, C]` with contiguous channels; tiny, so a copy of an odd one does not matter."""
+    return [r if r.stride(1) == 1 or r.shape[1] == 1 else r.contiguous() for r in rows]

@@ -1,0 +1,227 @@
+"""The pull form of the backward: a value's gradient is gathered once, from all later layers.
+
+Layer t's output uses the values of all layers j <= t, so autograd's own way adds up T partial gradients for each value
+(the push form). Here the engine is made to run the layers' backwards in reverse order by a chain of one-element
+tokens; each leaves its output gradient, weights and score gradients in a record, and each reads from that record what
+the layers after it left. A record is kept for each backward pass (graph task), so that a second pass over a retained
+graph, or a pass over a part of it, never sees another's entries; and an entry knows the path of layers that it
+retrieved from, so that of two continuations of one history neither sees the other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.cpp import (
+    Saved,
+    gather_key_gradient_cpp,
+    gather_value_gradient_cpp,
+    layer_attention_backward_cpp,
+    layer_attention_forward_cpp,
+)
+from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
+
+
+class _Retrieval(NamedTuple):
+    """What one layer's backward leaves for the layers before it."""
+
+    path: tuple[int, ...]
+    q: Tensor
+    weights: Tensor
+    dscores: Tensor
+    dout: Tensor | None
+    dout_version: int
+
+
+class Record:
+    """Retrievals of the backward passes under way over one stage, by graph task."""
+
+    def __init__(self) -> None:
+        self._passes: dict[int, list[_Retrieval]] = {}
+        self._token_gradient: Tensor | None = None
+
+    def add(self, retrieval: _Retrieval) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in self._passes:
+            self._passes[task] = []
+            # A pass over a part of the graph never reaches the first layer: forget it when it ends.
+            torch.autograd.Variable._execution_engine.queue_callback(
+                lambda: self._passes.pop(task, None)
+            )
+        self._passes[task].append(retrieval)
+
+    def retrieved(self, path: tuple[int, ...]) -> list[_Retrieval]:
+        """Those that retrieved from the layer at the end of `path`, in order of depth."""
+        index, serial = len(path) - 1, path[-1]
+        found = [
+            r
+            for r in self._passes.get(torch._C._current_graph_task_id(), ())
+            if len(r.path) > index and r.path[index] == serial
+        ]
+        return sorted(found, key=lambda r: len(r.path))
+
+    def forget(self, path: tuple[int, ...]) -> None:
+        """Drop what no layer before the one at the end of `path` will ask for."""
+        task = torch._C._current_graph_task_id()
+        served = {id(r) for r in self.retrieved(path)}
+        self._passes[task] = [r for r in self._passes.get(task, ()) if id(r) not in served]
+
+    def token_gradient(self, token: Tensor) -> Tensor:
+        """One shared tensor, held here so that the engine never adds to it in place."""
+        if self._token_gradient is None:
+            self._token_gradient = torch.zeros_like(token)
+        return self._token_gradient
+
+
+class Link(NamedTuple):
+    """One layer's place in its history, its own pair last."""
+
+    path: tuple[int, ...]
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+    heads: int
+    scale: float
+    channels_last: bool
+    record: Record
+
+
+def _gather(
+    ctx: Any, need_key: bool, need_value: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(dk, dv)` of the layer that `ctx` belongs to."""
+    index = len(ctx.path) - 1
+    found = ctx.record.retrieved(ctx.path)
+    dk = dv = None
+    if need_key and found:
+        dk = gather_key_gradient_cpp(
+            [r.q for r in found], [(r.dscores, index) for r in found], ctx.heads, ctx.scale
+        )
+    with_dout = [r for r in found if r.dout is not None]
+    if need_value and with_dout:
+        for r in with_dout:
+            if r.dout is not None and r.dout._version != r.dout_version:
+                raise RuntimeError(
+                    "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
+                    "but earlier layers still need it; return a new tensor from the hook instead"
+                )
+        dv = gather_value_gradient_cpp(
+            [r.dout for r in with_dout if r.dout is not None],
+            [(r.weights, index) for r in with_dout],
+            ctx.heads,
+            ctx.channels_last,
+        )
+    return dk, dv
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "LayerHistory: a second derivative was asked for (create_graph=True), and the kernels' pull backward has none; "
+            "use ela_kernels.use_backend('eager'), or the functional layer_attention"
+        )
+
+
+def _keep(ctx: Any, link: Link) -> None:
+    # Not the link itself: ctx outlives the backward, and would keep all values alive with it.
+    ctx.set_materialize_grads(False)
+    ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
+    ctx.channels_last, ctx.record = link.channels_last, link.record
+
+
+def _token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
+    """Ends a layer's backward: the chain goes on to the layer before, or the record has served."""
+    if token is not None and ctx.needs_input_grad[-2]:
+        gradient: Tensor = ctx.record.token_gradient(token)
+        return gradient
+    ctx.record.forget(ctx.path)
+    return None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prev_weights: Tensor | None,
+        token: Tensor | None,
+        link: Link,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        _keep(ctx, link)
+        ctx.token = token
+        out, weights, kl = layer_attention_forward_cpp(
+            q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
+        )
+        ctx.save_for_backward(q, weights, prev_weights, *link.keys, *link.values)
+        return out, weights, kl, q.new_zeros(1)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        _: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        need_q, need_k, need_v, need_prev = ctx.needs_input_grad[:4]
+        dq = dprev = None
+        if dout is not None or dweights is not None or dkl is not None:
+            q, weights, prev_weights, *maps = ctx.saved_tensors
+            depth = len(maps) // 2
+            values = maps[depth:]
+            if dout is not None:
+                # Once here, not once for every earlier layer: the gradient of a sum is expanded, for instance.
+                dout = in_form(dout, ctx.channels_last, is_interleaved(values[-1], ctx.channels_last))
+            saved = Saved(
+                q, maps[:depth], values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last
+            )
+            dscores, dq, dprev, _, _ = layer_attention_backward_cpp(
+                saved, dout, dweights, dkl, need_q, need_prev
+            )
+            version = 0 if dout is None else dout._version
+            ctx.record.add(_Retrieval(ctx.path, q, weights, dscores, dout, version))
+        dk, dv = _gather(ctx, need_k, need_v)
+        return dq, dk, dv, dprev, _token_gradient(ctx, ctx.token), None
+
+
+class _Provide(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link
+    ) -> Tensor:
+        _keep(ctx, link)
+        ctx.token = token
+        return k.new_zeros(1)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        dk, dv = _gather(ctx, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
+        return dk, dv, _token_gradient(ctx, ctx.token), None
+
+
+def attend_pull(
+    q: Tensor, k: Tensor, v: Tensor, token: Tensor | None, prev_weights: Tensor | None, link: Link
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`(out, weights, kl, token)`; the token of the last layer that has a gradient goes on."""
+    if not torch.is_grad_enabled():
+        out, weights, kl = layer_attention_forward_cpp(
+            q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
+        )
+        return out, weights, kl, token
+    out, weights, kl, own = _Attend.apply(q, k, v, prev_weights, token, link)
+    return out, weights, kl, own if own.requires_grad else token
+
+
+def provide_pull(k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor | None:
+    """The token after a layer that gives its pair and retrieves nothing."""
+    if not torch.is_grad_enabled():
+        return token
+    own = _Provide.apply(k, v, token, link)
+    return own if own.requires_grad else token

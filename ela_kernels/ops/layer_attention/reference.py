@@ -1,0 +1,70 @@
+"""Layer attention in plain PyTorch: what every kernel is compared with, and the fallback.
+
+Readable before fast. Differentiable twice, on any device, in any memory format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights, divergence and sums: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def log_weights_reference(q: Tensor, keys: Sequence[Tensor], heads: int, scale: float) -> Tensor:
+    """Logarithm of the attention weights over depth, `[B, G, T]`, in the accumulation dtype."""
+    dtype = accumulate_dtype(q.dtype)
+    query = q.to(dtype).unflatten(1, (heads, -1))  # [B, G, D]
+    stacked = torch.stack(tuple(keys), dim=1).to(dtype).unflatten(2, (heads, -1))  # [B, T, G, D]
+    scores = scale * torch.einsum("bgd,btgd->bgt", query, stacked)
+    return torch.log_softmax(scores, dim=-1)
+
+
+def divergence_reference(prev_weights: Tensor, log_weights: Tensor) -> Tensor:
+    """KL(prev_weights, padded with zeros || exp(log_weights)), `[B, G]`: our definition of the direction.
+
+    A zero of `prev_weights` contributes zero, to the value and to both gradients.
+    """
+    prev = prev_weights.to(log_weights.dtype)
+    shared = log_weights[..., : prev.shape[-1]]
+    is_zero = prev == 0
+    safe = prev.masked_fill(is_zero, 1.0)
+    terms = safe * (safe.log() - shared)
+    return terms.masked_fill(is_zero, 0.0).sum(dim=-1)
+
+
+def aggregate_reference(weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
+    """`sum_j weights[:, g(c), j] * values[j][:, c]`, shape, dtype and memory format of the values."""
+    heads = weights.shape[1]
+    last = values[-1]
+    channels = last.shape[-1] if channels_last else last.shape[1]
+    per_channel = weights.repeat_interleave(channels // heads, dim=1)  # [B, C, T]
+    shape = [last.shape[0]] + [1] * (last.dim() - 1)
+    shape[-1 if channels_last else 1] = channels
+    total: Tensor | None = None
+    for j, value in enumerate(values):
+        term = per_channel[..., j].reshape(shape) * value.to(weights.dtype)
+        total = term if total is None else total + term
+    assert total is not None  # the public functions refuse an empty history
+    return total.to(last.dtype)
+
+
+def layer_attention_reference(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None = None,
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(out, weights, kl)` as :func:`ela_kernels.layer_attention` defines them."""
+    log_weights = log_weights_reference(q, keys, heads, scale)
+    weights = log_weights.exp()
+    kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
+    return aggregate_reference(weights, values, channels_last), weights, kl

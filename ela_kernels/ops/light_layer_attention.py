@@ -1,0 +1,70 @@
+"""Light layer attention: no history, only the output of the layer before. Eager PyTorch on every device."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+
+
+def light_layer_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prev_out: Tensor,
+    decay: Tensor,
+    heads: int,
+    scale: float | None = None,
+) -> Tensor:
+    """The light form of layer attention: gate this layer's value, and let the previous output decay.
+
+    Equivalent PyTorch::
+
+        s = scale * (q.unflatten(1, (heads, -1)) * k.unflatten(1, (heads, -1))).sum(-1)      # [B, G]
+        out = s.sigmoid().repeat_interleave(C // heads, 1)[:, :, None, None] * v + decay * prev_out
+
+    Args:
+        q, k: query and key of this layer, `[B, C]`.
+        v: value of this layer, `[B, C, *spatial]`.
+        prev_out: output of the layer before, like `v`; the stage's input for the first layer.
+        decay: learned factor for each channel, `[C, 1, ..., 1]` (one 1 for each spatial dimension), or `[C]`.
+        heads: G, a divisor of C.
+        scale: factor of the score; `1 / sqrt(C / G)` if None.
+
+    Returns:
+        `out`, shape and dtype of `v`; differentiable, twice too.
+
+    Raises:
+        TypeError: not a tensor, an integer or sparse tensor, or mixed dtypes.
+        ValueError: shapes, heads or devices that do not fit.
+
+    Source:
+        MRLA (arXiv 2302.03985), the light form.
+    """
+    q = checks.check_query(q)
+    (k,) = checks.check_keys((k,), q)
+    heads = checks.check_heads(heads, q.shape[1])
+    scale = checks.check_scale(scale, q.shape[1] // heads)
+    v = checks.check_map("v", v, q, channels_last=False)
+    prev_out = checks.check_map("prev_out", prev_out, q, channels_last=False)
+    if prev_out.shape != v.shape:
+        raise ValueError(
+            f"prev_out: got shape {list(prev_out.shape)}; allowed is v's shape {list(v.shape)}"
+        )
+    channels, spatial = v.shape[1], v.dim() - 2
+    checks.check_tensor("decay", decay)
+    if decay.device != q.device:
+        raise ValueError(
+            f"decay: got device {decay.device} while q is on {q.device}; allowed is one device"
+        )
+    if decay.numel() != channels or (decay.dim() and decay.shape[0] != channels):
+        raise ValueError(
+            f"decay: got shape {list(decay.shape)}; allowed is [{channels}] followed by ones"
+        )
+    dtype = accumulate_dtype(v.dtype)
+    product = (q.to(dtype) * k.to(dtype)).unflatten(1, (heads, -1)).sum(-1)
+    gate = (scale * product).sigmoid().repeat_interleave(channels // heads, dim=1)
+    gate = gate.reshape(v.shape[0], channels, *([1] * spatial))
+    kept = decay.to(dtype).reshape(channels, *([1] * spatial)) * prev_out.to(dtype)
+    return (gate * v.to(dtype) + kept).to(v.dtype)
