@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.version:
-        from ela_kernels.info import package_version
+        from ela_kernels import __version__
 
-        print(package_version())
+        print(__version__)
         return 0
     if options.command == "info":
         from ela_kernels.info import print_report

@@ -11,9 +11,10 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any
 
-DISTRIBUTION = "ela-kernels"
 PACKAGES = ("torch", "scipy", "numpy", "triton")
 VARIABLES = (
     "ELA_KERNELS_BACKEND",
@@ -24,14 +25,6 @@ VARIABLES = (
     "TRITON_INTERPRET",
 )
 OPENMP_NAMES = ("libgomp", "libomp", "libiomp")
-
-
-def package_version() -> str:
-    """The version of ela_kernels that is installed, or that of the source folder."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 def collect_report() -> dict[str, Any]:
@@ -62,10 +55,16 @@ def _guarded(probe: Callable[[], Any]) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"ela_kernels": package_version(), "python": platform.python_version()}
+    versions = {"ela_kernels": _guarded(_own_version), "python": platform.python_version()}
     for name in PACKAGES:
-        versions[name] = _guarded(lambda name=name: _installed_version(name))
+        versions[name] = _guarded(partial(_installed_version, name))
     return versions
+
+
+def _own_version() -> str:
+    import ela_kernels
+
+    return ela_kernels.__version__
 
 
 def _installed_version(name: str) -> str:
@@ -107,8 +106,12 @@ def _extension() -> dict[str, Any]:
         return {"loaded": False, "problem": extension_problem()}
     report: dict[str, Any] = {"loaded": True, "file": module.__file__, "cuda": module.has_cuda}
     for name in ("simd_level", "simd_levels"):
-        report[name] = _guarded(lambda name=name: getattr(module, name)())
+        report[name] = _guarded(partial(_call, module, name))
     return report
+
+
+def _call(module: ModuleType, name: str) -> Any:
+    return getattr(module, name)()
 
 
 def _threads() -> dict[str, Any]:

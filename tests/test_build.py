@@ -1,0 +1,503 @@
+"""How the extension is built: options, the ninja file, and what happens where a compiler is missing or fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("setuptools")
+pytest.importorskip("ninja")
+pytest.importorskip("pybind11")
+
+from build_tools import options
+from build_tools.commands import build
+from build_tools.compilers import (
+    BuildError,
+    CudaCompiler,
+    CxxCompiler,
+    find_cuda,
+    find_cxx,
+    first_error,
+)
+from build_tools.ninja_file import AVX2_FLAGS, AVX512_FLAGS, Plan, environment_flags, ninja_text
+from build_tools.options import Architecture, BuildOptionError
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 1024**3
+
+needs_cxx = pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("g++", "clang++", "c++")), reason="no C++ compiler here"
+)
+
+# A whole extension module that needs nothing but Python's own header, so that it compiles in no time.
+TINY_MODULE = """
+#include <Python.h>
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                 nullptr, nullptr, nullptr, nullptr};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+"""
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0", ["8.0"]),
+        ("8.0;9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("9.0+PTX 8.0", ["8.0", "9.0+PTX"]),
+        ("8.0, 8.6", ["8.0", "8.6"]),
+        (" 9.0a; ", ["9.0a"]),
+        ("10.0;9.0", ["9.0", "10.0"]),
+        ("9.0;9.0+PTX", ["9.0+PTX"]),
+        ("Ampere", ["8.0", "8.6+PTX"]),
+        ("hopper;7.5", ["7.5", "9.0+PTX"]),
+        ("12.0f", ["12.0f"]),
+    ],
+)
+def test_architecture_list(text: str, expected: list[str]) -> None:
+    assert [str(architecture) for architecture in options.parse_architectures(text)] == expected
+
+
+@pytest.mark.parametrize("text", ["sm_80", "80", "8.0+SASS", "8", "Amperes", "8.0;;x"])
+def test_architecture_list_refuses(text: str) -> None:
+    with pytest.raises(BuildOptionError, match="TORCH_CUDA_ARCH_LIST"):
+        options.parse_architectures(text)
+
+
+def test_architecture_flags() -> None:
+    assert Architecture("9.0a").nvcc_flags() == ["-gencode=arch=compute_90a,code=sm_90a"]
+    assert Architecture("12.0", ptx=True).nvcc_flags() == [
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+
+
+def test_default_architectures_are_those_nvcc_knows_with_ptx_for_the_newest() -> None:
+    def names(supported: list[str]) -> list[str]:
+        return [str(architecture) for architecture in options.default_architectures(supported)]
+
+    assert names(["75", "80", "86", "89", "90"]) == ["7.5", "8.0", "8.6", "9.0+PTX"]
+    assert names(["90", "100", "103", "120", "121"]) == ["9.0", "10.0", "12.0+PTX"]
+    assert names(["130", "140"]) == ["14.0+PTX"]
+    assert names([])[-1] == "12.0+PTX"
+
+
+@pytest.mark.parametrize(
+    ("max_jobs", "cores", "available", "expected"),
+    [
+        ("", 8, 64 * GIB, 8),
+        ("3", 8, 64 * GIB, 3),
+        ("16", 8, 64 * GIB, 16),
+        ("16", 8, 6 * GIB, 4),
+        ("", 64, 3 * GIB, 2),
+        ("4", 8, GIB // 2, 1),
+        ("5", 8, None, 5),
+    ],
+)
+def test_job_count(max_jobs: str, cores: int, available: int | None, expected: int) -> None:
+    assert options.job_count({"MAX_JOBS": max_jobs}, cores, available) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
+def test_job_count_refuses(text: str) -> None:
+    with pytest.raises(BuildOptionError, match="MAX_JOBS"):
+        options.job_count({"MAX_JOBS": text}, 4, None)
+
+
+def test_available_memory_is_the_smaller_of_system_and_container(tmp_path: Path) -> None:
+    assert options.available_memory(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   8388608 kB\n")
+    assert options.available_memory(tmp_path) == 8 * GIB
+    cgroup = tmp_path / "sys/fs/cgroup"
+    cgroup.mkdir(parents=True)
+    (cgroup / "memory.max").write_text(f"{4 * GIB}\n")
+    (cgroup / "memory.current").write_text(f"{GIB}\n")
+    assert options.available_memory(tmp_path) == 3 * GIB
+    (cgroup / "memory.max").write_text("max\n")
+    assert options.available_memory(tmp_path) == 8 * GIB
+
+
+def test_mode_and_sanitizers() -> None:
+    assert options.build_mode({}) == "auto"
+    assert options.build_mode({"ELA_KERNELS_BUILD": "CPU"}) == "cpu"
+    with pytest.raises(BuildOptionError, match=r"ELA_KERNELS_BUILD='gpu'; allowed are auto, cpu"):
+        options.build_mode({"ELA_KERNELS_BUILD": "gpu"})
+    assert options.sanitizers({"ELA_KERNELS_SANITIZE": "address, undefined"}) == [
+        "address",
+        "undefined",
+    ]
+    with pytest.raises(BuildOptionError, match="ELA_KERNELS_SANITIZE"):
+        options.sanitizers({"ELA_KERNELS_SANITIZE": "memory"})
+
+
+# The ninja file
+
+
+def fake_cxx(target: str = "x86_64-linux-gnu") -> CxxCompiler:
+    return CxxCompiler(["ccache", "g++", "-m64"], "g++ 12", target, ["-fopenmp"], ["-fopenmp"])
+
+
+@pytest.fixture
+def source_tree(tmp_path: Path) -> Path:
+    for name in (
+        "binding/module.cpp",
+        "binding/cuda.cpp",
+        "cpu/op_baseline.cpp",
+        "cpu/op_avx2.cpp",
+        "cpu/op_avx512.cpp",
+        "cpu/select.cpp",
+        "cuda/device_query.cu",
+    ):
+        path = tmp_path / "with space" / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path / "with space"
+
+
+def variable_of(text: str, name: str, source: str | None = None) -> list[str]:
+    """A variable's words: at the top of the file, or under the edge that builds from `source`."""
+    lines = text.replace("$\n", "").splitlines()
+    if source is not None:
+        start = next(
+            i for i, line in enumerate(lines) if line.startswith("build") and source in line
+        )
+        lines = [line for line in lines[start + 1 : start + 2] if line.startswith(" ")]
+    for line in lines:
+        if line.strip().startswith(f"{name} = "):
+            return shlex.split(line.partition(" = ")[2].replace("$$", "$"))
+    return []
+
+
+def test_ninja_file_cpu(source_tree: Path) -> None:
+    plan = Plan(source_tree, source_tree / "out" / "_C.so", fake_cxx(), None)
+    text = ninja_text(plan)
+    flags = variable_of(text, "cxxflags")
+    assert {"-std=c++17", "-O3", "-fPIC", "-fopenmp", "-DELA_X86_SIMD"} <= set(flags)
+    assert not {"-march=native", "-ffast-math", "-Ofast"} & set(flags)
+    assert f"-I{source_tree}/csrc" in flags
+    assert variable_of(text, "flags", "op_avx2.cpp") == AVX2_FLAGS
+    assert variable_of(text, "flags", "op_avx512.cpp") == AVX512_FLAGS
+    assert variable_of(text, "flags", "op_baseline.cpp") == []
+    assert "-DELA_WITH_CUDA" not in text
+    assert "cuda" not in text.replace(str(source_tree), "")
+    assert any(flag.startswith("-isystem") for flag in variable_of(text, "flags", "module.cpp"))
+
+
+def test_ninja_file_cuda(source_tree: Path) -> None:
+    cuda = CudaCompiler("/opt/nvcc", "13.0", [Architecture("9.0", ptx=True)], ["-L/opt/lib"])
+    text = ninja_text(Plan(source_tree, source_tree / "_C.so", fake_cxx(), cuda))
+    flags = variable_of(text, "nvccflags")
+    assert flags[flags.index("-ccbin") + 1] == "g++"
+    assert "-gencode=arch=compute_90,code=compute_90" in flags
+    assert not {"--use_fast_math", "-use_fast_math"} & set(flags)
+    assert "-DELA_WITH_CUDA" in variable_of(text, "flags", "module.cpp")
+    assert {"-L/opt/lib", "-lcudart_static"} <= set(variable_of(text, "ldflags"))
+    assert "device_query.cu.o: nvcc" in text.replace("$\n", "")
+
+
+def test_other_processors_get_the_baseline_alone(source_tree: Path) -> None:
+    plan = Plan(source_tree, source_tree / "_C.so", fake_cxx("aarch64-linux-gnu"), None)
+    assert [source.name for source in plan.sources()] == [
+        "module.cpp",
+        "op_baseline.cpp",
+        "select.cpp",
+    ]
+    assert "-DELA_X86_SIMD" not in plan.common_flags()
+    assert plan.simd_levels() == ["baseline"]
+
+
+def test_darwin_links_a_bundle(source_tree: Path) -> None:
+    cxx = CxxCompiler(["clang++"], "clang 17", "arm64-apple-darwin24", [], [])
+    plan = Plan(source_tree, source_tree / "_C.so", cxx, None)
+    assert plan.link_flags() == ["-bundle", "-undefined", "dynamic_lookup"]
+    assert not cxx.has_openmp
+
+
+def test_sanitizers_reach_compiler_and_linker(source_tree: Path) -> None:
+    plan = Plan(source_tree, source_tree / "_C.so", fake_cxx(), None, ["address", "undefined"])
+    assert "-fsanitize=address,undefined" in plan.common_flags()
+    assert "-fsanitize=address,undefined" in plan.link_flags()
+
+
+def test_environment_flags() -> None:
+    environ = {"CPPFLAGS": "-DA='x y'", "CXXFLAGS": "-g", "LDFLAGS": "-Wl,-z,now"}
+    assert environment_flags(environ) == (["-DA=x y", "-g"], ["-Wl,-z,now"])
+
+
+# Compilers
+
+
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def test_missing_compilers_are_named() -> None:
+    with pytest.raises(BuildError, match="named by CXX, '/nonexistent', was not found"):
+        find_cxx({"CXX": "/nonexistent"})
+    with pytest.raises(BuildError, match="CUDA_HOME=/nonexistent holds no bin/nvcc"):
+        find_cuda({"CUDA_HOME": "/nonexistent"})
+    with pytest.raises(BuildError, match="named by CUDACXX, '/nonexistent/nvcc', was not found"):
+        find_cuda({"CUDACXX": "/nonexistent/nvcc"})
+
+
+def test_a_compiler_that_cannot_compile_is_refused(tmp_path: Path) -> None:
+    broken = script(tmp_path / "broken-cxx", "echo 'fatal error: no standard library' >&2; exit 1")
+    with pytest.raises(
+        BuildError, match="cannot build an empty program: fatal error: no standard lib"
+    ):
+        find_cxx({"CXX": str(broken)})
+
+
+@needs_cxx
+def test_a_compiler_without_openmp_is_used_without(tmp_path: Path) -> None:
+    real = find_cxx(os.environ).executable
+    plain = script(
+        tmp_path / "cxx", f'case "$*" in *-fopenmp*|*-lomp*) exit 1;; esac\nexec {real} "$@"'
+    )
+    found = find_cxx({"CXX": str(plain)})
+    assert not found.has_openmp
+    assert found.openmp_compile == []
+
+
+def test_nvcc_is_asked_for_its_architectures(tmp_path: Path) -> None:
+    nvcc = script(
+        tmp_path / "bin/nvcc",
+        'case "$1" in\n'
+        '--version) echo "Cuda compilation tools, release 12.4, V12.4.131";;\n'
+        "--list-gpu-arch) printf 'compute_80\\ncompute_90\\n';;\n"
+        "--dryrun) echo '#$ LIBRARIES= \"-L/a b/lib\"' >&2;;\n"
+        "esac",
+    )
+    found = find_cuda({"CUDA_HOME": str(tmp_path)})
+    assert (found.nvcc, found.version) == (str(nvcc), "12.4.131")
+    assert [str(architecture) for architecture in found.architectures] == ["8.0", "9.0+PTX"]
+    assert found.library_flags == ["-L/a b/lib"]
+    chosen = find_cuda({"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "8.0+PTX"})
+    assert [str(architecture) for architecture in chosen.architectures] == ["8.0+PTX"]
+
+
+def test_first_error_finds_the_telling_line() -> None:
+    output = "[1/2] g++ a.cpp\nFAILED: a.o\na.cpp:3:1: error: 'x' was not declared\n    3 | x\nninja: stopped"
+    assert first_error(output) == "a.cpp:3:1: error: 'x' was not declared"
+    assert first_error("/usr/bin/ld: cannot find -lomp\ncollect2: ld returned 1") == (
+        "/usr/bin/ld: cannot find -lomp"
+    )
+    assert first_error("") == "it printed nothing"
+
+
+# Whole builds
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The project's own build files around a tiny extension."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "README.md").write_text("A tiny project.\n")
+    shutil.copytree(ROOT / "build_tools", folder / "build_tools")
+    for name, text in (
+        ("csrc/binding/module.cpp", TINY_MODULE),
+        ("csrc/binding/cuda.cpp", ""),
+        ("csrc/cuda/device_query.cu", ""),
+        ("ela_kernels/__init__.py", '__version__ = "0.1.0"\n'),
+        ("ela_kernels/py.typed", ""),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def build_project(
+    project: Path, *arguments: str, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("ELA_", "TORCH_", "CUDA"))}
+    return subprocess.run(
+        [sys.executable, "setup.py", *(arguments or ("build", "--build-lib", "out"))],
+        cwd=project,
+        env={**kept, "CUDA_HOME": "/nonexistent", **environ},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def record_of(folder: Path) -> dict[str, object]:
+    record = json.loads((folder / "ela_kernels/_build_info.json").read_text())
+    assert isinstance(record, dict)
+    return record
+
+
+def binaries(folder: Path) -> list[Path]:
+    return list((folder / "ela_kernels").glob("_C*"))
+
+
+@needs_cxx
+def test_auto_without_nvcc_builds_for_the_cpu_and_says_so(project: Path) -> None:
+    done = build_project(project)
+    assert done.returncode == 0, done.stderr
+    assert "built without CUDA, because CUDA_HOME=/nonexistent holds no bin/nvcc." in done.stderr
+    record = record_of(project / "out")
+    assert record["built"] is True
+    assert record["cuda"] is False
+    assert record["cuda_problem"] == "CUDA_HOME=/nonexistent holds no bin/nvcc"
+    assert str(project) not in json.dumps(record)
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import ela_kernels._C as c; print(c.__file__)"],
+        cwd=project / "out",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(loaded.stdout.strip()).samefile(binaries(project / "out")[0])
+
+
+def test_auto_without_a_compiler_installs_pure_python_and_says_why(project: Path) -> None:
+    done = build_project(project, CXX="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    sentence = "the C++ compiler named by CXX, '/nonexistent', was not found"
+    assert f"installed without its compiled extension, because {sentence}" in done.stderr
+    assert record_of(project / "out")["problem"] == sentence
+    assert record_of(project / "out")["built"] is False
+    assert (project / "out/ela_kernels/__init__.py").exists()
+    assert binaries(project / "out") == []
+
+
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_a_forced_build_without_a_compiler_fails(project: Path, mode: str) -> None:
+    done = build_project(project, ELA_KERNELS_BUILD=mode, CXX="/nonexistent")
+    assert done.returncode != 0
+    assert (
+        f"ELA_KERNELS_BUILD={mode} was asked for, but the C++ compiler named by CXX" in done.stderr
+    )
+
+
+@needs_cxx
+def test_a_forced_cuda_build_without_nvcc_fails(project: Path) -> None:
+    done = build_project(project, ELA_KERNELS_BUILD="cuda")
+    assert done.returncode != 0
+    assert (
+        "ELA_KERNELS_BUILD=cuda was asked for, but CUDA_HOME=/nonexistent holds no bin"
+        in done.stderr
+    )
+
+
+@needs_cxx
+def test_source_that_does_not_compile(project: Path) -> None:
+    (project / "csrc/binding/module.cpp").write_text("int broken(\n")
+    forced = build_project(project, ELA_KERNELS_BUILD="cpu")
+    assert forced.returncode != 0
+    assert "module.cpp:1:" in forced.stderr
+    auto = build_project(project)
+    assert auto.returncode == 0, auto.stderr
+    assert str(record_of(project / "out")["problem"]).startswith("compiling failed: ")
+    assert binaries(project / "out") == []
+
+
+@needs_cxx
+def test_cuda_that_does_not_compile_leaves_the_cpu_part(project: Path) -> None:
+    script(
+        project / "toolkit/bin/nvcc",
+        'case "$1" in --version) echo "release 13.0, V13.0.1";; --list-gpu-arch|--dryrun) ;;\n'
+        "*) echo 'error: unsupported GNU version' >&2; exit 1;; esac",
+    )
+    auto = build_project(project, CUDA_HOME=str(project / "toolkit"))
+    assert auto.returncode == 0, auto.stderr
+    record = record_of(project / "out")
+    assert (record["built"], record["cuda"]) == (True, False)
+    assert record["cuda_problem"] == "compiling failed: error: unsupported GNU version"
+    assert len(binaries(project / "out")) == 1
+    forced = build_project(project, CUDA_HOME=str(project / "toolkit"), ELA_KERNELS_BUILD="cuda")
+    assert forced.returncode != 0
+    assert "unsupported GNU version" in forced.stderr
+
+
+@needs_cxx
+def test_in_place_build_replaces_and_removes_the_binary(project: Path) -> None:
+    in_place = ("build_ext", "--inplace")
+    assert build_project(project, *in_place).returncode == 0
+    assert len(binaries(project)) == 1
+    assert build_project(project, *in_place, CXX="/nonexistent").returncode == 0
+    assert binaries(project) == []
+    assert record_of(project)["built"] is False
+
+
+@needs_cxx
+def test_a_second_build_compiles_only_what_changed(project: Path) -> None:
+    (project / "csrc/binding/other.cpp").write_text("int other() { return 1; }\n")
+    assert build_project(project).returncode == 0
+    (project / "csrc/binding/other.cpp").write_text("int other() { return 2; }\n")
+    again = build_project(project)
+    assert "-o objects/binding/other.cpp.o" in again.stdout
+    assert "-o objects/binding/module.cpp.o" not in again.stdout
+
+
+def test_none_builds_nothing(project: Path) -> None:
+    done = build_project(project, ELA_KERNELS_BUILD="none", CXX="/nonexistent")
+    assert done.returncode == 0, done.stderr
+    assert record_of(project / "out")["problem"] == "it was left out by ELA_KERNELS_BUILD=none"
+
+
+def test_unknown_options_are_errors(project: Path) -> None:
+    done = build_project(project, ELA_KERNELS_BUILD="fast")
+    assert done.returncode != 0
+    assert "ELA_KERNELS_BUILD='fast'; allowed are auto, cpu, cuda, none" in done.stderr
+
+
+@needs_cxx
+def test_a_bad_job_count_is_an_error_even_under_auto(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(BuildOptionError, match="MAX_JOBS='many'"):
+        build("auto", tmp_path / "_C.so", tmp_path)
+
+
+@pytest.mark.slow
+@needs_cxx
+def test_wheel_of_the_real_sources_from_an_sdist(tmp_path: Path) -> None:
+    """The sdist holds all that a build needs, and the wheel holds the module and no sources."""
+    clone = tmp_path / "clone"
+    built = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__")
+    for name in ("build_tools", "csrc", "ela_kernels"):
+        shutil.copytree(ROOT / name, clone / name, ignore=built)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, clone)
+    environ = {**os.environ, "ELA_KERNELS_BUILD": "cpu"}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "sdist")],
+        cwd=clone,
+        env=environ,
+        check=True,
+    )
+    (archive,) = (tmp_path / "sdist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", str(tmp_path / "lib")],
+        cwd=unpacked,
+        env=environ,
+        check=True,
+    )
+    package = tmp_path / "lib/ela_kernels"
+    assert (package / "py.typed").exists()
+    assert len(binaries(tmp_path / "lib")) == 1
+    assert not list(package.rglob("*.cpp"))
+    expected = {str(p.relative_to(clone)) for p in clone.glob("ela_kernels/**/*.py")}
+    assert {str(p.relative_to(package.parent)) for p in package.rglob("*.py")} == expected
