@@ -70,15 +70,17 @@ bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all
 asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usual build, and test the kernels
 	ELA_KERNELS_BUILD=cpu ELA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
 	  --build-base $(ASAN) --build-lib $(ASAN)/lib --build-temp $(ASAN)/objects
-	@# The sanitizer has to be in the process before the interpreter; Python itself is not free of leaks.
-	CXX_RUN="$${CXX:-g++}"; \
-	export LD_PRELOAD="$$($$CXX_RUN -print-file-name=libasan.so) $$($$CXX_RUN -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:abort_on_error=1:allocator_may_return_null=1 \
-	  UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=$(ASAN)/lib PYTHONSAFEPATH=1 PYTHONMALLOC=malloc OMP_NUM_THREADS=2; \
-	$(BIN)/python -c "from ela_kernels.backends.extension import build_info, extension; \
+	@# The sanitizer has to be in the process before the interpreter, which is itself not free of leaks. The folder to
+	@# start in comes first on Python's path, so that its package is tested and not the editable install.
+	cxx="$${CXX:-g++}"; \
+	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONMALLOC=malloc OMP_NUM_THREADS=2; \
+	cd $(ASAN)/lib && \
+	$(abspath $(BIN))/python -c "from ela_kernels.backends.extension import build_info, extension; \
 	  assert '$(ASAN)' in extension().__file__ and build_info()['sanitizers'], 'not the sanitized build'" && \
-	$(BIN)/python -m pytest -o pythonpath= -p no:cacheprovider -m "not slow and not gpu" tests/ops $(PYTEST_ARGS)
+	$(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -o pythonpath= \
+	  -p no:cacheprovider -m "not slow and not gpu" $(CURDIR)/tests/ops $(PYTEST_ARGS)
 
 clean: ## remove what builds and tests leave, and the virtual environment
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
