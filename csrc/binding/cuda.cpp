@@ -10,8 +10,7 @@ namespace py = pybind11;
 namespace {
 
 std::string describe(int code) {
-  return "error " + std::to_string(code) + " (" + ela::cuda::error_name(code) +
-         "): " + ela::cuda::error_text(code);
+  return "error " + std::to_string(code) + " (" + ela::cuda::error_name(code) + "): " + ela::cuda::error_text(code);
 }
 
 py::dict cuda_devices() {
@@ -52,9 +51,8 @@ py::tuple cuda_increment(int device, int value) {
 void bind_cuda(py::module_& module) {
   module.def("cuda_devices", &cuda_devices,
              "The CUDA devices as a dict of `devices`, `code` (0 for success) and `problem`.");
-  module.def(
-      "cuda_increment", &cuda_increment, py::arg("device"), py::arg("value"),
-      "Launches a kernel on `device` that computes `value + 1`; returns (error code, result).");
+  module.def("cuda_increment", &cuda_increment, py::arg("device"), py::arg("value"),
+             "Launches a kernel on `device` that computes `value + 1`; returns (error code, result).");
   module.def("cuda_error", &describe, py::arg("code"), "A CUDA error code in words.");
   module.def("cuda_runtime_version", &ela::cuda::runtime_version,
              "The version of the CUDA runtime linked in, e.g. 13000 for 13.0.");
