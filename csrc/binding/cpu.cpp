@@ -106,8 +106,8 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, const
   k.aggregate[dtype](a, threads);
 }
 
-// One layer's backward. The push form gives dkeys and dvalues; the pull form gives the gather tables, whose first entry
-// is this layer's own: (dout, weights) for dv, (query, dscores) for dk.
+// One layer's backward. The push form asks for dkeys and dvalues here; the pull form gathers them later, by gather_key
+// and aggregate, from the dscores and douts of all layers that retrieved.
 void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, const Ints& query, const Ints& keys,
               const Ints& values, int64_t prev, int64_t prev_depth, int64_t weights, const Ints& dout, int64_t dweights,
               int64_t dkl, int64_t dscores, const Ints& dquery, const Ints& dkeys, int64_t dprev, const Ints& dvalues,
@@ -157,13 +157,13 @@ void aggregate(int dtype, const std::array<int64_t, 5>& sizes, const Ints& sourc
   kernel(p, threads);
 }
 
-void gather_key(int dtype, const std::array<int64_t, 5>& sizes, double scale, const Ints& queries,
-                const Ints& score_columns, const Ints& dkey, int threads) {
+void gather_key(int dtype, const std::array<int64_t, 5>& sizes, const Ints& queries, const Ints& score_columns,
+                const Ints& dkey, int threads) {
   const std::vector<RowView> query_views = rows(queries);
   const std::vector<ColumnView> column_views = columns(score_columns);
   const std::vector<RowView> dkey_view = rows(dkey);
   require(query_views.size() == column_views.size() && dkey_view.size() == 1, "queries: one column each, and one dkey");
-  const GatherKeyParams p = {shape_of(sizes),    static_cast<int64_t>(query_views.size()), scale, query_views.data(),
+  const GatherKeyParams p = {shape_of(sizes), static_cast<int64_t>(query_views.size()), query_views.data(),
                              column_views.data(), dkey_view[0]};
   const auto kernel = ela::kernels().gather_key[checked_dtype(dtype)];
   py::gil_scoped_release unlocked;

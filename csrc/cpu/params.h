@@ -63,7 +63,7 @@ struct BackwardParams {
   const MapView* dout;     // null: no gradient arrived through `out`
   const void* dweights;    // [B, G, depth] or null
   const void* dkl;         // [B, G] or null
-  void* dscores;           // [B, G, depth], always written
+  void* dscores;           // [B, G, depth], of the dot products before the scale; always written
   RowView dquery;
   const RowView* dkeys;    // depth rows or null
   void* dprev;             // [B, G, prev_depth] or null
@@ -71,11 +71,10 @@ struct BackwardParams {
   void* workspace;         // backward_workspace() accumulation elements
 };
 
-// dkey[b, c] = scale * sum_m column_m[b, g(c)] * query_m[b, c]: the gather of a key's gradient.
+// dkey[b, c] = sum_m column_m[b, g(c)] * query_m[b, c]: the gather of a key's gradient.
 struct GatherKeyParams {
   Shape shape;
   int64_t sources;
-  double scale;
   const RowView* queries;
   const ColumnView* columns;
   RowView dkey;

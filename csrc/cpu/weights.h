@@ -56,7 +56,7 @@ void weights_kernel(const WeightsParams& p, int threads) {
   });
 }
 
-// dscores from the gradients of the weights (`dweights_sum`, depth numbers in double) and of the divergence.
+// dscores, of the dot products before the scale, from the gradients of the weights (`dweights_sum`, depth numbers in double) and of the divergence.
 template <class T>
 inline void scores_gradient(const BackwardParams& p, int64_t item, const double* dweights_sum, Acc<T>* dscores) {
   using A = Acc<T>;
@@ -65,13 +65,15 @@ inline void scores_gradient(const BackwardParams& p, int64_t item, const double*
   double mean = 0;
   for (int64_t j = 0; j < f.depth; ++j) mean += weights[j] * dweights_sum[j];
   for (int64_t j = 0; j < f.depth; ++j) dscores[j] = static_cast<A>(weights[j] * (dweights_sum[j] - mean));
-  if (p.dkl == nullptr || f.prev == nullptr) return;
-  const A dkl = static_cast<const A*>(p.dkl)[item];
-  const A* prev = static_cast<const A*>(f.prev) + item * f.prev_depth;
-  A mass = 0;
-  for (int64_t j = 0; j < f.prev_depth; ++j) mass += prev[j];
-  for (int64_t j = 0; j < f.depth; ++j) dscores[j] += dkl * mass * weights[j];
-  for (int64_t j = 0; j < f.prev_depth; ++j) dscores[j] -= dkl * prev[j];
+  if (p.dkl != nullptr && f.prev != nullptr) {
+    const A dkl = static_cast<const A*>(p.dkl)[item];
+    const A* prev = static_cast<const A*>(f.prev) + item * f.prev_depth;
+    A mass = 0;
+    for (int64_t j = 0; j < f.prev_depth; ++j) mass += prev[j];
+    for (int64_t j = 0; j < f.depth; ++j) dscores[j] += dkl * mass * weights[j];
+    for (int64_t j = 0; j < f.prev_depth; ++j) dscores[j] -= dkl * prev[j];
+  }
+  for (int64_t j = 0; j < f.depth; ++j) dscores[j] *= static_cast<A>(f.scale);
 }
 
 // d kl / d prev_j = log prev_j + 1 - log weights_j, from the scores and never from a rounded weight.
@@ -95,13 +97,12 @@ inline void query_and_key_gradients(const BackwardParams& p, int64_t item, const
   const int64_t head_dim = f.shape.head_dim();
   const int64_t b = item / f.shape.heads;
   const int64_t c = item % f.shape.heads * head_dim;
-  const A scale = static_cast<A>(f.scale);
   if (p.dquery.data != nullptr) {
     T* dquery = const_cast<T*>(row_of<T>(p.dquery, b, c));
     for_vectors<T>(head_dim, [&](int64_t i, int n) {
       Vec<T> sum{};
       for (int64_t j = 0; j < f.depth; ++j) sum += dscores[j] * load_n(row_of<T>(f.keys[j], b, c + i), n);
-      store_n(dquery + i, sum * scale, n);
+      store_n(dquery + i, sum, n);
     });
   }
   if (p.dkeys == nullptr) return;
@@ -109,8 +110,7 @@ inline void query_and_key_gradients(const BackwardParams& p, int64_t item, const
   for (int64_t j = 0; j < f.depth; ++j) {
     if (p.dkeys[j].data == nullptr) continue;
     T* dkey = const_cast<T*>(row_of<T>(p.dkeys[j], b, c));
-    const A factor = dscores[j] * scale;
-    for_vectors<T>(head_dim, [&](int64_t i, int n) { store_n(dkey + i, factor * load_n(query + i, n), n); });
+    for_vectors<T>(head_dim, [&](int64_t i, int n) { store_n(dkey + i, dscores[j] * load_n(query + i, n), n); });
   }
 }
 
@@ -129,7 +129,7 @@ void gather_key_kernel(const GatherKeyParams& p, int threads) {
           const A factor = static_cast<const A*>(p.columns[m].data)[item * p.columns[m].stride];
           sum += factor * load_n(row_of<T>(p.queries[m], b, c + i), n);
         }
-        store_n(dkey + i, sum * static_cast<A>(p.scale), n);
+        store_n(dkey + i, sum, n);
       });
     }
   });

@@ -35,7 +35,7 @@ def _checked(name: str, source: str) -> str:
 _setting = _checked(os.environ.get("ELA_KERNELS_BACKEND", "auto"), "ELA_KERNELS_BACKEND")
 
 
-class use_backend:
+class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
     """Force a backend, for the rest of the process or for a `with` block.
 
     The setting takes effect on the call itself and is process-wide: it holds in every thread.
@@ -115,7 +115,11 @@ def _choose(setting: str, request: Request) -> Backend:
     for name, backend in BACKENDS.items():
         reasons = backend.not_supported_reasons(request)
         if not reasons:
-            if backend is EAGER and request.device_type != "meta" and not _only_no_backward(request):
+            if (
+                backend is EAGER
+                and request.device_type != "meta"
+                and not _only_no_backward(request)
+            ):
                 _log_fallback(request.device_type, "; ".join(refusals))
             return backend
         refusals.append(f"{name}: {', '.join(reasons)}")

@@ -76,7 +76,11 @@ def _forward_shapes(
     out = empty_map(last, channels_last, is_interleaved(last, channels_last))
     dtype = accumulate_dtype(q.dtype)
     weights = q.new_empty((q.shape[0], heads, len(keys)), dtype=dtype)
-    return out, weights, q.new_empty((0,) if prev_weights is None else (q.shape[0], heads), dtype=dtype)
+    return (
+        out,
+        weights,
+        q.new_empty((0,) if prev_weights is None else (q.shape[0], heads), dtype=dtype),
+    )
 
 
 def _backward_op(
@@ -95,7 +99,12 @@ def _backward_op(
     depth = len(keys)
     if _uses_eager(q, depth):
         found = _gradients_eager(
-            (q, prev_weights, *keys, *values), heads, scale, channels_last, (dout, dweights, dkl), False
+            (q, prev_weights, *keys, *values),
+            heads,
+            scale,
+            channels_last,
+            (dout, dweights, dkl),
+            False,
         )
         dq, dprev, dkeys, dvalues = found[0], found[1], found[2 : 2 + depth], found[2 + depth :]
     else:
@@ -162,7 +171,9 @@ def _gradients_eager(
         assert q is not None
         outputs = layer_attention_reference(q, keys, values, heads, scale, prev, channels_last)
         pairs = [
-            (o, g) for o, g in zip(outputs, grad_outputs, strict=True) if o is not None and g is not None
+            (o, g)
+            for o, g in zip(outputs, grad_outputs, strict=True)
+            if o is not None and g is not None
         ]
         wanted = [x for x in inputs if x is not None and x.requires_grad]
         if not pairs or not wanted:

@@ -78,10 +78,10 @@ def _sequence(name: str, tensors: object, stacked_from: int) -> tuple[Tensor, ..
     return tuple(tensors)
 
 
-def check_query(q: object) -> Tensor:
-    q = check_tensor("q", q)
+def check_query(q: object, name: str = "q") -> Tensor:
+    q = check_tensor(name, q)
     if q.dim() != 2:
-        raise ValueError(f"q: got shape {list(q.shape)}; allowed is [B, C]")
+        raise ValueError(f"{name}: got shape {list(q.shape)}; allowed is [B, C]")
     return q
 
 
@@ -115,9 +115,7 @@ def check_map(name: str, value: object, q: Tensor, channels_last: bool) -> Tenso
     return value
 
 
-def check_values(
-    values: object, q: Tensor, depth: int, channels_last: bool
-) -> tuple[Tensor, ...]:
+def check_values(values: object, q: Tensor, depth: int, channels_last: bool) -> tuple[Tensor, ...]:
     checked = _sequence("values", values, stacked_from=4)
     if len(checked) != depth:
         raise ValueError(

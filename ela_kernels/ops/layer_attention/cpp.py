@@ -29,7 +29,9 @@ _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.flo
 def _kernels() -> Any:
     module = extension()
     if module is None:
-        raise RuntimeError("the compiled kernels are not available: see `python -m ela_kernels info`")
+        raise RuntimeError(
+            "the compiled kernels are not available: see `python -m ela_kernels info`"
+        )
     return module
 
 
@@ -163,7 +165,10 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of one layer; None where none was asked for. `dkeys` and `dvalues` only in the push form."""
+    """Gradients of one layer; None where none was asked for. `dkeys` and `dvalues` only in the push form.
+
+    `dscores` is that of the dot products before the scale, so that a key's gradient is a plain sum over layers.
+    """
 
     dscores: Tensor
     dq: Tensor | None
@@ -182,7 +187,7 @@ def layer_attention_backward_cpp(
     need_keys: Sequence[bool] = (),
     need_values: Sequence[bool] = (),
 ) -> Gradients:
-    """The gradients of scores, query and previous weights, and in the push form of every key and value."""
+    """Gradients of scores, query and previous weights, and in the push form of every key and value."""
     q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
     depth = len(values)
     accumulate = weights.dtype
@@ -208,10 +213,14 @@ def layer_attention_backward_cpp(
             view = (0, 0, 0) if d is None else view_in_form(d, channels_last, interleaved)
             assert view is not None  # it was allocated in form
             dvalue_table += view
-    dkeys = [torch.empty_like(q, memory_format=torch.contiguous_format) if n else None for n in need_keys]
+    dkeys = [
+        torch.empty_like(q, memory_format=torch.contiguous_format) if n else None for n in need_keys
+    ]
     dkey_table = []
     if any(need_keys):
-        dkey_table = [x for d in dkeys for x in ((0, 0) if d is None else (d.data_ptr(), d.stride(0)))]
+        dkey_table = [
+            x for d in dkeys for x in ((0, 0) if d is None else (d.data_ptr(), d.stride(0)))
+        ]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else None
     dscores = torch.empty_like(weights)
     dweights = None if dweights is None else dweights.contiguous()
@@ -274,15 +283,14 @@ def gather_value_gradient_cpp(
 
 
 def gather_key_gradient_cpp(
-    queries: Sequence[Tensor], columns: Sequence[tuple[Tensor, int]], heads: int, scale: float
+    queries: Sequence[Tensor], columns: Sequence[tuple[Tensor, int]], heads: int
 ) -> Tensor:
-    """`scale * sum_m dscores_m[..., j_m] * q_m`: the gradient of one key."""
+    """`sum_m dscores_m[..., j_m] * q_m`: the gradient of one key."""
     rows = compact_rows(queries)
     dkey = torch.empty_like(rows[0], memory_format=torch.contiguous_format)
     _kernels().gather_key(
         _DTYPE_CODES[dkey.dtype],
         (*dkey.shape, heads, 1, 0),
-        scale,
         _row_table(rows),
         _column_table(columns),
         [dkey.data_ptr(), dkey.stride(0)],

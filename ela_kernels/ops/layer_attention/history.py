@@ -12,6 +12,7 @@ from ela_kernels.backends.dispatch import EAGER, choose_backend
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
+    autocast_inputs,
     layer_attention,
     layer_attention_weights,
 )
@@ -156,20 +157,17 @@ class LayerHistory:
         Source:
             MRLA (arXiv 2302.03985), base form.
         """
-        prefix = self._enter(caller, (q, k, v))
         q = checks.check_query(q)
+        if torch.is_autocast_enabled(q.device.type):
+            q, k, v = autocast_inputs(q, k, v)
+        prefix = self._enter(caller, (q, k, v))
+        heads = self._check_pair(prefix, q, k, v, heads, channels_last)
+        scale = checks.check_scale(scale, q.shape[1] // heads)
+        entries = (*prefix.entries, _Entry(k, v))
         if self._takes_kernel(q):
-            key, heads = self._checked_pair(prefix, q, k, v, heads, channels_last)
-            checks.check_like("q", q, v)
-            scale = checks.check_scale(scale, q.shape[1] // heads)
-            entry = _Entry(key, v)
-            entries = (*prefix.entries, entry)
             link = self._link(entries, heads, scale, channels_last)
-            out, weights, kl, token = attend_pull(q, key, v, prefix.token, prefix.weights, link)
+            out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
         else:
-            key, heads = self._checked_pair(prefix, q, k, v, heads, channels_last)
-            entry = _Entry(key, v)
-            entries = (*prefix.entries, entry)
             out, weights, kl = layer_attention(
                 q,
                 [e.key for e in entries],
@@ -187,17 +185,17 @@ class LayerHistory:
         self, k: Tensor, v: Tensor, *, heads: int, channels_last: bool = False, caller: Any = None
     ) -> None:
         """Append `(k, v)` for the later layers without retrieving; arguments as in :meth:`attend`."""
+        checks.check_query(k, "k")
+        if torch.is_autocast_enabled(k.device.type):
+            k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
-        checks.check_query(k)
-        key, heads = self._checked_pair(prefix, k, k, v, heads, channels_last)
-        entries = (*prefix.entries, _Entry(key, v))
+        heads = self._check_pair(prefix, k, k, v, heads, channels_last)
+        entries = (*prefix.entries, _Entry(k, v))
         token = prefix.token
         if self._takes_kernel(k):
-            link = self._link(entries, heads, 1.0, channels_last)
-            token = provide_pull(key, v, token, link)
-        self._leave(
-            _Prefix(entries, prefix.position + 1, heads, prefix.weights, prefix.kl, token)
-        )
+            # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
+            token = provide_pull(k, v, token, self._link(entries, heads, 1.0, channels_last))
+        self._leave(_Prefix(entries, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
@@ -258,10 +256,10 @@ class LayerHistory:
         request = Request("layer_attention", q.device.type, q.dtype, self.depth + 1, False)
         return choose_backend(request) is not EAGER
 
-    def _checked_pair(
+    def _check_pair(
         self, prefix: _Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
-    ) -> tuple[Tensor, int]:
-        """The key and the heads, after the checks against q and against what is held."""
+    ) -> int:
+        """The heads, after the checks against q and against what is held."""
         checks.check_tensor("k", k)
         checks.check_like("k", k, q)
         if k.shape != q.shape:
@@ -269,7 +267,7 @@ class LayerHistory:
         checks.check_map("v", v, q, channels_last)
         heads = checks.check_heads(heads, q.shape[1])
         if not prefix.entries:
-            return k, heads
+            return heads
         first = prefix.entries[0].value
         if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
             raise ValueError(
@@ -290,7 +288,7 @@ class LayerHistory:
                     f"history: the key or value of layer {j} was changed in place after it was appended; allowed is an "
                     "out-of-place operation, or a clone given to the history"
                 )
-        return k, heads
+        return heads
 
     def _link(
         self, entries: tuple[_Entry, ...], heads: int, scale: float, channels_last: bool
@@ -304,6 +302,3 @@ class LayerHistory:
             channels_last,
             self._record,
         )
-
-
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def layer_attention(
     """
     q = checks.check_query(q)
     if torch.is_autocast_enabled(q.device.type):
-        q, keys, values = _autocast(q, keys, values)
+        q, keys, values = autocast_inputs(q, keys, values)
     key_list = checks.check_keys(keys, q)
     heads = checks.check_heads(heads, q.shape[1])
     scale = checks.check_scale(scale, q.shape[1] // heads)
@@ -98,7 +98,9 @@ def layer_attention(
         request = Request("layer_attention", q.device.type, q.dtype, len(key_list), False)
         if choose_backend(request) is EAGER:
             return LayerAttentionOutput(
-                *layer_attention_reference(q, key_list, value_list, heads, scale, prev, channels_last)
+                *layer_attention_reference(
+                    q, key_list, value_list, heads, scale, prev, channels_last
+                )
             )
     return LayerAttentionOutput(
         *layer_attention_autograd(q, key_list, value_list, heads, scale, prev, channels_last)
@@ -137,7 +139,7 @@ def layer_attention_weights(
     """
     q = checks.check_query(q)
     if torch.is_autocast_enabled(q.device.type):
-        q, keys, _ = _autocast(q, keys, ())
+        q, keys, _ = autocast_inputs(q, keys, ())
     key_list = checks.check_keys(keys, q)
     heads = checks.check_heads(heads, q.shape[1])
     scale = checks.check_scale(scale, q.shape[1] // heads)
@@ -147,9 +149,7 @@ def layer_attention_weights(
         needs_grad = torch.is_grad_enabled() and any(
             t.requires_grad for t in (q, *key_list, *(() if prev is None else (prev,)))
         )
-        request = Request(
-            "layer_attention_weights", q.device.type, q.dtype, depth, needs_grad
-        )
+        request = Request("layer_attention_weights", q.device.type, q.dtype, depth, needs_grad)
         if choose_backend(request) is not EAGER:
             return LayerAttentionWeights(
                 *layer_attention_weights_cpp(q, key_list, heads, scale, prev)
@@ -159,15 +159,13 @@ def layer_attention_weights(
     return LayerAttentionWeights(log_weights.exp(), kl)
 
 
-def _autocast(
-    q: Tensor, keys: Sequence[Tensor] | Tensor, values: Sequence[Tensor] | Tensor
-) -> tuple[Tensor, Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor]:
+def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any]:
     """Cast as PyTorch's own matrix products are under autocast; float64 and foreign types stay."""
     dtype = torch.get_autocast_dtype(q.device.type)
 
-    def cast(x: object) -> object:
+    def cast(x: Any) -> Any:
         if isinstance(x, Tensor):
             return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
         return tuple(cast(y) for y in x) if isinstance(x, (tuple, list)) else x
 
-    return cast(q), cast(keys), cast(values)  # type: ignore[return-value]
+    return cast(q), cast(keys), cast(values)

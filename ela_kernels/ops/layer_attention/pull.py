@@ -89,24 +89,22 @@ class Link(NamedTuple):
     record: Record
 
 
-def _gather(
-    ctx: Any, need_key: bool, need_value: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
     """`(dk, dv)` of the layer that `ctx` belongs to."""
     index = len(ctx.path) - 1
     found = ctx.record.retrieved(ctx.path)
     dk = dv = None
     if need_key and found:
         dk = gather_key_gradient_cpp(
-            [r.q for r in found], [(r.dscores, index) for r in found], ctx.heads, ctx.scale
+            [r.q for r in found], [(r.dscores, index) for r in found], ctx.heads
         )
     with_dout = [r for r in found if r.dout is not None]
     if need_value and with_dout:
         for r in with_dout:
             if r.dout is not None and r.dout._version != r.dout_version:
                 raise RuntimeError(
-                    "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
-                    "but earlier layers still need it; return a new tensor from the hook instead"
+                    "the gradient of a layer attention output was changed in place during the backward pass "
+                    "(by a hook?), but earlier layers still need it; return a new tensor from the hook instead"
                 )
         dv = gather_value_gradient_cpp(
             [r.dout for r in with_dout if r.dout is not None],
@@ -120,8 +118,8 @@ def _gather(
 def _refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "LayerHistory: a second derivative was asked for (create_graph=True), and the kernels' pull backward has none; "
-            "use ela_kernels.use_backend('eager'), or the functional layer_attention"
+            "LayerHistory: a second derivative was asked for (create_graph=True), and the kernels' pull backward "
+            "has none; use ela_kernels.use_backend('eager'), or the functional layer_attention"
         )
 
 
@@ -177,9 +175,18 @@ class _Attend(torch.autograd.Function):
             values = maps[depth:]
             if dout is not None:
                 # Once here, not once for every earlier layer: the gradient of a sum is expanded, for instance.
-                dout = in_form(dout, ctx.channels_last, is_interleaved(values[-1], ctx.channels_last))
+                dout = in_form(
+                    dout, ctx.channels_last, is_interleaved(values[-1], ctx.channels_last)
+                )
             saved = Saved(
-                q, maps[:depth], values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last
+                q,
+                maps[:depth],
+                values,
+                ctx.heads,
+                ctx.scale,
+                prev_weights,
+                weights,
+                ctx.channels_last,
             )
             dscores, dq, dprev, _, _ = layer_attention_backward_cpp(
                 saved, dout, dweights, dkl, need_q, need_prev
@@ -192,9 +199,7 @@ class _Attend(torch.autograd.Function):
 
 class _Provide(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link
-    ) -> Tensor:
+    def forward(ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor:
         _keep(ctx, link)
         ctx.token = token
         return k.new_zeros(1)
