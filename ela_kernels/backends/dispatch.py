@@ -111,7 +111,7 @@ def _choose(setting: str, request: Request) -> Backend:
                 f"{'; '.join(reasons)}. Use use_backend('auto') to let another backend serve it."
             )
         return BACKENDS[setting]
-    refusals = []
+    refusals: list[str] = []
     for name, backend in BACKENDS.items():
         reasons = backend.not_supported_reasons(request)
         if not reasons:

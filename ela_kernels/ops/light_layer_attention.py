@@ -67,4 +67,5 @@ def light_layer_attention(
     gate = (scale * product).sigmoid().repeat_interleave(channels // heads, dim=1)
     gate = gate.reshape(v.shape[0], channels, *([1] * spatial))
     kept = decay.to(dtype).reshape(channels, *([1] * spatial)) * prev_out.to(dtype)
-    return (gate * v.to(dtype) + kept).to(v.dtype)
+    out: Tensor = (gate * v.to(dtype) + kept).to(v.dtype)
+    return out

@@ -106,7 +106,12 @@ def _backward_op(
             (dout, dweights, dkl),
             False,
         )
-        dq, dprev, dkeys, dvalues = found[0], found[1], found[2 : 2 + depth], found[2 + depth :]
+        dq, dprev, dkeys, dvalues = (
+            found[0],
+            found[1],
+            [*found[2 : 2 + depth]],
+            [*found[2 + depth :]],
+        )
     else:
         saved = Saved(q, keys, values, heads, scale, prev_weights, weights, channels_last)
         every = [True] * depth

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def check_heads(heads: object, channels: int) -> int:
 
 def check_scale(scale: object, head_dim: int) -> float:
     if scale is None:
-        return float(head_dim) ** -0.5
+        return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}; allowed is a float or None")
     return float(scale)

@@ -11,6 +11,7 @@ retrieved from, so that of two continuations of one history neither sees the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,10 +50,11 @@ class Record:
         if task not in self._passes:
             self._passes[task] = []
             # A pass over a part of the graph never reaches the first layer: forget it when it ends.
-            torch.autograd.Variable._execution_engine.queue_callback(
-                lambda: self._passes.pop(task, None)
-            )
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
         self._passes[task].append(retrieval)
+
+    def _end(self, task: int) -> None:
+        self._passes.pop(task, None)
 
     def retrieved(self, path: tuple[int, ...]) -> list[_Retrieval]:
         """Those that retrieved from the layer at the end of `path`, in order of depth."""
@@ -188,11 +190,10 @@ class _Attend(torch.autograd.Function):
                 weights,
                 ctx.channels_last,
             )
-            dscores, dq, dprev, _, _ = layer_attention_backward_cpp(
-                saved, dout, dweights, dkl, need_q, need_prev
-            )
+            found = layer_attention_backward_cpp(saved, dout, dweights, dkl, need_q, need_prev)
+            dq, dprev = found.dq, found.dprev
             version = 0 if dout is None else dout._version
-            ctx.record.add(_Retrieval(ctx.path, q, weights, dscores, dout, version))
+            ctx.record.add(_Retrieval(ctx.path, q, weights, found.dscores, dout, version))
         dk, dv = _gather(ctx, need_k, need_v)
         return dq, dk, dv, dprev, _token_gradient(ctx, ctx.token), None
 
