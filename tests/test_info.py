@@ -163,6 +163,8 @@ def test_extension_in_this_process() -> None:
 def test_one_openmp_runtime_is_shared_with_torch() -> None:
     if loader.extension() is None:
         pytest.skip(str(loader.extension_problem()))
+    if "clang" in loader.build_info()["compiler"]:
+        pytest.skip("clang's OpenMP code needs libomp, and PyTorch brings libgomp on Linux")
     done = run_python(
         "-c",
         "import json, ela_kernels.info as i; print(json.dumps(i.collect_report()['threads']))",
