@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ela_kernels.backends.extension import extension
 from ela_kernels.ops.layer_attention.layout import (
-    MapView,
-    compact_rows,
     empty_map,
     in_form,
     is_interleaved,
@@ -22,6 +20,8 @@ from ela_kernels.ops.layer_attention.layout import (
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 Sizes = tuple[int, int, int, int, int]
+
+_ONE_THREAD_ELEMENTS = 16 * 1024
 
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -53,28 +53,45 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _row_table(rows: Sequence[Tensor]) -> list[int]:
-    return [x for row in rows for x in (row.data_ptr(), row.stride(0))]
+def _threads(elements: int) -> int:
+    """As many as PyTorch uses; one where waking a second would take longer than the work itself."""
+    return torch.get_num_threads() if elements > _ONE_THREAD_ELEMENTS else 1
 
 
-def _map_table(views: Sequence[MapView]) -> list[int]:
-    return [x for view in views for x in view]
-
-
-def _views(
-    maps: Sequence[Tensor], channels_last: bool, interleaved: bool
-) -> tuple[list[int], list[Tensor]]:
-    """The kernels' table of `maps`, and the copies that must stay alive until the kernel has run."""
+def _rows(tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
+    """The kernels' table of queries or keys `[B, C]`, and the copies that must live until the kernel has run."""
     table: list[int] = []
     copies = []
+    for row in tensors:
+        batch, channel = row.stride()
+        if channel != 1 and row.shape[1] != 1:
+            row = row.contiguous()
+            copies.append(row)
+            batch = row.stride(0)
+        table += (row.data_ptr(), batch)
+    return table, copies
+
+
+def _maps(
+    maps: Sequence[Tensor], channels_last: bool, interleaved: bool
+) -> tuple[list[int], list[Tensor]]:
+    """The kernels' table of feature maps of one shape, and the copies that must live until the kernel has run."""
+    table: list[int] = []
+    copies = []
+    known: tuple[int, ...] = ()
+    inner = batch = 0
     for tensor in maps:
-        view = view_in_form(tensor, channels_last, interleaved)
-        if view is None:
-            tensor = in_form(tensor, channels_last, interleaved)
-            copies.append(tensor)
+        strides = tensor.stride()
+        if strides != known:  # usually all maps lie alike, and only the first is analysed
             view = view_in_form(tensor, channels_last, interleaved)
-            assert view is not None  # a compact copy is in form
-        table += view
+            if view is None:
+                tensor = in_form(tensor, channels_last, interleaved)
+                copies.append(tensor)
+                view = view_in_form(tensor, channels_last, interleaved)
+                assert view is not None  # a compact copy is in form
+            _, batch, inner = view
+            known = tensor.stride()
+        table += (tensor.data_ptr(), batch, inner)
     return table, copies
 
 
@@ -93,8 +110,8 @@ def layer_attention_forward_cpp(
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
     accumulate = accumulate_dtype(q.dtype)
     depth = len(values)
-    rows = compact_rows((q, *keys))
-    table, copies = _views(values, channels_last, interleaved)
+    row_table, row_copies = _rows((q, *keys))
+    table, copies = _maps(values, channels_last, interleaved)
     out = empty_map(last, channels_last, interleaved)
     weights = torch.empty((sizes[0], heads, depth), dtype=accumulate)
     kl = None
@@ -104,7 +121,6 @@ def layer_attention_forward_cpp(
         prev_depth = prev_weights.shape[2]
         kl = torch.empty((sizes[0], heads), dtype=accumulate)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
-    row_table = _row_table(rows)
     _kernels().forward(
         _DTYPE_CODES[q.dtype],
         sizes,
@@ -118,9 +134,9 @@ def layer_attention_forward_cpp(
         _address(kl),
         view_in_form(out, channels_last, interleaved),
         _address(workspace),
-        torch.get_num_threads(),
+        _threads(last.numel() * depth),
     )
-    del copies
+    del copies, row_copies
     return out, weights, kl
 
 
@@ -129,13 +145,12 @@ def layer_attention_weights_cpp(
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)`; no value is read."""
     accumulate = accumulate_dtype(q.dtype)
-    rows = compact_rows((q, *keys))
+    row_table, row_copies = _rows((q, *keys))
     weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
     kl = None
     if prev_weights is not None:
         prev_weights = prev_weights.contiguous()
         kl = torch.empty((q.shape[0], heads), dtype=accumulate)
-    row_table = _row_table(rows)
     _kernels().weights(
         _DTYPE_CODES[q.dtype],
         (*q.shape, heads, 1, 0),
@@ -146,8 +161,9 @@ def layer_attention_weights_cpp(
         0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
         _address(kl),
-        torch.get_num_threads(),
+        _threads(q.numel() * len(keys)),
     )
+    del row_copies
     return weights, kl
 
 
@@ -193,15 +209,14 @@ def layer_attention_backward_cpp(
     accumulate = weights.dtype
     interleaved = is_interleaved(values[-1], channels_last)
     sizes = kernel_sizes(values[-1], heads, channels_last, interleaved)
-    rows = compact_rows((q, *keys))
-    row_table = _row_table(rows)
+    row_table, row_copies = _rows((q, *keys))
     dout_table: list[int] = []
     value_table: list[int] = []
     dvalues: list[Tensor | None] = [None] * depth
     copies: list[Tensor] = []
     if dout is not None:
-        dout_table, copies = _views((dout,), channels_last, interleaved)
-        value_table, value_copies = _views(values, channels_last, interleaved)
+        dout_table, copies = _maps((dout,), channels_last, interleaved)
+        value_table, value_copies = _maps(values, channels_last, interleaved)
         copies += value_copies
         dvalues = [
             empty_map(values[-1], channels_last, interleaved) if needed else None
@@ -252,9 +267,9 @@ def layer_attention_backward_cpp(
         _address(dprev),
         dvalue_table,
         _address(workspace),
-        torch.get_num_threads(),
+        _threads(values[-1].numel() * depth),
     )
-    del copies
+    del copies, row_copies
     return Gradients(dscores, dq, dprev, dkeys, dvalues)
 
 
@@ -265,7 +280,7 @@ def gather_value_gradient_cpp(
     first = douts[0]
     interleaved = is_interleaved(first, channels_last)
     sizes = kernel_sizes(first, heads, channels_last, interleaved)
-    table, copies = _views(douts, channels_last, interleaved)
+    table, copies = _maps(douts, channels_last, interleaved)
     dvalue = empty_map(first, channels_last, interleaved)
     accumulate = accumulate_dtype(first.dtype)
     workspace = _workspace(_aggregate_workspace(sizes, len(douts)), accumulate)
@@ -276,7 +291,7 @@ def gather_value_gradient_cpp(
         _column_table(columns),
         view_in_form(dvalue, channels_last, interleaved),
         _address(workspace),
-        torch.get_num_threads(),
+        _threads(first.numel() * len(douts)),
     )
     del copies
     return dvalue
@@ -286,16 +301,17 @@ def gather_key_gradient_cpp(
     queries: Sequence[Tensor], columns: Sequence[tuple[Tensor, int]], heads: int
 ) -> Tensor:
     """`sum_m dscores_m[..., j_m] * q_m`: the gradient of one key."""
-    rows = compact_rows(queries)
-    dkey = torch.empty_like(rows[0], memory_format=torch.contiguous_format)
+    table, copies = _rows(queries)
+    dkey = torch.empty_like(queries[0], memory_format=torch.contiguous_format)
     _kernels().gather_key(
         _DTYPE_CODES[dkey.dtype],
         (*dkey.shape, heads, 1, 0),
-        _row_table(rows),
+        table,
         _column_table(columns),
         [dkey.data_ptr(), dkey.stride(0)],
-        torch.get_num_threads(),
+        _threads(dkey.numel() * len(queries)),
     )
+    del copies
     return dkey
 
 

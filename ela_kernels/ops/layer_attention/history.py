@@ -19,21 +19,27 @@ from ela_kernels.ops.layer_attention.interface import (
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 
 
-def _version_of(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
-
-
 class _Entry:
     """One layer's key and value."""
 
-    __slots__ = ("key", "key_version", "serial", "value", "value_version")
+    __slots__ = ("key", "serial", "value", "version")
     _count = 0
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = key, value
-        self.key_version, self.value_version = _version_of(key), _version_of(value)
+        self.version = self._current_version()
         _Entry._count += 1
         self.serial = _Entry._count
+
+    def _current_version(self) -> int:
+        # Versions only grow, so their sum tells whether either has; inference tensors have none.
+        if self.value.is_inference() or self.key.is_inference():
+            return -1
+        return self.key._version + self.value._version
+
+    @property
+    def was_changed(self) -> bool:
+        return self.version >= 0 and self.key._version + self.value._version != self.version
 
 
 class _Prefix:
@@ -280,10 +286,7 @@ class LayerHistory:
                 f"heads: got {heads}; allowed is {prefix.heads}, as the layers before it in this history"
             )
         for j, entry in enumerate(prefix.entries):
-            if (
-                _version_of(entry.value) != entry.value_version
-                or _version_of(entry.key) != entry.key_version
-            ):
+            if entry.was_changed:
                 raise RuntimeError(
                     f"history: the key or value of layer {j} was changed in place after it was appended; allowed is an "
                     "out-of-place operation, or a clone given to the history"

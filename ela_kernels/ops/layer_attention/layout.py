@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -80,8 +78,3 @@ def kernel_sizes(
         if i != (value.dim() - 1 if channels_last else 1):
             positions *= size
     return batch, channels, heads, positions, int(interleaved)
-
-
-def compact_rows(rows: Sequence[Tensor]) -> list[Tensor]:
-    """Queries or keys `[B, C]` with contiguous channels; tiny, so a copy of an odd one does not matter."""
-    return [r if r.stride(1) == 1 or r.shape[1] == 1 else r.contiguous() for r in rows]

@@ -175,7 +175,7 @@ class _Attend(torch.autograd.Function):
             q, weights, prev_weights, *maps = ctx.saved_tensors
             depth = len(maps) // 2
             values = maps[depth:]
-            if dout is not None:
+            if dout is not None and dout.stride() != values[-1].stride():
                 # Once here, not once for every earlier layer: the gradient of a sum is expanded, for instance.
                 dout = in_form(
                     dout, ctx.channels_last, is_interleaved(values[-1], ctx.channels_last)
