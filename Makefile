@@ -3,6 +3,7 @@
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14)
 BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -28,10 +29,11 @@ install: $(INSTALLED) ## make the virtual environment and install the package in
 $(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
 	@set -e; \
 	if [ ! -x $(BIN)/python ]; then \
-	  for python in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	  for python in $(PYTHONS); do \
 	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$python; break; fi; \
 	  done; \
-	  if [ -z "$$found" ]; then echo "No Python of 3.10 or later was found; name one: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
+	  if [ -z "$$found" ]; then \
+	    echo "No Python of 3.10 or later was found (looked for $(PYTHONS)); name one: make PYTHON=/path/to/python3" >&2; exit 1; fi; \
 	  echo "making $(VENV) with $$found ($$($$found --version))"; \
 	  $$found -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "$$found cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
