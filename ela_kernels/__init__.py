@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ela_kernels.backends import backend_status, use_backend
+from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention, convert, unconvert
 from ela_kernels.ops.layer_attention import (
     LayerAttentionOutput,
     LayerAttentionWeights,
@@ -15,13 +16,18 @@ from ela_kernels.ops.light_layer_attention import light_layer_attention
 __version__ = "0.1.0"
 
 __all__ = [
+    "ELA",
+    "LayerAttention",
     "LayerAttentionOutput",
     "LayerAttentionWeights",
     "LayerHistory",
+    "LightLayerAttention",
     "__version__",
     "backend_status",
+    "convert",
     "layer_attention",
     "layer_attention_weights",
     "light_layer_attention",
+    "unconvert",
     "use_backend",
 ]

@@ -1,0 +1,17 @@
+"""Layer attention as PyTorch modules."""
+
+from ela_kernels.modules.convert import convert, unconvert
+from ela_kernels.modules.ela import ELA
+from ela_kernels.modules.layer_attention import LayerAttention
+from ela_kernels.modules.light import LightLayerAttention
+from ela_kernels.modules.published import ConcatHistory, ConcatLayerAttention
+
+__all__ = [
+    "ELA",
+    "ConcatHistory",
+    "ConcatLayerAttention",
+    "LayerAttention",
+    "LightLayerAttention",
+    "convert",
+    "unconvert",
+]

@@ -1,0 +1,139 @@
+"""The base form of layer attention as a module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class History(Protocol):
+    """What the modules need of a history; :class:`ela_kernels.LayerHistory` is the one to use."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, caller: Any = None
+    ) -> Tensor: ...
+
+
+def default_kernel_size(dim: int) -> int:
+    """Kernel size of the convolutions over the channel axis: `int(|log2(dim) + 1| / 2)`, the next odd number if even.
+
+    Source: MRLA (arXiv 2302.03985), which takes the rule from ECA-Net (arXiv 1910.03151).
+    """
+    size = int(abs(math.log2(dim) + 1) / 2)
+    return size if size % 2 else size + 1
+
+
+def check_count(name: str, value: object) -> int:
+    """A positive int, or an error that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: got {type(value).__name__}; allowed is a positive int")
+    if value < 1:
+        raise ValueError(f"{name}: got {value}; allowed is a positive int")
+    return value
+
+
+class QueryKeyValue(nn.Module):
+    """The parameters that make query, key and value from a feature map; both forms of layer attention have them.
+
+    Args:
+        dim: number of channels C.
+        head_dim: channels of a head D; a divisor of `dim`.
+        kernel_size: odd size of the filters over the channel axis; by :func:`default_kernel_size` if None.
+    """
+
+    def __init__(self, dim: int, head_dim: int, kernel_size: int | None = None) -> None:
+        super().__init__()
+        self.dim = check_count("dim", dim)
+        self.head_dim = check_count("head_dim", head_dim)
+        if dim % head_dim:
+            raise ValueError(
+                f"head_dim: got {head_dim} for dim={dim}; allowed is a divisor of dim, so that heads are of one size"
+            )
+        size = default_kernel_size(dim) if kernel_size is None else kernel_size
+        if check_count("kernel_size", size) % 2 == 0:
+            raise ValueError(
+                f"kernel_size: got {size}; allowed is an odd int, so that channels keep their place"
+            )
+        self.Wq = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+        self.Wk = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+        self.Wv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+
+    @property
+    def heads(self) -> int:
+        """Number of heads G."""
+        return self.dim // self.head_dim
+
+    def check_input(self, x: object) -> None:
+        """Refuse what is no `[B, dim, H, W]` tensor."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: got {type(x).__name__}; allowed is a torch.Tensor [B, C, H, W]")
+        if x.dim() != 4 or x.shape[1] != self.dim:
+            raise ValueError(
+                f"x: got shape {list(x.shape)}; allowed is [B, {self.dim}, H, W], as this layer was made with "
+                f"dim={self.dim}"
+            )
+
+    def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and key `[B, C]`, from the spatial mean of `x`."""
+        y = x.mean((2, 3)).unsqueeze(1)  # [B, 1, C]
+        return self.Wq(y).squeeze(1), self.Wk(y).squeeze(1)
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Key `[B, C]` and value `[B, C, H, W]`."""
+        return self.Wk(x.mean((2, 3)).unsqueeze(1)).squeeze(1), self.Wv(x)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key `[B, C]`, value `[B, C, H, W]`."""
+        return *self.query_key(x), self.Wv(x)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, head_dim={self.head_dim}, kernel_size={self.Wk.kernel_size[0]}"
+
+
+class LayerAttention(QueryKeyValue):
+    """Retrieve from the feature maps of all layers of the stage so far, in one kernel.
+
+    Equivalent PyTorch, with `keys` and `values` two growing lists of the stage::
+
+        y = x.mean((2, 3)).unsqueeze(1)                                  # [B, 1, C]
+        q, k, v = Wq(y).squeeze(1), Wk(y).squeeze(1), Wv(x)
+        keys.append(k), values.append(v)
+        out = ek.layer_attention(q, keys, values, heads=dim // head_dim).out
+
+    Parameters have the names and shapes of the published modules, so that their checkpoints load: `Wq.weight` and
+    `Wk.weight` `[1, 1, kernel_size]`, `Wv.weight` `[C, 1, 3, 3]`.
+
+    Args:
+        dim: number of channels C.
+        head_dim: channels of a head; a divisor of `dim`. 1 is the channel-wise form.
+        kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, each named.
+
+    Source:
+        MRLA (arXiv 2302.03985), equations 4 to 6, base form.
+
+    Example:
+        >>> import torch, ela_kernels as ek
+        >>> layers = [ek.LayerAttention(32) for _ in range(3)]
+        >>> x, history = torch.randn(2, 32, 8, 8), ek.LayerHistory()
+        >>> for layer in layers:
+        ...     x = x + layer(x, history)
+    """
+
+    def __init__(self, dim: int, head_dim: int = 16, kernel_size: int | None = None) -> None:
+        super().__init__(dim, head_dim, kernel_size)
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        """The aggregation `[B, C, H, W]`; weights and divergence are then in `history`.
+
+        Args:
+            x: feature map `[B, C, H, W]`, in any memory format.
+            history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
+        """
+        self.check_input(x)
+        q, k, v = self.query_key_value(x)
+        return history.attend(q, k, v, heads=self.heads, caller=self)

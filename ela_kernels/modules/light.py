@@ -1,0 +1,49 @@
+"""The light form of layer attention as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ela_kernels.modules.layer_attention import QueryKeyValue
+from ela_kernels.ops.light_layer_attention import light_layer_attention
+
+
+class LightLayerAttention(QueryKeyValue):
+    """Gate this layer's value and let the previous layer's output decay; needs no history.
+
+    Equivalent PyTorch::
+
+        y = x.mean((2, 3)).unsqueeze(1)                                  # [B, 1, C]
+        q, k, v = Wq(y).squeeze(1), Wk(y).squeeze(1), Wv(x)
+        out = ek.light_layer_attention(q, k, v, prev_out, lambda_t, heads=dim // head_dim)
+
+    Args:
+        dim: number of channels C.
+        head_dim: channels of a head; a divisor of `dim`.
+        kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, each named.
+
+    Source:
+        MRLA (arXiv 2302.03985), light form. Parameters have the published names, `lambda_t` `[C, 1, 1]` included.
+    """
+
+    def __init__(self, dim: int, head_dim: int = 32, kernel_size: int | None = None) -> None:
+        super().__init__(dim, head_dim, kernel_size)
+        self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
+
+    def forward(self, x: Tensor, prev_out: Tensor) -> Tensor:
+        """The output `[B, C, H, W]`.
+
+        Args:
+            x: feature map `[B, C, H, W]`.
+            prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`.
+        """
+        self.check_input(x)
+        q, k, v = self.query_key_value(x)
+        if isinstance(prev_out, Tensor) and torch.is_autocast_enabled(x.device.type):
+            # The stage's input need not have passed through an autocast operation.
+            prev_out = prev_out.to(v.dtype)
+        return light_layer_attention(q, k, v, prev_out, self.lambda_t, self.heads)
