@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ela_kernels.backends import backend_status, use_backend
+from ela_kernels.ebqm import EBQM, prune
 from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention, convert, unconvert
 from ela_kernels.ops.layer_attention import (
     LayerAttentionOutput,
@@ -16,6 +17,7 @@ from ela_kernels.ops.light_layer_attention import light_layer_attention
 __version__ = "0.1.0"
 
 __all__ = [
+    "EBQM",
     "ELA",
     "LayerAttention",
     "LayerAttentionOutput",
@@ -28,6 +30,7 @@ __all__ = [
     "layer_attention",
     "layer_attention_weights",
     "light_layer_attention",
+    "prune",
     "unconvert",
     "use_backend",
 ]

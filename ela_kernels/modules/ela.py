@@ -32,8 +32,8 @@ class ELA(nn.Module):
     Equivalent PyTorch: `x + drop_path(act(norm(LayerAttention(dim)(x, history))))`, or `x` when skipped.
 
     :class:`ela_kernels.EBQM` decides which layers are skipped; `skipped` can be set by hand too. It is part of the
-    state dict, with the skip mode and the layer's place in its stage. A checkpoint without it (a plain MRLA model's)
-    loads as a model of which nothing is skipped.
+    state dict, with the skip mode and the layer's place in its stage; a checkpoint without it loads as a layer that
+    retrieves.
 
     Args:
         dim: number of channels C.
@@ -77,7 +77,7 @@ class ELA(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.skip: SkipMode = check_skip(skip)
         self.skipped = False
-        self.pruned = False
+        self.pruned = False  # skipped for good, its unused parameters removed
         # What EBQM needs: the divergences of this step (None when none is attached), and whether to look again.
         self.observations: list[Tensor] | None = None
         self.probe_next = False
@@ -92,8 +92,10 @@ class ELA(nn.Module):
         """
         place = history.position
         recomputing = history.recomputing
-        if not recomputing and self.place != place:
-            self.place = place
+        if not recomputing:
+            self.place = (
+                place  # not compared with the old one first: torch.compile would guard on that
+            )
         watched = self.training and self.observations is not None and not recomputing
         if self.skipped:
             self._pass(x, history, watched and self.probe_next)
@@ -128,18 +130,33 @@ class ELA(nn.Module):
         if len(self.observations) < _MOST_OBSERVATIONS:
             self.observations.append(kl.detach())
 
+    def remove_unused(self, provides: bool) -> None:
+        """Remove, for good, the parameters that a skipped layer does not need.
+
+        Args:
+            provides: keep what makes the key and the value. Otherwise the layer is empty from then on.
+        """
+        self.norm = None
+        if not provides:
+            self.attn = None
+        elif self.attn is not None:
+            self.attn.register_module("Wq", None)
+        self.skipped = self.pruned = True
+        self.probe_next = False
+
     def get_extra_state(self) -> Tensor:
-        """`skipped`, the skip mode, and the place in the stage (-1 before the first forward pass), as one tensor."""
+        """One tensor: skipped, index of the skip mode, place in the stage (-1 if unknown), pruned (2: emptied)."""
         place = -1 if self.place is None else self.place
-        return torch.tensor([int(self.skipped), SKIP_MODES.index(self.skip), place])
+        pruned = 0 if not self.pruned else 2 if self.attn is None else 1
+        return torch.tensor([int(self.skipped), SKIP_MODES.index(self.skip), place, pruned])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave."""
-        skipped, mode, place = (int(s) for s in state.tolist())
+        skipped, mode, place, _ = (int(s) for s in state.tolist())
         if self.pruned and not skipped:
             raise ValueError(
                 "state_dict: got a layer that retrieves for an ELA layer that was pruned; allowed is the state of a "
-                "model with the same layers pruned. Load into a model that was not pruned, then prune it"
+                "model with the same layers skipped. Load into a model that was not pruned"
             )
         self.skipped = bool(skipped)
         self.skip = check_skip(SKIP_MODES[mode])
@@ -155,10 +172,15 @@ class ELA(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        key = prefix + "_extra_state"
+        if key in state_dict:
+            pruned = int(state_dict[key][3])
+            if pruned:
+                # Before the children are loaded, so that none of them misses its parameters.
+                self.remove_unused(provides=pruned == 1)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "_extra_state"
         if key in missing_keys:
             missing_keys.remove(key)
             self.skipped = self.pruned

@@ -1,0 +1,24 @@
+"""EBQM, Enhanced Beta Quantile Mapping: which layers retrieve something new, and which can be skipped."""
+
+from ela_kernels.ebqm.beta import BetaFit, Retention, fit_beta, retention
+from ela_kernels.ebqm.decision import Candidate, Reason, Rules, Verdict, decide
+from ela_kernels.ebqm.monitor import EBQM
+from ela_kernels.ebqm.prune import prune
+from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
+
+__all__ = [
+    "EBQM",
+    "BetaFit",
+    "Candidate",
+    "DecisionRecord",
+    "LayerReport",
+    "Reason",
+    "Report",
+    "Retention",
+    "Rules",
+    "Verdict",
+    "decide",
+    "fit_beta",
+    "prune",
+    "retention",
+]

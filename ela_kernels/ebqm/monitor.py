@@ -1,0 +1,341 @@
+"""EBQM: watch the layers' divergence in training, and skip those that retrieve what the layer before did."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ela_kernels.ebqm.beta import BetaFit, fit_beta, retention
+from ela_kernels.ebqm.decision import Candidate, Reason, Verdict, decide
+from ela_kernels.ebqm.prune import prune
+from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
+from ela_kernels.ebqm.settings import Settings, checked_settings
+from ela_kernels.ebqm.stages import find_layers, stage_numbers
+from ela_kernels.ebqm.statistics import Statistics
+from ela_kernels.modules.ela import SkipMode, check_skip
+
+_VERSION = 1
+
+
+class EBQM:
+    """Enhanced Beta Quantile Mapping: find redundant layers while the model trains, skip them, and let them come back.
+
+    The published abstract names the method and what it is for, and gives no formula; this is our definition. For every
+    :class:`ela_kernels.ELA` layer t:
+
+    1. `x_t = mean over batch and heads of 1 - exp(-kl_t)`, in [0, 1): near zero exactly when layer t retrieves with the
+       weights of the layer before it;
+    2. `x_t` is smoothed by an exponential moving average over steps, bias-corrected;
+    3. Beta(a, b) is fitted to the `x_t` of all layers by the method of moments, its variance shrunk toward a prior's
+       (:func:`ela_kernels.ebqm.fit_beta` has the formula);
+    4. `u_t = BetaCDF(x_t; a, b)`, and the retention score `r_t = BetaQuantile(u_t; *reference)`: the same scale for
+       every model, depth and epoch;
+    5. a layer is dropped at `r_t < low` and comes back at `r_t > high`, within the guards: `ceiling`, `max_share`,
+       `max_row`, `warmup`, `interval`; the first layer of a stage is never skipped, nor one whose divergence was never
+       seen or not finite;
+    6. a skipped layer is probed every `probe_interval` steps: its weights are worked out from query and key alone.
+
+    Statistics stay on the device and come to the host at a decision only. Under `torch.distributed` they are averaged
+    there over the processes, so that all decide alike; every process must then call :meth:`step` as often. A skipped
+    layer's parameters get no gradient: `DistributedDataParallel` needs `find_unused_parameters=True`, and with
+    `zero_grad(set_to_none=False)` an optimizer goes on moving them by momentum and weight decay.
+
+    The default thresholds are for a model with some tens of layers and thousands of steps.
+
+    Args:
+        model: a model with ELA layers, wrapped or not.
+        low: a layer in use is dropped at a retention score below it; in [0, 1].
+        high: a skipped layer comes back at a score above it; in [0, 1], larger than `low`.
+        ceiling: nothing with `x_t` above it is skipped, however low its score. At 0.25 the weights of the two layers
+            differ by at most half of their mass, on average over batch and heads.
+        max_share: largest share of the ELA layers that may be skipped, in [0, 1].
+        max_row: how many skipped layers may stand in a row in a stage; at least 1.
+        warmup: steps before the first decision.
+        interval: steps between decisions.
+        probe_interval: steps between probes of a skipped layer.
+        smoothing: factor by which a step's weight in the average falls with every step after it; in [0, 1).
+        prior_count: weight of the prior in the fit, in layers; > 0.
+        prior_concentration: a + b of the prior; > 0. The larger, the smaller the differences between layers that count.
+        reference: (a, b) of the Beta distribution on whose scale `low` and `high` are; (1, 1) makes `r_t = u_t`.
+        skip: how skipped layers are skipped, `"retrieval"` or `"layer"`; None leaves it to each layer.
+        process_group: processes to average over; the default group if None. Not kept in a pickle.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+
+    Source:
+        The use of the adjacent layers' divergence and the method's name: ELA (arXiv 2503.06473). The formulas: ours.
+
+    Example:
+        >>> import torch, ela_kernels as ek
+        >>> layers = torch.nn.ModuleList(ek.ELA(32) for _ in range(4))
+        >>> ebqm = ek.EBQM(layers, warmup=1, interval=1)
+        >>> x, history = torch.randn(2, 32, 8, 8), ek.LayerHistory()
+        >>> for layer in layers:
+        ...     x = layer(x, history)
+        >>> x.sum().backward()
+        >>> ebqm.step()  # after optimizer.step()
+        >>> len(ebqm.report().layers)
+        4
+    """
+
+    prune = staticmethod(prune)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        low: float = 0.3,
+        high: float = 0.45,
+        ceiling: float = 0.25,
+        max_share: float = 0.5,
+        max_row: int = 3,
+        warmup: int = 1000,
+        interval: int = 100,
+        probe_interval: int = 20,
+        smoothing: float = 0.98,
+        prior_count: float = 4.0,
+        prior_concentration: float = 4.0,
+        reference: tuple[float, float] = (2.0, 2.0),
+        skip: SkipMode | None = None,
+        process_group: Any = None,
+    ) -> None:
+        self.settings = checked_settings(
+            Settings(
+                low,
+                high,
+                ceiling,
+                max_share,
+                max_row,
+                warmup,
+                interval,
+                probe_interval,
+                smoothing,
+                prior_count,
+                prior_concentration,
+                reference,
+            )
+        )
+        if skip is not None:
+            check_skip(skip)
+        layers = find_layers(model)
+        self.model = model
+        self.process_group = process_group
+        self.steps = 0
+        self._names = list(layers)
+        self._layers = list(layers.values())
+        self._statistics = Statistics(len(layers), self.settings.smoothing)
+        self._reasons = [Reason.UNDECIDED] * len(layers)
+        self._since = [0] * len(layers)
+        self._decisions: list[DecisionRecord] = []
+        for layer in self._layers:
+            if skip is not None:
+                layer.skip = skip
+        self._attach()
+
+    def step(self) -> None:
+        """Take in the step that was trained; decide when a decision is due. Call it once after `optimizer.step()`."""
+        self.steps += 1
+        self._statistics.update(self._observations)
+        for kept in self._observations:
+            kept.clear()
+        if self.settings.decides_at(self.steps):
+            self.synchronize()
+            self._decide()
+        self._mark_probes()
+
+    def synchronize(self) -> None:
+        """Average the statistics over the processes, on all of them. Decisions do it by themselves.
+
+        Call it on every process before the first one saves :meth:`state_dict`, so that what is saved stands for all.
+        """
+        self._statistics.average_over_processes(self.process_group)
+
+    def report(self) -> Report:
+        """What is known and decided now, layer by layer, and every decision so far. Waits for the device."""
+        last = self._decisions[-1] if self._decisions else None
+        places = [layer.place for layer in self._layers]
+        stages = stage_numbers(places)
+        now = [math.nan if x is None else x for x in self._statistics.read()]
+        rows = [
+            LayerReport(
+                name=name,
+                stage=None if layer.place is None else stages[i],
+                place=layer.place,
+                divergence=now[i],
+                fitted=math.nan if last is None else last.fitted[i],
+                retention=math.nan if last is None else last.retention[i],
+                skipped=layer.skipped,
+                reason=Reason.PRUNED if layer.pruned else self._reasons[i],
+                since=self._since[i],
+                over_time=[(d.step, d.divergence[i]) for d in self._decisions],
+            )
+            for i, (name, layer) in enumerate(zip(self._names, self._layers, strict=True))
+        ]
+        return Report(self.steps, None if last is None else last.fit, rows, list(self._decisions))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Statistics, decisions and settings, in tensors and plain Python; a run resumed from it decides the same.
+
+        Save it with the model's state after :meth:`step`. With several processes call :meth:`synchronize` before.
+        """
+        return {
+            "version": _VERSION,
+            "settings": self.settings.as_dict(),
+            "layers": list(self._names),
+            "steps": self.steps,
+            "statistics": self._statistics.state.cpu().clone(),
+            "skipped": [layer.skipped for layer in self._layers],
+            "reasons": [reason.name for reason in self._reasons],
+            "since": list(self._since),
+            "decisions": [_plain(d) for d in self._decisions],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Go on where :meth:`state_dict` was taken. The layers' decisions are set too.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            strict: the settings must be those of the saved run; otherwise the present ones hold.
+
+        Raises:
+            TypeError, ValueError: not such a state, other layers, or (strict) other settings; nothing is changed then.
+        """
+        self._check_state(state, strict)
+        self.steps = int(state["steps"])
+        self._statistics.state = state["statistics"].detach().cpu().clone()
+        self._reasons = [Reason[name] for name in state["reasons"]]
+        self._since = [int(step) for step in state["since"]]
+        self._decisions = [_record(d) for d in state["decisions"]]
+        for layer, skipped in zip(self._layers, state["skipped"], strict=True):
+            layer.skipped = bool(skipped)
+        for kept in self._observations:
+            kept.clear()
+        self._mark_probes()
+
+    def detach(self) -> None:
+        """Stop watching the model: its layers keep no divergences any more; decisions stay as they are."""
+        for layer, kept in zip(self._layers, self._observations, strict=True):
+            if layer.observations is kept:
+                layer.observations = None
+                layer.probe_next = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_observations"]
+        state["process_group"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach()
+        self._mark_probes()
+
+    def _attach(self) -> None:
+        self._observations: list[list[Tensor]] = [[] for _ in self._layers]
+        for layer, kept in zip(self._layers, self._observations, strict=True):
+            layer.observations = kept
+
+    def _mark_probes(self) -> None:
+        """Have skipped layers looked at again in the next training pass, when it is time."""
+        due = self.steps % self.settings.probe_interval == 0
+        for layer in self._layers:
+            layer.probe_next = due and layer.skipped and not layer.pruned
+
+    def _decide(self) -> None:
+        settings = self.settings
+        seen = self._statistics.read()
+        self._statistics.forget_bad()
+        finite = [i for i, x in enumerate(seen) if x is not None and math.isfinite(x)]
+        values = [x for x in seen if x is not None and math.isfinite(x)]
+        count = len(self._layers)
+        fitted, scores = [math.nan] * count, [math.nan] * count
+        fit = None
+        if values:
+            fit = fit_beta(values, settings.prior_count, settings.prior_concentration)
+            for i, (u, r) in zip(finite, retention(values, fit, settings.reference), strict=True):
+                fitted[i], scores[i] = u, r
+        verdicts = self._verdicts(seen, scores)
+        for i, (layer, verdict) in enumerate(zip(self._layers, verdicts, strict=True)):
+            if layer.skipped != verdict.skipped:
+                layer.skipped = verdict.skipped
+                self._since[i] = self.steps
+        self._reasons = [verdict.reason for verdict in verdicts]
+        self._decisions.append(
+            DecisionRecord(
+                self.steps,
+                fit,
+                [math.nan if x is None else x for x in seen],
+                fitted,
+                scores,
+                [verdict.skipped for verdict in verdicts],
+                list(self._reasons),
+            )
+        )
+
+    def _verdicts(self, seen: list[float | None], scores: list[float]) -> list[Verdict]:
+        if self.steps < self.settings.warmup:
+            return [Verdict(layer.skipped, Reason.WARMUP) for layer in self._layers]
+        stages = stage_numbers([layer.place for layer in self._layers])
+        candidates = [
+            Candidate(stages[i], layer.place == 0, layer.skipped, layer.pruned, seen[i], scores[i])
+            for i, layer in enumerate(self._layers)
+        ]
+        return decide(candidates, self.settings.rules)
+
+    def _check_state(self, state: object, strict: bool) -> None:
+        expected = set(self.state_dict())
+        if not isinstance(state, Mapping) or set(state) != expected:
+            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
+            raise TypeError(
+                f"state: got {got}; allowed is what EBQM.state_dict() gives, {sorted(expected)}"
+            )
+        if state["version"] != _VERSION:
+            raise ValueError(f"state: got version {state['version']}; allowed is {_VERSION}")
+        if list(state["layers"]) != self._names:
+            raise ValueError(
+                f"state: got the layers {list(state['layers'])}; allowed are this model's, {self._names}"
+            )
+        present = self.settings.as_dict()
+        differing = [k for k in present if state["settings"].get(k) != present[k]]
+        if strict and differing:
+            raise ValueError(
+                "state: got other settings than this EBQM has, "
+                + ", ".join(
+                    f"{k}={state['settings'].get(k)!r} (here {present[k]!r})" for k in differing
+                )
+                + "; allowed are equal ones. Make the EBQM with them, or load with strict=False to go on with its own"
+            )
+        for name, layer, skipped in zip(self._names, self._layers, state["skipped"], strict=True):
+            if layer.pruned and not skipped:
+                raise ValueError(
+                    f"state: got layer {name!r} in use, but it was pruned in this model; allowed is a state in which "
+                    "pruned layers are skipped"
+                )
+
+
+def _plain(record: DecisionRecord) -> dict[str, Any]:
+    return {
+        "step": record.step,
+        "fit": None if record.fit is None else list(record.fit),
+        "divergence": list(record.divergence),
+        "fitted": list(record.fitted),
+        "retention": list(record.retention),
+        "skipped": list(record.skipped),
+        "reasons": [reason.name for reason in record.reasons],
+    }
+
+
+def _record(plain: Mapping[str, Any]) -> DecisionRecord:
+    return DecisionRecord(
+        plain["step"],
+        None if plain["fit"] is None else BetaFit(*plain["fit"]),
+        list(plain["divergence"]),
+        list(plain["fitted"]),
+        list(plain["retention"]),
+        list(plain["skipped"]),
+        [Reason[name] for name in plain["reasons"]],
+    )
