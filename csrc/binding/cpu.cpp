@@ -69,7 +69,7 @@ WeightsParams weights_params(const Shape& shape, double scale, const Ints& query
   const int64_t depth = static_cast<int64_t>(keys.size());
   require(query.size() == 2, "query: needs address and batch stride");
   require(depth >= 1 && (prev == 0 || (prev_depth >= 1 && prev_depth <= depth)), "depth: previous weights too long");
-  return {shape,       depth,          prev == 0 ? 0 : prev_depth, scale, {address(query[0]), query[1]},
+  return {shape,       depth,         prev == 0 ? 0 : prev_depth, scale,      {address(query[0]), query[1]},
           keys.data(), address(prev), address(weights),           address(kl)};
 }
 
@@ -91,14 +91,13 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, const
   const std::vector<MapView> value_views = maps(values);
   const std::vector<MapView> out_view = maps(out);
   require(value_views.size() == key_views.size() && out_view.size() == 1, "values: one for each key, and one out");
-  const WeightsParams p =
-      weights_params(shape, scale, query, key_views, prev, prev_depth, weights, prev == 0 ? 0 : kl);
+  const WeightsParams p = weights_params(shape, scale, query, key_views, prev, prev_depth, weights, prev == 0 ? 0 : kl);
   std::vector<ColumnView> weight_columns;
   weight_columns.reserve(key_views.size());
   for (int64_t j = 0; j < p.depth; ++j) {
     weight_columns.push_back({static_cast<char*>(p.weights) + j * element_size(checked_dtype(dtype)), p.depth});
   }
-  const AggregateParams a = {shape,       p.depth,    value_views.data(), weight_columns.data(),
+  const AggregateParams a = {shape,       p.depth,           value_views.data(), weight_columns.data(),
                              out_view[0], address(workspace)};
   const ela::Kernels& k = ela::kernels();
   py::gil_scoped_release unlocked;
@@ -170,6 +169,17 @@ void gather_key(int dtype, const std::array<int64_t, 5>& sizes, const Ints& quer
   kernel(p, threads);
 }
 
+// For the benchmarks: `result` holds one sum for each source and thread.
+void read_probe(int dtype, const Ints& sources, int64_t elements, int64_t result, int threads) {
+  require(threads >= 1 && elements >= 0, "threads: at least one");
+  std::vector<const void*> addresses;
+  addresses.reserve(sources.size());
+  for (int64_t source : sources) addresses.push_back(address(source));
+  const auto kernel = ela::kernels().read_probe[checked_dtype(dtype)];
+  py::gil_scoped_release unlocked;
+  kernel(addresses.data(), static_cast<int64_t>(addresses.size()), elements, address(result), threads);
+}
+
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -184,6 +194,7 @@ void bind_cpu(py::module_& m) {
   m.def("backward", &backward);
   m.def("aggregate", &aggregate);
   m.def("gather_key", &gather_key);
+  m.def("read_probe", &read_probe);
   m.def("aggregate_workspace", [](const std::array<int64_t, 5>& sizes, int64_t sources) {
     return ela::kernels().aggregate_workspace(shape_of(sizes), sources);
   });

@@ -44,10 +44,14 @@ template <class T>
 inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out) {
   static_assert(kStreams == 4, "one case for each number of sources");
   switch (j) {
-    case 1: return add_sources<T, 1>(sum, v, factor, count, first, out);
-    case 2: return add_sources<T, 2>(sum, v, factor, count, first, out);
-    case 3: return add_sources<T, 3>(sum, v, factor, count, first, out);
-    default: return add_sources<T, 4>(sum, v, factor, count, first, out);
+    case 1:
+      return add_sources<T, 1>(sum, v, factor, count, first, out);
+    case 2:
+      return add_sources<T, 2>(sum, v, factor, count, first, out);
+    case 3:
+      return add_sources<T, 3>(sum, v, factor, count, first, out);
+    default:
+      return add_sources<T, 4>(sum, v, factor, count, first, out);
   }
 }
 

@@ -4,10 +4,11 @@
 // Dot products are cut into blocks by the shape alone and their partial sums added in a fixed order, in double, so
 // that the same call gives the same bits on any number of threads.
 
-constexpr int64_t kBlockChunks = 8;            // planar: chunks to one partial sum
-constexpr int64_t kBlockElements = 32 * 1024;  // interleaved: elements of dout to one partial sum, in second-level cache
-constexpr int64_t kStrip = 1024;               // interleaved: channels to one running sum
-constexpr int kRows = 4;                       // interleaved: positions added to the running sum at once
+constexpr int64_t kBlockChunks = 8;  // planar: chunks to one partial sum
+constexpr int64_t kBlockElements =
+    32 * 1024;                    // interleaved: elements of dout to one partial sum, in second-level cache
+constexpr int64_t kStrip = 1024;  // interleaved: channels to one running sum
+constexpr int kRows = 4;          // interleaved: positions added to the running sum at once
 
 // Partial sums [B, G, blocks, depth] (planar) or [B, blocks, depth, G] (interleaved).
 struct Partials {
@@ -106,10 +107,18 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
             dv[i] = wanted ? const_cast<T*>(planar_at<T>(p.dvalues[j + i], b, c, offset)) : nullptr;
           }
           switch (some) {
-            case 1: dot_sources<T, 1>(x, v, weights + j, dv, count, sums + j); break;
-            case 2: dot_sources<T, 2>(x, v, weights + j, dv, count, sums + j); break;
-            case 3: dot_sources<T, 3>(x, v, weights + j, dv, count, sums + j); break;
-            default: dot_sources<T, 4>(x, v, weights + j, dv, count, sums + j); break;
+            case 1:
+              dot_sources<T, 1>(x, v, weights + j, dv, count, sums + j);
+              break;
+            case 2:
+              dot_sources<T, 2>(x, v, weights + j, dv, count, sums + j);
+              break;
+            case 3:
+              dot_sources<T, 3>(x, v, weights + j, dv, count, sums + j);
+              break;
+            default:
+              dot_sources<T, 4>(x, v, weights + j, dv, count, sums + j);
+              break;
           }
         }
       }

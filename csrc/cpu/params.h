@@ -60,10 +60,10 @@ struct AggregateParams {
 struct BackwardParams {
   WeightsParams forward;  // `weights` is read here, `kl` unused
   const MapView* values;
-  const MapView* dout;     // null: no gradient arrived through `out`
-  const void* dweights;    // [B, G, depth] or null
-  const void* dkl;         // [B, G] or null
-  void* dscores;           // [B, G, depth], of the dot products before the scale; always written
+  const MapView* dout;   // null: no gradient arrived through `out`
+  const void* dweights;  // [B, G, depth] or null
+  const void* dkl;       // [B, G] or null
+  void* dscores;         // [B, G, depth], of the dot products before the scale; always written
   RowView dquery;
   const RowView* dkeys;    // depth rows or null
   void* dprev;             // [B, G, prev_depth] or null
@@ -87,6 +87,7 @@ struct Kernels {
   void (*aggregate[kDTypes])(const AggregateParams&, int threads);
   void (*backward[kDTypes])(const BackwardParams&, int threads);
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
+  void (*read_probe[kDTypes])(const void* const* sources, int64_t count, int64_t elements, void* result, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
   int64_t (*backward_workspace)(const Shape&, int64_t depth);
 };

@@ -41,9 +41,7 @@ inline To bits_of(const From& x) {
   return y;
 }
 
-inline vfloat widen(vuint16 h, bfloat16) {
-  return bits_of<vfloat>(__builtin_convertvector(h, vuint32) << 16);
-}
+inline vfloat widen(vuint16 h, bfloat16) { return bits_of<vfloat>(__builtin_convertvector(h, vuint32) << 16); }
 
 inline vuint16 narrow(vfloat x, bfloat16) {
   const vuint32 u = bits_of<vuint32>(x);
@@ -56,9 +54,7 @@ inline vuint16 narrow(vfloat x, bfloat16) {
 
 #if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
 // The masked forms with a full mask: the plain ones start from an undefined register, which GCC warns about.
-inline vfloat widen(vuint16 h, float16) {
-  return bits_of<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bits_of<__m256i>(h)));
-}
+inline vfloat widen(vuint16 h, float16) { return bits_of<vfloat>(_mm512_maskz_cvtph_ps(0xffff, bits_of<__m256i>(h))); }
 inline vuint16 narrow(vfloat x, float16) {
   return bits_of<vuint16>(_mm512_maskz_cvtps_ph(0xffff, bits_of<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
 }

@@ -56,7 +56,8 @@ void weights_kernel(const WeightsParams& p, int threads) {
   });
 }
 
-// dscores, of the dot products before the scale, from the gradients of the weights (`dweights_sum`, depth numbers in double) and of the divergence.
+// dscores, of the dot products before the scale, from the gradients of the weights (`dweights_sum`, depth numbers in
+// double) and of the divergence.
 template <class T>
 inline void scores_gradient(const BackwardParams& p, int64_t item, const double* dweights_sum, Acc<T>* dscores) {
   using A = Acc<T>;
@@ -92,7 +93,6 @@ inline void prev_gradient(const BackwardParams& p, int64_t item, Acc<T>* scratch
 
 template <class T>
 inline void query_and_key_gradients(const BackwardParams& p, int64_t item, const Acc<T>* dscores) {
-  using A = Acc<T>;
   const WeightsParams& f = p.forward;
   const int64_t head_dim = f.shape.head_dim();
   const int64_t b = item / f.shape.heads;
