@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 from build_tools import options
-from build_tools.compilers import BuildError, find_cuda, find_cxx
+from build_tools.compilers import BuildError, CudaCompiler, CxxCompiler, find_cuda, find_cxx
 from build_tools.ninja_file import SIMD_FLAGS, Plan, compile_plan, environment_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,28 +55,23 @@ def build(mode: str, output: Path, folder: Path) -> dict[str, Any]:
     """
     record = empty_record(mode)
     jobs = options.job_count(os.environ, options.core_count(), options.available_memory())
+    sanitizers = options.sanitizers(os.environ)
     compile_flags, link_flags = environment_flags(os.environ)
+
+    def compiled(cxx: CxxCompiler, cuda: CudaCompiler | None) -> Plan:
+        plan = Plan(ROOT, output, cxx, cuda, sanitizers, compile_flags, link_flags)
+        compile_plan(plan, folder, jobs)
+        return plan
+
     try:
         cxx = find_cxx(os.environ)
-        cuda = None
-        if mode == "cpu":
-            record["cuda_problem"] = "left out by ELA_KERNELS_BUILD=cpu"
-        else:
-            try:
-                cuda = find_cuda(os.environ)
-            except BuildError as error:
-                if mode == "cuda":
-                    raise
-                record["cuda_problem"] = str(error)
-        sanitizers = options.sanitizers(os.environ)
-        plan = Plan(ROOT, output, cxx, cuda, sanitizers, compile_flags, link_flags)
+        cuda, record["cuda_problem"] = _cuda_for(mode)
         try:
-            compile_plan(plan, folder, jobs)
+            plan = compiled(cxx, cuda)
         except BuildError as error:
             if cuda is None or mode == "cuda":
                 raise
-            plan = Plan(ROOT, output, cxx, None, sanitizers, compile_flags, link_flags)
-            compile_plan(plan, folder, jobs)
+            plan = compiled(cxx, None)
             print(error.output, file=sys.stderr)
             record["cuda_problem"] = str(error)
     except BuildError as error:
@@ -86,6 +81,18 @@ def build(mode: str, output: Path, folder: Path) -> dict[str, Any]:
         record["problem"] = str(error)
         return record
     return record | describe(plan)
+
+
+def _cuda_for(mode: str) -> tuple[CudaCompiler | None, str | None]:
+    """The CUDA compiler that `mode` asks for, or the reason why the build does without."""
+    if mode == "cpu":
+        return None, "left out by ELA_KERNELS_BUILD=cpu"
+    try:
+        return find_cuda(os.environ), None
+    except BuildError as error:
+        if mode == "cuda":
+            raise
+        return None, str(error)
 
 
 def describe(plan: Plan) -> dict[str, Any]:

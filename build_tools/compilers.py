@@ -88,7 +88,7 @@ def first_error(output: str) -> str:
     """The line of a compiler's output that says most about why it failed."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for pattern in (
-        r"\b(fatal )?error\b",
+        r"\b(error|fatal)\b",
         r"undefined reference|cannot find|not found|No such file",
     ):
         for line in lines:

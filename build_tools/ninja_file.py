@@ -33,15 +33,10 @@ class Plan:
     extra_link: list[str] = field(default_factory=list)
 
     def common_flags(self) -> list[str]:
-        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
-        flags += ["-Wall", "-Wextra", "-Wno-psabi", *self.cxx.openmp_compile]
+        flags = ["-std=c++17", "-O1" if self.sanitizers else "-O3", "-fPIC", "-fvisibility=hidden"]
+        flags += ["-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", *self.cxx.openmp_compile]
         if self.sanitizers:
-            flags += [
-                "-O1",
-                "-g",
-                "-fno-omit-frame-pointer",
-                f"-fsanitize={','.join(self.sanitizers)}",
-            ]
+            flags += ["-g", "-fno-omit-frame-pointer", _sanitize_flag(self.sanitizers)]
         if self.cxx.is_x86_64:
             flags.append("-DELA_X86_SIMD")
         return flags + self.extra_compile
@@ -72,7 +67,7 @@ class Plan:
             flags += [*self.cuda.library_flags, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         flags += self.extra_link
         if self.sanitizers:
-            flags.append(f"-fsanitize={','.join(self.sanitizers)}")
+            flags.append(_sanitize_flag(self.sanitizers))
         return flags
 
     def simd_levels(self) -> list[str]:
@@ -101,6 +96,10 @@ class Plan:
             if source.stem.endswith(suffix):
                 return flags
         return []
+
+
+def _sanitize_flag(names: Sequence[str]) -> str:
+    return f"-fsanitize={','.join(names)}"
 
 
 def source_files(root: Path, pattern: str) -> list[Path]:
@@ -167,9 +166,10 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
     """
     try:
         import ninja
+        import pybind11  # noqa: F401
     except ImportError as error:
         raise BuildError(
-            "the Python package ninja, which runs the compilers, is not installed"
+            f"the Python package {error.name}, which a build needs, is missing"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(ninja_text(plan))
