@@ -12,6 +12,7 @@ BENCH_ARGS ?= --quick --out results/bench
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*/*)
+FORMATTED := $(NATIVE) $(wildcard benchmarks/*.cpp)
 ASAN := build/asan
 
 # glibc gives memory back after every pass and takes it again with page faults, which would be most of what is timed.
@@ -59,12 +60,12 @@ lint: $(INSTALLED) ## check style, types and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(INSTALLED) ## format the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(NATIVE)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
