@@ -169,17 +169,6 @@ void gather_key(int dtype, const std::array<int64_t, 5>& sizes, const Ints& quer
   kernel(p, threads);
 }
 
-// For the benchmarks: `result` holds one sum for each source and thread.
-void read_probe(int dtype, const Ints& sources, int64_t elements, int64_t result, int threads) {
-  require(threads >= 1 && elements >= 0, "threads: at least one");
-  std::vector<const void*> addresses;
-  addresses.reserve(sources.size());
-  for (int64_t source : sources) addresses.push_back(address(source));
-  const auto kernel = ela::kernels().read_probe[checked_dtype(dtype)];
-  py::gil_scoped_release unlocked;
-  kernel(addresses.data(), static_cast<int64_t>(addresses.size()), elements, address(result), threads);
-}
-
 }  // namespace
 
 void bind_cpu(py::module_& m) {
@@ -194,7 +183,6 @@ void bind_cpu(py::module_& m) {
   m.def("backward", &backward);
   m.def("aggregate", &aggregate);
   m.def("gather_key", &gather_key);
-  m.def("read_probe", &read_probe);
   m.def("aggregate_workspace", [](const std::array<int64_t, 5>& sizes, int64_t sources) {
     return ela::kernels().aggregate_workspace(shape_of(sizes), sources);
   });

@@ -87,7 +87,6 @@ struct Kernels {
   void (*aggregate[kDTypes])(const AggregateParams&, int threads);
   void (*backward[kDTypes])(const BackwardParams&, int threads);
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
-  void (*read_probe[kDTypes])(const void* const* sources, int64_t count, int64_t elements, void* result, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
   int64_t (*backward_workspace)(const Shape&, int64_t depth);
 };
