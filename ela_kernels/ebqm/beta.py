@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 # A divergence of exactly 0 or 1 is a matter of rounding; the Beta distribution has no density for it.
 MARGIN = 1e-4
+# SciPy's betaincinv gives NaN for some probabilities below 1e-100, which decide nothing anyway.
+_TAIL = 1e-12
 
 
 class BetaFit(NamedTuple):
@@ -70,7 +72,7 @@ def fit_beta(x: Sequence[float], prior_count: float, prior_concentration: float)
 def retention(x: Sequence[float], fit: BetaFit, reference: tuple[float, float]) -> list[Retention]:
     """Map divergences to retention scores: `u = BetaCDF(x; a, b)`, `r = BetaQuantile(u; *reference)`.
 
-    Both steps are monotone: a larger divergence never has a smaller score.
+    Both steps are monotone: a larger divergence never has a smaller score. `u` is kept 1e-12 from 0 and 1.
 
     Args:
         x: divergences in [0, 1].
@@ -87,7 +89,7 @@ def retention(x: Sequence[float], fit: BetaFit, reference: tuple[float, float]) 
 
     scores = []
     for value in x:
-        u = min(max(float(betainc(fit.a, fit.b, _clip(value))), 0.0), 1.0)
+        u = min(max(float(betainc(fit.a, fit.b, _clip(value))), _TAIL), 1.0 - _TAIL)
         scores.append(Retention(u, float(betaincinv(*reference, u))))
     return scores
 

@@ -43,7 +43,9 @@ class LightLayerAttention(QueryKeyValue):
         """
         self.check_input(x)
         q, k, v = self.query_key_value(x)
-        if isinstance(prev_out, Tensor) and torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if autocast and isinstance(prev_out, Tensor):
             # The stage's input need not have passed through an autocast operation.
             prev_out = prev_out.to(v.dtype)
         return light_layer_attention(q, k, v, prev_out, self.lambda_t, self.heads)

@@ -1,0 +1,109 @@
+"""A run resumed from a checkpoint decides as the uninterrupted one."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from support.ela_models import Network, batch, plant, skipped
+
+import ela_kernels as ek
+
+SETTINGS: dict[str, Any] = {"warmup": 8, "interval": 4, "probe_interval": 3, "smoothing": 0.9}
+
+
+class Run:
+    """Training that learns: decisions move with it."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.network = Network((6, 4), drop_path=0.1)
+        if seed == 0:
+            plant(self.network, {2, 4, 8}, others=0.3)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.05, momentum=0.9)
+        self.ebqm = ek.EBQM(self.network, **SETTINGS)
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(1000 + step)
+            self.optimizer.zero_grad()
+            self.network(batch(4)).square().mean().backward()
+            self.optimizer.step()
+            self.ebqm.step()
+
+    def save(self) -> bytes:
+        file = io.BytesIO()
+        parts = (self.network, self.optimizer, self.ebqm)
+        torch.save([part.state_dict() for part in parts], file)
+        return file.getvalue()
+
+    def load(self, saved: bytes) -> None:
+        states = torch.load(io.BytesIO(saved), weights_only=True)
+        for part, state in zip((self.network, self.optimizer, self.ebqm), states, strict=True):
+            part.load_state_dict(state)
+
+
+@pytest.mark.parametrize("at", [3, 8, 10, 17])
+def test_resume_is_exact(at: int) -> None:
+    whole, first, second = Run(0), Run(0), Run(1)
+    whole.train(range(40))
+    first.train(range(at))
+    second.load(first.save())
+    second.train(range(at, 40))
+    assert skipped(whole.network)
+    changes = {tuple(d.skipped) for d in whole.ebqm.report().decisions}
+    assert len(changes) > 1
+    # as text, in which NaN is equal to itself
+    assert repr(second.ebqm.report()) == repr(whole.ebqm.report())
+    for (name, got), want in zip(
+        second.network.state_dict().items(), whole.network.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, want), name
+    assert torch.equal(
+        second.ebqm.state_dict()["statistics"], whole.ebqm.state_dict()["statistics"]
+    )
+
+
+class TestRefusals:
+    def test_other_settings(self) -> None:
+        network = Network((3,))
+        state = ek.EBQM(network, low=0.1).state_dict()
+        other = ek.EBQM(network, low=0.2)
+        with pytest.raises(ValueError, match=r"^state: .*low=0\.1 \(here 0\.2\).*strict=False"):
+            other.load_state_dict(state)
+        other.load_state_dict(state, strict=False)
+        assert other.settings.low == 0.2
+
+    def test_other_layers(self) -> None:
+        state = ek.EBQM(Network((3,))).state_dict()
+        with pytest.raises(ValueError, match=r"^state: got the layers \['stages\.0\.0'"):
+            ek.EBQM(Network((4,))).load_state_dict(state)
+
+    def test_something_else(self) -> None:
+        ebqm = ek.EBQM(Network((3,)))
+        with pytest.raises(TypeError, match=r"^state: got list"):
+            ebqm.load_state_dict([])
+        with pytest.raises(TypeError, match=r"^state: got \['steps'\]"):
+            ebqm.load_state_dict({"steps": 3})
+        with pytest.raises(ValueError, match=r"^state: got version 99"):
+            ebqm.load_state_dict({**ebqm.state_dict(), "version": 99})
+
+    def test_a_pruned_layer_in_use(self) -> None:
+        network = Network((3,))
+        state = ek.EBQM(network).state_dict()
+        network(batch())
+        network.layers[1].skipped = True
+        ek.prune(network)
+        with pytest.raises(ValueError, match=r"^state: got layer 'stages\.0\.1' in use"):
+            ek.EBQM(network).load_state_dict(state)
+
+
+def test_names_do_not_depend_on_wrappers() -> None:
+    network = Network((3,))
+    wrapped = torch.nn.Module()
+    wrapped.module = network  # as DistributedDataParallel holds it
+    state = ek.EBQM(wrapped).state_dict()
+    ek.EBQM(network).load_state_dict(state)
+    ek.EBQM(torch.compile(network)).load_state_dict(state)
