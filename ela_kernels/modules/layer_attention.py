@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -34,6 +35,26 @@ def check_count(name: str, value: object) -> int:
     return value
 
 
+class ChannelFilter(nn.Conv1d):
+    """A convolution over the channel axis: `nn.Conv1d(1, 1, size, padding=size // 2, bias=False)` on `[B, 1, C]`.
+
+    As a product with the windows instead: on vectors this small a CPU convolution takes several times as long, and
+    query and key share the windows.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(1, 1, size, padding=size // 2, bias=False)
+
+    @staticmethod
+    def windows(y: Tensor, size: int) -> Tensor:
+        """The `size` neighbours of each channel, `[B, C, size]`, of `[B, C]` padded with zeros."""
+        return F.pad(y, (size // 2, size // 2)).unfold(1, size, 1)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """`[B, C]` from :meth:`windows`."""
+        return windows @ self.weight.view(-1)
+
+
 class QueryKeyValue(nn.Module):
     """The parameters that make query, key and value from a feature map; both forms of layer attention have them.
 
@@ -56,8 +77,9 @@ class QueryKeyValue(nn.Module):
             raise ValueError(
                 f"kernel_size: got {size}; allowed is an odd int, so that channels keep their place"
             )
-        self.Wq = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
-        self.Wk = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
+        self.kernel_size = size
+        self.Wq = ChannelFilter(size)
+        self.Wk = ChannelFilter(size)
         self.Wv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
 
     @property
@@ -77,19 +99,19 @@ class QueryKeyValue(nn.Module):
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
-        y = x.mean((2, 3)).unsqueeze(1)  # [B, 1, C]
-        return self.Wq(y).squeeze(1), self.Wk(y).squeeze(1)
+        windows = ChannelFilter.windows(x.mean((2, 3)), self.kernel_size)
+        return self.Wq(windows), self.Wk(windows)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key `[B, C]` and value `[B, C, H, W]`."""
-        return self.Wk(x.mean((2, 3)).unsqueeze(1)).squeeze(1), self.Wv(x)
+        return self.Wk(ChannelFilter.windows(x.mean((2, 3)), self.kernel_size)), self.Wv(x)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key `[B, C]`, value `[B, C, H, W]`."""
         return *self.query_key(x), self.Wv(x)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, head_dim={self.head_dim}, kernel_size={self.Wk.kernel_size[0]}"
+        return f"dim={self.dim}, head_dim={self.head_dim}, kernel_size={self.kernel_size}"
 
 
 class LayerAttention(QueryKeyValue):

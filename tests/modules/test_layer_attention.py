@@ -50,6 +50,16 @@ def test_default_kernel_size_is_the_published_rule(dim: int, size: int) -> None:
     assert default_kernel_size(dim) == size
 
 
+@pytest.mark.parametrize(("dim", "size"), [(4, 3), (32, 5), (5, 9), (1, 1)])
+def test_query_and_key_are_convolutions_over_the_channels(dim: int, size: int) -> None:
+    layer, x = ek.LayerAttention(dim, 1, size).double(), torch.randn(3, dim, 4, 5).double()
+    y = x.mean((2, 3)).unsqueeze(1)
+    for got, filters in zip(layer.query_key(x), (layer.Wq, layer.Wk), strict=True):
+        want = nn.functional.conv1d(y, filters.weight, padding=size // 2).squeeze(1)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+    assert torch.equal(layer.key_value(x)[0], layer.query_key(x)[1])
+
+
 def test_parameters_have_the_published_names_and_shapes() -> None:
     for cls in (ek.LayerAttention, ConcatLayerAttention):
         shapes = {name: list(p.shape) for name, p in cls(64).named_parameters()}
