@@ -1,0 +1,85 @@
+"""Fixtures of all tests: seeds, threads, backends, poisoned memory."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# `support`, the tests' own helpers; pytest's import mode puts nothing on the path.
+sys.path.append(str(Path(__file__).resolve().parent))
+
+import ela_kernels as ek
+from ela_kernels.backends import dispatch
+from ela_kernels.backends.extension import extension, extension_problem
+from ela_kernels.ops.layer_attention import autograd, interface, pull
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(20230203)
+
+
+@pytest.fixture(autouse=True)
+def settings_restored() -> Iterator[None]:
+    """A test may set threads and backend; the next one finds them as before."""
+    threads, setting = torch.get_num_threads(), dispatch.current_setting()
+    yield
+    torch.set_num_threads(threads)
+    ek.use_backend(setting)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is NaN, so that an output that nothing wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def kernels() -> Any:
+    """The compiled extension; skips where there is none."""
+    if extension() is None:
+        pytest.skip(extension_problem())
+    return extension()
+
+
+@pytest.fixture(params=["eager", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn, forced."""
+    if request.param == "cpp" and extension() is None:
+        pytest.skip(extension_problem())
+    with ek.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the calls made so far ran: `cpp` or `eager`, and `forward`, `backward` or `weights`."""
+    record: list[str] = []
+
+    def spy(module: Any, function: str, what: str) -> None:
+        original: Callable[..., Any] = getattr(module, function)
+
+        @functools.wraps(original)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            record.append(what)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, function, recorded)
+
+    for module in (autograd, pull):
+        spy(module, "layer_attention_forward_cpp", "cpp forward")
+        spy(module, "layer_attention_backward_cpp", "cpp backward")
+    spy(interface, "layer_attention_weights_cpp", "cpp weights")
+    spy(interface, "log_weights_reference", "eager weights")
+    for module in (autograd, interface):
+        spy(module, "layer_attention_reference", "eager forward")
+    return record

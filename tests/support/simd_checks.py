@@ -1,0 +1,126 @@
+"""What every instruction set's kernels have to pass; run as a script, with ELA_KERNELS_SIMD naming the set.
+
+The kernels are chosen once in a process, so the tests start one for each.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from support.cases import DTYPES, HALF_TYPES, evaluate, make_case
+from support.layouts import channel_slice, channels_last, contiguous
+from support.oracle import assert_matches
+
+import ela_kernels as ek
+from ela_kernels.backends.extension import extension
+from ela_kernels.ops.layer_attention.cpp import gather_key_gradient_cpp, gather_value_gradient_cpp
+
+
+def assert_same(found: Tensor, expected: Tensor) -> None:
+    """Bit for bit, but any NaN is a NaN, and a sum that starts at +0 makes -0 a +0."""
+    assert found.dtype == expected.dtype
+    wrong = (found != expected) & ~(found.isnan() & expected.isnan())
+    assert not wrong.any(), (
+        f"{int(wrong.sum())} of {wrong.numel()} numbers differ, the first {found[wrong][0]} for {expected[wrong][0]}"
+    )
+
+
+def every_pattern(dtype: torch.dtype) -> Tensor:
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def check_widening_and_narrowing_back(dtype: torch.dtype) -> None:
+    """A history of one layer has weight 1 and gives its value back: all 65 536 patterns, whole vectors and tails."""
+    patterns = every_pattern(dtype)
+    ones = torch.ones(1, 1, dtype=dtype)
+    assert_same(
+        ek.layer_attention(ones, [ones], [patterns.view(1, 1, -1)], 1).out.view(-1), patterns
+    )
+    ones = torch.ones(1, 8, dtype=dtype)
+    tails = torch.stack(
+        [patterns[s : s + 65533 : 1][: 65528 - 1] for s in range(8)]
+    )  # odd length, each shifted
+    assert_same(ek.layer_attention(ones, [ones], [tails.unsqueeze(0)], 8).out[0], tails)
+    wide = torch.ones(1, 61, dtype=dtype)  # tokens of an odd number of channels
+    tokens = torch.cat([patterns, patterns[:3]])[: 61 * 1074].view(1, -1, 61)
+    assert_same(ek.layer_attention(wide, [wide], [tokens], 1, channels_last=True).out, tokens)
+    last = patterns[-61:].view(1, 1, 61)
+    assert_same(ek.layer_attention(wide, [wide], [last], 1, channels_last=True).out, last)
+
+
+def check_narrowing(dtype: torch.dtype) -> None:
+    """Any float32 to two bytes as PyTorch rounds it: ties, just beside them, overflow, subnormals, infinities, NaN."""
+    finite = every_pattern(dtype)
+    finite = finite[finite.isfinite()].float().sort().values
+    middle = (
+        (finite[1:].double() + finite[:-1].double()).div(2).float()
+    )  # exact: one bit more than two bytes hold
+    up, down = (torch.nextafter(middle, torch.tensor(x)) for x in (torch.inf, -torch.inf))
+    bits = (
+        torch.randint(-(2**31), 2**31, (2**17,), dtype=torch.int64)
+        .to(torch.int32)
+        .view(torch.float32)
+    )
+    special = torch.tensor(
+        [0.0, torch.inf, -torch.inf, torch.nan, 65519.996, 65520.0, 3.4028235e38, 1e-45, 2.0**-25]
+    )
+    floats = torch.cat([finite, middle, up, down, bits, special, -special])
+    expected = floats.to(dtype)
+    factors = floats.view(1, -1, 1)
+    heads = floats.numel()
+    ones = torch.ones(1, heads, dtype=dtype)
+    assert_same(gather_key_gradient_cpp([ones], [(factors, 0)], heads)[0], expected)
+    ones = torch.ones(1, heads, 17, dtype=dtype)  # a whole vector of 4, 8 or 16 and a tail
+    found = gather_value_gradient_cpp([ones], [(factors, 0)], heads, False)[0]
+    assert_same(found, expected.unsqueeze(1).expand_as(found))
+
+
+def check_products(dtype: torch.dtype) -> None:
+    """weight * value in float32, rounded once, forward and backward: every pattern with sixteen weights."""
+    patterns = every_pattern(dtype).expand(1, 16, -1).contiguous().requires_grad_()
+    q = torch.linspace(-3, 3, 16).view(1, 16).to(dtype)
+    zeros = torch.zeros_like(patterns)
+    r = ek.layer_attention(q, [torch.ones_like(q), torch.zeros_like(q)], [patterns, zeros], 16)
+    expected = (r.weights[0, :, :1] * patterns[0].detach().float()).to(dtype)
+    assert_same(r.out.detach()[0], expected)
+    (grad,) = torch.autograd.grad(r.out, patterns, patterns.detach())
+    assert_same(grad[0], expected)
+
+
+def check_calls(dtype: torch.dtype) -> None:
+    for shape, depth, heads, layout, tokens in (
+        ((2, 12, 7, 9), 5, 3, contiguous, False),
+        ((2, 37, 3, 5), 3, 37, channels_last, False),
+        ((2, 12, 7, 9), 9, 2, channel_slice, False),
+        ((1, 2, 45, 101), 2, 1, contiguous, False),
+        ((2, 13, 22), 4, 2, contiguous, True),
+        ((1, 1, 1), 1, 1, contiguous, False),
+    ):
+        case = make_case(shape, depth, heads, dtype, layout, channels_last=tokens)
+        assert_matches(evaluate(case), case)
+
+
+def main() -> None:
+    kernels = extension()
+    assert kernels is not None
+    assert kernels.simd_level() == os.environ["ELA_KERNELS_SIMD"]
+    torch.manual_seed(0)
+    ek.use_backend("cpp")
+    for dtype in HALF_TYPES:
+        check_widening_and_narrowing_back(dtype)
+        check_narrowing(dtype)
+        check_products(dtype)
+    for dtype in DTYPES:
+        check_calls(dtype)
+    print(f"passed on {kernels.simd_level()}")
+
+
+if __name__ == "__main__":
+    main()
