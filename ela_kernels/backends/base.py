@@ -76,7 +76,14 @@ class CppBackend(Backend):
     def unavailable_reason(self) -> str | None:
         from ela_kernels.backends.extension import extension, extension_problem
 
-        return None if extension() is not None else extension_problem()
+        module = extension()
+        if module is None:
+            return extension_problem()
+        try:
+            module.simd_level()
+        except ValueError as error:  # ELA_KERNELS_SIMD names what this processor or build has not
+            return str(error)
+        return None
 
 
 class TritonBackend(Backend):

@@ -32,7 +32,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_setting = _checked(os.environ.get("ELA_KERNELS_BACKEND", "auto"), "ELA_KERNELS_BACKEND")
+# Checked at the first call, not here: a wrong value must not keep `info` from reporting it.
+_setting = os.environ.get("ELA_KERNELS_BACKEND") or "auto"
 
 
 class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
@@ -102,7 +103,7 @@ def choose_backend(request: Request) -> Backend:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(setting: str, request: Request) -> Backend:
-    if setting != "auto":
+    if _checked(setting, "ELA_KERNELS_BACKEND") != "auto":
         reasons = BACKENDS[setting].not_supported_reasons(request)
         if reasons:
             raise ValueError(

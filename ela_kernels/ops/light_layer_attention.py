@@ -43,7 +43,10 @@ def light_layer_attention(
         MRLA (arXiv 2302.03985), the light form.
     """
     q = checks.check_query(q)
-    (k,) = checks.check_keys((k,), q)
+    checks.check_tensor("k", k)
+    checks.check_like("k", k, q)
+    if k.shape != q.shape:
+        raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
     heads = checks.check_heads(heads, q.shape[1])
     scale = checks.check_scale(scale, q.shape[1] // heads)
     v = checks.check_map("v", v, q, channels_last=False)

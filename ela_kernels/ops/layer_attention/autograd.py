@@ -21,7 +21,11 @@ from ela_kernels.ops.layer_attention.cpp import (
     layer_attention_forward_cpp,
 )
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
-from ela_kernels.ops.layer_attention.reference import accumulate_dtype, layer_attention_reference
+from ela_kernels.ops.layer_attention.reference import (
+    accumulate_dtype,
+    layer_attention_backward_reference,
+    layer_attention_reference,
+)
 
 _library = torch.library.Library("ela_kernels", "FRAGMENT")
 _library.define(
@@ -97,20 +101,13 @@ def _backward_op(
     channels_last: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     depth = len(keys)
+    dq: Tensor | None
+    dprev: Tensor | None
+    dkeys: Sequence[Tensor | None]
+    dvalues: Sequence[Tensor | None]
     if _uses_eager(q, depth):
-        found = _gradients_eager(
-            (q, prev_weights, *keys, *values),
-            heads,
-            scale,
-            channels_last,
-            (dout, dweights, dkl),
-            False,
-        )
-        dq, dprev, dkeys, dvalues = (
-            found[0],
-            found[1],
-            [*found[2 : 2 + depth]],
-            [*found[2 + depth :]],
+        dq, dkeys, dvalues, dprev = layer_attention_backward_reference(
+            q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
         )
     else:
         saved = Saved(q, keys, values, heads, scale, prev_weights, weights, channels_last)
@@ -157,42 +154,51 @@ def _backward_shapes(
     )
 
 
-def _gradients_eager(
+def _differentiable_gradients(
     inputs: Sequence[Tensor | None],
     heads: int,
     scale: float,
     channels_last: bool,
     grad_outputs: Sequence[Tensor | None],
-    create_graph: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the reference, in the order of `inputs` (q, prev_weights, keys, values)."""
+    """Gradients by autograd through the reference, themselves differentiable; in the order of `inputs`.
+
+    `inputs` are q, prev_weights, keys and values.
+    """
     depth = (len(inputs) - 2) // 2
+    q, prev = inputs[0], inputs[1]
+    keys = [x for x in inputs[2 : 2 + depth] if x is not None]
+    values = [x for x in inputs[2 + depth :] if x is not None]
+    assert q is not None
     with torch.enable_grad():
-        if not create_graph:
-            inputs = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        q, prev, maps = inputs[0], inputs[1], inputs[2:]
-        keys = [m for m in maps[:depth] if m is not None]
-        values = [m for m in maps[depth:] if m is not None]
-        assert q is not None
         outputs = layer_attention_reference(q, keys, values, heads, scale, prev, channels_last)
-        pairs = [
-            (o, g)
-            for o, g in zip(outputs, grad_outputs, strict=True)
-            if o is not None and g is not None
-        ]
-        wanted = [x for x in inputs if x is not None and x.requires_grad]
-        if not pairs or not wanted:
-            return (None,) * len(inputs)
-        grads = iter(
-            torch.autograd.grad(
-                [o for o, _ in pairs],
-                wanted,
-                [g for _, g in pairs],
-                create_graph=create_graph,
-                allow_unused=True,
-            )
+    pairs = [
+        (o, g)
+        for o, g in zip(outputs, grad_outputs, strict=True)
+        if o is not None and g is not None
+    ]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    if not pairs or not wanted:
+        return (None,) * len(inputs)
+    grads = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
         )
-        return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
+    )
+    return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
+
+
+def needs_dispatcher(q: Tensor) -> bool:
+    """True where a call has to be seen by PyTorch: tracing, fake tensors, subclasses, dispatch modes."""
+    return (
+        torch.compiler.is_compiling()
+        or type(q) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 class _LayerAttention(torch.autograd.Function):
@@ -225,8 +231,9 @@ class _LayerAttention(torch.autograd.Function):
         depth, heads, scale, channels_last = len(maps) // 2, ctx.heads, ctx.scale, ctx.channels_last
         if torch.is_grad_enabled():
             # A second derivative is wanted: the reference gives a first one that has it.
-            inputs, grad_outputs = (q, prev, *maps), (dout, dweights, dkl)
-            found = _gradients_eager(inputs, heads, scale, channels_last, grad_outputs, True)
+            found = _differentiable_gradients(
+                (q, prev, *maps), heads, scale, channels_last, (dout, dweights, dkl)
+            )
             return (found[0], found[1], None, None, None, *found[2:])
         need = ctx.needs_input_grad
         saved = Saved(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last)
@@ -246,11 +253,7 @@ def layer_attention_autograd(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` of the chosen kernel, differentiable."""
-    if (
-        torch.compiler.is_compiling()
-        or type(q) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if needs_dispatcher(q):
         out, weights, kl = torch.ops.ela_kernels.layer_attention(
             q, list(keys), list(values), heads, scale, prev_weights, channels_last
         )
@@ -288,10 +291,20 @@ def _backward_of_op(
     return dq, dkeys, dvalues, None, None, None if prev_weights is None else dprev, None
 
 
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "torch.ops.ela_kernels.layer_attention: a second derivative was asked for, and the operator has none; call "
+        "ela_kernels.layer_attention outside of torch.compile and of dispatch modes, or use_backend('eager')"
+    )
+
+
 _library.impl("layer_attention", _forward_op, "CompositeExplicitAutograd")
 _library.impl("layer_attention_backward", _backward_op, "CompositeExplicitAutograd")
 torch.library.register_fake("ela_kernels::layer_attention", _forward_shapes, lib=_library)
 torch.library.register_fake("ela_kernels::layer_attention_backward", _backward_shapes, lib=_library)
 torch.library.register_autograd(
     "ela_kernels::layer_attention", _backward_of_op, setup_context=_setup_op_context, lib=_library
+)
+torch.library.register_autograd(
+    "ela_kernels::layer_attention_backward", _no_second_derivative, lib=_library
 )

@@ -10,9 +10,11 @@ from torch import Tensor
 from ela_kernels.backends.base import Request
 from ela_kernels.backends.dispatch import EAGER, choose_backend
 from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
+    is_autocast_on,
     layer_attention,
     layer_attention_weights,
 )
@@ -164,7 +166,7 @@ class LayerHistory:
             MRLA (arXiv 2302.03985), base form.
         """
         q = checks.check_query(q)
-        if torch.is_autocast_enabled(q.device.type):
+        if is_autocast_on(q):
             q, k, v = autocast_inputs(q, k, v)
         prefix = self._enter(caller, (q, k, v))
         heads = self._check_pair(prefix, q, k, v, heads, channels_last)
@@ -192,7 +194,7 @@ class LayerHistory:
     ) -> None:
         """Append `(k, v)` for the later layers without retrieving; arguments as in :meth:`attend`."""
         checks.check_query(k, "k")
-        if torch.is_autocast_enabled(k.device.type):
+        if is_autocast_on(k):
             k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
         heads = self._check_pair(prefix, k, k, v, heads, channels_last)
@@ -253,11 +255,7 @@ class LayerHistory:
             self._now = prefix
 
     def _takes_kernel(self, q: Tensor) -> bool:
-        if (
-            torch.compiler.is_compiling()
-            or type(q) is not Tensor
-            or torch._C._len_torch_dispatch_stack() > 0
-        ):
+        if needs_dispatcher(q):
             return False
         request = Request("layer_attention", q.device.type, q.dtype, self.depth + 1, False)
         return choose_backend(request) is not EAGER

@@ -11,7 +11,7 @@ from torch import Tensor
 from ela_kernels.backends.base import Request
 from ela_kernels.backends.dispatch import EAGER, choose_backend
 from ela_kernels.ops.layer_attention import checks
-from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd
+from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd, needs_dispatcher
 from ela_kernels.ops.layer_attention.cpp import layer_attention_weights_cpp
 from ela_kernels.ops.layer_attention.reference import (
     accumulate_dtype,
@@ -85,7 +85,7 @@ def layer_attention(
         weights padded by zeros, is our definition.
     """
     q = checks.check_query(q)
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocast_on(q):
         q, keys, values = autocast_inputs(q, keys, values)
     key_list = checks.check_keys(keys, q)
     heads = checks.check_heads(heads, q.shape[1])
@@ -138,14 +138,14 @@ def layer_attention_weights(
         As :func:`layer_attention`.
     """
     q = checks.check_query(q)
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocast_on(q):
         q, keys, _ = autocast_inputs(q, keys, ())
     key_list = checks.check_keys(keys, q)
     heads = checks.check_heads(heads, q.shape[1])
     scale = checks.check_scale(scale, q.shape[1] // heads)
     depth = len(key_list)
     prev = checks.check_prev_weights(prev_weights, q, heads, depth, accumulate_dtype(q.dtype))
-    if not torch.compiler.is_compiling() and type(q) is Tensor:
+    if not needs_dispatcher(q):
         needs_grad = torch.is_grad_enabled() and any(
             t.requires_grad for t in (q, *key_list, *(() if prev is None else (prev,)))
         )
@@ -157,6 +157,10 @@ def layer_attention_weights(
     log_weights = log_weights_reference(q, key_list, heads, scale)
     kl = None if prev is None else divergence_reference(prev, log_weights)
     return LayerAttentionWeights(log_weights.exp(), kl)
+
+
+def is_autocast_on(q: Tensor) -> bool:
+    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
 
 
 def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any]:

@@ -19,10 +19,17 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def log_weights_reference(q: Tensor, keys: Sequence[Tensor], heads: int, scale: float) -> Tensor:
     """Logarithm of the attention weights over depth, `[B, G, T]`, in the accumulation dtype."""
     dtype = accumulate_dtype(q.dtype)
-    query = q.to(dtype).unflatten(1, (heads, -1))  # [B, G, D]
-    stacked = torch.stack(tuple(keys), dim=1).to(dtype).unflatten(2, (heads, -1))  # [B, T, G, D]
-    scores = scale * torch.einsum("bgd,btgd->bgt", query, stacked)
+    query = q.to(dtype).unflatten(1, (heads, -1)).unsqueeze(2)  # [B, G, 1, D]
+    # Multiplied and summed, not a matrix product: autocast would take that to half precision.
+    scores = scale * (query * _by_head(keys, heads, dtype)).sum(-1)  # [B, G, T]
     return torch.log_softmax(scores, dim=-1)
+
+
+def _by_head(rows: Sequence[Tensor], heads: int, dtype: torch.dtype) -> Tensor:
+    """T keys `[B, C]` as `[B, G, T, D]`."""
+    stacked = torch.stack(tuple(rows), dim=1).to(dtype)  # [B, T, C]
+    by_head: Tensor = stacked.unflatten(2, (heads, -1)).transpose(1, 2)
+    return by_head
 
 
 def divergence_reference(prev_weights: Tensor, log_weights: Tensor) -> Tensor:
@@ -68,3 +75,47 @@ def layer_attention_reference(
     weights = log_weights.exp()
     kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
     return aggregate_reference(weights, values, channels_last), weights, kl
+
+
+def layer_attention_backward_reference(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    weights: Tensor,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
+    """`(dq, dkeys, dvalues, dprev_weights)` by hand: what the kernels compute, in a form to read."""
+    dtype = weights.dtype
+    channel_dim = -1 if channels_last else 1
+    total = torch.zeros_like(weights) if dweights is None else dweights  # gradient of the weights
+    dvalues = [torch.zeros_like(v) for v in values]
+    if dout is not None:
+        products = [(dout.to(dtype) * v.to(dtype)).movedim(channel_dim, 1) for v in values]
+        dots = [p.flatten(2).sum(2).unflatten(1, (heads, -1)).sum(2) for p in products]  # [B, G]
+        total = total + torch.stack(dots, dim=-1)
+        dvalues = [
+            aggregate_reference(weights[..., j : j + 1], [dout], channels_last)
+            for j in range(len(values))
+        ]
+    # Softmax, then the divergence's own part: d kl / d s = mass of prev * weights - prev.
+    dscores = weights * (total - (weights * total).sum(-1, keepdim=True))
+    dprev = None
+    if prev_weights is not None and dkl is not None:
+        padded = torch.nn.functional.pad(
+            prev_weights, (0, weights.shape[-1] - prev_weights.shape[-1])
+        )
+        mass = prev_weights.sum(-1, keepdim=True)
+        dscores = dscores + dkl.unsqueeze(-1) * (mass * weights - padded)
+        shared = log_weights_reference(q, keys, heads, scale)[..., : prev_weights.shape[-1]]
+        dprev = dkl.unsqueeze(-1) * (prev_weights.log() + 1 - shared)
+        dprev = dprev.masked_fill(prev_weights == 0, 0.0)
+    dscores = (scale * dscores).unsqueeze(-1)  # [B, G, T, 1]
+    dq = (dscores * _by_head(keys, heads, dtype)).sum(2).flatten(1).to(q.dtype)
+    dkeys = (dscores * q.to(dtype).unflatten(1, (heads, 1, -1))).to(q.dtype)  # [B, G, T, D]
+    return dq, [d.flatten(1) for d in dkeys.unbind(2)], dvalues, dprev
