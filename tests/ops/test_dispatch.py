@@ -181,7 +181,11 @@ def test_an_unknown_backend_is_refused_and_changes_nothing():
 def test_the_environment_variable(name):
     package = str(Path(ek.__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    program = "from ela_kernels.backends import dispatch; print(dispatch.current_setting())"
+    program = (
+        "import torch, ela_kernels as ek; x = torch.ones(1, 2); "
+        "ek.layer_attention(x, [x], [x[..., None]], 1); "
+        "print(ek.backends.dispatch.current_setting())"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"ELA_KERNELS_BACKEND": name, "PYTHONPATH": path},

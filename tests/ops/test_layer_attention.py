@@ -180,6 +180,16 @@ def test_strided_queries_keys_and_previous_weights():
     assert_matches(evaluate(case), case)
 
 
+@pytest.mark.parametrize("which", ["q", "keys", "values", "prev_weights", "dout", "dkl"])
+def test_lazily_negated_tensors(which):
+    # The imaginary part of a conjugate is a view whose memory holds the opposite sign.
+    case = make_case()
+    x = getattr(case, which)
+    negated = [torch._neg_view(-y) for y in x] if isinstance(x, list) else torch._neg_view(-x)
+    setattr(case, which, negated)
+    assert_matches(evaluate(case), case)
+
+
 @pytest.mark.parametrize(
     "layout", [contiguous, channels_last, one_number], ids=lambda f: f.__name__
 )
