@@ -1,0 +1,43 @@
+// Reads every byte of some buffers and does nothing else with them: the least time in which a kernel with the same
+// footprint could run. Built by benchmarks/floor.py for this machine only, so -march=native is right here.
+#include <cstdint>
+
+namespace {
+
+// Integer sums: a compiler may reorder those, and so reads as wide as the machine can.
+uint64_t sum_one(const uint64_t* p, int64_t words) {
+  uint64_t sum = 0;
+  for (int64_t i = 0; i < words; ++i) sum += p[i];
+  return sum;
+}
+
+uint64_t sum_four(const uint64_t* a, const uint64_t* b, const uint64_t* c, const uint64_t* d, int64_t words) {
+  uint64_t x = 0, y = 0, z = 0, w = 0;
+  for (int64_t i = 0; i < words; ++i) {
+    x += a[i];
+    y += b[i];
+    z += c[i];
+    w += d[i];
+  }
+  return x + y + z + w;
+}
+
+}  // namespace
+
+// Each thread reads its share of every buffer; one buffer after the other, or four side by side.
+extern "C" uint64_t read_probe(const uint64_t* const* buffers, int64_t count, int64_t words, int four, int threads) {
+  uint64_t total = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
+  for (int part = 0; part < threads; ++part) {
+    const int64_t begin = words * part / threads, size = words * (part + 1) / threads - begin;
+    int64_t j = 0;
+    if (four) {
+      for (; j + 4 <= count; j += 4) {
+        total +=
+            sum_four(buffers[j] + begin, buffers[j + 1] + begin, buffers[j + 2] + begin, buffers[j + 3] + begin, size);
+      }
+    }
+    for (; j < count; ++j) total += sum_one(buffers[j] + begin, size);
+  }
+  return total;
+}

@@ -1,0 +1,174 @@
+"""Tables, targets and a picture from the results of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.environment import DEFAULT, KEPT
+from benchmarks.shapes import parse_shape
+
+Results = dict[str, Any]
+
+
+class Target(NamedTuple):
+    """A number to reach, and what was measured."""
+
+    what: str
+    shape: str
+    value: float
+    bound: float
+    at_least: bool
+
+    @property
+    def met(self) -> bool:
+        """True when the measured number reaches the bound."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+def targets(results: Results) -> list[Target]:
+    """All targets that this run has numbers for."""
+    return list(_targets(results))
+
+
+def _targets(results: Results) -> Iterator[Target]:
+    for shape, stage in results["stages"].get(KEPT, {}).items():
+        fastest = stage["fastest_baseline"]
+        what = f"kept malloc: stage, times faster than {fastest}"
+        if "compiled" not in stage["contenders"]:
+            what += " (compiled not timed)"
+        yield Target(what, shape, stage["times_ours"][fastest]["of_medians"], 1.4, True)
+    for shape, stage in results["stages"].get(DEFAULT, {}).items():
+        if parse_shape(shape).depth >= 12:
+            value = stage["times_ours"]["eager"]["of_medians"]
+            yield Target("default malloc: stage, times faster than eager", shape, value, 5.0, True)
+    for shape, floor in results["floor"].items():
+        forward, backward = (floor[f"{name}_percent_of_probe"] for name in ("forward", "backward"))
+        yield Target("op forward, % of read probe", shape, forward, 80.0, True)
+        yield Target("op backward, % of read probe", shape, backward, 75.0, True)
+    for shape, memory in results["memory"].items():
+        limit = 2.0 * parse_shape(shape).depth + 8
+        yield Target("peak memory, maps", shape, memory["pull"]["maps"], limit, False)
+    for shape, divergence in results["divergence"].items():
+        value = divergence["percent_of_forward"]
+        yield Target("divergence, % of op forward", shape, value, 2.0, False)
+    if results["overhead"]:
+        overhead = results["overhead"]["op"]["both"]["median"]
+        yield Target("overhead, us a layer", results["overhead"]["shape"], overhead, 120.0, False)
+
+
+def text_report(results: Results) -> str:
+    """The tables as plain text, which is Markdown too."""
+    machine = results["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['threads']} threads, {machine['simd_level']}, torch {machine['torch']}, "
+        f"{machine['date']}, load before {machine['load_before'][0]}",
+        "",
+        "Stage, forward and backward, ms: median [quartiles]",
+        "",
+    ]
+    for setting, stages in results["stages"].items():
+        names = list(next(iter(stages.values()))["contenders"])
+        rows = []
+        for shape, stage in stages.items():
+            cells = [_time(stage["contenders"][name]["ms"]) for name in names]
+            faster = [f"{r['of_medians']:.2f}" for r in stage["times_ours"].values()]
+            rows.append([str(parse_shape(shape)), *cells, " / ".join(faster)])
+        others = [name for name in names if name != "pull"]
+        head = [f"{setting} malloc", *names, f"{' / '.join(others)} over pull"]
+        lines += [*_table(head, rows), ""]
+    if results["floor"]:
+        lines += ["Op against the read probe (GB/s of the least bytes)", ""]
+        rows = []
+        for shape, floor in results["floor"].items():
+            cells = [
+                f"{p['percent_of_probe']:.0f} % ({p['op_gb_per_s']:.1f} of {p['probe_gb_per_s']:.1f})"
+                for p in floor["phases"].values()
+            ]
+            backward = f"{floor['backward_percent_of_probe']:.0f} %"
+            rows.append([str(parse_shape(shape)), *cells, backward])
+        lines += [*_table(["", "forward", "dots", "gather", "dots + gather"], rows), ""]
+    if results["memory"]:
+        lines += ["Peak memory of a stage in maps: tensors (resident)", ""]
+        names = list(next(iter(results["memory"].values())))
+        rows = [
+            [str(parse_shape(shape)), *(_maps(memory[name]) for name in names)]
+            for shape, memory in results["memory"].items()
+        ]
+        lines += [*_table(["", *names], rows), ""]
+    if results["overhead"]:
+        lines += ["Overhead on tiny maps, us a layer", ""]
+        rows = [
+            [name, *(f"{results['overhead'][name][p]['median']:.0f}" for p in _PASSES)]
+            for name in ("op", "module")
+        ]
+        lines += [*_table(["", *_PASSES], rows), ""]
+    rows = [
+        [
+            target.what,
+            target.shape,
+            f"{target.value:.2f}",
+            f"{'>=' if target.at_least else '<='} {target.bound:g}",
+            "yes" if target.met else "NO",
+        ]
+        for target in targets(results)
+    ]
+    lines += _table(["target", "shape", "measured", "allowed", "met"], rows)
+    return "\n".join(lines) + "\n"
+
+
+_PASSES = ("forward", "backward", "both")
+
+
+def _time(ms: dict[str, float]) -> str:
+    return f"{ms['median']:.1f} [{ms['q1']:.1f}, {ms['q3']:.1f}]"
+
+
+def _maps(memory: dict[str, Any]) -> str:
+    resident = memory["resident_maps"]
+    return f"{memory['maps']:.1f}" + ("" if resident is None else f" ({resident:.1f})")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
+    lines = [head, ["-" * width for width in widths], *rows]
+    return [
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+
+
+def plot(results: Results, path: Path) -> None:
+    """Bars of every contender's time under both settings of malloc; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    settings = results["stages"]
+    figure, axes = pyplot.subplots(
+        1, len(settings), figsize=(6 * len(settings), 4), squeeze=False, layout="constrained"
+    )
+    for axis, (setting, stages) in zip(axes[0], settings.items(), strict=True):
+        names = list(next(iter(stages.values()))["contenders"])
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            ms = [stage["contenders"][name]["ms"] for stage in stages.values()]
+            medians = [m["median"] for m in ms]
+            spread = [
+                [m["median"] - m["q1"] for m in ms],
+                [m["q3"] - m["median"] for m in ms],
+            ]
+            places = [j + i * width for j in range(len(ms))]
+            axis.bar(places, medians, width, yerr=spread, label=name)
+        axis.set_xticks(
+            [j + 0.4 - width / 2 for j in range(len(stages))],
+            [str(parse_shape(shape)).replace(" [", "\n[") for shape in stages],
+            fontsize=7,
+        )
+        axis.set_title(f"{setting} malloc")
+        axis.set_ylabel("forward and backward of a stage, ms")
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

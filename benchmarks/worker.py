@@ -1,0 +1,65 @@
+"""One process of a run: measures some parts for one shape under the environment that it was started with.
+
+Started by benchmarks.run, since malloc's settings are read when a process starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.floor import measure_divergence, measure_floor
+from benchmarks.memory import measure_memory
+from benchmarks.overhead import measure_overhead
+from benchmarks.shapes import StageShape, parse_shape
+from benchmarks.stages import measure_stage
+
+PARTS = ("stages", "floor", "divergence", "memory", "overhead")
+
+
+def measure(
+    part: str, shape: StageShape, contenders: list[str], rounds: dict[str, int]
+) -> dict[str, Any]:
+    """One part's results."""
+    if part == "stages":
+        return measure_stage(shape, contenders, rounds[part])
+    if part == "memory":
+        return measure_memory(shape, contenders)
+    if part == "overhead":
+        return measure_overhead(rounds[part])
+    return {"floor": measure_floor, "divergence": measure_divergence}[part](shape, rounds[part])
+
+
+def main() -> None:
+    """Measure, and write the results as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", type=parse_shape, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, required=True)
+    parser.add_argument("--contenders", nargs="+", required=True)
+    parser.add_argument("--rounds", type=json.loads, required=True)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    results: dict[str, Any] = {}
+    log = {}
+    for part in args.parts:
+        load, start = os.getloadavg()[0], time.perf_counter()
+        results[part] = measure(part, args.shape, args.contenders, args.rounds)
+        seconds = time.perf_counter() - start
+        log[part] = {"load_before": round(load, 2), "seconds": round(seconds, 1)}
+    with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False) as file:
+        json.dump({"results": results, "log": log}, file)
+    os.replace(file.name, args.out)
+
+
+if __name__ == "__main__":
+    main()

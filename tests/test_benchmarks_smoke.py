@@ -1,0 +1,141 @@
+"""The benchmarks run from end to end, and refuse to time what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ela_kernels as ek
+from benchmarks.contenders import EAGER, PULL, PUSH, Stage, WrongResultError, check_forms
+from benchmarks.environment import MALLOC_SETTINGS, process_environment
+from benchmarks.measure import interleave, ratio
+from benchmarks.memory import profiled_peak
+from benchmarks.probe import read_probes
+from benchmarks.report import Target
+from benchmarks.shapes import parse_shape
+from benchmarks.stages import least_bytes_of_ops
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = parse_shape("3x2x16x6x8")
+
+
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="times the cpp backend")
+def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.run", "--quick", "--shapes", SHAPE.name]
+    command += ["--rounds", "2", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["stages"]) == list(MALLOC_SETTINGS)
+    for stages in results["stages"].values():
+        contenders = stages[SHAPE.name]["contenders"]
+        assert list(contenders) == [EAGER, PULL, PUSH]
+        for contender in contenders.values():
+            assert contender["ms"]["rounds"] == len(contender["ms"]["samples"]) == 2
+            assert 0 < contender["ms"]["q1"] <= contender["ms"]["median"] <= contender["ms"]["q3"]
+    phases = results["floor"][SHAPE.name]["phases"]
+    assert [p["least_bytes"] for p in phases.values()] == [9 * SHAPE.map_elements * 4] * 3
+    assert set(results["memory"][SHAPE.name]) == {EAGER, PULL, PUSH}
+    assert results["memory"][SHAPE.name][PULL]["maps"] > 2 * SHAPE.depth - 1
+    assert math.isfinite(results["divergence"][SHAPE.name]["percent_of_forward"])
+    assert results["overhead"]["op"]["both"]["median"] > 0
+    assert results["machine"]["threads"] == 1
+    table = (tmp_path / "tables.md").read_text()
+    assert "peak memory, maps" in table
+    assert table == done.stdout.removesuffix("\n")
+
+
+@pytest.mark.parametrize("name", [EAGER, PULL, PUSH])
+def test_every_contender_passes_its_check(name: str) -> None:
+    stage = Stage(SHAPE)
+    report = check_forms(stage, stage.forms([name]))
+    assert 0 < report[name]["largest_error"] < 2e-5
+
+
+@pytest.mark.parametrize("broken", ["output", "gradient"])
+def test_a_wrong_contender_is_not_timed(broken: str) -> None:
+    stage = Stage(SHAPE)
+
+    def wrong_output(x: torch.Tensor) -> torch.Tensor:
+        return stage.eager(x) * 1.001
+
+    def wrong_gradient(x: torch.Tensor) -> torch.Tensor:
+        right = stage.eager(x)
+        return right.detach() + 1.001 * (right - right.detach())
+
+    forward = {"output": wrong_output, "gradient": wrong_gradient}[broken]
+    with pytest.raises(WrongResultError, match=broken):
+        check_forms(stage, {"broken": forward})
+
+
+def test_contenders_take_turns() -> None:
+    calls: list[str] = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "ABC"}
+    seconds = interleave(contenders, rounds=3, warmup=1)
+    assert "".join(calls) == "ABC" + "ABC" * 3
+    assert {name: len(times) for name, times in seconds.items()} == {"A": 3, "B": 3, "C": 3}
+
+
+def test_ratio_is_of_the_medians() -> None:
+    found = ratio([2.0, 4.0, 60.0], [1.0, 1.0, 10.0])
+    assert found["of_medians"] == 4.0
+    assert found["median_of_rounds"] == 4.0
+
+
+def test_read_probes_read_without_a_change() -> None:
+    maps = [torch.randn(33, 32) for _ in range(5)]
+    copies = [m.clone() for m in maps]
+    probes = read_probes()
+    assert {"torch.sum", "torch.dot"} <= set(probes)
+    for run in probes.values():
+        run(maps)
+    assert all(torch.equal(m, c) for m, c in zip(maps, copies, strict=True))
+
+
+def test_peak_memory_is_the_most_held_at_once() -> None:
+    def step() -> None:
+        first = torch.empty(1000, 1000)
+        second = torch.empty(1000, 1000)
+        del first
+        third = torch.empty(1000, 1000)
+        del second, third
+
+    assert profiled_peak(step) == 8_000_000
+
+
+def test_least_bytes_by_hand() -> None:
+    # Depth 3: forward reads 1 + 2 + 3 and writes 3 maps; backward reads (1 + 1) + (2 + 1) + (3 + 1) for the dots, and
+    # the gathers read 3 + 2 + 1 and write 3.
+    one = SHAPE.map_elements * 4
+    assert least_bytes_of_ops(SHAPE) == {"forward": 9 * one, "backward": 18 * one}
+
+
+def test_malloc_settings_replace_those_of_this_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert not any(n.startswith("MALLOC_") for n in process_environment({}, tmp_path))
+    kept = process_environment(MALLOC_SETTINGS["kept"], tmp_path)
+    assert kept["MALLOC_TOP_PAD_"] == "1000000000"
+
+
+def test_targets_look_at_the_right_side() -> None:
+    assert Target("speed", "", 1.4, 1.4, True).met
+    assert not Target("speed", "", 1.39, 1.4, True).met
+    assert Target("memory", "", 32.0, 32.0, False).met
+    assert not Target("memory", "", 32.1, 32.0, False).met
+
+
+@pytest.mark.parametrize("text", ["", "3x2x16x6", "3x2x16x6x5", "0x2x16x6x8", "axbxcxdxe"])
+def test_shapes_that_do_not_fit_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="allowed is TxBxCxHxD"):
+        parse_shape(text)
