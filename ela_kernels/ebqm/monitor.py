@@ -243,7 +243,7 @@ class EBQM:
         """Have skipped layers looked at again in the next training pass, when it is time."""
         due = self.steps % self.settings.probe_interval == 0
         for layer in self._layers:
-            layer.probe_next = due and layer.skipped and not layer.pruned
+            layer.probe_next = due and not layer.pruned
 
     def _decide(self) -> None:
         settings = self.settings

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules.layer_attention import QueryKeyValue
+from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.light_layer_attention import light_layer_attention
 
 
@@ -43,9 +44,7 @@ class LightLayerAttention(QueryKeyValue):
         """
         self.check_input(x)
         q, k, v = self.query_key_value(x)
-        device = x.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if autocast and isinstance(prev_out, Tensor):
+        if isinstance(prev_out, Tensor) and is_autocast_on(x):
             # The stage's input need not have passed through an autocast operation.
             prev_out = prev_out.to(v.dtype)
         return light_layer_attention(q, k, v, prev_out, self.lambda_t, self.heads)

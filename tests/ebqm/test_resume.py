@@ -45,7 +45,7 @@ class Run:
             part.load_state_dict(state)
 
 
-@pytest.mark.parametrize("at", [3, 8, 10, 17])
+@pytest.mark.parametrize("at", [3, 8, 10, 18])
 def test_resume_is_exact(at: int) -> None:
     whole, first, second = Run(0), Run(0), Run(1)
     whole.train(range(40))
@@ -64,6 +64,15 @@ def test_resume_is_exact(at: int) -> None:
     assert torch.equal(
         second.ebqm.state_dict()["statistics"], whole.ebqm.state_dict()["statistics"]
     )
+
+
+def test_decisions_are_set_on_the_layers() -> None:
+    run, network = Run(0), Network((6, 4))
+    run.train(range(12))
+    ebqm = ek.EBQM(network, **SETTINGS)
+    ebqm.load_state_dict(run.ebqm.state_dict())
+    assert skipped(network) == skipped(run.network) != set()
+    assert all(layer.probe_next for layer in network.layers if layer.skipped)  # 12 steps: due
 
 
 class TestRefusals:

@@ -36,14 +36,13 @@ def test_bias_corrected_average_by_hand() -> None:
 
 
 def test_a_gap_counts_as_that_many_steps() -> None:
-    rare, often = Statistics(1, 0.9), Statistics(1, 0.9)
+    statistics = Statistics(2, 0.9)
     for _ in range(10):
-        for s in (rare, often):
-            s.update([[kl(0.1)]])
+        statistics.update([[kl(0.1)], [kl(0.1)]])
     for step in range(1, 21):
-        rare.update([[kl(0.8)]] if step % 5 == 0 else [[]])
-        often.update([[kl(0.8)]])
-    assert rare.read()[0] == pytest.approx(often.read()[0], rel=ROUNDING)
+        statistics.update([[kl(0.8)] if step % 5 == 0 else [], [kl(0.8)]])
+    rare, often = statistics.read()
+    assert rare == pytest.approx(often, rel=ROUNDING)
 
 
 def test_layers_are_independent_and_unseen_ones_are_none() -> None:

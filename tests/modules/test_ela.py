@@ -13,7 +13,7 @@ import torch
 from support.ela_models import CHANNELS, Network, batch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ela_kernels as ek
 
@@ -222,14 +222,16 @@ def gradients(network: Network, x: Tensor, wrap: Callable[..., Tensor] | None = 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("skipped", [(), (2,), (1, 3), (2, 3)])
+@pytest.mark.parametrize("early_stop", [True, False])
 def test_checkpointing_changes_no_gradient(
-    mode: str, skipped: tuple[int, ...], backend: str
+    mode: str, skipped: tuple[int, ...], early_stop: bool, backend: str
 ) -> None:
     network, x = Network((4,), skip=mode, drop_path=0.3), batch(4)
     for i in skipped:
         network.layers[i].skipped = True
     plain = gradients(network, x)
-    recomputed = gradients(network, x, partial(checkpoint, use_reentrant=False))
+    with set_checkpoint_early_stop(early_stop):  # otherwise the end of a layer is not recomputed
+        recomputed = gradients(network, x, partial(checkpoint, use_reentrant=False))
     for got, want in zip(recomputed, plain, strict=True):
         assert (got is None) == (want is None)
         assert got is None or torch.equal(got, want)
@@ -237,6 +239,32 @@ def test_checkpointing_changes_no_gradient(
         # a key and value that no later layer retrieves
         2 * sum(i == 3 or (i == 2 and 3 in skipped) for i in skipped) * (mode == "retrieval")
     )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_several_layers_can_be_one_checkpoint(mode: str, backend: str) -> None:
+    layers, x = Network((6,), skip=mode).layers, batch(3)
+    layers[2].skipped = layers[4].skipped = True
+
+    def segment(first: int, last: int, x: Tensor, history: ek.LayerHistory) -> Tensor:
+        for layer in layers[first:last]:
+            x = layer(x, history)
+        return x
+
+    found = []
+    for recompute in (False, True):
+        for layer in layers:
+            layer.zero_grad()
+        y, history = x.clone().requires_grad_(), ek.LayerHistory()
+        out = y
+        for ends in ((0, 3), (3, 6)):
+            call = partial(checkpoint, segment, use_reentrant=False) if recompute else segment
+            out = call(*ends, out, history)
+        out.square().sum().backward()
+        found.append([y.grad, *(p.grad for layer in layers for p in layer.parameters())])
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        assert got is None or torch.equal(got, want)
 
 
 def test_autocast(kernels: object) -> None:
