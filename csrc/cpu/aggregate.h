@@ -29,9 +29,9 @@ inline const T* planar_at(const MapView& map, int64_t b, int64_t c, int64_t offs
 template <class T, int J>
 inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out) {
   for_vectors<T>(count, [&](int64_t i, int n) {
-    Vec<T> x{};
-    if (!first) x = load_n(sum + i, n);
-    for (int j = 0; j < J; ++j) x += factor[j] * load_n(v[j] + i, n);
+    Vec<T> x = factor[0] * load_n(v[0] + i, n);
+    for (int j = 1; j < J; ++j) x += factor[j] * load_n(v[j] + i, n);
+    if (!first) x += load_n(sum + i, n);
     if (out != nullptr) {
       store_n(out + i, x, n);
     } else {
@@ -135,11 +135,11 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
           A* sum = sums + (row - first_row) * strip;
           T* out = const_cast<T*>(interleaved_at<T>(p.out, b, row, c));
           for_vectors<T>(count, [&](int64_t i, int n) {
-            Vec<T> x{};
-            if (j != 0) x = load_n(sum + i, n);
-            for (int k = 0; k < some; ++k) {
+            Vec<T> x = load_n(weights + i, n) * load_n(interleaved_at<T>(p.maps[j], b, row, c) + i, n);
+            for (int k = 1; k < some; ++k) {
               x += load_n(weights + k * s.channels + i, n) * load_n(interleaved_at<T>(p.maps[j + k], b, row, c) + i, n);
             }
+            if (j != 0) x += load_n(sum + i, n);
             if (last) {
               store_n(out + i, x, n);
             } else {

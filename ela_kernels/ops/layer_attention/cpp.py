@@ -58,17 +58,32 @@ def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements > _ONE_THREAD_ELEMENTS else 1
 
 
+def _dense(tensor: Tensor) -> Tensor:
+    """Contiguous, and with the signs in memory: PyTorch may hold a negation back as a flag."""
+    return tensor.resolve_neg().contiguous()
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """A tensor whose memory says what it is worth."""
+    if tensor.data_ptr() == 0 and tensor.numel():
+        raise ValueError(
+            "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "
+            "kernels read memory. Use ela_kernels.use_backend('eager') there"
+        )
+    return tensor.resolve_neg()
+
+
 def _rows(tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
     """The kernels' table of queries or keys `[B, C]`, and the copies that must live until the kernel has run."""
     table: list[int] = []
     copies = []
     for row in tensors:
         batch, channel = row.stride()
-        if channel != 1 and row.shape[1] != 1:
-            row = row.contiguous()
+        if row.is_neg() or (channel != 1 and row.shape[1] != 1):
+            row = _dense(row)
             copies.append(row)
             batch = row.stride(0)
-        table += (row.data_ptr(), batch)
+        table += (row.data_ptr() or _readable(row).data_ptr(), batch)
     return table, copies
 
 
@@ -82,16 +97,18 @@ def _maps(
     inner = batch = 0
     for tensor in maps:
         strides = tensor.stride()
-        if strides != known:  # usually all maps lie alike, and only the first is analysed
-            view = view_in_form(tensor, channels_last, interleaved)
-            if view is None:
-                tensor = in_form(tensor, channels_last, interleaved)
+        if (
+            strides != known or tensor.is_neg()
+        ):  # usually all lie alike, and only the first is analysed
+            given = tensor
+            tensor = in_form(_readable(tensor), channels_last, interleaved)
+            if tensor is not given:
                 copies.append(tensor)
-                view = view_in_form(tensor, channels_last, interleaved)
-                assert view is not None  # a compact copy is in form
+            view = view_in_form(tensor, channels_last, interleaved)
+            assert view is not None  # in_form made it so
             _, batch, inner = view
             known = tensor.stride()
-        table += (tensor.data_ptr(), batch, inner)
+        table += (tensor.data_ptr() or _readable(tensor).data_ptr(), batch, inner)
     return table, copies
 
 
@@ -117,7 +134,7 @@ def layer_attention_forward_cpp(
     kl = None
     prev_depth = 0
     if prev_weights is not None:
-        prev_weights = prev_weights.contiguous()
+        prev_weights = _dense(prev_weights)
         prev_depth = prev_weights.shape[2]
         kl = torch.empty((sizes[0], heads), dtype=accumulate)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
@@ -149,7 +166,7 @@ def layer_attention_weights_cpp(
     weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
     kl = None
     if prev_weights is not None:
-        prev_weights = prev_weights.contiguous()
+        prev_weights = _dense(prev_weights)
         kl = torch.empty((q.shape[0], heads), dtype=accumulate)
     _kernels().weights(
         _DTYPE_CODES[q.dtype],
@@ -238,12 +255,12 @@ def layer_attention_backward_cpp(
         ]
     dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else None
     dscores = torch.empty_like(weights)
-    dweights = None if dweights is None else dweights.contiguous()
-    dkl = None if dkl is None else dkl.contiguous()
+    dweights = None if dweights is None else _dense(dweights)
+    dkl = None if dkl is None else _dense(dkl)
     dprev = None
     prev_depth = 0
     if prev_weights is not None:
-        prev_weights = prev_weights.contiguous()
+        prev_weights = _dense(prev_weights)
         prev_depth = prev_weights.shape[2]
         if need_prev and dkl is not None:
             dprev = torch.empty_like(prev_weights)

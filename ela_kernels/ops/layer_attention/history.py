@@ -62,7 +62,7 @@ class _Prefix:
         self.weights, self.kl, self.token = weights, kl, token
 
 
-def _graph_task() -> int:
+def graph_task() -> int:
     """Which backward pass is running in this thread; -1 outside of one."""
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
@@ -95,7 +95,7 @@ class LayerHistory:
         self._latest = self._now
         self._found_by: dict[Any, list[tuple[_Prefix, bool]]] = {}
         self._record = Record()
-        self._made_in = _graph_task()
+        self._made_in = graph_task()
 
     @property
     def depth(self) -> int:
@@ -110,7 +110,7 @@ class LayerHistory:
     @property
     def recomputing(self) -> bool:
         """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
-        return _graph_task() not in (-1, self._made_in)
+        return graph_task() not in (-1, self._made_in)
 
     @property
     def weights(self) -> Tensor | None:

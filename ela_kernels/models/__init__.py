@@ -1,0 +1,27 @@
+"""Networks with layer attention."""
+
+from ela_kernels.models.resnet import (
+    MODELS,
+    CifarResNet,
+    ResNet,
+    build_model,
+    resnet20,
+    resnet32,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+)
+
+__all__ = [
+    "MODELS",
+    "CifarResNet",
+    "ResNet",
+    "build_model",
+    "resnet20",
+    "resnet32",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+]
