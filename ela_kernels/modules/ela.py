@@ -90,6 +90,10 @@ class ELA(nn.Module):
             x: feature map `[B, C, H, W]`, in any memory format.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
         """
+        if not isinstance(history, LayerHistory):
+            raise TypeError(
+                f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
+            )
         place = history.position
         recomputing = history.recomputing
         if not recomputing:

@@ -157,5 +157,9 @@ class LayerAttention(QueryKeyValue):
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
         """
         self.check_input(x)
+        if not hasattr(type(history), "attend"):
+            raise TypeError(
+                f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
+            )
         q, k, v = self.query_key_value(x)
         return history.attend(q, k, v, heads=self.heads, caller=self)

@@ -210,6 +210,13 @@ class TestRefusals:
             cls(32)([1.0], None)
 
 
+@pytest.mark.parametrize("cls", [ek.LayerAttention, ek.ELA])
+@pytest.mark.parametrize("history", [None, [], ek.LayerHistory])
+def test_something_else_than_a_history_is_refused(cls, history) -> None:
+    with pytest.raises(TypeError, match=r"^history: got \w+; allowed is the LayerHistory of this"):
+        cls(32)(torch.randn(1, 32, 4, 4), history)
+
+
 def test_the_concatenating_form_refuses_another_history() -> None:
     with pytest.raises(TypeError, match="history: got LayerHistory; allowed is a ConcatHistory"):
         ConcatLayerAttention(32)(torch.randn(1, 32, 4, 4), ek.LayerHistory())
