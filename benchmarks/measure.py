@@ -1,4 +1,4 @@
-"""Interleaved timing: every contender once, then all of them again, so that a slow minute slows all alike."""
+"""Interleaved timing: every contender once, then all of them again, so that a slow moment meets all alike."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def interleave(
     contenders: Mapping[str, Contender], rounds: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, in the order A, B, C, A, B, C.
+    """Seconds of every contender in every round, in the order A, B, C, then B, C, A, then C, A, B.
 
     What a contender returns is given back inside the timed part: freeing belongs to a training step too, and with
-    glibc's defaults it is a large part of it. Python's collector runs between rounds, never inside one.
+    glibc's defaults it is a large part of it. Python's collector runs between rounds, never inside one, and only on
+    what they made: a walk through all of PyTorch's objects empties the caches, at the cost of whoever comes next.
     """
     for run in contenders.values():
         for _ in range(warmup):
@@ -51,14 +52,19 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     was_enabled = gc.isenabled()
     gc.disable()
+    gc.collect()
+    gc.freeze()
+    turns = list(contenders.items())
     try:
-        for _ in range(rounds):
+        for i in range(rounds):
             gc.collect()
-            for name, run in contenders.items():
+            first = i % len(turns)
+            for name, run in turns[first:] + turns[:first]:
                 start = time.perf_counter()
                 run()
                 seconds[name].append(time.perf_counter() - start)
     finally:
+        gc.unfreeze()
         if was_enabled:
             gc.enable()
     return seconds
