@@ -13,11 +13,12 @@ def find_layers(model: object) -> dict[str, ELA]:
     """The ELA layers of a model by name, without the prefixes that wrappers put before it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}; allowed is a torch.nn.Module")
-    found = {}
+    found: dict[str, ELA] = {}
     for name, module in model.named_modules():
         if isinstance(module, ELA):
             # DistributedDataParallel and torch.compile; a run may be resumed with other wrappers.
-            found[name.replace("_orig_mod.", "").removeprefix("module.")] = module
+            plain = name.replace("_orig_mod.", "").removeprefix("module.")
+            found[name if plain in found else plain] = module
     if not found:
         raise ValueError(
             f"model: got {type(model).__name__} without an ela_kernels.ELA layer; allowed is a model with at least one"

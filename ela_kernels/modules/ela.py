@@ -97,9 +97,8 @@ class ELA(nn.Module):
         place = history.position
         recomputing = history.recomputing
         if not recomputing:
-            self.place = (
-                place  # not compared with the old one first: torch.compile would guard on that
-            )
+            # Not compared with the old one first: torch.compile would guard on that, and compile anew.
+            self.place = place
         watched = self.training and self.observations is not None and not recomputing
         if self.skipped:
             self._pass(x, history, watched and self.probe_next)

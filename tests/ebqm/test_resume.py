@@ -116,3 +116,15 @@ def test_names_do_not_depend_on_wrappers() -> None:
     state = ek.EBQM(wrapped).state_dict()
     ek.EBQM(network).load_state_dict(state)
     ek.EBQM(torch.compile(network)).load_state_dict(state)
+
+
+def test_names_stay_apart_where_the_prefix_is_the_models_own() -> None:
+    model = torch.nn.ModuleDict({"layer": ek.ELA(16), "module": Network((2,))})
+    model["module"].layer = ek.ELA(16)
+    report = ek.EBQM(model).report()
+    assert sorted(row.name for row in report.layers) == [
+        "layer",
+        "module.layer",
+        "stages.0.0",
+        "stages.0.1",
+    ]
