@@ -13,8 +13,9 @@ from benchmarks.measure import Contender, interleave, summarize
 from benchmarks.probe import read_probes
 from benchmarks.shapes import StageShape
 from ela_kernels.ops.layer_attention.cpp import (
+    Retrieved,
     Saved,
-    gather_value_gradient_cpp,
+    gather_cpp,
     layer_attention_backward_cpp,
     layer_attention_forward_cpp,
 )
@@ -40,6 +41,11 @@ class StageOfOps:
         self.douts = [torch.randn(size) for _ in range(shape.depth)]
         self.written = torch.zeros(size)  # stands for the map that an op writes, in its probe
         self.weights = [self.forward(t)[1] for t in range(1, shape.depth + 1)]
+        # The weights stand in for the score gradients, which only a key's gradient would read.
+        self.retrieved = [
+            Retrieved(q, w, w, dout, False)
+            for q, w, dout in zip(self.queries, self.weights, self.douts, strict=True)
+        ]
 
     def forward(
         self, t: int, prev_weights: Tensor | None = None
@@ -73,8 +79,10 @@ class StageOfOps:
 
     def gather(self, t: int) -> Tensor:
         """The gradient of value t, from the layers t to T."""
-        columns = [(w, t - 1) for w in self.weights[t - 1 :]]
-        return gather_value_gradient_cpp(self.douts[t - 1 :], columns, self.shape.heads, False)
+        later = self.retrieved[t - 1 :]
+        _, dv = gather_cpp(later, t - 1, self.shape.heads, False, False, True)
+        assert dv is not None
+        return dv
 
     def phase(self, name: str, t: int) -> Contender:
         """One phase at one depth, as something to time."""

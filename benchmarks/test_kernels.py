@@ -15,8 +15,9 @@ from torch import Tensor
 
 import ela_kernels as ek
 from ela_kernels.ops.layer_attention.cpp import (
+    Retrieved,
     Saved,
-    gather_value_gradient_cpp,
+    gather_cpp,
     layer_attention_backward_cpp,
     layer_attention_forward_cpp,
     layer_attention_weights_cpp,
@@ -186,8 +187,16 @@ def test_gather(benchmark: Callable[..., object], inputs: Inputs, dtype: torch.d
         torch.rand(i.q.shape[0], i.heads, j + 1, dtype=accumulate_dtype(dtype))
         for j in range(i.depth)
     ]
-    columns = [(w, 0) for w in weights]
-    run = partial(gather_value_gradient_cpp, i.douts, columns, i.heads, i.channels_last)
+    left = [
+        Retrieved(i.q, w, w, dout, i.channels_last)
+        for w, dout in zip(weights, i.douts, strict=True)
+    ]
+
+    def run() -> Tensor:
+        _, dv = gather_cpp(left, 0, i.heads, i.channels_last, False, True)
+        assert dv is not None
+        return dv
+
     first = torch.stack([w[..., 0] for w in weights], dim=-1).double()
     want = aggregate_reference(first, i.wide(i.douts), i.channels_last)
     _assert_close(run(), want, dtype)

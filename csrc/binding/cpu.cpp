@@ -26,24 +26,39 @@ using Ints = std::vector<int64_t>;
 
 void* address(int64_t x) { return reinterpret_cast<void*>(static_cast<uintptr_t>(x)); }
 
-template <class View, size_t N>
-std::vector<View> views(const Ints& table) {
-  if (table.size() % N != 0) throw std::invalid_argument("view table: incomplete last entry");
-  std::vector<View> out;
-  out.reserve(table.size() / N);
-  for (size_t i = 0; i < table.size(); i += N) {
-    if constexpr (N == 3) {
-      out.push_back({address(table[i]), table[i + 1], table[i + 2]});
-    } else {
-      out.push_back({address(table[i]), table[i + 1]});
-    }
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// Addresses and strides of some tensors; `strides` has one set for each address, or one for all.
+std::vector<MapView> maps(const Ints& addresses, const Ints& strides) {
+  const size_t step = strides.size() == 2 ? 0 : 2;
+  require(strides.size() == (step == 0 ? 2 : 2 * addresses.size()) || addresses.empty(), "strides: two for each map");
+  std::vector<MapView> out;
+  out.reserve(addresses.size());
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    out.push_back({address(addresses[i]), strides[i * step], strides[i * step + 1]});
   }
   return out;
 }
 
-std::vector<MapView> maps(const Ints& t) { return views<MapView, 3>(t); }
-std::vector<RowView> rows(const Ints& t) { return views<RowView, 2>(t); }
-std::vector<ColumnView> columns(const Ints& t) { return views<ColumnView, 2>(t); }
+template <class View>
+std::vector<View> one_stride_each(const Ints& addresses, const Ints& strides) {
+  const size_t step = strides.size() == 1 ? 0 : 1;
+  require(strides.size() == (step == 0 ? 1 : addresses.size()) || addresses.empty(), "strides: one for each tensor");
+  std::vector<View> out;
+  out.reserve(addresses.size());
+  for (size_t i = 0; i < addresses.size(); ++i) out.push_back({address(addresses[i]), strides[i * step]});
+  return out;
+}
+
+std::vector<RowView> rows(const Ints& addresses, const Ints& strides) {
+  return one_stride_each<RowView>(addresses, strides);
+}
+
+std::vector<ColumnView> columns(const Ints& addresses, const Ints& strides) {
+  return one_stride_each<ColumnView>(addresses, strides);
+}
 
 // B, C, G, N, interleaved
 Shape shape_of(const std::array<int64_t, 5>& s) {
@@ -60,77 +75,84 @@ int checked_dtype(int dtype) {
 
 size_t element_size(int dtype) { return dtype == static_cast<int>(ela::DType::kFloat64) ? 8 : 4; }
 
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-WeightsParams weights_params(const Shape& shape, double scale, const Ints& query, const std::vector<RowView>& keys,
+WeightsParams weights_params(const Shape& shape, double scale, const RowView& query, const std::vector<RowView>& keys,
                              int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl) {
   const int64_t depth = static_cast<int64_t>(keys.size());
-  require(query.size() == 2, "query: needs address and batch stride");
   require(depth >= 1 && (prev == 0 || (prev_depth >= 1 && prev_depth <= depth)), "depth: previous weights too long");
-  return {shape,       depth,         prev == 0 ? 0 : prev_depth, scale,      {address(query[0]), query[1]},
-          keys.data(), address(prev), address(weights),           address(kl)};
+  return {shape,
+          depth,
+          prev == 0 ? 0 : prev_depth,
+          scale,
+          query,
+          keys.data(),
+          address(prev),
+          address(weights),
+          prev == 0 ? nullptr : address(kl)};
 }
 
-void weights(int dtype, const std::array<int64_t, 5>& sizes, double scale, const Ints& query, const Ints& keys,
-             int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl, int threads) {
-  const std::vector<RowView> key_views = rows(keys);
+RowView row(int64_t data, int64_t stride) { return {address(data), stride}; }
+
+MapView map(const std::array<int64_t, 3>& view) { return {address(view[0]), view[1], view[2]}; }
+
+void weights(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
+             const Ints& keys, const Ints& key_strides, int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl,
+             int threads) {
+  const std::vector<RowView> key_views = rows(keys, key_strides);
   const WeightsParams p =
-      weights_params(shape_of(sizes), scale, query, key_views, prev, prev_depth, weights, prev == 0 ? 0 : kl);
+      weights_params(shape_of(sizes), scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
   const auto kernel = ela::kernels().weights[checked_dtype(dtype)];
   py::gil_scoped_release unlocked;
   kernel(p, threads);
 }
 
-void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, const Ints& query, const Ints& keys,
-             const Ints& values, int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl, const Ints& out,
-             int64_t workspace, int threads) {
+void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
+             const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
+             int64_t prev_depth, int64_t weights, int64_t kl, const std::array<int64_t, 3>& out, int64_t workspace,
+             int threads) {
   const Shape shape = shape_of(sizes);
-  const std::vector<RowView> key_views = rows(keys);
-  const std::vector<MapView> value_views = maps(values);
-  const std::vector<MapView> out_view = maps(out);
-  require(value_views.size() == key_views.size() && out_view.size() == 1, "values: one for each key, and one out");
-  const WeightsParams p = weights_params(shape, scale, query, key_views, prev, prev_depth, weights, prev == 0 ? 0 : kl);
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  require(value_views.size() == key_views.size(), "values: one for each key");
+  const WeightsParams p =
+      weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
+  const size_t size = element_size(checked_dtype(dtype));
   std::vector<ColumnView> weight_columns;
   weight_columns.reserve(key_views.size());
   for (int64_t j = 0; j < p.depth; ++j) {
-    weight_columns.push_back({static_cast<char*>(p.weights) + j * element_size(checked_dtype(dtype)), p.depth});
+    weight_columns.push_back({static_cast<char*>(p.weights) + j * size, p.depth});
   }
-  const AggregateParams a = {shape,       p.depth,           value_views.data(), weight_columns.data(),
-                             out_view[0], address(workspace)};
+  const AggregateParams a = {shape, p.depth, value_views.data(), weight_columns.data(), map(out), address(workspace)};
   const ela::Kernels& k = ela::kernels();
   py::gil_scoped_release unlocked;
   k.weights[dtype](p, threads);
   k.aggregate[dtype](a, threads);
 }
 
-// One layer's backward. The push form asks for dkeys and dvalues here; the pull form gathers them later, by gather_key
-// and aggregate, from the dscores and douts of all layers that retrieved.
-void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, const Ints& query, const Ints& keys,
-              const Ints& values, int64_t prev, int64_t prev_depth, int64_t weights, const Ints& dout, int64_t dweights,
-              int64_t dkl, int64_t dscores, const Ints& dquery, const Ints& dkeys, int64_t dprev, const Ints& dvalues,
-              int64_t workspace, int threads) {
+// One layer's own gradients. The push form asks for dkeys and dvalues here; the pull form gathers them (see gather).
+void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
+              const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
+              int64_t prev_depth, int64_t weights, const std::array<int64_t, 3>& dout, int64_t dweights, int64_t dkl,
+              int64_t dscores, int64_t dquery, const Ints& dkeys, int64_t dprev, const Ints& dvalues,
+              const Ints& dvalue_strides, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
-  const std::vector<RowView> key_views = rows(keys);
-  const std::vector<RowView> dkey_views = rows(dkeys);
-  const std::vector<MapView> value_views = maps(values);
-  const std::vector<MapView> dvalue_views = maps(dvalues);
-  const std::vector<MapView> dout_view = maps(dout);
-  const std::vector<RowView> dquery_view = rows(dquery);
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<RowView> dkey_views = rows(dkeys, {shape.channels});
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  const std::vector<MapView> dvalue_views = maps(dvalues, dvalue_strides);
+  const MapView dout_view = map(dout);
   const size_t depth = key_views.size();
-  require(dout_view.empty() || value_views.size() == depth, "values: one for each key");
+  require(dout[0] == 0 || value_views.size() == depth, "values: one for each key");
   require(dkey_views.empty() || dkey_views.size() == depth, "dkeys: one for each key, or none");
-  require(dvalue_views.empty() || (dvalue_views.size() == depth && !dout_view.empty()), "dvalues: one each, or none");
+  require(dvalue_views.empty() || (dvalue_views.size() == depth && dout[0] != 0), "dvalues: one each, or none");
   require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
   const BackwardParams p = {
-      weights_params(shape, scale, query, key_views, prev, prev_depth, weights, 0),
+      weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, 0),
       value_views.data(),
-      dout_view.empty() ? nullptr : dout_view.data(),
+      dout[0] == 0 ? nullptr : &dout_view,
       address(dweights),
       address(dkl),
       address(dscores),
-      dquery_view.empty() ? RowView{nullptr, 0} : dquery_view[0],
+      row(dquery, shape.channels),
       dkey_views.empty() ? nullptr : dkey_views.data(),
       address(dprev),
       dvalue_views.empty() ? nullptr : dvalue_views.data(),
@@ -141,32 +163,33 @@ void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, cons
   kernel(p, threads);
 }
 
-void aggregate(int dtype, const std::array<int64_t, 5>& sizes, const Ints& sources, const Ints& weight_columns,
-               const Ints& out, int64_t workspace, int threads) {
-  const std::vector<MapView> source_views = maps(sources);
-  const std::vector<ColumnView> column_views = columns(weight_columns);
-  const std::vector<MapView> out_view = maps(out);
-  require(!source_views.empty() && source_views.size() == column_views.size() && out_view.size() == 1,
-          "sources: one column of weights each, at least one, and one out");
-  const AggregateParams p = {shape_of(sizes),     static_cast<int64_t>(source_views.size()),
-                             source_views.data(), column_views.data(),
-                             out_view[0],         address(workspace)};
-  const auto kernel = ela::kernels().aggregate[checked_dtype(dtype)];
+// The pull form's second half: a layer's dkey from (query, dscores) and its dvalue from (dout, weights) of the layers
+// that retrieved it. An address of 0 leaves that one out.
+void gather(int dtype, const std::array<int64_t, 5>& sizes, const Ints& queries, const Ints& query_strides,
+            const Ints& score_columns, const Ints& score_strides, int64_t dkey, const Ints& douts,
+            const Ints& dout_strides, const Ints& weight_columns, const Ints& weight_strides,
+            const std::array<int64_t, 3>& dvalue, int64_t workspace, int threads) {
+  const Shape shape = shape_of(sizes);
+  const std::vector<RowView> query_views = rows(queries, query_strides);
+  const std::vector<ColumnView> score_views = columns(score_columns, score_strides);
+  const std::vector<MapView> dout_views = maps(douts, dout_strides);
+  const std::vector<ColumnView> weight_views = columns(weight_columns, weight_strides);
+  require(dkey == 0 || query_views.size() == score_views.size(), "queries: one column each");
+  require(dvalue[0] == 0 || (!dout_views.empty() && dout_views.size() == weight_views.size()),
+          "douts: one column of weights each, at least one");
+  const GatherKeyParams key = {shape, static_cast<int64_t>(query_views.size()), query_views.data(), score_views.data(),
+                               row(dkey, shape.channels)};
+  const AggregateParams value = {shape,
+                                 static_cast<int64_t>(dout_views.size()),
+                                 dout_views.data(),
+                                 weight_views.data(),
+                                 map(dvalue),
+                                 address(workspace)};
+  const ela::Kernels& k = ela::kernels();
+  checked_dtype(dtype);
   py::gil_scoped_release unlocked;
-  kernel(p, threads);
-}
-
-void gather_key(int dtype, const std::array<int64_t, 5>& sizes, const Ints& queries, const Ints& score_columns,
-                const Ints& dkey, int threads) {
-  const std::vector<RowView> query_views = rows(queries);
-  const std::vector<ColumnView> column_views = columns(score_columns);
-  const std::vector<RowView> dkey_view = rows(dkey);
-  require(query_views.size() == column_views.size() && dkey_view.size() == 1, "queries: one column each, and one dkey");
-  const GatherKeyParams p = {shape_of(sizes), static_cast<int64_t>(query_views.size()), query_views.data(),
-                             column_views.data(), dkey_view[0]};
-  const auto kernel = ela::kernels().gather_key[checked_dtype(dtype)];
-  py::gil_scoped_release unlocked;
-  kernel(p, threads);
+  if (dkey != 0) k.gather_key[dtype](key, threads);
+  if (dvalue[0] != 0) k.aggregate[dtype](value, threads);
 }
 
 }  // namespace
@@ -181,8 +204,7 @@ void bind_cpu(py::module_& m) {
   m.def("weights", &weights);
   m.def("forward", &forward);
   m.def("backward", &backward);
-  m.def("aggregate", &aggregate);
-  m.def("gather_key", &gather_key);
+  m.def("gather", &gather);
   m.def("aggregate_workspace", [](const std::array<int64_t, 5>& sizes, int64_t sources) {
     return ela::kernels().aggregate_workspace(shape_of(sizes), sources);
   });

@@ -19,6 +19,7 @@ from ela_kernels.ops.layer_attention.cpp import (
     Saved,
     layer_attention_backward_cpp,
     layer_attention_forward_cpp,
+    resolved,
 )
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
 from ela_kernels.ops.layer_attention.reference import (
@@ -61,7 +62,13 @@ def _forward_op(
         out = like.copy_(out)  # one memory format, whichever backend ran
     else:
         out, weights, kl = layer_attention_forward_cpp(
-            q, keys, values, heads, scale, prev_weights, channels_last
+            resolved(q),
+            [resolved(k) for k in keys],
+            [resolved(v) for v in values],
+            heads,
+            scale,
+            prev_weights,
+            channels_last,
         )
     # A schema has no optional result: without previous weights the divergence is empty.
     return out, weights, weights.new_empty(0) if kl is None else kl
@@ -110,7 +117,17 @@ def _backward_op(
             q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
         )
     else:
-        saved = Saved(q, keys, values, heads, scale, prev_weights, weights, channels_last)
+        maps = [resolved(x) for x in (q, *keys, *values)]
+        saved = Saved(
+            maps[0],
+            maps[1 : 1 + depth],
+            maps[1 + depth :],
+            heads,
+            scale,
+            prev_weights,
+            weights.contiguous(),
+            channels_last,
+        )
         every = [True] * depth
         g = layer_attention_backward_cpp(saved, dout, dweights, dkl, True, True, every, every)
         dq, dprev, dkeys, dvalues = g.dq, g.dprev, g.dkeys, g.dvalues
@@ -258,8 +275,9 @@ def layer_attention_autograd(
             q, list(keys), list(values), heads, scale, prev_weights, channels_last
         )
         return out, weights, None if prev_weights is None else kl
+    maps = [resolved(x) for x in (*keys, *values)]
     out, weights, kl = _LayerAttention.apply(
-        q, prev_weights, heads, scale, channels_last, *keys, *values
+        resolved(q), prev_weights, heads, scale, channels_last, *maps
     )
     return out, weights, kl
 

@@ -1,4 +1,4 @@
-"""The glue to the compiled CPU kernels: layouts, allocation and addresses. Arguments are checked already."""
+"""The glue to the compiled CPU kernels: layouts, allocation and calls. Arguments are checked already."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.extension import extension
+from ela_kernels.ops.layer_attention.addresses import maps, rows
 from ela_kernels.ops.layer_attention.layout import (
+    MapView,
     empty_map,
-    in_form,
     is_interleaved,
     kernel_sizes,
     view_in_form,
@@ -21,9 +22,11 @@ from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 Sizes = tuple[int, int, int, int, int]
 
+# Waking a second thread takes longer than the work on fewer elements than these.
 _ONE_THREAD_ELEMENTS = 16 * 1024
 
 _DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_MAP: MapView = (0, 0, 0)
 
 
 def _kernels() -> Any:
@@ -54,62 +57,27 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _threads(elements: int) -> int:
-    """As many as PyTorch uses; one where waking a second would take longer than the work itself."""
     return torch.get_num_threads() if elements > _ONE_THREAD_ELEMENTS else 1
 
 
-def _dense(tensor: Tensor) -> Tensor:
-    """Contiguous, and with the signs in memory: PyTorch may hold a negation back as a flag."""
-    return tensor.resolve_neg().contiguous()
+def _new_row(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """A tensor whose memory says what it is worth."""
-    if tensor.data_ptr() == 0 and tensor.numel():
-        raise ValueError(
-            "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "
-            "kernels read memory. Use ela_kernels.use_backend('eager') there"
-        )
-    return tensor.resolve_neg()
+def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
+    _, channels, _, positions, interleaved = sizes
+    new = empty_map(like, channels_last, bool(interleaved))
+    inner = channels if interleaved else positions
+    return new, (new.data_ptr(), channels * positions, inner)
 
 
-def _rows(tensors: Sequence[Tensor]) -> tuple[list[int], list[Tensor]]:
-    """The kernels' table of queries or keys `[B, C]`, and the copies that must live until the kernel has run."""
-    table: list[int] = []
-    copies = []
-    for row in tensors:
-        batch, channel = row.stride()
-        if row.is_neg() or (channel != 1 and row.shape[1] != 1):
-            row = _dense(row)
-            copies.append(row)
-            batch = row.stride(0)
-        table += (row.data_ptr() or _readable(row).data_ptr(), batch)
-    return table, copies
+def resolved(tensor: Tensor) -> Tensor:
+    """`tensor` with its signs in memory: PyTorch may hold a negation back as a flag, which a kernel cannot see."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
-def _maps(
-    maps: Sequence[Tensor], channels_last: bool, interleaved: bool
-) -> tuple[list[int], list[Tensor]]:
-    """The kernels' table of feature maps of one shape, and the copies that must live until the kernel has run."""
-    table: list[int] = []
-    copies = []
-    known: tuple[int, ...] = ()
-    inner = batch = 0
-    for tensor in maps:
-        strides = tensor.stride()
-        if (
-            strides != known or tensor.is_neg()
-        ):  # usually all lie alike, and only the first is analysed
-            given = tensor
-            tensor = in_form(_readable(tensor), channels_last, interleaved)
-            if tensor is not given:
-                copies.append(tensor)
-            view = view_in_form(tensor, channels_last, interleaved)
-            assert view is not None  # in_form made it so
-            _, batch, inner = view
-            known = tensor.stride()
-        table += (tensor.data_ptr() or _readable(tensor).data_ptr(), batch, inner)
-    return table, copies
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else resolved(tensor).contiguous()
 
 
 def layer_attention_forward_cpp(
@@ -123,37 +91,37 @@ def layer_attention_forward_cpp(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one call of the extension."""
     last = values[-1]
+    depth = len(values)
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
     accumulate = accumulate_dtype(q.dtype)
-    depth = len(values)
-    row_table, row_copies = _rows((q, *keys))
-    table, copies = _maps(values, channels_last, interleaved)
-    out = empty_map(last, channels_last, interleaved)
+    (query,), (query_stride,), query_copy = rows((q,))
+    key_addresses, key_strides, key_copies = rows(keys)
+    value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
+    out, out_view = _new_map(last, sizes, channels_last)
     weights = torch.empty((sizes[0], heads, depth), dtype=accumulate)
-    kl = None
-    prev_depth = 0
-    if prev_weights is not None:
-        prev_weights = _dense(prev_weights)
-        prev_depth = prev_weights.shape[2]
-        kl = torch.empty((sizes[0], heads), dtype=accumulate)
+    prev_weights = _dense(prev_weights)
+    kl = None if prev_weights is None else torch.empty((sizes[0], heads), dtype=accumulate)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
     _kernels().forward(
         _DTYPE_CODES[q.dtype],
         sizes,
         scale,
-        row_table[:2],
-        row_table[2:],
-        table,
+        query,
+        query_stride,
+        key_addresses,
+        key_strides,
+        value_addresses,
+        value_strides,
         _address(prev_weights),
-        prev_depth,
+        0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
         _address(kl),
-        view_in_form(out, channels_last, interleaved),
+        out_view,
         _address(workspace),
         _threads(last.numel() * depth),
     )
-    del copies, row_copies
+    del query_copy, key_copies, value_copies
     return out, weights, kl
 
 
@@ -162,25 +130,27 @@ def layer_attention_weights_cpp(
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)`; no value is read."""
     accumulate = accumulate_dtype(q.dtype)
-    row_table, row_copies = _rows((q, *keys))
+    q, keys = resolved(q), [resolved(k) for k in keys]
+    (query,), (query_stride,), query_copy = rows((q,))
+    key_addresses, key_strides, key_copies = rows(keys)
     weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
-    kl = None
-    if prev_weights is not None:
-        prev_weights = _dense(prev_weights)
-        kl = torch.empty((q.shape[0], heads), dtype=accumulate)
+    prev_weights = _dense(prev_weights)
+    kl = None if prev_weights is None else torch.empty((q.shape[0], heads), dtype=accumulate)
     _kernels().weights(
         _DTYPE_CODES[q.dtype],
         (*q.shape, heads, 1, 0),
         scale,
-        row_table[:2],
-        row_table[2:],
+        query,
+        query_stride,
+        key_addresses,
+        key_strides,
         _address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
         _address(kl),
         _threads(q.numel() * len(keys)),
     )
-    del row_copies
+    del query_copy, key_copies
     return weights, kl
 
 
@@ -222,120 +192,147 @@ def layer_attention_backward_cpp(
 ) -> Gradients:
     """Gradients of scores, query and previous weights, and in the push form of every key and value."""
     q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
+    last = values[-1]
     depth = len(values)
-    accumulate = weights.dtype
-    interleaved = is_interleaved(values[-1], channels_last)
-    sizes = kernel_sizes(values[-1], heads, channels_last, interleaved)
-    row_table, row_copies = _rows((q, *keys))
-    dout_table: list[int] = []
-    value_table: list[int] = []
-    dvalues: list[Tensor | None] = [None] * depth
+    interleaved = is_interleaved(last, channels_last)
+    sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    (query,), (query_stride,), query_copy = rows((q,))
+    key_addresses, key_strides, key_copies = rows(keys)
+    value_addresses: list[int] = []
+    value_strides: list[int] = []
     copies: list[Tensor] = []
+    dout_view = _NO_MAP
+    dvalues: list[Tensor | None] = [None] * depth
+    dvalue_addresses: list[int] = []
+    dvalue_strides: list[int] = []
     if dout is not None:
-        dout_table, copies = _maps((dout,), channels_last, interleaved)
-        value_table, value_copies = _maps(values, channels_last, interleaved)
+        dout = resolved(dout)
+        (dout_address,), (dout_batch, dout_inner), copies = maps(
+            (dout,), channels_last, interleaved
+        )
+        dout_view = dout_address, dout_batch, dout_inner
+        value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
         copies += value_copies
-        dvalues = [
-            empty_map(values[-1], channels_last, interleaved) if needed else None
-            for needed in need_values
-        ] or dvalues
-    dvalue_table: list[int] = []
-    if any(d is not None for d in dvalues):
-        for d in dvalues:
-            view = (0, 0, 0) if d is None else view_in_form(d, channels_last, interleaved)
-            assert view is not None  # it was allocated in form
-            dvalue_table += view
-    dkeys = [
-        torch.empty_like(q, memory_format=torch.contiguous_format) if n else None for n in need_keys
-    ]
-    dkey_table = []
-    if any(need_keys):
-        dkey_table = [
-            x for d in dkeys for x in ((0, 0) if d is None else (d.data_ptr(), d.stride(0)))
-        ]
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_q else None
+        if any(need_values):
+            pairs = [_new_map(last, sizes, channels_last) if n else None for n in need_values]
+            dvalues = [None if p is None else p[0] for p in pairs]
+            if last.numel():  # an empty map has no address, and needs no kernel
+                dvalue_addresses = [0 if p is None else p[1][0] for p in pairs]
+                dvalue_strides = [*next(p[1][1:] for p in pairs if p is not None)]
+    dkeys = [_new_row(q) if n else None for n in need_keys]
+    dq = _new_row(q) if need_q else None
     dscores = torch.empty_like(weights)
-    dweights = None if dweights is None else _dense(dweights)
-    dkl = None if dkl is None else _dense(dkl)
+    dweights, dkl, prev_weights = _dense(dweights), _dense(dkl), _dense(prev_weights)
     dprev = None
-    prev_depth = 0
-    if prev_weights is not None:
-        prev_weights = _dense(prev_weights)
-        prev_depth = prev_weights.shape[2]
-        if need_prev and dkl is not None:
-            dprev = torch.empty_like(prev_weights)
-    workspace = _workspace(_backward_workspace(sizes, depth), accumulate)
+    if need_prev and dkl is not None and prev_weights is not None:
+        dprev = torch.empty_like(prev_weights)
+    workspace = _workspace(_backward_workspace(sizes, depth), weights.dtype)
     _kernels().backward(
         _DTYPE_CODES[q.dtype],
         sizes,
         scale,
-        row_table[:2],
-        row_table[2:],
-        value_table,
+        query,
+        query_stride,
+        key_addresses,
+        key_strides,
+        value_addresses,
+        value_strides,
         _address(prev_weights),
-        prev_depth,
+        0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
-        dout_table,
+        dout_view,
         _address(dweights),
         _address(dkl),
         dscores.data_ptr(),
-        [] if dq is None else [dq.data_ptr(), dq.stride(0)],
-        dkey_table,
+        _address(dq),
+        [_address(d) for d in dkeys] if any(need_keys) else [],
         _address(dprev),
-        dvalue_table,
+        dvalue_addresses,
+        dvalue_strides,
         _address(workspace),
-        _threads(values[-1].numel() * depth),
+        _threads(last.numel() * depth),
     )
-    del copies, row_copies
+    del query_copy, key_copies, copies
     return Gradients(dscores, dq, dprev, dkeys, dvalues)
 
 
-def gather_value_gradient_cpp(
-    douts: Sequence[Tensor], columns: Sequence[tuple[Tensor, int]], heads: int, channels_last: bool
-) -> Tensor:
-    """`sum_m weights_m[..., j_m] * dout_m`: the gradient of one value, from the layers that retrieved it."""
-    first = douts[0]
-    interleaved = is_interleaved(first, channels_last)
-    sizes = kernel_sizes(first, heads, channels_last, interleaved)
-    table, copies = _maps(douts, channels_last, interleaved)
-    dvalue = empty_map(first, channels_last, interleaved)
-    accumulate = accumulate_dtype(first.dtype)
-    workspace = _workspace(_aggregate_workspace(sizes, len(douts)), accumulate)
-    _kernels().aggregate(
-        _DTYPE_CODES[first.dtype],
+class Retrieved:
+    """What one layer's backward leaves for the layers that it retrieved from, with the addresses that they will need.
+
+    `dout` must be in the form of the values already. The tensors live as long as this does, so addresses stay true.
+    """
+
+    __slots__ = ("depth", "dout", "dout_version", "dout_view", "dscores", "q", "query", "weights")
+
+    def __init__(
+        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+    ) -> None:
+        self.q, self.dout = q, dout
+        self.depth = weights.shape[2]
+        self.weights, self.dscores = (weights, weights.data_ptr()), (dscores, dscores.data_ptr())
+        (address,), (stride,), copy = rows((q,))
+        self.query = address, stride, copy
+        self.dout_view, self.dout_version = _NO_MAP, 0
+        if dout is not None:
+            form = is_interleaved(dout, channels_last)
+            self.dout_view = view_in_form(dout, channels_last, form) or _NO_MAP
+            self.dout_version = dout._version
+
+
+def gather_cpp(
+    retrieved: Sequence[Retrieved],
+    index: int,
+    heads: int,
+    channels_last: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(dk, dv)` of the layer at `index`, each a sum over the layers that retrieved it.
+
+    `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`.
+    """
+    q = retrieved[0].q
+    with_dout = [r for r in retrieved if r.dout is not None]
+    need_value = need_value and bool(with_dout)
+    if not need_key and not need_value:
+        return None, None
+    size = retrieved[0].weights[0].element_size()
+    dkey = _new_row(q) if need_key else None
+    sizes: Sizes = (*q.shape, heads, 1, 0)
+    douts: list[int] = []
+    dout_strides: list[int] = []
+    copies: list[Tensor] = []
+    dvalue, dvalue_view, workspace, elements = None, _NO_MAP, None, q.numel()
+    if need_value:
+        like = with_dout[0].dout
+        assert like is not None
+        interleaved = is_interleaved(like, channels_last)
+        sizes = kernel_sizes(like, heads, channels_last, interleaved)
+        strides = with_dout[0].dout_view[1:]
+        if all(r.dout_view[1:] == strides for r in with_dout):
+            douts, dout_strides = [r.dout_view[0] for r in with_dout], [*strides]
+        else:
+            maps_given = [r.dout for r in with_dout if r.dout is not None]
+            douts, dout_strides, copies = maps(maps_given, channels_last, interleaved)
+        dvalue, dvalue_view = _new_map(like, sizes, channels_last)
+        accumulate = retrieved[0].weights[0].dtype
+        workspace = _workspace(_aggregate_workspace(sizes, len(douts)), accumulate)
+        elements = dvalue.numel()
+    _kernels().gather(
+        _DTYPE_CODES[q.dtype],
         sizes,
-        table,
-        _column_table(columns),
-        view_in_form(dvalue, channels_last, interleaved),
+        [r.query[0] for r in retrieved],
+        [r.query[1] for r in retrieved],
+        [r.dscores[1] + index * size for r in retrieved],
+        [r.depth for r in retrieved],
+        _address(dkey),
+        douts,
+        dout_strides,
+        [r.weights[1] + index * size for r in with_dout],
+        [r.depth for r in with_dout],
+        dvalue_view,
         _address(workspace),
-        _threads(first.numel() * len(douts)),
+        _threads(elements * len(retrieved)),
     )
     del copies
-    return dvalue
-
-
-def gather_key_gradient_cpp(
-    queries: Sequence[Tensor], columns: Sequence[tuple[Tensor, int]], heads: int
-) -> Tensor:
-    """`sum_m dscores_m[..., j_m] * q_m`: the gradient of one key."""
-    table, copies = _rows(queries)
-    dkey = torch.empty_like(queries[0], memory_format=torch.contiguous_format)
-    _kernels().gather_key(
-        _DTYPE_CODES[dkey.dtype],
-        (*dkey.shape, heads, 1, 0),
-        table,
-        _column_table(columns),
-        [dkey.data_ptr(), dkey.stride(0)],
-        _threads(dkey.numel() * len(queries)),
-    )
-    del copies
-    return dkey
-
-
-def _column_table(columns: Sequence[tuple[Tensor, int]]) -> list[int]:
-    """Column j of a contiguous `[B, G, t]` tensor: where it starts, and the step from one (b, g) to the next."""
-    return [
-        x
-        for tensor, j in columns
-        for x in (tensor.data_ptr() + j * tensor.element_size(), tensor.shape[2])
-    ]
+    return dkey, dvalue

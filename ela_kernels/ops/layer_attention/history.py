@@ -11,6 +11,7 @@ from ela_kernels.backends.base import Request
 from ela_kernels.backends.dispatch import EAGER, choose_backend
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.cpp import resolved
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
@@ -29,19 +30,14 @@ class _Entry:
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.key, self.value = key, value
-        self.version = self._current_version()
+        self.version, self.serial = -1, 0
+        if torch.compiler.is_compiling():
+            return  # neither number can be traced, and a compiled graph needs neither
         _Entry._count += 1
         self.serial = _Entry._count
-
-    def _current_version(self) -> int:
-        # Versions only grow, so their sum tells whether either has; inference tensors have none.
-        if self.value.is_inference() or self.key.is_inference():
-            return -1
-        return self.key._version + self.value._version
-
-    @property
-    def was_changed(self) -> bool:
-        return self.version >= 0 and self.key._version + self.value._version != self.version
+        if not (value.is_inference() or key.is_inference()):  # those have no versions
+            # Versions only grow, so their sum tells whether either has.
+            self.version = key._version + value._version
 
 
 class _Prefix:
@@ -171,8 +167,11 @@ class LayerHistory:
         prefix = self._enter(caller, (q, k, v))
         heads = self._check_pair(prefix, q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
+        takes_kernel = self._takes_kernel(q)
+        if takes_kernel:
+            q, k, v = resolved(q), resolved(k), resolved(v)
         entries = (*prefix.entries, _Entry(k, v))
-        if self._takes_kernel(q):
+        if takes_kernel:
             link = self._link(entries, heads, scale, channels_last)
             out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
         else:
@@ -198,9 +197,12 @@ class LayerHistory:
             k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
         heads = self._check_pair(prefix, k, k, v, heads, channels_last)
+        takes_kernel = self._takes_kernel(k)
+        if takes_kernel:
+            k, v = resolved(k), resolved(v)
         entries = (*prefix.entries, _Entry(k, v))
         token = prefix.token
-        if self._takes_kernel(k):
+        if takes_kernel:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
             token = provide_pull(k, v, token, self._link(entries, heads, 1.0, channels_last))
         self._leave(_Prefix(entries, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
@@ -284,7 +286,7 @@ class LayerHistory:
                 f"heads: got {heads}; allowed is {prefix.heads}, as the layers before it in this history"
             )
         for j, entry in enumerate(prefix.entries):
-            if entry.was_changed:
+            if entry.version >= 0 and entry.key._version + entry.value._version != entry.version:
                 raise RuntimeError(
                     f"history: the key or value of layer {j} was changed in place after it was appended; allowed is an "
                     "out-of-place operation, or a clone given to the history"

@@ -71,10 +71,12 @@ def kernel_sizes(
     value: Tensor, heads: int, channels_last: bool, interleaved: bool
 ) -> tuple[int, int, int, int, int]:
     """`(B, C, G, N, interleaved)` as the extension takes it."""
-    batch = value.shape[0]
-    channels = value.shape[-1 if channels_last else 1]
+    shape = value.shape
+    batch, channels = shape[0], shape[-1 if channels_last else 1]
+    if value.numel():
+        return batch, channels, heads, value.numel() // (batch * channels), int(interleaved)
     positions = 1
-    for i, size in enumerate(value.shape[1:], start=1):
+    for i, size in enumerate(shape[1:], start=1):
         if i != (value.dim() - 1 if channels_last else 1):
             positions *= size
     return batch, channels, heads, positions, int(interleaved)

@@ -18,24 +18,21 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.cpp import (
+    Retrieved,
     Saved,
-    gather_key_gradient_cpp,
-    gather_value_gradient_cpp,
+    gather_cpp,
     layer_attention_backward_cpp,
     layer_attention_forward_cpp,
+    resolved,
 )
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 
 
 class _Retrieval(NamedTuple):
-    """What one layer's backward leaves for the layers before it."""
+    """What one layer's backward leaves for the layers on its path."""
 
     path: tuple[int, ...]
-    q: Tensor
-    weights: Tensor
-    dscores: Tensor
-    dout: Tensor | None
-    dout_version: int
+    left: Retrieved
 
 
 class Record:
@@ -93,28 +90,19 @@ class Link(NamedTuple):
 
 def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
     """`(dk, dv)` of the layer that `ctx` belongs to."""
+    left = ctx.record.retrieved(ctx.path)
+    if not left:
+        return None, None
+    for r in left:
+        if r.left.dout is not None and r.left.dout._version != r.left.dout_version:
+            raise RuntimeError(
+                "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
+                "but earlier layers still need it; return a new tensor from the hook instead"
+            )
     index = len(ctx.path) - 1
-    found = ctx.record.retrieved(ctx.path)
-    dk = dv = None
-    if need_key and found:
-        dk = gather_key_gradient_cpp(
-            [r.q for r in found], [(r.dscores, index) for r in found], ctx.heads
-        )
-    with_dout = [r for r in found if r.dout is not None]
-    if need_value and with_dout:
-        for r in with_dout:
-            if r.dout is not None and r.dout._version != r.dout_version:
-                raise RuntimeError(
-                    "the gradient of a layer attention output was changed in place during the backward pass "
-                    "(by a hook?), but earlier layers still need it; return a new tensor from the hook instead"
-                )
-        dv = gather_value_gradient_cpp(
-            [r.dout for r in with_dout if r.dout is not None],
-            [(r.weights, index) for r in with_dout],
-            ctx.heads,
-            ctx.channels_last,
-        )
-    return dk, dv
+    return gather_cpp(
+        [r.left for r in left], index, ctx.heads, ctx.channels_last, need_key, need_value
+    )
 
 
 def _refuse_second_derivative() -> None:
@@ -175,11 +163,12 @@ class _Attend(torch.autograd.Function):
             q, weights, prev_weights, *maps = ctx.saved_tensors
             depth = len(maps) // 2
             values = maps[depth:]
-            if dout is not None and dout.stride() != values[-1].stride():
-                # Once here, not once for every earlier layer: the gradient of a sum is expanded, for instance.
-                dout = in_form(
-                    dout, ctx.channels_last, is_interleaved(values[-1], ctx.channels_last)
-                )
+            if dout is not None:
+                dout = resolved(dout)
+                if dout.stride() != values[-1].stride():
+                    # Once here, not for every earlier layer: the gradient of a sum is expanded, for instance.
+                    form = is_interleaved(values[-1], ctx.channels_last)
+                    dout = in_form(dout, ctx.channels_last, form)
             saved = Saved(
                 q,
                 maps[:depth],
@@ -192,8 +181,8 @@ class _Attend(torch.autograd.Function):
             )
             found = layer_attention_backward_cpp(saved, dout, dweights, dkl, need_q, need_prev)
             dq, dprev = found.dq, found.dprev
-            version = 0 if dout is None else dout._version
-            ctx.record.add(_Retrieval(ctx.path, q, weights, found.dscores, dout, version))
+            left = Retrieved(q, weights, found.dscores, dout, ctx.channels_last)
+            ctx.record.add(_Retrieval(ctx.path, left))
         dk, dv = _gather(ctx, need_k, need_v)
         return dq, dk, dv, dprev, _token_gradient(ctx, ctx.token), None
 

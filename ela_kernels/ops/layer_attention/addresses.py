@@ -1,0 +1,51 @@
+"""Addresses and strides of tensors as the extension takes them.
+
+These run several times for every layer and step, so they are written for few calls into PyTorch: usually all tensors of
+a history lie alike, and then one set of strides stands for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.layout import in_form, view_in_form
+
+Table = tuple[list[int], list[int], list[Tensor]]
+"""Addresses, strides (one set for all, or one for each), and copies that must live until the kernel has run."""
+
+
+def rows(tensors: Sequence[Tensor]) -> Table:
+    """Queries or keys `[B, C]`: the stride is that of the batch; channels must be contiguous, or are made so."""
+    strides = tensors[0].stride()
+    if strides[1] == 1 and all(t.stride() == strides for t in tensors):
+        return [_address(t) for t in tensors], [strides[0]], []
+    copies = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
+    return [_address(t) for t in copies], [t.stride(0) for t in copies], copies
+
+
+def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> Table:
+    """Feature maps of one shape: strides are those of the batch, and of channel (planar) or position (interleaved)."""
+    first = view_in_form(tensors[0], channels_last, interleaved)
+    if first is not None:
+        strides = tensors[0].stride()
+        if all(t.stride() == strides for t in tensors):
+            return [_address(t) for t in tensors], [first[1], first[2]], []
+    copies = [in_form(t, channels_last, interleaved) for t in tensors]
+    table: list[int] = []
+    for copy in copies:
+        view = view_in_form(copy, channels_last, interleaved)
+        assert view is not None  # in_form made it so
+        table += view[1:]
+    return [_address(t) for t in copies], table, copies
+
+
+def _address(tensor: Tensor) -> int:
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel():
+        raise ValueError(
+            "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "
+            "kernels read memory. Use ela_kernels.use_backend('eager') there"
+        )
+    return address
