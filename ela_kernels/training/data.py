@@ -1,0 +1,270 @@
+"""Labelled images: bundled digits, CIFAR's pickles, and folders of images."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ela_kernels.training.optional import optional
+
+DATA = ("digits", "cifar10", "cifar100", "folder")
+SIDES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# Channel means and deviations that networks for natural images are usually trained with (ImageNet's).
+_NATURAL_MEAN, _NATURAL_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class MissingDataError(FileNotFoundError):
+    """Files that are not where they are expected; the message says which and where."""
+
+
+class Images(Protocol):
+    """Labelled images that are read by their numbers."""
+
+    labels: Tensor
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Tensor) -> Tensor:
+        """Normalised images `[len(indices), C, H, W]`, float32."""
+        ...
+
+
+class TensorImages:
+    """Images held in memory: uint8 or float32 `[N, C, H, W]`, normalised when they are read."""
+
+    def __init__(self, images: Tensor, labels: Tensor, mean: Tensor, deviation: Tensor) -> None:
+        self.images, self.labels = images, labels
+        self.mean, self.deviation = mean.view(1, -1, 1, 1), deviation.view(1, -1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return (self.images[indices].float() - self.mean) / self.deviation
+
+
+class FolderImages:
+    """Image files, decoded with Pillow when they are read: the shorter side to `side`, then the middle square."""
+
+    def __init__(self, paths: list[Path], labels: Tensor, side: int) -> None:
+        self.paths, self.labels, self.side = paths, labels, side
+        self._pillow = optional("PIL.Image", "reading a folder of images")
+        self._numpy = optional("numpy", "reading a folder of images")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Tensor) -> Tensor:
+        paths = [self.paths[i] for i in indices.tolist()]
+        # Pillow decodes without holding Python's lock.
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            images = torch.stack(list(pool.map(self._decode, paths)))
+        mean, deviation = (
+            torch.tensor(m).view(1, 3, 1, 1) for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
+        )
+        return (images.float() / 255 - mean) / deviation
+
+    def _decode(self, path: Path) -> Tensor:
+        with self._pillow.open(path) as opened:
+            image = opened.convert("RGB")
+        scale = self.side / min(image.size)
+        width, height = (max(self.side, round(length * scale)) for length in image.size)
+        image = image.resize((width, height), self._pillow.Resampling.BILINEAR)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        image = image.crop((left, top, left + self.side, top + self.side))
+        return torch.from_numpy(self._numpy.array(image)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What there is to learn: images for training and for testing, the classes' names, and how images are varied."""
+
+    train: Images
+    test: Images
+    classes: list[str]
+    channels: int
+    augment: Callable[[Tensor, torch.Generator], Tensor]
+
+
+def load_task(name: str, folder: Path | None = None, side: int | None = None) -> Task:
+    """Load one of :data:`DATA`.
+
+    Args:
+        name: `"digits"` (bundled with scikit-learn), `"cifar10"`, `"cifar100"` or `"folder"`.
+        folder: where the data are; not needed for digits.
+        side: height and width of the images; for CIFAR 32 only. 16, 32 and 224 by default.
+
+    Raises:
+        ValueError: unknown name, a folder that was not given, or a side that does not fit.
+        MissingDataError: expected files are not there.
+    """
+    if name not in DATA:
+        raise ValueError(f"data: got {name!r}; allowed are {', '.join(map(repr, DATA))}")
+    side = SIDES[name] if side is None else side
+    if side < 8:
+        raise ValueError(f"side: got {side}; allowed is an int of at least 8")
+    if name == "digits":
+        return _digits(side)
+    if folder is None:
+        raise ValueError(f"data-dir: got none for {name!r}; allowed is the folder with the data")
+    if name == "folder":
+        return _folder(folder, side)
+    if side != 32:
+        raise ValueError(f"side: got {side} for {name!r}; allowed is 32, the size of its images")
+    return _cifar(folder, name)
+
+
+def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
+    """Each image moved by up to `padding` pixels either way, filled up with zeros."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, batch, 1, 1), generator=generator)
+    rows = (top + torch.arange(height).view(1, -1, 1)).expand(batch, height, width)
+    columns = (left + torch.arange(width).view(1, 1, -1)).expand(batch, height, width)
+    number = torch.arange(batch).view(-1, 1, 1)
+    return padded[number, :, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+
+def flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored left to right with probability one half."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The standard variation of small natural images: a pad of an eighth, a crop, a flip."""
+    return flip(crop(images, images.shape[-1] // 8, generator), generator)
+
+
+def crop_only(images: Tensor, generator: torch.Generator) -> Tensor:
+    """As :func:`crop_and_flip` without the flip, since a mirrored digit is none."""
+    return crop(images, images.shape[-1] // 8, generator)
+
+
+def _digits(side: int) -> Task:
+    bundled = optional("sklearn.datasets", "the digits").load_digits()
+    split = optional("sklearn.model_selection", "the digits").train_test_split
+    images = torch.from_numpy(bundled.images).float().unsqueeze(1) / 16
+    images = F.interpolate(images, size=side, mode="bilinear", align_corners=False)
+    labels = torch.from_numpy(bundled.target).long()
+    # The same split always, whatever the run's seed: accuracies of different runs are of the same test images.
+    train, test = split(range(len(labels)), test_size=0.2, stratify=bundled.target, random_state=0)
+    deviation, mean = torch.std_mean(images[train])
+    first, second = (TensorImages(images[i], labels[i], mean, deviation) for i in (train, test))
+    return Task(first, second, [str(i) for i in range(10)], 1, crop_only)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads what CIFAR's files hold, arrays in plain containers, and refuses to call anything else."""
+
+    _ALLOWED = frozenset({("_codecs", "encode"), ("numpy", "dtype"), ("numpy", "ndarray")})
+    _MAKES_ARRAYS = frozenset(
+        (f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._ALLOWED:
+            return super().find_class(module, name)
+        if (module, name) in self._MAKES_ARRAYS:
+            # The files spell the module as numpy did then; its newer releases do not like to be asked for that.
+            return optional("numpy", "CIFAR").empty(0).__reduce__()[0]
+        raise pickle.UnpicklingError(
+            f"got {module}.{name} in the file; allowed are numpy arrays, bytes, lists and dicts"
+        )
+
+
+def _unpickle(path: Path) -> dict[bytes, Any]:
+    try:
+        content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"data-dir: {path} is no batch of CIFAR's python version: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"data-dir: {path} holds a {type(content).__name__}; allowed is a dict")
+    return content
+
+
+def _cifar(folder: Path, name: str) -> Task:
+    if name == "cifar10":
+        inner, label = "cifar-10-batches-py", b"labels"
+        training, test, meta = (
+            [f"data_batch_{i}" for i in range(1, 6)],
+            "test_batch",
+            "batches.meta",
+        )
+        names_key = b"label_names"
+    else:
+        inner, label = "cifar-100-python", b"fine_labels"
+        training, test, meta = ["train"], "test", "meta"
+        names_key = b"fine_label_names"
+    root = folder / inner if (folder / inner).is_dir() else folder
+    missing = [f for f in (*training, test, meta) if not (root / f).is_file()]
+    if missing:
+        raise MissingDataError(
+            f"data-dir: {', '.join(missing)} not found in {root}. Expected are the files of the python version of "
+            f"{name}, {', '.join((*training, test, meta))}, in {folder / inner} or in {folder}"
+        )
+    classes = [n.decode() for n in _unpickle(root / meta)[names_key]]
+    images, labels = _cifar_images([root / f for f in training], label)
+    deviation, mean = torch.std_mean(images.float(), (0, 2, 3))
+    train = TensorImages(images, labels, mean, deviation)
+    images, labels = _cifar_images([root / test], label)
+    return Task(train, TensorImages(images, labels, mean, deviation), classes, 3, crop_and_flip)
+
+
+def _cifar_images(files: list[Path], label: bytes) -> tuple[Tensor, Tensor]:
+    images, labels = [], []
+    for path in files:
+        batch = _unpickle(path)
+        if b"data" not in batch or label not in batch:
+            raise ValueError(
+                f"data-dir: {path} has the entries {sorted(batch)}; needed are {b'data'!r} and {label!r}"
+            )
+        images.append(torch.from_numpy(batch[b"data"].copy()).view(-1, 3, 32, 32))
+        labels.append(torch.tensor(batch[label]))
+    return torch.cat(images), torch.cat(labels)
+
+
+def _folder(folder: Path, side: int) -> Task:
+    layout = f"{folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
+    for part in ("train", "val"):
+        if not (folder / part).is_dir():
+            raise MissingDataError(
+                f"data-dir: {folder / part} not found. Expected are {layout}, one subfolder a class "
+                f"(files: {', '.join(IMAGE_SUFFIXES)})"
+            )
+    classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    unknown = sorted({p.name for p in (folder / "val").iterdir() if p.is_dir()} - set(classes))
+    if unknown:
+        raise ValueError(
+            f"data-dir: the classes {', '.join(unknown)} are in {folder / 'val'} and not in {folder / 'train'}; "
+            "allowed are the same subfolders"
+        )
+    parts = []
+    for part in ("train", "val"):
+        paths, labels = [], []
+        for number, name in enumerate(classes):
+            here = folder / part / name
+            found = sorted(p for p in here.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            paths += found
+            labels += [number] * len(found)
+        if not paths:
+            raise MissingDataError(
+                f"data-dir: no image found under {folder / part}. Expected are {layout} "
+                f"(files: {', '.join(IMAGE_SUFFIXES)})"
+            )
+        parts.append(FolderImages(paths, torch.tensor(labels), side))
+    return Task(parts[0], parts[1], classes, 3, crop_and_flip)

@@ -1,0 +1,295 @@
+"""The training loop: exact to the bit on the CPU, whether or not it was interrupted in between."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ela_kernels.ebqm import EBQM
+from ela_kernels.modules import ELA
+from ela_kernels.training.data import Images, Task
+from ela_kernels.training.options import Options
+from ela_kernels.training.processes import Processes
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# One seed for each purpose and epoch: the order and the variation of images do not depend on where a run was resumed.
+_ORDER, _VARIATION = 0, 1
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """The run was asked to stop; its state is one that it can go on from."""
+
+
+class Trainer:
+    """A model in training, and everything that its next step depends on.
+
+    Args:
+        model: gives class scores `[B, classes]` of images. EBQM joins in if it has ELA layers.
+        task: the images.
+        options: the settings.
+        device: where to train.
+        processes: the processes of the run; the model is then wrapped in `DistributedDataParallel`.
+        stopping: asked between steps; the run stops with :class:`Interrupted` once it gives something other than 0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        options: Options,
+        device: torch.device | None = None,
+        processes: Processes | None = None,
+        stopping: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self.processes = Processes() if processes is None else processes
+        self.model = model.to(self.device)
+        self.task, self.options, self.stopping = task, options, stopping
+        self.steps_per_epoch = len(task.train) // (options.batch_size * self.processes.count)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch-size: got {options.batch_size} in {self.processes.count} processes for {len(task.train)} "
+                "training images; allowed is one that at least one batch can be filled with"
+            )
+        steps = options.epochs * self.steps_per_epoch
+        self.optimizer = _optimizer(self.model, options)
+        self.schedule = _schedule(self.optimizer, options, steps)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        has_ela = any(isinstance(m, ELA) for m in model.modules())
+        self.ebqm = EBQM(model, **options.ebqm_arguments(steps)) if has_ela else None
+        self.parallel: nn.Module = self.model
+        if self.processes.count > 1:
+            # A skipped layer's parameters get no gradient, and which layers these are changes.
+            self.parallel = nn.parallel.DistributedDataParallel(
+                self.model,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                find_unused_parameters=has_ela,
+            )
+        self.epoch = 0
+        self.batch = 0  # steps done in this epoch
+        self.seconds = 0.0  # of training, reading the images included and evaluation not
+        self._lap = 0.0
+        self.history: list[dict[str, float]] = []
+        self._totals = self._no_totals()
+        if self.processes.rank:
+            torch.manual_seed(options.seed + self.processes.rank)
+
+    @property
+    def steps(self) -> int:
+        """Training steps done so far."""
+        return self.epoch * self.steps_per_epoch + self.batch
+
+    @property
+    def done(self) -> bool:
+        return self.epoch >= self.options.epochs
+
+    @property
+    def layers_skipped(self) -> int:
+        """How many layers EBQM has skip now."""
+        return sum(m.skipped for m in self.model.modules() if isinstance(m, ELA))
+
+    def run_epoch(self, on_step: Callable[[], object] = lambda: None) -> dict[str, float]:
+        """Train to the end of the epoch under way, and evaluate; the new row of :attr:`history`.
+
+        Args:
+            on_step: called after every step.
+
+        Raises:
+            Interrupted: `stopping` said so. The state is whole, and :meth:`run_epoch` goes on from it.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.parallel.train()
+        self._lap = time.perf_counter()
+        for images, labels in self._rest_of_epoch():
+            self._step(images, labels)
+            self.batch += 1
+            self._count_time()
+            on_step()
+            lr = self.optimizer.param_groups[0]["lr"]
+            self._stop_if_asked()
+        train_loss, train_accuracy = self._means(self._totals)
+        # Reading the totals waited for the device.
+        self._count_time()
+        test_loss, test_accuracy = self.evaluate()
+        row = {
+            "epoch": self.epoch + 1,
+            "step": self.steps,
+            "lr": lr,
+            "train_loss": train_loss,
+            "train_accuracy": train_accuracy,
+            "test_loss": test_loss,
+            "test_accuracy": test_accuracy,
+            "seconds": self.seconds,
+            "layers_skipped": self.layers_skipped,
+        }
+        self.history.append(row)
+        self.epoch, self.batch, self._totals = self.epoch + 1, 0, self._no_totals()
+        return row
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Mean loss and accuracy on the test images."""
+        self.model.eval()
+        self.processes.copy_first(self.model.buffers())
+        totals = self._no_totals()
+        indices = torch.arange(self.processes.rank, len(self.task.test), self.processes.count)
+        for part in indices.split(self.options.batch_size):
+            images, labels = self._to_device(self.task.test, part)
+            with self._autocast():
+                scores = self.model(images)
+            totals += _totals(scores, labels)
+            if self.processes.count == 1:
+                # Shares may differ by one batch, and a flag can only be agreed on by all.
+                self._stop_if_asked()
+        self.model.train()
+        return self._means(totals)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on. With several processes all of them must call this."""
+        if self.ebqm is not None:
+            self.ebqm.synchronize()
+        random = {"cpu": self.processes.gather(torch.get_rng_state())}
+        if self.device.type == "cuda":
+            random["cuda"] = self.processes.gather(torch.cuda.get_rng_state(self.device))
+        return {
+            "options": self.options.as_dict(),
+            "processes": self.processes.count,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ebqm": None if self.ebqm is None else self.ebqm.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "history": self.history,
+            "totals": self.processes.total(self._totals).cpu(),
+            "random": random,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of a run with other settings, or another number of processes.
+        """
+        self.options.check_same(state["options"])
+        if state["processes"] != self.processes.count:
+            raise ValueError(
+                f"resume: the checkpoint was made by {state['processes']} processes; got {self.processes.count}. "
+                "Start as many"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ebqm is not None:
+            self.ebqm.load_state_dict(state["ebqm"])
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.seconds, self.history = state["seconds"], list(state["history"])
+        # A sum over all processes: one of them goes on with it.
+        self._totals = self._no_totals()
+        if self.processes.first:
+            self._totals += state["totals"].to(self.device)
+        torch.set_rng_state(state["random"]["cpu"][self.processes.rank])
+        if self.device.type == "cuda" and "cuda" in state["random"]:
+            torch.cuda.set_rng_state(state["random"]["cuda"][self.processes.rank], self.device)
+
+    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.task.train), generator=self._generator(_ORDER))
+        size, count = self.options.batch_size, self.processes.count
+        for batch in range(self.batch, self.steps_per_epoch):
+            start = (batch * count + self.processes.rank) * size
+            part = order[start : start + size]
+            images, labels = self.task.train.read(part), self.task.train.labels[part]
+            if self.options.augment:
+                images = self.task.augment(images, self._generator(_VARIATION, batch))
+            yield images.to(self.device), labels.to(self.device)
+
+    def _generator(self, purpose: int, batch: int = 0) -> torch.Generator:
+        # The order is common to the processes, the variation each one's own.
+        rank = self.processes.rank if purpose == _VARIATION else 0
+        numbers = (self.options.seed, purpose, self.epoch, batch, rank)
+        seed = 0
+        for number in numbers:
+            # Knuth's multiplier mixes them, so that no two of these tuples meet in practice.
+            seed = ((seed ^ (number + 1)) * 6364136223846793005 + 1442695040888963407) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            scores = self.parallel(images)
+            loss = F.cross_entropy(scores, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.schedule.step()
+        if self.ebqm is not None:
+            self.ebqm.step()
+        self._totals += _totals(scores.detach(), labels)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.options.amp == "off":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=_AUTOCAST[self.options.amp])
+
+    def _to_device(self, images: Images, part: Tensor) -> tuple[Tensor, Tensor]:
+        return images.read(part).to(self.device), images.labels[part].to(self.device)
+
+    def _no_totals(self) -> Tensor:
+        return torch.zeros(3, dtype=torch.float64, device=self.device)
+
+    def _means(self, totals: Tensor) -> tuple[float, float]:
+        loss, correct, seen = self.processes.total(totals).tolist()
+        return loss / seen, correct / seen
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self.seconds, self._lap = self.seconds + now - self._lap, now
+
+    def _stop_if_asked(self) -> None:
+        if self.processes.any(self.stopping()):
+            raise Interrupted
+
+
+def _totals(scores: Tensor, labels: Tensor) -> Tensor:
+    """Sum of losses, number of right answers, number of images."""
+    scores = scores.float()
+    loss = F.cross_entropy(scores, labels, reduction="sum").double()
+    right = (scores.argmax(1) == labels).sum().double()
+    return torch.stack((loss, right, torch.full_like(loss, len(labels))))
+
+
+def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(), lr=options.lr, weight_decay=options.weight_decay
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=options.lr,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+        nesterov=options.momentum > 0,
+    )
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, options: Options, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedulers = torch.optim.lr_scheduler
+    if options.schedule == "one-cycle":
+        # One more than there are steps: it is asked for a rate after the last one too.
+        return schedulers.OneCycleLR(
+            optimizer, options.lr, total_steps=steps + 1, cycle_momentum=False
+        )
+    if options.schedule == "cosine":
+        return schedulers.CosineAnnealingLR(optimizer, steps)
+    return schedulers.LambdaLR(optimizer, lambda _: 1.0)

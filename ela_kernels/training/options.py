@@ -1,0 +1,92 @@
+"""What a training run is: everything that its result depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("one-cycle", "cosine", "constant")
+AMP = ("off", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a run. They are kept in the checkpoint, and a resumed run must have equal ones.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images of a step, in each process.
+        lr: learning rate; the highest of a one-cycle schedule.
+        optimizer: `"sgd"` (Nesterov momentum) or `"adamw"`.
+        schedule: `"one-cycle"`, `"cosine"` or `"constant"`.
+        amp: `"off"`, `"bf16"` or `"fp16"`, with autocast and for fp16 with a scaled loss.
+        seed: of the weights, the order of the images, and their variation.
+        ebqm: arguments of :class:`ela_kernels.EBQM`; what is not given follows from the length of the run.
+        task: what else the run must agree in to be resumed, data and model by name.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 0.03
+    optimizer: str = "sgd"
+    schedule: str = "one-cycle"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    amp: str = "off"
+    seed: int = 0
+    augment: bool = True
+    ebqm: dict[str, float] = field(default_factory=dict)
+    task: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{_flag(name)}: got {getattr(self, name)}; allowed is an int of at least 1"
+                )
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr: got {self.lr}; allowed is a positive number")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: got {self.momentum}; allowed is a number in [0, 1)")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ValueError(
+                f"weight-decay: got {self.weight_decay}; allowed is a number of at least 0"
+            )
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}"
+                )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def ebqm_arguments(self, steps: int) -> dict[str, Any]:
+        """Arguments of EBQM for a run of so many steps: a fifth of them to warm up, then some thirty decisions."""
+        interval = max(1, steps // 40)
+        return {
+            "warmup": max(1, steps // 5),
+            "interval": interval,
+            "probe_interval": max(1, min(20, interval // 4)),
+            # The average looks back over about one interval.
+            "smoothing": max(0.5, 1 - 2 / (interval + 1)),
+            **self.ebqm,
+        }
+
+    def check_same(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run that had other settings."""
+        mine = self.as_dict()
+        differing = [name for name in mine if saved.get(name) != mine[name]]
+        if differing:
+            raise ValueError(
+                "resume: the checkpoint was made with other settings: "
+                + ", ".join(f"{_flag(n)}={saved.get(n)!r} (now {mine[n]!r})" for n in differing)
+                + ". Give the same ones, or train into another folder"
+            )
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

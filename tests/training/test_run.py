@@ -1,0 +1,246 @@
+"""Whole runs through the command line: every source of data, what they leave behind, resuming, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.image_files import write_cifar10, write_folder
+
+from ela_kernels.__main__ import main
+from ela_kernels.training.checkpoint import load_checkpoint, save_checkpoint
+from ela_kernels.training.logs import COLUMNS
+
+for library in ("sklearn", "PIL", "tqdm", "rich"):
+    pytest.importorskip(library)
+
+ROOT = Path(__file__).resolve().parents[2]
+# EBQM decides at the 4th step and at every second after it, and skips as much as it may.
+EAGER_EBQM = (
+    "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 ceiling=1 smoothing=0.5"
+)
+DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EAGER_EBQM}"
+
+
+def train(out: Path, more: str = DIGITS) -> int:
+    return main(["train", "--out", str(out), *more.split()])
+
+
+def read_log(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the bit, in whatever containers."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a.nan_to_num(nan=7e7), b.nan_to_num(nan=7e7)), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (first, second) in enumerate(zip(a, b, strict=True)):
+            assert_same(first, second, f"{where}[{i}]")
+    elif isinstance(a, float):
+        assert a == b or (math.isnan(a) and math.isnan(b)), where
+    else:
+        assert a == b, where
+
+
+def without_times(state: dict[str, Any]) -> dict[str, Any]:
+    state = {k: v for k, v in state.items() if k != "seconds"}
+    state["history"] = [
+        {k: v for k, v in row.items() if k != "seconds"} for row in state["history"]
+    ]
+    return state
+
+
+def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, f"{DIGITS} --epochs 2 --tensorboard") == 0
+    rows = read_log(tmp_path)
+    assert list(rows[0]) == list(COLUMNS)
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
+    assert int(rows[1]["layers_skipped"]) > 0
+    # A random guess among ten classes has a loss of log 10.
+    assert float(rows[1]["train_loss"]) < math.log(10)
+    shown = capsys.readouterr().out
+    assert "test accuracy, last epoch" in shown
+    assert "first layer of its stage" in shown
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_cifar(tmp_path: Path) -> None:
+    write_cifar10(tmp_path / "cifar-10-batches-py", each=4)
+    more = "--model resnet20 --attention mrla --unfused --epochs 1 --batch-size 10 --threads 1"
+    more += " --amp bf16 --optimizer adamw --schedule cosine"
+    assert train(tmp_path / "out", f"--data cifar10 --data-dir {tmp_path} {more}") == 0
+    assert read_log(tmp_path / "out")[0]["step"] == "2"
+
+
+def test_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=12, val=4)
+    more = "--side 16 --model resnet20 --attention mrla_light --epochs 4 --batch-size 8 --threads 1"
+    assert train(tmp_path / "out", f"--data folder --data-dir {tmp_path} {more}") == 0
+    # Dark and light images: anything that learns tells them apart in training.
+    assert float(read_log(tmp_path / "out")[-1]["train_accuracy"]) > 0.7
+
+
+def test_resume_is_exact_in_the_middle_of_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ela_kernels.training import loop
+
+    more = f"{DIGITS} --epochs 3"
+    assert train(tmp_path / "whole", more) == 0
+
+    step = loop.Trainer._step
+
+    def step_and_stop(self: loop.Trainer, *args: Any) -> None:
+        step(self, *args)
+        if self.steps + 1 in stops:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop.Trainer, "_step", step_and_stop)
+    # Steps 5, 10 and 15 end an epoch of five; layers have been skipped since the 4th.
+    for stops in ({3}, {8}, {10}):
+        resume = "" if stops == {3} else "--resume"
+        assert train(tmp_path / "parts", f"{more} {resume}") == 130
+        state = load_checkpoint(tmp_path / "parts")
+        assert state["epoch"] * 5 + state["batch"] == stops.pop()
+    assert train(tmp_path / "parts", f"{more} --resume") == 0
+
+    whole, parts = (without_times(load_checkpoint(tmp_path / name)) for name in ("whole", "parts"))
+    assert any(whole["ebqm"]["skipped"])
+    assert_same(whole, parts)
+    logs = [read_log(tmp_path / name) for name in ("whole", "parts")]
+    for a, b in zip(*logs, strict=True):
+        assert {**a, "seconds": ""} == {**b, "seconds": ""}
+
+
+def test_resume_finds_another_seed_different(tmp_path: Path) -> None:
+    """What the test above compares does depend on the run."""
+    for seed in (0, 1):
+        assert train(tmp_path / str(seed), f"{DIGITS} --epochs 1 --seed {seed}") == 0
+    a, b = (without_times(load_checkpoint(tmp_path / str(seed)))["model"] for seed in (0, 1))
+    with pytest.raises(AssertionError):
+        assert_same(a, b)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: int, status: int) -> None:
+    command = [sys.executable, "-m", "ela_kernels", "train", "--out", str(tmp_path)]
+    command += f"{DIGITS} --batch-size 60 --epochs 500".split()
+    errors = tmp_path / "errors"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, stderr=file, stdout=file, env=environment, cwd=tmp_path)
+        # The bar shows that steps are being taken.
+        end = time.monotonic() + 60
+        while "step/s" not in errors.read_text() and "s/step" not in errors.read_text():
+            assert process.poll() is None, errors.read_text()
+            assert time.monotonic() < end, "no step within a minute"
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.send_signal(number)
+        assert process.wait(timeout=60) == status
+    assert "with --resume goes on from" in errors.read_text()
+    assert "Traceback" not in errors.read_text()
+    state = load_checkpoint(tmp_path)
+    assert state["epoch"] + state["batch"] > 0
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--data cifar10 --data-dir {out}", "data_batch_1, data_batch_2"),
+        ("--data folder --data-dir {out}", "train/CLASS"),
+        ("--data cifar100", "data-dir: got none"),
+        (f"{DIGITS} --resume", "checkpoint.pt not found"),
+        ("--epochs 0", "epochs: got 0"),
+        ("--batch-size 2000", "batch-size: got 2000"),
+        ("--lr nan", "lr: got nan"),
+        ("--threads 0", "threads: got 0"),
+        ("--ebqm low=x", "ebqm: got 'low=x'"),
+        ("--ebqm low=0.9", "low, high"),
+        ("--model resnet50 --block basic", "block: got 'basic'"),
+        ("--attention none --unfused", "fused: got False"),
+    ],
+)
+def test_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
+) -> None:
+    assert train(tmp_path / "out", more.format(out=tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_run_is_not_overwritten_nor_mixed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, f"{DIGITS} --epochs 1") == 0
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    assert train(tmp_path, f"{DIGITS} --epochs 1") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert train(tmp_path, f"{DIGITS} --epochs 1 --resume --lr 0.5") == 2
+    assert "lr=0.03 (now 0.5)" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    (tmp_path / "checkpoint.pt").write_bytes(before[:1000])
+    assert train(tmp_path, f"{DIGITS} --epochs 1 --resume") == 2
+    assert "is no checkpoint" in capsys.readouterr().err
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint({"options": {}, "epoch": 1}, tmp_path)
+
+    def fail(state: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint({"options": {}, "epoch": 2}, tmp_path)
+    assert load_checkpoint(tmp_path)["epoch"] == 1
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "support" / "training_process.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    # 1437 images: four steps of two batches of 178 an epoch.
+    assert first["images"] == 4
+    assert any(first["ebqm"]["skipped"])
+    assert_same(first["parameters"], second["parameters"])
+    assert_same(first["ebqm"], second["ebqm"])
+    times = [{k: v for k, v in row.items() if k != "seconds"} for row in first["history"]]
+    assert times == [{k: v for k, v in row.items() if k != "seconds"} for row in second["history"]]
