@@ -2,7 +2,7 @@
 
     python examples/digits_demo.py [--out DIR] [--epochs N] [--threads N] [--quick]
 
-The images come with scikit-learn. The three runs take turns, an epoch each, so that whatever else the machine does
+The images come with scikit-learn. The three runs take turns, a step each, so that whatever else the machine does
 meets all of them alike. In the output folder stand afterwards results.json, ebqm.txt and three pictures.
 """
 
@@ -99,13 +99,17 @@ def positive(text: str) -> int:
 
 
 def train(plan: Plan, digits: Digits) -> dict[str, Run]:
-    """All runs, an epoch of each in turn."""
+    """All runs, a step of each in turn."""
     runs = {variant.key: Run(variant, plan, digits) for variant in VARIANTS}
-    with tqdm(total=plan.epochs * len(runs) * digits.steps, unit="step", smoothing=0.02) as bar:
+    with tqdm(total=plan.epochs * digits.steps * len(runs), unit="step", smoothing=0.02) as bar:
         for epoch in range(plan.epochs):
+            bar.set_description(f"epoch {epoch + 1}/{plan.epochs}")
+            for batch in digits.batches(epoch):
+                for run in runs.values():
+                    run.timed_step(batch)
+                    bar.update()
             for run in runs.values():
-                bar.set_description(f"epoch {epoch + 1}/{plan.epochs}, {run.variant.title}")
-                run.train_epoch(epoch, bar.update)
+                run.end_epoch()
             bar.set_postfix_str(
                 "test accuracy "
                 + " / ".join(f"{run.record.accuracies[-1]:.1%}" for run in runs.values())

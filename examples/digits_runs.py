@@ -101,15 +101,17 @@ class Run:
         )
         self.ebqm = watch(self.model, total, digits.steps) if variant.key == "ela" else None
 
-    def train_epoch(self, epoch: int, tick: Callable[[], object]) -> None:
-        """Train, timing every step, and test afterwards, outside of the time that is reported."""
+    def timed_step(self, batch: Tensor) -> None:
+        """Train on the images with these indices, and keep how long it took."""
         self.model.train()
-        for batch in self.digits.batches(epoch):
-            start = time.perf_counter()
-            loss = self._step(self.digits.images[batch], self.digits.labels[batch])
-            self.record.step_seconds.append(time.perf_counter() - start)
-            self.record.losses.append(loss)
-            tick()
+        images, labels = self.digits.images[batch], self.digits.labels[batch]
+        start = time.perf_counter()
+        loss = self._step(images, labels)
+        self.record.step_seconds.append(time.perf_counter() - start)
+        self.record.losses.append(loss)
+
+    def end_epoch(self) -> None:
+        """Test, outside of the time that is reported."""
         self.record.accuracies.append(self.test())
         self.record.training_seconds.append(math.fsum(self.record.step_seconds))
 
@@ -216,9 +218,6 @@ def faster_threads(plan: Plan, digits: Digits) -> int:
         torch.set_num_threads(threads)
         run = Run(VARIANTS[-1], plan, digits)
         for batch in (digits.batches(0) * 4)[:4]:
-            run.model.train()
-            start = time.perf_counter()
-            run._step(digits.images[batch], digits.labels[batch])
-            run.record.step_seconds.append(time.perf_counter() - start)
+            run.timed_step(batch)
         seconds[threads] = min(run.record.step_seconds[1:])
     return min(seconds, key=lambda threads: seconds[threads])
