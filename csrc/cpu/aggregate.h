@@ -1,5 +1,8 @@
 // The weighted sum over depth. Chunk outside, depth inside: the running sum of a chunk stays in the first-level
 // cache while each source streams past, so every source is read once and nothing is concatenated.
+//
+// The sum is stored through the caches. Stores past them (measured, AVX-512, 2 threads) brought the forward alone from
+// 70 to 95 % of a read probe at three maps of 26 MB, and made a whole stage 3 to 8 % slower: the map is read next.
 
 constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
 constexpr int kStreams = 4;       // sources read side by side, to load and store the running sum less often

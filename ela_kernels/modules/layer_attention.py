@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,6 +34,17 @@ def check_count(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name}: got {value}; allowed is a positive int")
     return value
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Mean over space, `[B, C]`: `x.mean((2, 3))`.
+
+    Where a sum cannot overflow it is divided afterwards: the backward of a mean writes a whole map of quotients, that
+    of a sum only a view of `[B, C]` numbers.
+    """
+    if x.dtype in (torch.float32, torch.float64):
+        return x.sum((2, 3)) / (x.shape[2] * x.shape[3])
+    return x.mean((2, 3))
 
 
 class ChannelFilter(nn.Conv1d):
@@ -99,12 +111,12 @@ class QueryKeyValue(nn.Module):
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
-        windows = ChannelFilter.windows(x.mean((2, 3)), self.kernel_size)
+        windows = ChannelFilter.windows(pooled(x), self.kernel_size)
         return self.Wq(windows), self.Wk(windows)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key `[B, C]` and value `[B, C, H, W]`."""
-        return self.Wk(ChannelFilter.windows(x.mean((2, 3)), self.kernel_size)), self.Wv(x)
+        return self.Wk(ChannelFilter.windows(pooled(x), self.kernel_size)), self.Wv(x)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key `[B, C]`, value `[B, C, H, W]`."""
