@@ -139,6 +139,8 @@ def _train(trainer: Trainer, logs: Logs | None, arguments: argparse.Namespace) -
                 logs.close()
     if logs is not None:
         _print_result(trainer, arguments)
+    # One that left while another is still at work would take the connection down.
+    trainer.processes.wait()
     return 0
 
 

@@ -30,8 +30,9 @@ def main(folder: Path) -> None:
         "high": 0.99,
         "ceiling": 1.0,
     }
-    options = Options(epochs=2, batch_size=178, lr=0.01, ebqm=ebqm)
+    options = Options(epochs=2, batch_size=178, lr=0.01, augment=False, ebqm=ebqm)
     trainer = Trainer(model, task, options, device, processes)
+    images = torch.cat([images for images, _ in trainer._rest_of_epoch()])
     while not trainer.done:
         trainer.run_epoch()
     assert trainer.ebqm is not None
@@ -41,7 +42,7 @@ def main(folder: Path) -> None:
             "parameters": [p.detach() for p in model.parameters()],
             "ebqm": state["ebqm"],
             "history": trainer.history,
-            "images": trainer.steps_per_epoch,
+            "images": images,
         },
         folder / f"{processes.rank}.pt",
     )
