@@ -212,9 +212,8 @@ def faster_threads(plan: Plan, digits: Digits) -> int:
 
     Threads that wait for one another lose much where other programs run on the same cores.
     """
-    own = torch.get_num_threads()
     seconds = {}
-    for threads in {1, own}:
+    for threads in {1, torch.get_num_threads()}:
         torch.set_num_threads(threads)
         run = Run(VARIANTS[-1], plan, digits)
         for batch in (digits.batches(0) * 4)[:4]:
