@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,39 +23,54 @@ from ela_kernels.ops.layer_attention.interface import (
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 
 
-class _Entry:
-    """One layer's key and value."""
+class _Pairs(NamedTuple):
+    """Keys and values held, each with a number of its own, and the versions that they were appended at."""
 
-    __slots__ = ("key", "serial", "value", "version")
-    _count = 0
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    path: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        self.key, self.value = key, value
-        self.version, self.serial = -1, 0
-        if torch.compiler.is_compiling():
-            return  # neither number can be traced, and a compiled graph needs neither
-        _Entry._count += 1
-        self.serial = _Entry._count
-        if not (value.is_inference() or key.is_inference()):  # those have no versions
-            # Versions only grow, so their sum tells whether either has.
-            self.version = key._version + value._version
+    def extended(self, key: Tensor, value: Tensor) -> _Pairs:
+        path, versions = self.path, self.versions
+        if (
+            not torch.compiler.is_compiling()
+        ):  # neither can be traced, and a compiled graph needs neither
+            path, versions = (*path, next(_serials)), (*versions, _version(key, value))
+        return _Pairs((*self.keys, key), (*self.values, value), path, versions)
+
+    def changed(self) -> int | None:
+        """The first layer whose key or value was changed in place since it was appended; None if none was."""
+        if self.versions:
+            for j, version in enumerate(self.versions):
+                if version >= 0 and self.keys[j]._version + self.values[j]._version != version:
+                    return j
+        return None
+
+
+_serials = itertools.count(1)
+
+
+def _version(key: Tensor, value: Tensor) -> int:
+    """Versions only grow, so their sum tells whether either has; inference tensors have none."""
+    return -1 if value.is_inference() or key.is_inference() else key._version + value._version
 
 
 class _Prefix:
     """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
 
-    __slots__ = ("entries", "heads", "kl", "position", "token", "weights")
+    __slots__ = ("heads", "kl", "pairs", "position", "token", "weights")
 
     def __init__(
         self,
-        entries: tuple[_Entry, ...] = (),
+        pairs: _Pairs = _Pairs(),  # noqa: B008 - immutable
         position: int = 0,
         heads: int | None = None,
         weights: Tensor | None = None,
         kl: Tensor | None = None,
         token: Tensor | None = None,
     ) -> None:
-        self.entries, self.position, self.heads = entries, position, heads
+        self.pairs, self.position, self.heads = pairs, position, heads
         self.weights, self.kl, self.token = weights, kl, token
 
 
@@ -96,7 +112,7 @@ class LayerHistory:
     @property
     def depth(self) -> int:
         """Number of key and value pairs held."""
-        return len(self._now.entries)
+        return len(self._now.pairs.keys)
 
     @property
     def position(self) -> int:
@@ -121,12 +137,12 @@ class LayerHistory:
     @property
     def keys(self) -> tuple[Tensor, ...]:
         """The keys held, `[B, C]` each."""
-        return tuple(e.key for e in self._now.entries)
+        return self._now.pairs.keys
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The values held, `[B, C, *spatial]` each."""
-        return tuple(e.value for e in self._now.entries)
+        return self._now.pairs.values
 
     def attend(
         self,
@@ -170,22 +186,22 @@ class LayerHistory:
         takes_kernel = self._takes_kernel(q)
         if takes_kernel:
             q, k, v = resolved(q), resolved(k), resolved(v)
-        entries = (*prefix.entries, _Entry(k, v))
+        pairs = prefix.pairs.extended(k, v)
         if takes_kernel:
-            link = self._link(entries, heads, scale, channels_last)
+            link = self._link(pairs, heads, scale, channels_last)
             out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
         else:
             out, weights, kl = layer_attention(
                 q,
-                [e.key for e in entries],
-                [e.value for e in entries],
+                pairs.keys,
+                pairs.values,
                 heads,
                 scale,
                 prefix.weights,
                 channels_last,
             )
             token = prefix.token
-        self._leave(_Prefix(entries, prefix.position + 1, heads, weights, kl, token))
+        self._leave(_Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
         return out
 
     def provide(
@@ -200,17 +216,17 @@ class LayerHistory:
         takes_kernel = self._takes_kernel(k)
         if takes_kernel:
             k, v = resolved(k), resolved(v)
-        entries = (*prefix.entries, _Entry(k, v))
+        pairs = prefix.pairs.extended(k, v)
         token = prefix.token
         if takes_kernel:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
-            token = provide_pull(k, v, token, self._link(entries, heads, 1.0, channels_last))
-        self._leave(_Prefix(entries, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
+            token = provide_pull(k, v, token, self._link(pairs, heads, 1.0, channels_last))
+        self._leave(_Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         p = self._enter(caller, ())
-        self._leave(_Prefix(p.entries, p.position + 1, p.heads, p.weights, p.kl, p.token))
+        self._leave(_Prefix(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token))
 
     @torch.no_grad()
     def probe(
@@ -226,7 +242,7 @@ class LayerHistory:
             `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
         """
         p = self._now
-        keys = [*(e.key.detach() for e in p.entries), k.detach()]
+        keys = [*(key.detach() for key in p.pairs.keys), k.detach()]
         prev = None if p.weights is None else p.weights.detach()
         return layer_attention_weights(q.detach(), keys, heads, scale, prev)
 
@@ -272,9 +288,9 @@ class LayerHistory:
             raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
         checks.check_map("v", v, q, channels_last)
         heads = checks.check_heads(heads, q.shape[1])
-        if not prefix.entries:
+        if not prefix.pairs.keys:
             return heads
-        first = prefix.entries[0].value
+        first = prefix.pairs.values[0]
         if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
             raise ValueError(
                 f"v: got shape {list(v.shape)}, {v.dtype} on {v.device}; allowed is what the history holds, "
@@ -285,23 +301,14 @@ class LayerHistory:
             raise ValueError(
                 f"heads: got {heads}; allowed is {prefix.heads}, as the layers before it in this history"
             )
-        for j, entry in enumerate(prefix.entries):
-            if entry.version >= 0 and entry.key._version + entry.value._version != entry.version:
-                raise RuntimeError(
-                    f"history: the key or value of layer {j} was changed in place after it was appended; allowed is an "
-                    "out-of-place operation, or a clone given to the history"
-                )
+        changed = prefix.pairs.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"history: the key or value of layer {changed} was changed in place after it was appended; allowed is "
+                "an out-of-place operation, or a clone given to the history"
+            )
         return heads
 
-    def _link(
-        self, entries: tuple[_Entry, ...], heads: int, scale: float, channels_last: bool
-    ) -> Link:
-        return Link(
-            tuple(e.serial for e in entries),
-            [e.key for e in entries],
-            [e.value for e in entries],
-            heads,
-            scale,
-            channels_last,
-            self._record,
-        )
+    def _link(self, pairs: _Pairs, heads: int, scale: float, channels_last: bool) -> Link:
+        keys, values, path, _ = pairs
+        return Link(path, keys, values, heads, scale, channels_last, self._record)

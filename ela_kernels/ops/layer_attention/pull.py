@@ -61,7 +61,8 @@ class Record:
             for r in self._passes.get(torch._C._current_graph_task_id(), ())
             if len(r.path) > index and r.path[index] == serial
         ]
-        return sorted(found, key=lambda r: len(r.path))
+        found.reverse()  # later layers left theirs first
+        return found
 
     def forget(self, path: tuple[int, ...]) -> None:
         """Drop what no layer before the one at the end of `path` will ask for."""
