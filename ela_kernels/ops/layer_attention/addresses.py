@@ -16,36 +16,50 @@ Table = tuple[list[int], list[int], list[Tensor]]
 """Addresses, strides (one set for all, or one for each), and copies that must live until the kernel has run."""
 
 
+def row(tensor: Tensor) -> tuple[int, int, Tensor]:
+    """Address and batch stride of one query or key `[B, C]`, and the tensor that must live until the kernel has run."""
+    batch, channel = tensor.stride()
+    if channel != 1 and tensor.shape[1] != 1:
+        tensor = tensor.contiguous()
+        batch = tensor.stride(0)
+    return _addresses((tensor,))[0], batch, tensor
+
+
 def rows(tensors: Sequence[Tensor]) -> Table:
     """Queries or keys `[B, C]`: the stride is that of the batch; channels must be contiguous, or are made so."""
     strides = tensors[0].stride()
-    if strides[1] == 1 and all(t.stride() == strides for t in tensors):
-        return [_address(t) for t in tensors], [strides[0]], []
+    if strides[1] == 1 and _alike(tensors, strides):
+        return _addresses(tensors), [strides[0]], []
     copies = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
-    return [_address(t) for t in copies], [t.stride(0) for t in copies], copies
+    return _addresses(copies), [t.stride(0) for t in copies], copies
 
 
 def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> Table:
     """Feature maps of one shape: strides are those of the batch, and of channel (planar) or position (interleaved)."""
     first = view_in_form(tensors[0], channels_last, interleaved)
-    if first is not None:
-        strides = tensors[0].stride()
-        if all(t.stride() == strides for t in tensors):
-            return [_address(t) for t in tensors], [first[1], first[2]], []
+    if first is not None and _alike(tensors, tensors[0].stride()):
+        return _addresses(tensors), [first[1], first[2]], []
     copies = [in_form(t, channels_last, interleaved) for t in tensors]
     table: list[int] = []
     for copy in copies:
         view = view_in_form(copy, channels_last, interleaved)
         assert view is not None  # in_form made it so
         table += view[1:]
-    return [_address(t) for t in copies], table, copies
+    return _addresses(copies), table, copies
 
 
-def _address(tensor: Tensor) -> int:
-    address = tensor.data_ptr()
-    if address == 0 and tensor.numel():
+def _alike(tensors: Sequence[Tensor], strides: tuple[int, ...]) -> bool:
+    for tensor in tensors:  # noqa: SIM110 - all() over a generator takes twice as long
+        if tensor.stride() != strides:
+            return False
+    return True
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    addresses = [t.data_ptr() for t in tensors]
+    if 0 in addresses and any(t.numel() and t.data_ptr() == 0 for t in tensors):
         raise ValueError(
             "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "
             "kernels read memory. Use ela_kernels.use_backend('eager') there"
         )
-    return address
+    return addresses

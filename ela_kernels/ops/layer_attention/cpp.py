@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention.addresses import maps, rows
+from ela_kernels.ops.layer_attention.addresses import maps, row, rows
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
@@ -95,7 +95,7 @@ def layer_attention_forward_cpp(
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
     accumulate = accumulate_dtype(q.dtype)
-    (query,), (query_stride,), query_copy = rows((q,))
+    query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
     out, out_view = _new_map(last, sizes, channels_last)
@@ -131,7 +131,7 @@ def layer_attention_weights_cpp(
     """`(weights, kl)`; no value is read."""
     accumulate = accumulate_dtype(q.dtype)
     q, keys = resolved(q), [resolved(k) for k in keys]
-    (query,), (query_stride,), query_copy = rows((q,))
+    query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
     prev_weights = _dense(prev_weights)
@@ -196,7 +196,7 @@ def layer_attention_backward_cpp(
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
-    (query,), (query_stride,), query_copy = rows((q,))
+    query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses: list[int] = []
     value_strides: list[int] = []
@@ -270,8 +270,7 @@ class Retrieved:
         self.q, self.dout = q, dout
         self.depth = weights.shape[2]
         self.weights, self.dscores = (weights, weights.data_ptr()), (dscores, dscores.data_ptr())
-        (address,), (stride,), copy = rows((q,))
-        self.query = address, stride, copy
+        self.query = row(q)
         self.dout_view, self.dout_version = _NO_MAP, 0
         if dout is not None:
             form = is_interleaved(dout, channels_last)
