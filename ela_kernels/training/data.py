@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ela_kernels.training.optional import optional
+from ela_kernels.training.optional import MissingLibraryError, optional
 
 DATA = ("digits", "cifar10", "cifar100", "folder")
 SIDES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
@@ -27,6 +27,10 @@ _NATURAL_MEAN, _NATURAL_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class MissingDataError(FileNotFoundError):
     """Files that are not where they are expected; the message says which and where."""
+
+
+class UnreadableImageError(OSError):
+    """A file of the data that Pillow cannot decode; the message says which."""
 
 
 class Images(Protocol):
@@ -77,8 +81,14 @@ class FolderImages:
         return (images.float() / 255 - mean) / deviation
 
     def _decode(self, path: Path) -> Tensor:
-        with self._pillow.open(path) as opened:
-            image = opened.convert("RGB")
+        try:
+            with self._pillow.open(path) as opened:
+                image = opened.convert("RGB")
+        except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
+            # Pillow raises all of these for damaged files, depending on the format.
+            raise UnreadableImageError(
+                f"data-dir: {path} cannot be read as an image: {error}. Remove it, or put a whole one there"
+            ) from error
         scale = self.side / min(image.size)
         width, height = (max(self.side, round(length * scale)) for length in image.size)
         image = image.resize((width, height), self._pillow.Resampling.BILINEAR)
@@ -188,7 +198,10 @@ class _ArraysOnly(pickle.Unpickler):
 def _unpickle(path: Path) -> dict[bytes, Any]:
     try:
         content = _ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError) as error:
+    except MissingLibraryError:
+        raise
+    except Exception as error:
+        # Damaged pickles raise nearly anything: IndexError, KeyError, UnicodeDecodeError, MemoryError ...
         raise ValueError(
             f"data-dir: {path} is no batch of CIFAR's python version: {error}"
         ) from error
@@ -217,24 +230,43 @@ def _cifar(folder: Path, name: str) -> Task:
             f"data-dir: {', '.join(missing)} not found in {root}. Expected are the files of the python version of "
             f"{name}, {', '.join((*training, test, meta))}, in {folder / inner} or in {folder}"
         )
-    classes = [n.decode() for n in _unpickle(root / meta)[names_key]]
-    images, labels = _cifar_images([root / f for f in training], label)
+    classes = _cifar_classes(root / meta, names_key)
+    images, labels = _cifar_images([root / f for f in training], label, len(classes))
     deviation, mean = torch.std_mean(images.float(), (0, 2, 3))
     train = TensorImages(images, labels, mean, deviation)
-    images, labels = _cifar_images([root / test], label)
+    images, labels = _cifar_images([root / test], label, len(classes))
     return Task(train, TensorImages(images, labels, mean, deviation), classes, 3, crop_and_flip)
 
 
-def _cifar_images(files: list[Path], label: bytes) -> tuple[Tensor, Tensor]:
+def _cifar_classes(path: Path, key: bytes) -> list[str]:
+    names = _unpickle(path).get(key)
+    if not isinstance(names, list) or not all(isinstance(n, bytes) for n in names) or not names:
+        raise ValueError(f"data-dir: {path} has no list of class names as its entry {key!r}")
+    return [n.decode() for n in names]
+
+
+def _cifar_images(files: list[Path], label: bytes, classes: int) -> tuple[Tensor, Tensor]:
     images, labels = [], []
     for path in files:
         batch = _unpickle(path)
-        if b"data" not in batch or label not in batch:
+        pixels, numbers = batch.get(b"data"), batch.get(label)
+        shape, dtype = getattr(pixels, "shape", None), getattr(pixels, "dtype", None)
+        if pixels is None or shape is None or shape[1:] != (3072,) or str(dtype) != "uint8":
             raise ValueError(
-                f"data-dir: {path} has the entries {sorted(batch)}; needed are {b'data'!r} and {label!r}"
+                f"data-dir: {path} has the entry {b'data'!r} of shape {shape}, {dtype}; allowed is [N, 3072], uint8"
             )
-        images.append(torch.from_numpy(batch[b"data"].copy()).view(-1, 3, 32, 32))
-        labels.append(torch.tensor(batch[label]))
+        if not isinstance(numbers, list) or len(numbers) != shape[0]:
+            got = len(numbers) if isinstance(numbers, list) else type(numbers).__name__
+            raise ValueError(
+                f"data-dir: {path} has {got} of the labels {label!r}; allowed is a list of {shape[0]}, one an image"
+            )
+        wrong = [n for n in numbers if not isinstance(n, int) or not 0 <= n < classes]
+        if wrong:
+            raise ValueError(
+                f"data-dir: {path} has the label {wrong[0]!r}; allowed are ints from 0 to {classes - 1}"
+            )
+        images.append(torch.from_numpy(pixels.copy()).view(-1, 3, 32, 32))
+        labels.append(torch.tensor(numbers))
     return torch.cat(images), torch.cat(labels)
 
 
@@ -246,8 +278,8 @@ def _folder(folder: Path, side: int) -> Task:
                 f"data-dir: {folder / part} not found. Expected are {layout}, one subfolder a class "
                 f"(files: {', '.join(IMAGE_SUFFIXES)})"
             )
-    classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
-    unknown = sorted({p.name for p in (folder / "val").iterdir() if p.is_dir()} - set(classes))
+    classes = _class_folders(folder / "train")
+    unknown = sorted(set(_class_folders(folder / "val")) - set(classes))
     if unknown:
         raise ValueError(
             f"data-dir: the classes {', '.join(unknown)} are in {folder / 'val'} and not in {folder / 'train'}; "
@@ -258,7 +290,11 @@ def _folder(folder: Path, side: int) -> Task:
         paths, labels = [], []
         for number, name in enumerate(classes):
             here = folder / part / name
-            found = sorted(p for p in here.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(
+                p
+                for p in here.rglob("*")
+                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+            )
             paths += found
             labels += [number] * len(found)
         if not paths:
@@ -268,3 +304,8 @@ def _folder(folder: Path, side: int) -> Task:
             )
         parts.append(FolderImages(paths, torch.tensor(labels), side))
     return Task(parts[0], parts[1], classes, 3, crop_and_flip)
+
+
+def _class_folders(folder: Path) -> list[str]:
+    # Hidden ones are left behind by desktops and notebooks, and are no classes.
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
