@@ -9,6 +9,8 @@ import copy
 import pytest
 import torch
 from support.history_stages import (
+    BATCH,
+    CHANNELS,
     HEADS,
     all_inputs,
     assert_same,
@@ -207,5 +209,22 @@ def test_accumulation_and_hooks():
             outs[1].register_hook(lambda g: (seen.append(g.clone()), g * 2)[1])
             outs[-1].square().sum().backward()
         return [p.grad.clone() for p in inputs] + seen
+
+    on_both(run)
+
+
+def test_mixed_memory_formats_where_strides_look_alike():
+    """With as many positions as channels a planar and an interleaved map have the same two strides."""
+    layers, _ = make_layers(4)
+    torch.manual_seed(3)
+    x = torch.randn(BATCH, CHANNELS, 2, CHANNELS // 2, dtype=torch.float64, requires_grad=True)
+
+    def run():
+        history, outs = ek.LayerHistory(), []
+        for i, layer in enumerate(layers):
+            form = torch.channels_last if i % 2 else torch.contiguous_format
+            y, v = x.flatten(2).mean(-1), (x * layer.wv).tanh().contiguous(memory_format=form)
+            outs.append(history.attend(y @ layer.wq, y @ layer.wk, v, heads=HEADS))
+        return grads(sum(o.square().sum() for o in outs), all_inputs(layers, x))
 
     on_both(run)

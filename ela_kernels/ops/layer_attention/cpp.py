@@ -262,7 +262,17 @@ class Retrieved:
     `dout` must be in the form of the values already. The tensors live as long as this does, so addresses stay true.
     """
 
-    __slots__ = ("depth", "dout", "dout_version", "dout_view", "dscores", "q", "query", "weights")
+    __slots__ = (
+        "depth",
+        "dout",
+        "dout_version",
+        "dout_view",
+        "dscores",
+        "interleaved",
+        "q",
+        "query",
+        "weights",
+    )
 
     def __init__(
         self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
@@ -271,10 +281,10 @@ class Retrieved:
         self.depth = weights.shape[2]
         self.weights, self.dscores = (weights, weights.data_ptr()), (dscores, dscores.data_ptr())
         self.query = row(q)
-        self.dout_view, self.dout_version = _NO_MAP, 0
+        self.dout_view, self.dout_version, self.interleaved = _NO_MAP, 0, False
         if dout is not None:
-            form = is_interleaved(dout, channels_last)
-            self.dout_view = view_in_form(dout, channels_last, form) or _NO_MAP
+            self.interleaved = is_interleaved(dout, channels_last)
+            self.dout_view = view_in_form(dout, channels_last, self.interleaved) or _NO_MAP
             self.dout_version = dout._version
 
 
@@ -305,10 +315,11 @@ def gather_cpp(
     if need_value:
         like = with_dout[0].dout
         assert like is not None
-        interleaved = is_interleaved(like, channels_last)
+        interleaved = with_dout[0].interleaved
         sizes = kernel_sizes(like, heads, channels_last, interleaved)
         strides = with_dout[0].dout_view[1:]
-        if all(r.dout_view[1:] == strides for r in with_dout):
+        # The strides alone do not tell the form: with as many positions as channels they look alike.
+        if all(r.dout_view[1:] == strides and r.interleaved == interleaved for r in with_dout):
             douts, dout_strides = [r.dout_view[0] for r in with_dout], [*strides]
         else:
             maps_given = [r.dout for r in with_dout if r.dout is not None]
