@@ -12,13 +12,8 @@ from torch import Tensor
 from benchmarks.measure import Contender, interleave, summarize
 from benchmarks.probe import read_probes
 from benchmarks.shapes import StageShape
-from ela_kernels.ops.layer_attention.cpp import (
-    Retrieved,
-    Saved,
-    gather_cpp,
-    layer_attention_backward_cpp,
-    layer_attention_forward_cpp,
-)
+from ela_kernels.ops.layer_attention import cpp
+from ela_kernels.ops.layer_attention.kernels import Saved
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 
 # Relative L2 distance from float64: sums of at most 23 products in float32, then a sum over a map for the dots.
@@ -43,7 +38,7 @@ class StageOfOps:
         self.weights = [self.forward(t)[1] for t in range(1, shape.depth + 1)]
         # The weights stand in for the score gradients, which only a key's gradient would read.
         self.retrieved = [
-            Retrieved(q, w, w, dout, False)
+            cpp.Retrieved(q, w, w, dout, False)
             for q, w, dout in zip(self.queries, self.weights, self.douts, strict=True)
         ]
 
@@ -51,7 +46,7 @@ class StageOfOps:
         self, t: int, prev_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Layer t's forward."""
-        return layer_attention_forward_cpp(
+        return cpp.forward(
             self.queries[t - 1],
             self.keys[:t],
             self.values[:t],
@@ -73,14 +68,14 @@ class StageOfOps:
             self.weights[t - 1],
             False,
         )
-        found = layer_attention_backward_cpp(saved, self.douts[t - 1], None, None, True, False)
+        found = cpp.backward(saved, self.douts[t - 1], None, None, True, False)
         assert found.dq is not None
         return found.dscores, found.dq
 
     def gather(self, t: int) -> Tensor:
         """The gradient of value t, from the layers t to T."""
         later = self.retrieved[t - 1 :]
-        _, dv = gather_cpp(later, t - 1, self.shape.heads, False, False, True)
+        _, dv = cpp.gather(later, t - 1, self.shape.heads, False, False, True)
         assert dv is not None
         return dv
 

@@ -17,7 +17,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.extension import extension, extension_problem
-from ela_kernels.ops.layer_attention import autograd, interface, pull
+from ela_kernels.ops.layer_attention import autograd, interface
+from ela_kernels.ops.layer_attention.kernels import kernels_of
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the calls made so far ran: `cpp` or `eager`, and `forward`, `backward` or `weights`."""
+    """What the calls made so far ran: the backend, and `forward`, `backward`, `weights` or `gather`."""
     record: list[str] = []
 
     def spy(module: Any, function: str, what: str) -> None:
@@ -75,10 +76,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, function, recorded)
 
-    for module in (autograd, pull):
-        spy(module, "layer_attention_forward_cpp", "cpp forward")
-        spy(module, "layer_attention_backward_cpp", "cpp backward")
-    spy(interface, "layer_attention_weights_cpp", "cpp weights")
+    for backend in ("cpp", "cuda"):
+        for function in ("forward", "backward", "weights", "gather"):
+            spy(kernels_of(backend), function, f"{backend} {function}")
     spy(interface, "log_weights_reference", "eager weights")
     for module in (autograd, interface):
         spy(module, "layer_attention_reference", "eager forward")

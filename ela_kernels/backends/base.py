@@ -14,7 +14,7 @@ class Request(NamedTuple):
     """
 
     op: str
-    device_type: str
+    device: torch.device
     dtype: torch.dtype
     depth: int
     needs_grad: bool
@@ -28,31 +28,53 @@ class Backend:
     dtypes: frozenset[torch.dtype] | None = None
     ops: frozenset[str] | None = None
     forward_only_ops: frozenset[str] = frozenset()
+    max_depth: int | None = None
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine, or None when it can."""
         return None
 
-    def not_supported_reasons(self, request: Request) -> list[str]:
-        """One sentence for each thing about `request` that this backend cannot serve."""
+    def device_reason(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on one of the devices of a type that it serves, or None when it can."""
+        return None
+
+    def call_reasons(self, request: Request) -> list[str]:
+        """One sentence for each thing about `request` itself that this backend cannot serve; asks no device."""
         reasons = []
-        unavailable = self.unavailable_reason()
-        if unavailable is not None:
-            reasons.append(unavailable)
         if self.ops is not None and request.op not in self.ops:
             reasons.append(f"it has no kernel for {request.op}")
-        if self.device_types is not None and request.device_type not in self.device_types:
+        if self.device_types is not None and request.device.type not in self.device_types:
             served = ", ".join(sorted(self.device_types))
-            reasons.append(f"it serves tensors on {served}, and these are on {request.device_type}")
+            reasons.append(f"it serves tensors on {served}, and these are on {request.device.type}")
         if self.dtypes is not None and request.dtype not in self.dtypes:
             served = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
             reasons.append(f"it serves {served}, and the values are {request.dtype}")
+        if self.max_depth is not None and request.depth > self.max_depth:
+            reasons.append(
+                f"it serves up to {self.max_depth} layers in one history, and these are {request.depth}"
+            )
         if request.needs_grad and request.op in self.forward_only_ops:
             reasons.append(
                 f"its {request.op} has no backward, and an input requires grad: "
                 "call it under torch.no_grad() or detach the inputs"
             )
         return reasons
+
+    def not_supported_reasons(self, request: Request) -> list[str]:
+        """One sentence for each reason why this backend cannot serve `request`; empty when it can."""
+        reasons = self.call_reasons(request)
+        unavailable = self.unavailable_reason()
+        if unavailable is None and not reasons:
+            unavailable = self.device_reason(request.device)
+        return reasons if unavailable is None else [unavailable, *reasons]
+
+    def automatic_reasons(self, request: Request) -> list[str]:
+        """Why `auto` does not take this backend for `request`; empty when it does.
+
+        Devices are asked only for calls that are theirs: a process that computes on the CPU must not wake a driver,
+        which would keep the processes that it forks from using the GPU.
+        """
+        return self.call_reasons(request) or self.not_supported_reasons(request)
 
 
 class EagerBackend(Backend):
@@ -61,7 +83,9 @@ class EagerBackend(Backend):
     name = "eager"
 
 
-FLOAT_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
+KERNEL_OPS = frozenset({"layer_attention", "layer_attention_weights"})
+FORWARD_ONLY_OPS = frozenset({"layer_attention_weights"})
 
 
 class CppBackend(Backend):
@@ -69,9 +93,9 @@ class CppBackend(Backend):
 
     name = "cpp"
     device_types = frozenset({"cpu"})
-    dtypes = FLOAT_DTYPES
-    ops = frozenset({"layer_attention", "layer_attention_weights"})
-    forward_only_ops = frozenset({"layer_attention_weights"})
+    dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
+    ops = KERNEL_OPS
+    forward_only_ops = FORWARD_ONLY_OPS
 
     def unavailable_reason(self) -> str | None:
         from ela_kernels.backends.extension import extension, extension_problem
@@ -84,23 +108,3 @@ class CppBackend(Backend):
         except ValueError as error:  # ELA_KERNELS_SIMD names what this processor or build has not
             return str(error)
         return None
-
-
-class TritonBackend(Backend):
-    """Reserved name: the GPU kernels in Triton are not part of this release."""
-
-    name = "triton"
-    device_types = frozenset({"cuda"})
-
-    def unavailable_reason(self) -> str | None:
-        return "this release of ela_kernels has no Triton kernels yet"
-
-
-class CudaBackend(Backend):
-    """Reserved name: the GPU kernels in CUDA C++ are not part of this release."""
-
-    name = "cuda"
-    device_types = frozenset({"cuda"})
-
-    def unavailable_reason(self) -> str | None:
-        return "this release of ela_kernels has no CUDA kernels yet"

@@ -7,19 +7,14 @@ import logging
 import os
 from types import TracebackType
 
-from ela_kernels.backends.base import (
-    Backend,
-    CppBackend,
-    CudaBackend,
-    EagerBackend,
-    Request,
-    TritonBackend,
-)
+from ela_kernels.backends.base import Backend, CppBackend, EagerBackend, Request
+from ela_kernels.backends.gpu import CudaBackend, TritonBackend
 
 logger = logging.getLogger("ela_kernels")
 
 EAGER = EagerBackend()
-# In the order in which `auto` asks them; eager serves everything and therefore stands last.
+# In the order in which `auto` asks them; eager serves everything and therefore stands last. CUDA before Triton: it has
+# no compile time and the cheaper launch.
 BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CudaBackend(), TritonBackend(), CppBackend(), EAGER)
 }
@@ -108,29 +103,30 @@ def _choose(setting: str, request: Request) -> Backend:
         if reasons:
             raise ValueError(
                 f"backend {setting!r} was forced and cannot serve this {request.op} call "
-                f"({request.dtype} on {request.device_type}, depth {request.depth}): "
+                f"({request.dtype} on {request.device.type}, depth {request.depth}): "
                 f"{'; '.join(reasons)}. Use use_backend('auto') to let another backend serve it."
             )
         return BACKENDS[setting]
     refusals: list[str] = []
     for name, backend in BACKENDS.items():
-        reasons = backend.not_supported_reasons(request)
+        reasons = backend.automatic_reasons(request)
         if not reasons:
             if (
                 backend is EAGER
-                and request.device_type != "meta"
+                and request.device.type != "meta"
                 and not _only_no_backward(request)
             ):
-                _log_fallback(request.device_type, "; ".join(refusals))
+                _log_fallback(request.device.type, "; ".join(refusals))
             return backend
-        refusals.append(f"{name}: {', '.join(reasons)}")
+        if request.device.type in (backend.device_types or ()):  # others were never meant for it
+            refusals.append(f"{name}: {', '.join(reasons)}")
     raise AssertionError("the eager backend serves every call")
 
 
 def _only_no_backward(request: Request) -> bool:
     """True when a kernel would serve this call but for the gradient: not worth a warning."""
     return request.needs_grad and any(
-        not b.not_supported_reasons(request._replace(needs_grad=False))
+        not b.automatic_reasons(request._replace(needs_grad=False))
         for b in BACKENDS.values()
         if b is not EAGER
     )

@@ -21,22 +21,21 @@ from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
+from ela_kernels.ops.layer_attention import cpp
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
 
 def test_the_kernels_ran(monkeypatch):
-    import ela_kernels.ops.layer_attention.pull as pull
-
     calls = []
-    for name in ("layer_attention_forward_cpp", "layer_attention_backward_cpp"):
-        real = getattr(pull, name)
+    for name in ("forward", "backward"):
+        real = getattr(cpp, name)
         monkeypatch.setattr(
-            pull, name, lambda *a, n=name, r=real, **k: (calls.append(n), r(*a, **k))[1]
+            cpp, name, lambda *a, n=name, r=real, **k: (calls.append(n), r(*a, **k))[1]
         )
     layers, x = make_layers(3)
     run_stage(layers, x)[0][-1].sum().backward()
-    assert calls == ["layer_attention_forward_cpp"] * 3 + ["layer_attention_backward_cpp"] * 3
+    assert calls == ["forward"] * 3 + ["backward"] * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 2])

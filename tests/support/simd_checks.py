@@ -20,7 +20,7 @@ from support.oracle import assert_matches
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention.cpp import Retrieved, gather_cpp
+from ela_kernels.ops.layer_attention import cpp
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:
@@ -76,12 +76,12 @@ def check_narrowing(dtype: torch.dtype) -> None:
     factors = floats.view(1, -1, 1)
     heads = floats.numel()
     ones = torch.ones(1, heads, dtype=dtype)
-    retrieved = Retrieved(ones, factors, factors, None, False)
-    found, _ = gather_cpp([retrieved], 0, heads, False, True, False)
+    retrieved = cpp.Retrieved(ones, factors, factors, None, False)
+    found, _ = cpp.gather([retrieved], 0, heads, False, True, False)
     assert_same(found[0], expected)
     dout = torch.ones(1, heads, 17, dtype=dtype)  # a whole vector of 4, 8 or 16 and a tail
-    retrieved = Retrieved(ones, factors, factors, dout, False)
-    found = gather_cpp([retrieved], 0, heads, False, False, True)[1][0]
+    retrieved = cpp.Retrieved(ones, factors, factors, dout, False)
+    found = cpp.gather([retrieved], 0, heads, False, False, True)[1][0]
     assert_same(found, expected.unsqueeze(1).expand_as(found))
 
 

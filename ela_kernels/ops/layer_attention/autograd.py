@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.base import Request
-from ela_kernels.backends.dispatch import EAGER, choose_backend
-from ela_kernels.ops.layer_attention.cpp import (
+from ela_kernels.ops.layer_attention.kernels import (
+    Kernels,
     Saved,
-    layer_attention_backward_cpp,
-    layer_attention_forward_cpp,
+    choose_kernels,
     resolved,
 )
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
@@ -40,11 +38,6 @@ _library.define(
 )
 
 
-def _uses_eager(q: Tensor, depth: int) -> bool:
-    request = Request("layer_attention", q.device.type, q.dtype, depth, False)
-    return choose_backend(request) is EAGER
-
-
 def _forward_op(
     q: Tensor,
     keys: list[Tensor],
@@ -54,14 +47,15 @@ def _forward_op(
     prev_weights: Tensor | None,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _uses_eager(q, len(keys)):
+    kernels = choose_kernels("layer_attention", q, len(keys))
+    if kernels is None:
         out, weights, kl = layer_attention_reference(
             q, keys, values, heads, scale, prev_weights, channels_last
         )
         like = empty_map(values[-1], channels_last, is_interleaved(values[-1], channels_last))
         out = like.copy_(out)  # one memory format, whichever backend ran
     else:
-        out, weights, kl = layer_attention_forward_cpp(
+        out, weights, kl = kernels.forward(
             resolved(q),
             [resolved(k) for k in keys],
             [resolved(v) for v in values],
@@ -112,7 +106,8 @@ def _backward_op(
     dprev: Tensor | None
     dkeys: Sequence[Tensor | None]
     dvalues: Sequence[Tensor | None]
-    if _uses_eager(q, depth):
+    kernels = choose_kernels("layer_attention", q, depth)
+    if kernels is None:
         dq, dkeys, dvalues, dprev = layer_attention_backward_reference(
             q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
         )
@@ -129,7 +124,7 @@ def _backward_op(
             channels_last,
         )
         every = [True] * depth
-        g = layer_attention_backward_cpp(saved, dout, dweights, dkl, True, True, every, every)
+        g = kernels.backward(saved, dout, dweights, dkl, True, True, every, every)
         dq, dprev, dkeys, dvalues = g.dq, g.dprev, g.dkeys, g.dvalues
     dq_out, dkeys_out, dvalues_out, dprev_out = _backward_shapes(
         q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
@@ -229,12 +224,13 @@ class _LayerAttention(torch.autograd.Function):
         heads: int,
         scale: float,
         channels_last: bool,
+        kernels: Kernels,
         *maps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         depth = len(maps) // 2
         ctx.set_materialize_grads(False)
-        ctx.heads, ctx.scale, ctx.channels_last = heads, scale, channels_last
-        out, weights, kl = layer_attention_forward_cpp(
+        ctx.heads, ctx.scale, ctx.channels_last, ctx.kernels = heads, scale, channels_last, kernels
+        out, weights, kl = kernels.forward(
             q, maps[:depth], maps[depth:], heads, scale, prev_weights, channels_last
         )
         ctx.save_for_backward(q, prev_weights, weights, *maps)
@@ -251,13 +247,13 @@ class _LayerAttention(torch.autograd.Function):
             found = _differentiable_gradients(
                 (q, prev, *maps), heads, scale, channels_last, (dout, dweights, dkl)
             )
-            return (found[0], found[1], None, None, None, *found[2:])
+            return (found[0], found[1], None, None, None, None, *found[2:])
         need = ctx.needs_input_grad
         saved = Saved(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last)
-        g = layer_attention_backward_cpp(
-            saved, dout, dweights, dkl, need[0], need[1], need[5 : 5 + depth], need[5 + depth :]
+        g = ctx.kernels.backward(
+            saved, dout, dweights, dkl, need[0], need[1], need[6 : 6 + depth], need[6 + depth :]
         )
-        return (g.dq, g.dprev, None, None, None, *g.dkeys, *g.dvalues)
+        return (g.dq, g.dprev, None, None, None, None, *g.dkeys, *g.dvalues)
 
 
 def layer_attention_autograd(
@@ -268,16 +264,17 @@ def layer_attention_autograd(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
+    kernels: Kernels | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(out, weights, kl)` of the chosen kernel, differentiable."""
-    if needs_dispatcher(q):
+    """`(out, weights, kl)` of `kernels`, differentiable; of those that the operator chooses where there are none."""
+    if kernels is None or needs_dispatcher(q):
         out, weights, kl = torch.ops.ela_kernels.layer_attention(
             q, list(keys), list(values), heads, scale, prev_weights, channels_last
         )
         return out, weights, None if prev_weights is None else kl
     maps = [resolved(x) for x in (*keys, *values)]
     out, weights, kl = _LayerAttention.apply(
-        resolved(q), prev_weights, heads, scale, channels_last, *maps
+        resolved(q), prev_weights, heads, scale, channels_last, kernels, *maps
     )
     return out, weights, kl
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ela_kernels.backends.extension import extension
 from ela_kernels.ops.layer_attention.addresses import maps, row, rows
+from ela_kernels.ops.layer_attention.kernels import (
+    Gradients,
+    Saved,
+    address,
+    dense,
+    new_row,
+    resolved,
+)
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
@@ -52,16 +60,8 @@ def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
     return torch.empty(elements, dtype=dtype) if elements else None
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _threads(elements: int) -> int:
     return torch.get_num_threads() if elements > _ONE_THREAD_ELEMENTS else 1
-
-
-def _new_row(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
@@ -71,16 +71,7 @@ def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, M
     return new, (new.data_ptr(), channels * positions, inner)
 
 
-def resolved(tensor: Tensor) -> Tensor:
-    """`tensor` with its signs in memory: PyTorch may hold a negation back as a flag, which a kernel cannot see."""
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else resolved(tensor).contiguous()
-
-
-def layer_attention_forward_cpp(
+def forward(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -100,7 +91,7 @@ def layer_attention_forward_cpp(
     value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
     out, out_view = _new_map(last, sizes, channels_last)
     weights = torch.empty((sizes[0], heads, depth), dtype=accumulate)
-    prev_weights = _dense(prev_weights)
+    prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else torch.empty((sizes[0], heads), dtype=accumulate)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
     _kernels().forward(
@@ -113,19 +104,19 @@ def layer_attention_forward_cpp(
         key_strides,
         value_addresses,
         value_strides,
-        _address(prev_weights),
+        address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
-        _address(kl),
+        address(kl),
         out_view,
-        _address(workspace),
+        address(workspace),
         _threads(last.numel() * depth),
     )
     del query_copy, key_copies, value_copies
     return out, weights, kl
 
 
-def layer_attention_weights_cpp(
+def weights(
     q: Tensor, keys: Sequence[Tensor], heads: int, scale: float, prev_weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)`; no value is read."""
@@ -134,7 +125,7 @@ def layer_attention_weights_cpp(
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
-    prev_weights = _dense(prev_weights)
+    prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else torch.empty((q.shape[0], heads), dtype=accumulate)
     _kernels().weights(
         _DTYPE_CODES[q.dtype],
@@ -144,43 +135,17 @@ def layer_attention_weights_cpp(
         query_stride,
         key_addresses,
         key_strides,
-        _address(prev_weights),
+        address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
-        _address(kl),
+        address(kl),
         _threads(q.numel() * len(keys)),
     )
     del query_copy, key_copies
     return weights, kl
 
 
-class Saved(NamedTuple):
-    """What the forward of one layer leaves to its backward."""
-
-    q: Tensor
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    heads: int
-    scale: float
-    prev_weights: Tensor | None
-    weights: Tensor
-    channels_last: bool
-
-
-class Gradients(NamedTuple):
-    """Gradients of one layer; None where none was asked for. `dkeys` and `dvalues` only in the push form.
-
-    `dscores` is that of the dot products before the scale, so that a key's gradient is a plain sum over layers.
-    """
-
-    dscores: Tensor
-    dq: Tensor | None
-    dprev: Tensor | None
-    dkeys: list[Tensor | None]
-    dvalues: list[Tensor | None]
-
-
-def layer_attention_backward_cpp(
+def backward(
     saved: Saved,
     dout: Tensor | None,
     dweights: Tensor | None,
@@ -219,10 +184,10 @@ def layer_attention_backward_cpp(
             if last.numel():  # an empty map has no address, and needs no kernel
                 dvalue_addresses = [0 if p is None else p[1][0] for p in pairs]
                 dvalue_strides = [*next(p[1][1:] for p in pairs if p is not None)]
-    dkeys = [_new_row(q) if n else None for n in need_keys]
-    dq = _new_row(q) if need_q else None
+    dkeys = [new_row(q) if n else None for n in need_keys]
+    dq = new_row(q) if need_q else None
     dscores = torch.empty_like(weights)
-    dweights, dkl, prev_weights = _dense(dweights), _dense(dkl), _dense(prev_weights)
+    dweights, dkl, prev_weights = dense(dweights), dense(dkl), dense(prev_weights)
     dprev = None
     if need_prev and dkl is not None and prev_weights is not None:
         dprev = torch.empty_like(prev_weights)
@@ -237,19 +202,19 @@ def layer_attention_backward_cpp(
         key_strides,
         value_addresses,
         value_strides,
-        _address(prev_weights),
+        address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
         dout_view,
-        _address(dweights),
-        _address(dkl),
+        address(dweights),
+        address(dkl),
         dscores.data_ptr(),
-        _address(dq),
-        [_address(d) for d in dkeys] if any(need_keys) else [],
-        _address(dprev),
+        address(dq),
+        [address(d) for d in dkeys] if any(need_keys) else [],
+        address(dprev),
         dvalue_addresses,
         dvalue_strides,
-        _address(workspace),
+        address(workspace),
         _threads(last.numel() * depth),
     )
     del query_copy, key_copies, copies
@@ -288,7 +253,7 @@ class Retrieved:
             self.dout_version = dout._version
 
 
-def gather_cpp(
+def gather(
     retrieved: Sequence[Retrieved],
     index: int,
     heads: int,
@@ -306,7 +271,7 @@ def gather_cpp(
     if not need_key and not need_value:
         return None, None
     size = retrieved[0].weights[0].element_size()
-    dkey = _new_row(q) if need_key else None
+    dkey = new_row(q) if need_key else None
     sizes: Sizes = (*q.shape, heads, 1, 0)
     douts: list[int] = []
     dout_strides: list[int] = []
@@ -335,13 +300,13 @@ def gather_cpp(
         [r.query[1] for r in retrieved],
         [r.dscores[1] + index * size for r in retrieved],
         [r.depth for r in retrieved],
-        _address(dkey),
+        address(dkey),
         douts,
         dout_strides,
         [r.weights[1] + index * size for r in with_dout],
         [r.depth for r in with_dout],
         dvalue_view,
-        _address(workspace),
+        address(workspace),
         _threads(elements * len(retrieved)),
     )
     del copies

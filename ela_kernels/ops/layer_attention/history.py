@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.base import Request
-from ela_kernels.backends.dispatch import EAGER, choose_backend
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
-from ela_kernels.ops.layer_attention.cpp import resolved
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
@@ -20,6 +17,7 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention,
     layer_attention_weights,
 )
+from ela_kernels.ops.layer_attention.kernels import Kernels, choose_kernels, resolved
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 
 
@@ -33,9 +31,8 @@ class _Pairs(NamedTuple):
 
     def extended(self, key: Tensor, value: Tensor) -> _Pairs:
         path, versions = self.path, self.versions
-        if (
-            not torch.compiler.is_compiling()
-        ):  # neither can be traced, and a compiled graph needs neither
+        # Neither can be traced, and a compiled graph needs neither.
+        if not torch.compiler.is_compiling():
             path, versions = (*path, next(_serials)), (*versions, _version(key, value))
         return _Pairs((*self.keys, key), (*self.values, value), path, versions)
 
@@ -183,12 +180,12 @@ class LayerHistory:
         prefix = self._enter(caller, (q, k, v))
         heads = self._check_pair(prefix, q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
-        takes_kernel = self._takes_kernel(q)
-        if takes_kernel:
+        kernels = self._kernels(q)
+        if kernels is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
         pairs = prefix.pairs.extended(k, v)
-        if takes_kernel:
-            link = self._link(pairs, heads, scale, channels_last)
+        if kernels is not None:
+            link = self._link(pairs, heads, scale, channels_last, kernels)
             out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
         else:
             out, weights, kl = layer_attention(
@@ -213,14 +210,15 @@ class LayerHistory:
             k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
         heads = self._check_pair(prefix, k, k, v, heads, channels_last)
-        takes_kernel = self._takes_kernel(k)
-        if takes_kernel:
+        kernels = self._kernels(k)
+        if kernels is not None:
             k, v = resolved(k), resolved(v)
         pairs = prefix.pairs.extended(k, v)
         token = prefix.token
-        if takes_kernel:
+        if kernels is not None:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
-            token = provide_pull(k, v, token, self._link(pairs, heads, 1.0, channels_last))
+            link = self._link(pairs, heads, 1.0, channels_last, kernels)
+            token = provide_pull(k, v, token, link)
         self._leave(_Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
     def pass_by(self, caller: Any = None) -> None:
@@ -272,11 +270,11 @@ class LayerHistory:
         if not self.recomputing:
             self._now = prefix
 
-    def _takes_kernel(self, q: Tensor) -> bool:
+    def _kernels(self, q: Tensor) -> Kernels | None:
+        """Those that serve this layer; None where the functional op, with its push form, does."""
         if needs_dispatcher(q):
-            return False
-        request = Request("layer_attention", q.device.type, q.dtype, self.depth + 1, False)
-        return choose_backend(request) is not EAGER
+            return None
+        return choose_kernels("layer_attention", q, self.depth + 1)
 
     def _check_pair(
         self, prefix: _Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
@@ -309,6 +307,8 @@ class LayerHistory:
             )
         return heads
 
-    def _link(self, pairs: _Pairs, heads: int, scale: float, channels_last: bool) -> Link:
+    def _link(
+        self, pairs: _Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels
+    ) -> Link:
         keys, values, path, _ = pairs
-        return Link(path, keys, values, heads, scale, channels_last, self._record)
+        return Link(path, keys, values, heads, scale, channels_last, kernels, self._record)

@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.base import Request
-from ela_kernels.backends.dispatch import EAGER, choose_backend
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd, needs_dispatcher
-from ela_kernels.ops.layer_attention.cpp import layer_attention_weights_cpp
+from ela_kernels.ops.layer_attention.kernels import choose_kernels
 from ela_kernels.ops.layer_attention.reference import (
     accumulate_dtype,
     divergence_reference,
@@ -94,16 +92,19 @@ def layer_attention(
     prev = checks.check_prev_weights(
         prev_weights, q, heads, len(key_list), accumulate_dtype(q.dtype)
     )
+    kernels = None
     if not torch.compiler.is_compiling():
-        request = Request("layer_attention", q.device.type, q.dtype, len(key_list), False)
-        if choose_backend(request) is EAGER:
+        kernels = choose_kernels("layer_attention", q, len(key_list))
+        if kernels is None:
             return LayerAttentionOutput(
                 *layer_attention_reference(
                     q, key_list, value_list, heads, scale, prev, channels_last
                 )
             )
     return LayerAttentionOutput(
-        *layer_attention_autograd(q, key_list, value_list, heads, scale, prev, channels_last)
+        *layer_attention_autograd(
+            q, key_list, value_list, heads, scale, prev, channels_last, kernels
+        )
     )
 
 
@@ -128,8 +129,8 @@ def layer_attention_weights(
 
     Returns:
         `weights` `[B, G, T]` and `kl` `[B, G]` (None without `prev_weights`), float32 (float64 for float64).
-        The kernel has no backward: where an input requires grad, eager PyTorch serves the call, and a forced
-        `cpp` backend refuses it.
+        The kernels have no backward: where an input requires grad, eager PyTorch serves the call, and a forced
+        backend refuses it.
 
     Raises:
         TypeError, ValueError: as :func:`layer_attention`.
@@ -149,11 +150,9 @@ def layer_attention_weights(
         needs_grad = torch.is_grad_enabled() and any(
             t.requires_grad for t in (q, *key_list, *(() if prev is None else (prev,)))
         )
-        request = Request("layer_attention_weights", q.device.type, q.dtype, depth, needs_grad)
-        if choose_backend(request) is not EAGER:
-            return LayerAttentionWeights(
-                *layer_attention_weights_cpp(q, key_list, heads, scale, prev)
-            )
+        kernels = choose_kernels("layer_attention_weights", q, depth, needs_grad)
+        if kernels is not None:
+            return LayerAttentionWeights(*kernels.weights(q, key_list, heads, scale, prev))
     log_weights = log_weights_reference(q, key_list, heads, scale)
     kl = None if prev is None else divergence_reference(prev, log_weights)
     return LayerAttentionWeights(log_weights.exp(), kl)

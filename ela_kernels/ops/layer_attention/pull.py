@@ -17,32 +17,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.cpp import (
-    Retrieved,
-    Saved,
-    gather_cpp,
-    layer_attention_backward_cpp,
-    layer_attention_forward_cpp,
-    resolved,
-)
+from ela_kernels.ops.layer_attention.kernels import Kernels, Retrieval, Saved, resolved
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 
 
-class _Retrieval(NamedTuple):
+class _Entry(NamedTuple):
     """What one layer's backward leaves for the layers on its path."""
 
     path: tuple[int, ...]
-    left: Retrieved
+    left: Retrieval
 
 
 class Record:
     """Retrievals of the backward passes under way over one stage, by graph task."""
 
     def __init__(self) -> None:
-        self._passes: dict[int, list[_Retrieval]] = {}
+        self._passes: dict[int, list[_Entry]] = {}
         self._token_gradient: Tensor | None = None
 
-    def add(self, retrieval: _Retrieval) -> None:
+    def add(self, retrieval: _Entry) -> None:
         task = torch._C._current_graph_task_id()
         if task not in self._passes:
             self._passes[task] = []
@@ -53,7 +46,7 @@ class Record:
     def _end(self, task: int) -> None:
         self._passes.pop(task, None)
 
-    def retrieved(self, path: tuple[int, ...]) -> list[_Retrieval]:
+    def retrieved(self, path: tuple[int, ...]) -> list[_Entry]:
         """Those that retrieved from the layer at the end of `path`, in order of depth."""
         index, serial = len(path) - 1, path[-1]
         found = [
@@ -86,6 +79,7 @@ class Link(NamedTuple):
     heads: int
     scale: float
     channels_last: bool
+    kernels: Kernels
     record: Record
 
 
@@ -101,9 +95,10 @@ def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, 
                 "but earlier layers still need it; return a new tensor from the hook instead"
             )
     index = len(ctx.path) - 1
-    return gather_cpp(
+    gathered: tuple[Tensor | None, Tensor | None] = ctx.kernels.gather(
         [r.left for r in left], index, ctx.heads, ctx.channels_last, need_key, need_value
     )
+    return gathered
 
 
 def _refuse_second_derivative() -> None:
@@ -118,7 +113,7 @@ def _keep(ctx: Any, link: Link) -> None:
     # Not the link itself: ctx outlives the backward, and would keep all values alive with it.
     ctx.set_materialize_grads(False)
     ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
-    ctx.channels_last, ctx.record = link.channels_last, link.record
+    ctx.channels_last, ctx.kernels, ctx.record = link.channels_last, link.kernels, link.record
 
 
 def _token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
@@ -143,11 +138,11 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         _keep(ctx, link)
         ctx.token = token
-        out, weights, kl = layer_attention_forward_cpp(
+        out, weights, kl = link.kernels.forward(
             q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
         )
         ctx.save_for_backward(q, weights, prev_weights, *link.keys, *link.values)
-        return out, weights, kl, q.new_zeros(1)
+        return out, weights, kl, q.new_empty(1)  # nobody reads a token: no kernel fills it
 
     @staticmethod
     def backward(
@@ -180,10 +175,10 @@ class _Attend(torch.autograd.Function):
                 weights,
                 ctx.channels_last,
             )
-            found = layer_attention_backward_cpp(saved, dout, dweights, dkl, need_q, need_prev)
+            found = ctx.kernels.backward(saved, dout, dweights, dkl, need_q, need_prev)
             dq, dprev = found.dq, found.dprev
-            left = Retrieved(q, weights, found.dscores, dout, ctx.channels_last)
-            ctx.record.add(_Retrieval(ctx.path, left))
+            left = ctx.kernels.Retrieved(q, weights, found.dscores, dout, ctx.channels_last)
+            ctx.record.add(_Entry(ctx.path, left))
         dk, dv = _gather(ctx, need_k, need_v)
         return dq, dk, dv, dprev, _token_gradient(ctx, ctx.token), None
 
@@ -193,7 +188,7 @@ class _Provide(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor:
         _keep(ctx, link)
         ctx.token = token
-        return k.new_zeros(1)
+        return k.new_empty(1)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -207,7 +202,7 @@ def attend_pull(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`(out, weights, kl, token)`; the token of the last layer that has a gradient goes on."""
     if not torch.is_grad_enabled():
-        out, weights, kl = layer_attention_forward_cpp(
+        out, weights, kl = link.kernels.forward(
             q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
         )
         return out, weights, kl, token

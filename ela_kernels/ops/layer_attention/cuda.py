@@ -1,0 +1,288 @@
+"""The glue to the compiled CUDA kernels: layouts, allocation and calls. Arguments are checked already.
+
+Every call takes the current stream of the tensors' device, allocates before its launches and waits for nothing, so a
+step can be captured into a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.extension import extension
+from ela_kernels.ops.layer_attention.gpu import Retrieved, alike_maps, alike_rows, map_view
+from ela_kernels.ops.layer_attention.kernels import (
+    Gradients,
+    Saved,
+    address,
+    dense,
+    new_row,
+    resolved,
+)
+from ela_kernels.ops.layer_attention.layout import (
+    MapView,
+    empty_map,
+    is_interleaved,
+    kernel_sizes,
+)
+
+__all__ = ["Retrieved", "backward", "forward", "gather", "weights"]
+
+Sizes = tuple[int, int, int, int, int]
+
+_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_NO_MAP: MapView = (0, 0, 0)
+
+
+def _kernels() -> Any:
+    module = extension()
+    if module is None or not module.has_cuda:
+        raise RuntimeError("the CUDA kernels are not available: see `python -m ela_kernels info`")
+    return module
+
+
+def _device(tensor: Tensor) -> tuple[int, int]:
+    """Index of a tensor's device, and the handle of its current stream."""
+    index = tensor.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def _launched(code: int) -> None:
+    if code != 0:
+        raise RuntimeError(
+            f"ela_kernels: a CUDA kernel was not launched, {_kernels().cuda_error(code)}. "
+            "ela_kernels.use_backend('eager') does without; `python -m ela_kernels info` says what is here"
+        )
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_workspace(dtype: int, sizes: Sizes, depth: int) -> int:
+    return int(_kernels().cuda_backward_workspace(dtype, sizes, depth))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
+    _, channels, _, positions, interleaved = sizes
+    new = empty_map(like, channels_last, bool(interleaved))
+    inner = channels if interleaved else positions
+    return new, (new.data_ptr(), channels * positions, inner)
+
+
+def _new_weights(q: Tensor, heads: int, depth: int) -> Tensor:
+    return torch.empty((q.shape[0], heads, depth), dtype=torch.float32, device=q.device)
+
+
+def _new_divergence(q: Tensor, heads: int, prev_weights: Tensor | None) -> Tensor | None:
+    if prev_weights is None:
+        return None
+    return torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
+
+
+def forward(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(out, weights, kl)` in one launch."""
+    last = values[-1]
+    interleaved = is_interleaved(last, channels_last)
+    sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    if not last.numel():
+        return empty_map(last, channels_last, interleaved), *weights(
+            q, keys, heads, scale, prev_weights
+        )
+    (q,), query_stride = alike_rows((q,))
+    keys, key_stride = alike_rows(keys)
+    values, value_strides = alike_maps(values, channels_last, interleaved)
+    out, out_view = _new_map(last, sizes, channels_last)
+    weights_out = _new_weights(q, heads, len(values))
+    prev_weights = dense(prev_weights)
+    kl = _new_divergence(q, heads, prev_weights)
+    _launched(
+        _kernels().cuda_forward(
+            *_device(q),
+            _DTYPE_CODES[q.dtype],
+            sizes,
+            scale,
+            q.data_ptr(),
+            query_stride,
+            _addresses(keys),
+            key_stride,
+            _addresses(values),
+            value_strides,
+            address(prev_weights),
+            0 if prev_weights is None else prev_weights.shape[2],
+            weights_out.data_ptr(),
+            address(kl),
+            out_view,
+        )
+    )
+    return out, weights_out, kl
+
+
+def weights(
+    q: Tensor, keys: Sequence[Tensor], heads: int, scale: float, prev_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`(weights, kl)` in one launch; no value is read."""
+    (q,), query_stride = alike_rows((resolved(q),))
+    keys, key_stride = alike_rows([resolved(k) for k in keys])
+    weights_out = _new_weights(q, heads, len(keys))
+    prev_weights = dense(prev_weights)
+    kl = _new_divergence(q, heads, prev_weights)
+    if weights_out.numel():
+        _launched(
+            _kernels().cuda_weights(
+                *_device(q),
+                _DTYPE_CODES[q.dtype],
+                (*q.shape, heads, 1, 0),
+                scale,
+                q.data_ptr(),
+                query_stride,
+                _addresses(keys),
+                key_stride,
+                address(prev_weights),
+                0 if prev_weights is None else prev_weights.shape[2],
+                weights_out.data_ptr(),
+                address(kl),
+            )
+        )
+    return weights_out, kl
+
+
+def backward(
+    saved: Saved,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    need_q: bool,
+    need_prev: bool,
+    need_keys: Sequence[bool] = (),
+    need_values: Sequence[bool] = (),
+) -> Gradients:
+    """Gradients of scores, query and previous weights, and in the push form of every key and value."""
+    q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
+    last = values[-1]
+    depth = len(values)
+    interleaved = is_interleaved(last, channels_last)
+    sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    (q,), query_stride = alike_rows((q,))
+    keys, key_stride = alike_rows(keys)
+    dscores = torch.empty_like(weights)
+    dq = new_row(q) if need_q else None
+    dkeys = [new_row(q) if need else None for need in need_keys]
+    dvalues: list[Tensor | None] = [None] * depth
+    dweights, dkl, prev_weights = dense(dweights), dense(dkl), dense(prev_weights)
+    dprev = None
+    if need_prev and dkl is not None and prev_weights is not None:
+        dprev = torch.empty_like(prev_weights)
+    dout_view, value_strides, dvalue_strides = _NO_MAP, (0, 0), (0, 0)
+    dvalue_addresses: list[int] = []
+    workspace = None
+    if dout is not None:
+        dvalues = [
+            empty_map(last, channels_last, interleaved) if need else None for need in need_values
+        ] or dvalues
+    if dout is not None and last.numel():
+        dout, dout_view = map_view(resolved(dout), channels_last, interleaved)
+        values, value_strides = alike_maps(values, channels_last, interleaved)
+        if any(need_values):
+            dvalue_addresses = [address(d) for d in dvalues]
+            dvalue_strides = _compact_strides(sizes)
+        elements = _backward_workspace(_DTYPE_CODES[q.dtype], sizes, depth)
+        workspace = torch.empty(elements, dtype=torch.float32, device=q.device)
+    if dscores.numel():
+        _launched(
+            _kernels().cuda_backward(
+                *_device(q),
+                _DTYPE_CODES[q.dtype],
+                sizes,
+                scale,
+                q.data_ptr(),
+                query_stride,
+                _addresses(keys),
+                key_stride,
+                _addresses(values) if dout_view[0] else [],
+                value_strides,
+                address(prev_weights),
+                0 if prev_weights is None else prev_weights.shape[2],
+                weights.data_ptr(),
+                dout_view,
+                address(dweights),
+                address(dkl),
+                dscores.data_ptr(),
+                address(dq),
+                [address(d) for d in dkeys] if any(need_keys) else [],
+                address(dprev),
+                dvalue_addresses,
+                dvalue_strides,
+                address(workspace),
+            )
+        )
+    return Gradients(dscores, dq, dprev, dkeys, dvalues)
+
+
+def _compact_strides(sizes: Sizes) -> tuple[int, int]:
+    _, channels, _, positions, interleaved = sizes
+    return channels * positions, channels if interleaved else positions
+
+
+def gather(
+    retrieved: Sequence[Retrieved],
+    index: int,
+    heads: int,
+    channels_last: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(dk, dv)` of the layer at `index` in one launch, each a sum over the layers that retrieved it."""
+    with_dout = [r for r in retrieved if r.dout is not None]
+    need_value = need_value and bool(with_dout)
+    if not need_key and not need_value:
+        return None, None
+    queries, query_stride = alike_rows([r.q for r in retrieved])
+    q = queries[0]
+    dkey = new_row(q) if need_key else None
+    sizes: Sizes = (q.shape[0], q.shape[1], heads, 1, 0)
+    douts: Sequence[Tensor] = ()
+    dvalue, dvalue_view, dout_strides = None, _NO_MAP, (0, 0)
+    if need_value:
+        douts = [r.dout for r in with_dout if r.dout is not None]
+        interleaved = is_interleaved(douts[0], channels_last)
+        sizes = kernel_sizes(douts[0], heads, channels_last, interleaved)
+        dvalue, dvalue_view = _new_map(douts[0], sizes, channels_last)
+        if not dvalue.numel():
+            douts, dvalue_view, sizes = (), _NO_MAP, (q.shape[0], q.shape[1], heads, 1, 0)
+        else:
+            douts, dout_strides = alike_maps(douts, channels_last, interleaved)
+    if q.shape[0] and (dkey is not None or douts):
+        offset = index * 4  # bytes of a float32
+        with_value = with_dout if douts else []
+        _launched(
+            _kernels().cuda_gather(
+                *_device(q),
+                _DTYPE_CODES[q.dtype],
+                sizes,
+                _addresses(queries),
+                query_stride,
+                [r.dscores.data_ptr() + offset for r in retrieved],
+                [r.dscores.shape[2] for r in retrieved],
+                address(dkey),
+                _addresses(douts),
+                dout_strides,
+                [r.weights.data_ptr() + offset for r in with_value],
+                [r.weights.shape[2] for r in with_value],
+                dvalue_view,
+            )
+        )
+    return dkey, dvalue

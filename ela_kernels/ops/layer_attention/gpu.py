@@ -1,0 +1,90 @@
+"""What the two GPU backends share: tables of tensors that lie alike, and what a layer leaves to those before it.
+
+A GPU kernel takes its tensors' addresses by value, and one set of strides for all of a list. Nearly always the maps of
+a history lie alike; those that do not are copied into compact ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.layout import (
+    MapView,
+    empty_map,
+    view_in_form,
+)
+
+Strides = tuple[int, int]
+"""Batch stride, and channel stride (planar) or position stride (interleaved), in elements."""
+
+
+def alike_rows(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
+    """Queries or keys `[B, C]` with contiguous channels and one batch stride; copies where they have not."""
+    batch, channel = tensors[0].stride()
+    if (channel == 1 or tensors[0].shape[1] == 1) and _same_strides(tensors):
+        return with_memory(tensors), batch
+    return with_memory([t.contiguous() for t in tensors]), tensors[0].shape[1]
+
+
+def alike_maps(
+    tensors: Sequence[Tensor], channels_last: bool, interleaved: bool
+) -> tuple[Sequence[Tensor], Strides]:
+    """Feature maps of one shape in the given form with one set of strides; compact copies where they have not."""
+    first = view_in_form(tensors[0], channels_last, interleaved)
+    if first is not None and _same_strides(tensors):
+        return with_memory(tensors), first[1:]
+    value = tensors[0]
+    channels = value.shape[-1 if channels_last else 1]
+    per_sample = value.numel() // value.shape[0] if value.shape[0] else 0
+    compact = (per_sample, channels if interleaved else per_sample // max(channels, 1))
+    copies = [_compact(t, channels_last, interleaved, compact) for t in tensors]
+    return with_memory(copies), compact
+
+
+def _compact(tensor: Tensor, channels_last: bool, interleaved: bool, strides: Strides) -> Tensor:
+    view = view_in_form(tensor, channels_last, interleaved)
+    if view is not None and view[1:] == strides:
+        return tensor
+    return empty_map(tensor, channels_last, interleaved).copy_(tensor)
+
+
+def map_view(tensor: Tensor, channels_last: bool, interleaved: bool) -> tuple[Tensor, MapView]:
+    """One map with its address and strides, copied if it is not in the given form."""
+    (tensor,), strides = alike_maps((tensor,), channels_last, interleaved)
+    return tensor, (tensor.data_ptr(), *strides)
+
+
+def _same_strides(tensors: Sequence[Tensor]) -> bool:
+    strides = tensors[0].stride()
+    for tensor in tensors:  # noqa: SIM110 - all() over a generator takes twice as long
+        if tensor.stride() != strides:
+            return False
+    return True
+
+
+def with_memory(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`tensors`, after a look for those that have no memory to read."""
+    for tensor in tensors:
+        if tensor.data_ptr() == 0 and tensor.numel():
+            raise ValueError(
+                "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the kernels "
+                "read memory. Use ela_kernels.use_backend('eager') there"
+            )
+    return tensors
+
+
+class Retrieved:
+    """What one layer's backward leaves for the layers that it retrieved from.
+
+    `weights` and `dscores` are `[B, G, t]`; of a layer at `index` their column `[..., index]` is wanted.
+    """
+
+    __slots__ = ("dout", "dout_version", "dscores", "q", "weights")
+
+    def __init__(
+        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+    ) -> None:
+        self.q, self.weights, self.dscores, self.dout = q, weights, dscores, dout
+        self.dout_version = 0 if dout is None else dout._version
