@@ -11,6 +11,7 @@ from ela_kernels.ops.layer_attention import (
     LayerHistory,
     layer_attention,
     layer_attention_weights,
+    warmup,
 )
 from ela_kernels.ops.light_layer_attention import light_layer_attention
 
@@ -33,4 +34,5 @@ __all__ = [
     "prune",
     "unconvert",
     "use_backend",
+    "warmup",
 ]

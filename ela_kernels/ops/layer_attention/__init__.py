@@ -7,6 +7,7 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention,
     layer_attention_weights,
 )
+from ela_kernels.ops.layer_attention.warmup import warmup
 
 __all__ = [
     "LayerAttentionOutput",
@@ -14,4 +15,5 @@ __all__ = [
     "LayerHistory",
     "layer_attention",
     "layer_attention_weights",
+    "warmup",
 ]

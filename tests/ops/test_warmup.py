@@ -1,0 +1,48 @@
+"""Warming up runs every kind of call, and refuses what could not be a stage."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ela_kernels as ek
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("training", [True, False])
+def test_every_kernel_runs(ran, training):
+    with ek.use_backend("cpp"):
+        seconds = ek.warmup([(2, 8, 3, 5)], depth=2, head_dim=4, device="cpu", training=training)
+    assert seconds > 0
+    assert ran.count("cpp forward") == 2 * 3  # the history, and the function with and without kl
+    assert ran.count("cpp weights") == 2 * 2
+    assert ran.count("cpp backward") == (2 * 3 if training else 0)
+    assert ran.count("cpp gather") == (2 if training else 0)
+    assert not [what for what in ran if what.startswith("eager")]
+
+
+@pytest.mark.usefixtures("backend")
+def test_layouts_and_dtypes():
+    for dtype in (torch.float32, torch.bfloat16):
+        ek.warmup([(2, 8, 3, 5)], 2, 4, dtype, memory_format=torch.channels_last, device="cpu")
+        ek.warmup([(2, 7, 8)], 2, 8, dtype, channels_last=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 0}, "depth: got 0"),
+        ({"head_dim": 5}, "head_dim: got 5; allowed is a divisor of the 8 channels"),
+        ({"shapes": [(8,)]}, r"shapes: got \(8,\)"),
+    ],
+)
+def test_refusals(change, message):
+    arguments = {"shapes": [(2, 8, 3, 5)], "depth": 2, "head_dim": 4, "device": "cpu"} | change
+    with pytest.raises(ValueError, match=message):
+        ek.warmup(**arguments)
+
+
+def test_gradients_and_mode_are_left_as_they_were():
+    with torch.no_grad():
+        ek.warmup([(2, 8, 3, 5)], 1, 4, device="cpu")
+        assert not torch.is_grad_enabled()
