@@ -1,0 +1,211 @@
+// How the work of a call is cut into blocks of threads. Plain C++ of sizes alone: the same shape gets the same plan, so
+// partial sums have a fixed order and a workspace can be asked for ahead. Every number to tune stands in this file.
+//
+// A block has kBlock threads as `across` x `along`:
+//   planar        `across` threads share one row of contiguous elements and `along` rows lie in one block, so that
+//                 small maps still fill it. A row is a head where its channels follow each other without gaps in every
+//                 map, and a channel otherwise.
+//   interleaved   `across` threads take a strip of channels, one vector each, and `along` positions.
+// A thread takes `per_thread` vectors: every `across`-th of its row (planar), every `along`-th position (interleaved).
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "cpu/params.h"
+
+namespace ela::cuda {
+
+constexpr int kPlanThreads = 256;
+constexpr int kPlanWarp = 32;
+
+// Blocks that keep all of a large GPU's multiprocessors busy for several rounds; work is cut finer until there are
+// as many, or coarser to save the recomputation of scores while there are more.
+constexpr int64_t kEnoughBlocks = 4096;
+constexpr int64_t kMaxRounds = 8;                // tiles of a block
+constexpr int64_t kScoreShare = 32;              // value elements read for each key element, at least
+constexpr int64_t kPreferredShared = 24 * 1024;  // bytes of weights in a block: more would cost occupancy
+constexpr int64_t kPartialShare = 100;           // bytes of maps to each byte of partial sums (interleaved), at least
+constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
+
+// Maps that a thread reads side by side, and vectors of each; together they are the reads in flight. More vectors of a
+// map spare the dot products shuffles.
+constexpr int kForwardMaps = 4;
+constexpr int kDotsMaps = 2;
+template <int kVec>
+constexpr int kForwardUnroll = kVec == 1 ? 4 : 2;
+template <int kVec>
+constexpr int kDotsUnroll = kVec == 1 ? 8 : 4;
+
+// Where the blocks of a call lie; also a kernel parameter.
+struct Grid {
+  int64_t outer, inner;  // blocks of a sample: row blocks x chunks (planar), chunks x strips (interleaved)
+  int64_t items;         // blocks in all
+  int64_t length;        // vectors of a row (planar), positions (interleaved)
+  int64_t rows;          // rows of a sample (planar), vectors of a position (interleaved)
+  int channels, heads, head_dim;
+  int row_channels;  // channels of a row (planar)
+  int across_log2;
+  int per_thread;
+  bool interleaved;
+};
+
+inline int log2_of(int64_t power_of_two) {
+  int log2 = 0;
+  while ((int64_t{1} << log2) < power_of_two) ++log2;
+  return log2;
+}
+
+inline int64_t ceil_quotient(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+// The smallest power of two that is not below `x`, between `low` and `high` (powers of two).
+inline int64_t power_of_two(int64_t x, int64_t low, int64_t high) {
+  int64_t power = low;
+  while (power < x && power < high) power *= 2;
+  return power;
+}
+
+// Lanes that share one dot product of two rows of `head_dim` elements: about four elements each.
+inline int lanes_per_dot(int64_t head_dim) {
+  return static_cast<int>(power_of_two(ceil_quotient(head_dim, 4), 1, kPlanWarp));
+}
+
+// Lanes whose neighbouring vectors are sure to belong to one head.
+inline int64_t lanes_of_one_head(int64_t head_dim, int64_t vec) {
+  if (head_dim % vec != 0) return 1;
+  const int64_t vectors = head_dim / vec;
+  const int64_t power = vectors & -vectors;
+  return power < kPlanWarp ? power : kPlanWarp;
+}
+
+// Heads that `channels` neighbouring channels can belong to.
+inline int64_t heads_touched(const Shape& s, int64_t channels) {
+  const int64_t most = (channels + s.head_dim() - 2) / s.head_dim() + 1;
+  return most < s.heads ? most : s.heads;
+}
+
+// Tiles of a block: as many as still leave enough blocks, and as many as make the scores cheap in any case.
+inline int64_t choose_rounds(int64_t blocks, int64_t tiles, int64_t least) {
+  int64_t rounds = 1;
+  while (rounds < kMaxRounds && blocks / (2 * rounds) >= kEnoughBlocks) rounds *= 2;
+  if (rounds < least) rounds = least;
+  return rounds < tiles ? rounds : tiles;
+}
+
+inline void cut(Grid& g, const Shape& s, int64_t outer, int64_t inner) {
+  g.outer = outer;
+  g.inner = inner;
+  g.items = s.batch * outer * inner;
+}
+
+// `scores`: whether each block computes the weights of its heads.
+inline Grid plan_planar(const Shape& s, bool gapless, int64_t vec, int unroll, bool scores) {
+  Grid g = {};
+  g.interleaved = false;
+  g.channels = static_cast<int>(s.channels);
+  g.heads = static_cast<int>(s.heads);
+  g.head_dim = static_cast<int>(s.head_dim());
+  g.row_channels = gapless ? g.head_dim : 1;
+  g.rows = s.channels / g.row_channels;
+  g.length = ceil_quotient(s.positions * g.row_channels, vec);
+  const int64_t across = power_of_two(ceil_quotient(g.length, unroll), kPlanWarp, kPlanThreads);
+  const int64_t along = kPlanThreads / across;
+  const int64_t tiles = ceil_quotient(g.length, across * unroll);
+  const int64_t row_blocks = ceil_quotient(g.rows, along);
+  // Each head in the block costs head_dim key elements a depth, each tile across * unroll vectors of a row.
+  const int64_t least = scores ? ceil_quotient(kScoreShare * g.head_dim, across * unroll * vec) : 1;
+  const int64_t rounds = choose_rounds(s.batch * row_blocks * tiles, tiles, least);
+  g.across_log2 = log2_of(across);
+  g.per_thread = static_cast<int>(rounds) * unroll;
+  cut(g, s, row_blocks, ceil_quotient(tiles, rounds));
+  return g;
+}
+
+// `least_positions` of a block; 0 means as many as make the scores cheap.
+// `shared_floats(across)`: how many floats of shared memory a depth costs in a block of strips that wide.
+template <class SharedFloats>
+inline Grid plan_interleaved(const Shape& s, int64_t vec, int unroll, int64_t depth, int64_t least_positions,
+                             const SharedFloats& shared_floats) {
+  Grid g = {};
+  g.interleaved = true;
+  g.channels = static_cast<int>(s.channels);
+  g.heads = static_cast<int>(s.heads);
+  g.head_dim = static_cast<int>(s.head_dim());
+  g.row_channels = g.head_dim;
+  g.rows = ceil_quotient(s.channels, vec);
+  g.length = s.positions;
+  int64_t across = power_of_two(g.rows, 4, kPlanWarp);
+  // A last strip that is nearly empty wastes its threads: half the width wastes fewer.
+  while (across > 8 &&
+         ceil_quotient(g.rows, across / 2) * (across / 2) * 10 < ceil_quotient(g.rows, across) * across * 9)
+    across /= 2;
+  while (across > 4 && shared_floats(across) * depth * 4 > kPreferredShared) across /= 2;
+  const int64_t along = kPlanThreads / across;
+  const int64_t strips = ceil_quotient(g.rows, across);
+  const int64_t tiles = ceil_quotient(g.length, along * unroll);
+  const int64_t strip = across * vec;
+  const int64_t scored = strip < s.head_dim() ? s.head_dim() : strip;  // channels whose keys the block reads
+  const int64_t positions = least_positions > 0 ? least_positions : ceil_quotient(kScoreShare * scored, strip);
+  const int64_t least = ceil_quotient(positions, along * unroll);
+  const int64_t rounds = choose_rounds(s.batch * strips * tiles, tiles, least);
+  g.across_log2 = log2_of(across);
+  g.per_thread = static_cast<int>(rounds) * unroll;
+  cut(g, s, ceil_quotient(tiles, rounds), strips);
+  return g;
+}
+
+// Partial sums of the dot products <dout, v_j>: of head h in sample b, `outer` x `inner` of them for each depth,
+// [B, outer, G, inner, depth]. Planar: one for each row of the head and chunk of the row, outer = 1. Interleaved: one
+// for each chunk of positions (outer) and run of channels that neighbouring lanes add up (inner).
+struct Partials {
+  int64_t outer, inner;
+};
+
+struct DotsPlan {
+  Grid grid;
+  Partials partials;
+  int fold;   // neighbouring lanes that are added up
+  int slots;  // sums that a warp is left with for each depth
+};
+
+inline DotsPlan plan_dots(const Shape& s, bool gapless, int64_t vec, int64_t element_size, int64_t depth) {
+  DotsPlan plan;
+  const int unroll = vec == 1 ? kDotsUnroll<1> : kDotsUnroll<4>;
+  static_assert(kDotsUnroll<4> == kDotsUnroll<8>, "one number for every vector");
+  if (s.interleaved) {
+    const int64_t lanes = lanes_of_one_head(s.head_dim(), vec);
+    const auto slots = [&](int64_t across) { return across / (lanes < across ? lanes : across); };
+    // Narrower strips may add up fewer lanes: the widest run of lanes that every strip holds is 4.
+    const int64_t least = ceil_quotient(4 * kPartialShare, (lanes < 4 ? lanes : 4) * vec * element_size);
+    plan.grid = plan_interleaved(s, vec, unroll, depth, least,
+                                 [&](int64_t across) { return kPlanThreads / kPlanWarp * slots(across); });
+    const int64_t across = int64_t{1} << plan.grid.across_log2;
+    plan.fold = static_cast<int>(lanes < across ? lanes : across);
+    plan.slots = static_cast<int>(slots(across));
+    plan.partials = {plan.grid.outer, s.head_dim() / (plan.fold * vec)};
+  } else {
+    plan.grid = plan_planar(s, gapless, vec, unroll, false);
+    plan.fold = kPlanWarp;
+    plan.slots = 1;
+    plan.partials = {1, plan.grid.rows / s.heads * plan.grid.inner};
+  }
+  return plan;
+}
+
+inline int64_t partial_count(const Shape& s, const Partials& partials, int64_t depth) {
+  return s.batch * partials.outer * s.heads * partials.inner * depth;
+}
+
+// Floats that hold the partial sums of a call whatever its alignment, which a caller need not know.
+inline int64_t backward_workspace(const Shape& s, int64_t element_size, int64_t depth) {
+  int64_t most = 0;
+  for (const int64_t vec : {16 / element_size, int64_t{1}}) {
+    for (const bool gapless : {false, true}) {
+      const int64_t count = partial_count(s, plan_dots(s, gapless, vec, element_size, depth).partials, depth);
+      if (count > most) most = count;
+    }
+  }
+  return most;
+}
+
+}  // namespace ela::cuda
