@@ -166,7 +166,7 @@ __device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, int64_t
 }
 
 template <class T, int kVec, bool kPush, int kMaxDepth>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, 2)
     layer_attention_bwd_dots_kernel(const __grid_constant__ DotsParams<kPush, kMaxDepth> p) {
   ELA_DYNAMIC_SHARED(float, sums);
   for (int64_t item = blockIdx.x; item < p.grid.items; item += gridDim.x) {
