@@ -61,41 +61,79 @@ __device__ inline void gather_key(const GatherKeyParams<kMaxDepth>& p, int64_t b
   static_cast<T*>(p.dkey_ptr)[b * p.channels + c] = from_float<T>(sum);
 }
 
-// The weights of the block's heads to shared memory, weights[j * heads + i]; ends with a barrier.
+// The weights of the block's heads to shared memory, weights[j * heads.count + i]; ends with a barrier.
 template <class T, int kMaxDepth>
-__device__ inline void prepare_weights(const ForwardParams<kMaxDepth>& p, const Place& place, float* weights) {
-  const int64_t first = place.sample * p.grid.heads + place.first_head;
-  block_weights<T>(p.attention, first, place.heads, weights,
-                   [&](int i) { return place.owns(place.first_head + i, p.grid.head_dim); });
+__device__ inline void prepare_weights(const ForwardParams<kMaxDepth>& p, const Place& place, const Heads& heads,
+                                       float* weights) {
+  const int64_t first = place.sample * p.grid.heads + heads.first;
+  block_weights<T>(p.attention, first, heads.count, weights,
+                   [&](int i) { return place.owns(heads.first + i, p.grid.head_dim); });
 }
 
 template <class T, int kMaxDepth>
-__device__ inline void prepare_weights(const GatherParams<kMaxDepth>& p, const Place& place, float* weights) {
-  const int64_t first = place.sample * p.grid.heads + place.first_head;
-  for (int k = threadIdx.x; k < place.heads * p.source_count; k += kBlock) {
-    const int m = k / place.heads;
-    weights[k] = p.weight_ptr[m][(first + (k - m * place.heads)) * p.weight_stride[m]];
+__device__ inline void prepare_weights(const GatherParams<kMaxDepth>& p, const Place& place, const Heads& heads,
+                                       float* weights) {
+  const int64_t first = place.sample * p.grid.heads + heads.first;
+  for (int k = threadIdx.x; k < heads.count * p.source_count; k += kBlock) {
+    const int m = k / heads.count;
+    weights[k] = p.weight_ptr[m][(first + (k - m * heads.count)) * p.weight_stride[m]];
   }
   if (p.key.dkey_ptr != nullptr && place.chunk == 0) {
-    const int end = (place.first_head + place.heads) * p.grid.head_dim;
-    for (int c = place.first_head * p.grid.head_dim + threadIdx.x; c < end; c += kBlock) {
+    const int end = (heads.first + heads.count) * p.grid.head_dim;
+    for (int c = heads.first * p.grid.head_dim + threadIdx.x; c < end; c += kBlock) {
       if (place.owns(c / p.grid.head_dim, p.grid.head_dim)) gather_key<T>(p.key, place.sample, c);
     }
   }
   __syncthreads();
 }
 
-// Reads kUnroll vectors of kForwardMaps maps; `left` of the vectors exist, and the maps below `sources`.
-template <class T, int kVec, int kUnroll, class Params>
-__device__ inline void load_step(const Params& p, int j, int64_t offset, int64_t stride, int left,
-                                 Raw<T, kVec> (&step)[kForwardMaps][kUnroll]) {
+// What a thread holds of the maps that it reads side by side.
+template <class T, int kVec>
+using MapStep = Raw<T, kVec>[kForwardMaps][kForwardUnroll<kVec>];
+
+// Reads the step's vectors of `maps` maps from `first_map` on; of a thread's vectors `left` exist. kAll: the step is
+// full, which spares a branch for each map.
+template <bool kAll, class T, int kVec, class Params>
+__device__ inline void load_maps(const Params& p, int first_map, int maps, int64_t offset, int64_t stride, int left,
+                                 MapStep<T, kVec>& step) {
 #pragma unroll
   for (int i = 0; i < kForwardMaps; ++i) {
-    if (j + i >= p.sources()) continue;
-    const T* map = static_cast<const T*>(p.map_ptr[j + i]) + offset;
+    if (!kAll && i >= maps) continue;
+    const T* map = static_cast<const T*>(p.map_ptr[first_map + i]) + offset;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kForwardUnroll<kVec>; ++u) {
       if (u < left) step[i][u] = load_vector<T, kVec>(map + u * stride);
+    }
+  }
+}
+
+template <class T, int kVec, class Params>
+__device__ inline void load_step(const Params& p, int first_map, int64_t offset, int64_t stride, int left,
+                                 MapStep<T, kVec>& step) {
+  const int maps = p.sources() - first_map;
+  if (maps >= kForwardMaps) {
+    load_maps<true, T, kVec>(p, first_map, maps, offset, stride, left, step);
+  } else if (maps > 0) {
+    load_maps<false, T, kVec>(p, first_map, maps, offset, stride, left, step);
+  }
+}
+
+// sum += weight * map for the `maps` maps of the step; `weights` points at the first one's.
+template <bool kAll, class T, int kVec, int kHeads>
+__device__ inline void add_maps(const MapStep<T, kVec>& step, const float* weights, int heads,
+                                const int (&head)[kHeads], int maps, float (&sum)[kForwardUnroll<kVec>][kVec]) {
+#pragma unroll
+  for (int i = 0; i < kForwardMaps; ++i) {
+    if (!kAll && i >= maps) continue;
+    float weight[kHeads];
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) weight[h] = weights[i * heads + head[h]];
+#pragma unroll
+    for (int u = 0; u < kForwardUnroll<kVec>; ++u) {
+      float x[kVec];
+      unpack<T, kVec>(step[i][u], x);
+#pragma unroll
+      for (int e = 0; e < kVec; ++e) sum[u][e] += weight[kHeads == 1 ? 0 : e] * x[e];
     }
   }
 }
@@ -103,34 +141,26 @@ __device__ inline void load_step(const Params& p, int j, int64_t offset, int64_t
 template <class T, int kVec, bool kHeadEach, class Params>
 __device__ inline void aggregate_block(const Params& p, int64_t item) {
   constexpr int kUnroll = kForwardUnroll<kVec>;
-  constexpr int kHeads = kHeadEach ? kVec : 1;
   ELA_DYNAMIC_SHARED(float, weights);
   const Place place = place_of<kVec>(p.grid, item);
   const int64_t stride = place.stride(p.map_inner);
   const int64_t out_stride = place.stride(p.out_inner);
   int64_t offset = place.start(p.map_batch, p.map_inner);
   T* out = static_cast<T*>(p.out_ptr) + place.start(p.out_batch, p.out_inner);
-  Raw<T, kVec> step[kForwardMaps][kUnroll] = {};
+  MapStep<T, kVec> step = {};
   load_step<T, kVec>(p, 0, offset, stride, place.count, step);
-  prepare_weights<T>(p, place, weights);
-  int head[kHeads];
-  heads_of(place, p.grid.head_dim, head);
+  const Heads heads = heads_of(p.grid, place);
+  prepare_weights<T>(p, place, heads, weights);
+  int head[kHeadEach ? kVec : 1];
+  heads_of_vector(place, heads, p.grid.head_dim, head);
   for (int left = place.count; left > 0; left -= kUnroll) {
     float sum[kUnroll][kVec] = {};
     for (int j = 0; j < p.sources(); j += kForwardMaps) {
-#pragma unroll
-      for (int i = 0; i < kForwardMaps; ++i) {
-        if (j + i >= p.sources()) continue;
-        float weight[kHeads];
-#pragma unroll
-        for (int h = 0; h < kHeads; ++h) weight[h] = weights[(j + i) * place.heads + head[h]];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          float x[kVec];
-          unpack<T, kVec>(step[i][u], x);
-#pragma unroll
-          for (int e = 0; e < kVec; ++e) sum[u][e] += weight[kHeadEach ? e : 0] * x[e];
-        }
+      const int maps = p.sources() - j;
+      if (maps >= kForwardMaps) {
+        add_maps<true, T, kVec>(step, weights + j * heads.count, heads.count, head, maps, sum);
+      } else {
+        add_maps<false, T, kVec>(step, weights + j * heads.count, heads.count, head, maps, sum);
       }
       load_step<T, kVec>(p, j + kForwardMaps, offset, stride, left, step);
     }

@@ -116,9 +116,10 @@ __device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, int64_t
   [[maybe_unused]] const float* weights = nullptr;
   if constexpr (kPush) {
     int head[1];
-    heads_of(place, p.grid.head_dim, head);
+    const Heads heads = heads_of(p.grid, place);
+    heads_of_vector(place, heads, p.grid.head_dim, head);
     dvalue_offset = place.start(p.dvalue_batch, p.dvalue_inner);
-    weights = p.weights_ptr + (place.sample * p.grid.heads + place.first_head + head[0]) * p.depth;
+    weights = p.weights_ptr + (place.sample * p.grid.heads + heads.first + head[0]) * p.depth;
   }
   const int lane = threadIdx.x % kWarp;
   const int in_strip = lane & ((1 << p.grid.across_log2) - 1);

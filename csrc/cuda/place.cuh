@@ -13,11 +13,10 @@ static_assert(kBlock == kPlanThreads && kWarp == kPlanWarp, "plan.h is written f
 
 struct Place {
   int64_t sample;
-  int64_t chunk;           // of the row (planar) or of the positions (interleaved)
-  int first_channel;       // the first that the block touches
-  int first_head, heads;   // those that the block touches
-  int64_t inner, element;  // of the thread's first vector: inner strides, and elements beyond
-  int64_t inner_step, element_step;
+  int64_t chunk;                   // of the row (planar) or of the positions (interleaved)
+  int first_channel, end_channel;  // those that the block touches
+  int64_t inner, element;          // of the thread's first vector: inner strides, and elements beyond
+  int inner_step, element_step;
   int count;    // vectors of the thread, 0 where it has none
   int most;     // vectors of the thread that has most of them: the same for the whole block
   int channel;  // of the thread's vectors
@@ -28,63 +27,64 @@ struct Place {
   __device__ int64_t start(int64_t batch_stride, int64_t inner_stride) const {
     return sample * batch_stride + inner * inner_stride + element;
   }
-  __device__ int64_t stride(int64_t inner_stride) const { return inner_step * inner_stride + element_step; }
+  __device__ int64_t stride(int64_t inner_stride) const { return int64_t{inner_step} * inner_stride + element_step; }
 };
 
 template <int kVec>
 __device__ inline Place place_of(const Grid& g, int64_t item) {
   Place p;
-  const int x = threadIdx.x & ((1 << g.across_log2) - 1);
-  const int y = threadIdx.x >> g.across_log2;
   const int across = 1 << g.across_log2;
   const int along = kBlock >> g.across_log2;
+  const int x = threadIdx.x & (across - 1);
+  const int y = threadIdx.x >> g.across_log2;
   const int64_t group = item / g.inner;
   const int64_t in_group = item - group * g.inner;
   p.sample = group / g.outer;
   const int64_t in_sample = group - p.sample * g.outer;
-  int end_channel;
-  int64_t first;  // the thread's first vector of `length`
-  bool inside;
+  const int step = g.interleaved ? along : across;
+  const int lane = g.interleaved ? y : x;
+  int channels;
   if (g.interleaved) {
     p.chunk = in_sample;
-    p.first_channel = static_cast<int>(in_group) * across * kVec;
-    end_channel = smaller(p.first_channel + across * kVec, g.channels);
+    channels = across * kVec;
+    p.first_channel = static_cast<int>(in_group) * channels;
     p.channel = p.first_channel + x * kVec;
-    inside = p.channel < g.channels;
-    first = p.chunk * along * g.per_thread + y;
-    p.inner = first;
-    p.element = p.channel;
-    p.inner_step = along;
-    p.element_step = 0;
   } else {
     p.chunk = in_group;
-    const int row = static_cast<int>(in_sample) * along + y;
-    p.first_channel = static_cast<int>(in_sample) * along * g.row_channels;
-    end_channel = smaller(p.first_channel + along * g.row_channels, g.channels);
-    p.channel = row * g.row_channels;
-    inside = row < g.rows;
-    first = p.chunk * across * g.per_thread + x;
-    p.inner = p.channel;
-    p.element = first * kVec;
-    p.inner_step = 0;
-    p.element_step = across * kVec;
+    channels = along * g.row_channels;
+    p.first_channel = static_cast<int>(in_sample) * channels;
+    p.channel = p.first_channel + y * g.row_channels;
   }
-  const int step = g.interleaved ? along : across;
-  const int64_t left = g.length - first;
-  const int64_t most_left = g.length - p.chunk * step * g.per_thread;
-  p.count = !inside || left <= 0 ? 0 : static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(left, step), g.per_thread));
-  p.most = static_cast<int>(smaller<int64_t>(ceil_div<int64_t>(most_left, step), g.per_thread));
-  p.first_head = p.first_channel / g.head_dim;
-  p.heads = (end_channel - 1) / g.head_dim - p.first_head + 1;
+  p.end_channel = smaller(p.first_channel + channels, g.channels);
+  const int64_t begin = p.chunk * step * g.per_thread;
+  const int64_t first = begin + lane;  // the thread's first vector of the row, or position
+  const int64_t most = smaller<int64_t>(ceil_div<int64_t>(g.length - begin, step), g.per_thread);
+  p.most = static_cast<int>(most);
+  // Thread 0 has the most; others have one less where the last round is not full.
+  p.count = p.channel >= g.channels ? 0 : p.most - (first + (most - 1) * step >= g.length ? 1 : 0);
+  p.inner = g.interleaved ? first : p.channel;
+  p.element = g.interleaved ? p.channel : first * kVec;
+  p.inner_step = g.interleaved ? along : 0;
+  p.element_step = g.interleaved ? 0 : across * kVec;
   return p;
+}
+
+// The heads that the block touches.
+struct Heads {
+  int first, count;
+};
+
+__device__ inline Heads heads_of(const Grid& g, const Place& p) {
+  const int first = p.first_channel / g.head_dim;
+  return {first, (p.end_channel - 1) / g.head_dim - first + 1};
 }
 
 // The heads, counted from the block's first, of the elements of a thread's vectors: one for all where kHeads is 1.
 // A thread outside of the map gets the block's last head, whose weights exist.
 template <int kHeads>
-__device__ inline void heads_of(const Place& p, int head_dim, int (&head)[kHeads]) {
+__device__ inline void heads_of_vector(const Place& p, const Heads& heads, int head_dim, int (&head)[kHeads]) {
 #pragma unroll
-  for (int i = 0; i < kHeads; ++i) head[i] = smaller((p.channel + i) / head_dim - p.first_head, p.heads - 1);
+  for (int i = 0; i < kHeads; ++i) head[i] = smaller((p.channel + i) / head_dim - heads.first, heads.count - 1);
 }
 
 }  // namespace ela::cuda
