@@ -139,7 +139,7 @@ __device__ inline void add_maps(const MapStep<T, kVec>& step, const float* weigh
 }
 
 template <class T, int kVec, bool kHeadEach, class Params>
-__device__ inline void aggregate_block(const Params& p, int64_t item) {
+__device__ inline void aggregate_block(const Params& p, unsigned item) {
   constexpr int kUnroll = kForwardUnroll<kVec>;
   ELA_DYNAMIC_SHARED(float, weights);
   const Place place = place_of<kVec>(p.grid, item);
@@ -162,15 +162,16 @@ __device__ inline void aggregate_block(const Params& p, int64_t item) {
       } else {
         add_maps<false, T, kVec>(step, weights + j * heads.count, heads.count, head, maps, sum);
       }
-      load_step<T, kVec>(p, j + kForwardMaps, offset, stride, left, step);
+      // After the last maps of these vectors come the first maps of the next.
+      const bool last = maps <= kForwardMaps;
+      if (last) offset += kUnroll * stride;
+      load_step<T, kVec>(p, last ? 0 : j + kForwardMaps, offset, stride, last ? left - kUnroll : left, step);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (u < left) store_vector<T, kVec>(out + u * out_stride, sum[u]);
     }
-    offset += kUnroll * stride;
     out += kUnroll * out_stride;
-    if (left > kUnroll) load_step<T, kVec>(p, 0, offset, stride, left - kUnroll, step);
   }
 }
 
@@ -178,7 +179,7 @@ template <class T, int kVec, bool kHeadEach, class Params>
 __device__ inline void aggregate_items(const Params& p) {
   // A grid has fewer blocks than items only beyond 2^31 of them.
   for (int64_t item = blockIdx.x; item < p.grid.items; item += gridDim.x) {
-    aggregate_block<T, kVec, kHeadEach>(p, item);
+    aggregate_block<T, kVec, kHeadEach>(p, static_cast<unsigned>(item));
     __syncthreads();
   }
 }

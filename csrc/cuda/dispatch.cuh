@@ -15,7 +15,7 @@ constexpr int kUsualDepth = 32;
 
 inline bool is_valid(const WeightsCall& c) {
   return c.keys.count >= 1 && c.keys.count <= kMaxDepth && c.shape.batch * c.shape.heads >= 1 &&
-         c.shape.channels < (int64_t{1} << 30) && (c.prev == nullptr || c.prev_depth <= c.keys.count);
+         c.shape.channels < kMaxChannels && (c.prev == nullptr || c.prev_depth <= c.keys.count);
 }
 
 template <int kMax>
@@ -88,6 +88,7 @@ void fill_maps(Params& p, const AggregatePlan& plan, const MapList& maps, const 
 template <class T, int kVec, bool kHeadEach, int kMax>
 cudaError_t launch_forward(const ForwardCall& c, bool gapless, void* stream) {
   const AggregatePlan plan = plan_aggregate<kVec>(c.attention.shape, gapless, c.values.count);
+  if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   ForwardParams<kMax> p;
   fill_maps(p, plan, c.values, c.out);
   fill(p.attention, c.attention);
@@ -144,6 +145,7 @@ cudaError_t launch_gather_key(const GatherCall& c, void* stream) {
 template <class T, int kVec, bool kHeadEach, int kMax>
 cudaError_t launch_gather(const GatherCall& c, bool gapless, void* stream) {
   const AggregatePlan plan = plan_aggregate<kVec>(c.shape, gapless, c.douts.count);
+  if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   GatherParams<kMax> p;
   fill_maps(p, plan, c.douts, c.dvalue);
   fill(p.key, c);
@@ -160,7 +162,7 @@ template <class T>
 int gather(const Target& target, const GatherCall& c) {
   const Shape& s = c.shape;
   const int64_t depth = larger(c.dkey == nullptr ? 0 : c.queries.count, c.dvalue.data == nullptr ? 0 : c.douts.count);
-  if (depth < 1 || depth > kMaxDepth || s.batch < 1 || s.channels >= (int64_t{1} << 30)) return cudaErrorInvalidValue;
+  if (depth < 1 || depth > kMaxDepth || s.batch < 1 || s.channels >= kMaxChannels) return cudaErrorInvalidValue;
   const DeviceGuard guard(target.device);
   if (guard.code() != cudaSuccess) return finish(guard.code());
   if (c.dvalue.data == nullptr) {
@@ -183,6 +185,7 @@ int gather(const Target& target, const GatherCall& c) {
 
 template <class T, int kVec, bool kPush, int kMax>
 cudaError_t launch_dots(const BackwardCall& c, const DotsPlan& plan, void* stream) {
+  if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   DotsParams<kPush, kMax> p;
   p.grid = plan.grid;
   p.value_batch = c.values.batch;

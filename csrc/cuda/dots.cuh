@@ -105,7 +105,7 @@ __device__ inline void write_partials(const Grid& g, const Place& place, const f
 }
 
 template <class T, int kVec, bool kPush, int kMaxDepth>
-__device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, int64_t item, float* sums) {
+__device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, unsigned item, float* sums) {
   constexpr int kUnroll = kDotsUnroll<kVec>;
   const Place place = place_of<kVec>(p.grid, item);
   const int64_t stride = place.stride(p.value_inner);
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kBlock, 2)
     layer_attention_bwd_dots_kernel(const __grid_constant__ DotsParams<kPush, kMaxDepth> p) {
   ELA_DYNAMIC_SHARED(float, sums);
   for (int64_t item = blockIdx.x; item < p.grid.items; item += gridDim.x) {
-    dots_block<T, kVec, kPush>(p, item, sums);
+    dots_block<T, kVec, kPush>(p, static_cast<unsigned>(item), sums);
     __syncthreads();
   }
 }

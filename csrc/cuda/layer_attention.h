@@ -12,6 +12,9 @@ namespace ela::cuda {
 // Addresses go to a kernel by value; a deeper call is refused, never cut short.
 constexpr int kMaxDepth = 256;
 
+// Channels are counted in 32 bits, with room for the blocks that reach past the last one.
+constexpr int64_t kMaxChannels = int64_t{1} << 27;
+
 // All maps of one list lie alike: one batch and one inner stride, in elements (see MapView).
 struct MapList {
   const void* const* data;

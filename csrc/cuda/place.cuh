@@ -13,7 +13,7 @@ static_assert(kBlock == kPlanThreads && kWarp == kPlanWarp, "plan.h is written f
 
 struct Place {
   int64_t sample;
-  int64_t chunk;                   // of the row (planar) or of the positions (interleaved)
+  unsigned chunk;                  // of the row (planar) or of the positions (interleaved)
   int first_channel, end_channel;  // those that the block touches
   int64_t inner, element;          // of the thread's first vector: inner strides, and elements beyond
   int inner_step, element_step;
@@ -31,16 +31,17 @@ struct Place {
 };
 
 template <int kVec>
-__device__ inline Place place_of(const Grid& g, int64_t item) {
+__device__ inline Place place_of(const Grid& g, unsigned item) {
   Place p;
   const int across = 1 << g.across_log2;
   const int along = kBlock >> g.across_log2;
   const int x = threadIdx.x & (across - 1);
   const int y = threadIdx.x >> g.across_log2;
-  const int64_t group = item / g.inner;
-  const int64_t in_group = item - group * g.inner;
-  p.sample = group / g.outer;
-  const int64_t in_sample = group - p.sample * g.outer;
+  const unsigned group = item / g.inner;
+  const unsigned in_group = item - group * g.inner;
+  const unsigned sample = group / g.outer;
+  const unsigned in_sample = group - sample * g.outer;
+  p.sample = sample;
   const int step = g.interleaved ? along : across;
   const int lane = g.interleaved ? y : x;
   int channels;
@@ -56,7 +57,7 @@ __device__ inline Place place_of(const Grid& g, int64_t item) {
     p.channel = p.first_channel + y * g.row_channels;
   }
   p.end_channel = smaller(p.first_channel + channels, g.channels);
-  const int64_t begin = p.chunk * step * g.per_thread;
+  const int64_t begin = int64_t{p.chunk} * (step * g.per_thread);
   const int64_t first = begin + lane;  // the thread's first vector of the row, or position
   const int64_t most = smaller<int64_t>(ceil_div<int64_t>(g.length - begin, step), g.per_thread);
   p.most = static_cast<int>(most);

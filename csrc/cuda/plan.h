@@ -27,6 +27,7 @@ constexpr int64_t kScoreShare = 32;              // value elements read for each
 constexpr int64_t kPreferredShared = 24 * 1024;  // bytes of weights in a block: more would cost occupancy
 constexpr int64_t kPartialShare = 100;           // bytes of maps to each byte of partial sums (interleaved), at least
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
+constexpr int64_t kMaxItems = (int64_t{1} << 32) - 1;  // so that a block divides 32-bit numbers to find its place
 
 // Maps that a thread reads side by side, and vectors of each; together they are the reads in flight. More vectors of a
 // map spare the dot products shuffles.
@@ -39,10 +40,10 @@ constexpr int kDotsUnroll = kVec == 1 ? 8 : 4;
 
 // Where the blocks of a call lie; also a kernel parameter.
 struct Grid {
-  int64_t outer, inner;  // blocks of a sample: row blocks x chunks (planar), chunks x strips (interleaved)
-  int64_t items;         // blocks in all
-  int64_t length;        // vectors of a row (planar), positions (interleaved)
-  int64_t rows;          // rows of a sample (planar), vectors of a position (interleaved)
+  uint32_t outer, inner;  // blocks of a sample: row blocks x chunks (planar), chunks x strips (interleaved)
+  int64_t items;          // blocks in all, at most kMaxItems
+  int64_t length;         // vectors of a row (planar), positions (interleaved)
+  int64_t rows;           // rows of a sample (planar), vectors of a position (interleaved)
   int channels, heads, head_dim;
   int row_channels;  // channels of a row (planar)
   int across_log2;
@@ -93,9 +94,9 @@ inline int64_t choose_rounds(int64_t blocks, int64_t tiles, int64_t least) {
 }
 
 inline void cut(Grid& g, const Shape& s, int64_t outer, int64_t inner) {
-  g.outer = outer;
-  g.inner = inner;
   g.items = s.batch * outer * inner;
+  g.outer = static_cast<uint32_t>(outer);
+  g.inner = static_cast<uint32_t>(inner);
 }
 
 // `scores`: whether each block computes the weights of its heads.
