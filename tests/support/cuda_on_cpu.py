@@ -1,0 +1,216 @@
+"""Builds the CUDA kernels with the host compiler, against the stand-in runtime in tests/native/cuda_on_cpu.
+
+A build lies in a folder named after everything that it depends on, so it is made once, and several test processes can
+ask for it at the same time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ela_kernels as ek
+from build_tools.compilers import BuildError, CxxCompiler, find_cxx
+from build_tools.options import available_memory, core_count, job_count
+from ela_kernels.backends import dispatch
+from ela_kernels.backends.gpu import CudaBackend
+from ela_kernels.ops.layer_attention import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_IN = ROOT / "tests" / "native" / "cuda_on_cpu"
+BUILDS = ROOT / "build" / "cuda_on_cpu"
+
+KERNELS = "cuda_on_cpu"
+SELFTEST = "cuda_on_cpu_selftest"
+
+
+def sources_of(module: str) -> list[Path]:
+    """What is compiled into a module."""
+    runtime = [STAND_IN / "fibers.cpp", STAND_IN / "runtime.cpp"]
+    if module == SELFTEST:
+        return [*runtime, STAND_IN / "selftest_module.cpp", STAND_IN / "selftest.cu"]
+    # device_query.cu launches with <<<>>>, which is no C++; it holds no kernel of the package.
+    kernels = sorted(
+        set((ROOT / "csrc" / "cuda").glob("*.cu")) - {ROOT / "csrc/cuda/device_query.cu"}
+    )
+    binding = ROOT / "csrc" / "binding" / "cuda.cpp"
+    return [*runtime, STAND_IN / "device_query.cpp", STAND_IN / "module.cpp", binding, *kernels]
+
+
+SANITIZE = "-fsanitize=address,undefined"
+
+
+def flags_of(sanitized: bool) -> dict[str, list[str]]:
+    """Compiler flags of the kernels and the runtime, and of the bindings, which would take most of the time."""
+    import pybind11
+
+    common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"]
+    common += [f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
+    paths = [
+        sysconfig.get_path("include"),
+        sysconfig.get_path("platinclude"),
+        pybind11.get_include(),
+    ]
+    binding = [*common, "-O0", *(f"-isystem{path}" for path in dict.fromkeys(paths))]
+    # A vector is read from an array of its elements, which nvcc allows.
+    kernels = [*common, "-fno-strict-aliasing", "-fno-math-errno", "-Wno-unknown-pragmas"]
+    if sanitized:
+        kernels += ["-O1", "-g1", "-fno-omit-frame-pointer", SANITIZE]
+    else:
+        kernels += ["-O2"]
+    return {"binding": binding, "kernels": kernels, "link": [SANITIZE] if sanitized else []}
+
+
+def is_binding(source: Path) -> bool:
+    return source.parent.name == "binding" or source.stem.endswith("module")
+
+
+def _fingerprint(cxx: CxxCompiler, flags: dict[str, list[str]], sources: list[Path]) -> str:
+    """Of compiler, flags, interpreter and every file that can be included."""
+    digest = hashlib.sha256(repr((cxx.command, cxx.version, flags, sys.version)).encode())
+    folders = [STAND_IN, *(ROOT / "csrc" / name for name in ("cuda", "cpu", "binding"))]
+    files = {path for folder in folders for path in folder.iterdir() if path.is_file()}
+    for path in sorted(files | set(sources)):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(module: str, sanitized: bool = False) -> Path:
+    """The built extension module; compiled where it is not there yet.
+
+    Raises:
+        BuildError: there is no C++ compiler, or it fails; `output` holds what it printed.
+    """
+    cxx = find_cxx(os.environ)
+    flags = flags_of(sanitized)
+    sources = sources_of(module)
+    folder = (
+        BUILDS / f"{module}{'_sanitized' if sanitized else ''}_{_fingerprint(cxx, flags, sources)}"
+    )
+    library = folder / f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    with _locked(folder.with_suffix(".lock")):
+        if not library.exists():
+            folder.mkdir(exist_ok=True)
+            _compile(cxx, flags, sources, library)
+    return library
+
+
+def _compile(
+    cxx: CxxCompiler, flags: dict[str, list[str]], sources: list[Path], library: Path
+) -> None:
+    import ninja
+    from ninja.ninja_syntax import Writer
+
+    with (library.parent / "build.ninja").open("w") as file:
+        writer = Writer(file)
+        for rule in ("binding", "kernels"):
+            writer.rule(rule, f"{shlex.join([*cxx.command, *flags[rule]])} -x c++ -c $in -o $out")
+        writer.rule(
+            "link", f"{shlex.join([*cxx.command, '-shared', *flags['link']])} $in -ldl -o $out"
+        )
+        objects = [f"{source.name}.o" for source in sources]
+        for source, target in zip(sources, objects, strict=True):
+            writer.build(target, "binding" if is_binding(source) else "kernels", str(source))
+        writer.build("linked", "link", objects)
+    jobs = job_count(os.environ, core_count(), available_memory())
+    command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(library.parent), "-j", str(jobs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise BuildError("the CUDA kernels do not compile for the CPU", done.stdout + done.stderr)
+    (library.parent / "linked").replace(library)
+
+
+@functools.cache
+def load(module: str, library: Path | None = None) -> Any:
+    """A module as Python sees it, from `library` or built now."""
+    path = build(module, is_sanitized()) if library is None else library
+    spec = importlib.util.spec_from_file_location(module, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def load_or_skip(module: str) -> Any:
+    """:func:`load`; skips the test where the stand-in runtime cannot be built. A compiler's error is a failure."""
+    if sys.platform != "linux":
+        pytest.skip("the stand-in for the CUDA runtime is written for Linux")
+    try:
+        find_cxx(os.environ)
+    except BuildError as error:
+        pytest.skip(str(error))
+    try:
+        return load(module)
+    except BuildError as error:
+        pytest.fail(f"{error}:\n{error.output}")
+
+
+def is_sanitized() -> bool:
+    """Whether this process was started to run the sanitized build (see :func:`sanitized_environment`)."""
+    return os.environ.get("ELA_CUDA_ON_CPU_SANITIZED") == "1"
+
+
+def sanitized_environment() -> dict[str, str]:
+    """The environment of a process that loads the sanitized build; skips where the compiler has no sanitizers.
+
+    The sanitizer has to be in the process before the interpreter, which is itself not free of leaks.
+    """
+    command = find_cxx(os.environ).command
+    libraries = []
+    for name in ("libasan.so", "libubsan.so"):
+        path = subprocess.run(
+            [*command, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        if not Path(path).is_absolute():
+            pytest.skip(f"{shlex.join(command)} has no {name}")
+        libraries.append(path)
+    return {
+        **os.environ,
+        "ELA_CUDA_ON_CPU_SANITIZED": "1",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONMALLOC": "malloc",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@contextmanager
+def kernels_on_cpu() -> Iterator[Any]:
+    """Forces the cuda backend, lets it take tensors on the CPU, and gives the module that runs its kernels there."""
+    kernels = load_or_skip(KERNELS)
+    kernels.set_order(0)
+    kernels.limit_grid(0)
+    kernels.take_launches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CudaBackend, "device_types", frozenset({"cpu"}))
+        patch.setattr(CudaBackend, "unavailable_reason", lambda self: None)
+        patch.setattr(CudaBackend, "device_reason", lambda self, device: None)
+        patch.setattr(cuda, "_kernels", lambda: kernels)
+        patch.setattr(cuda, "_device", lambda tensor: (0, 0))
+        with ek.use_backend("cuda"):
+            yield kernels
+    dispatch._choose.cache_clear()  # it remembers that this backend served tensors on the CPU
