@@ -1,0 +1,140 @@
+"""Each operation against the least it must move, at the bandwidth of a copy measured in the same rounds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.footprint import OPS, least_bytes
+from benchmarks.gpu.ops import LayerOps, check_operation, refusing
+from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.shapes import FLOOR_CASES, SMOKE_CASES, Case
+from benchmarks.gpu.timing import Budget, graphed, take_turns
+from benchmarks.measure import Contender, summarize
+
+Save = Callable[[dict[str, Any]], None]
+
+# The copied buffers: far beyond any cache.
+_COPY_BYTES = 2**30
+# Inputs are rotated until together they are this many caches, so that none is read from the cache.
+_CACHES = 4
+# A timed region is made this long, so that the start of a graph is a small part of it.
+_REGION_SECONDS = 1.5e-3
+
+
+def input_sets(case: Case, depth: int, setting: Setting) -> int:
+    """How many sets of inputs are used in turn: one where a set exceeds the cache many times over."""
+    touched = (depth + 1) * case.map_bytes
+    return max(1, math.ceil(_CACHES * setting.l2_bytes / touched))
+
+
+def exceeds_cache(case: Case, depth: int, setting: Setting) -> bool:
+    """True when what one call reads and writes is larger than the cache twice over."""
+    return (depth + 1) * case.map_bytes > 2 * setting.l2_bytes
+
+
+def copy_contender(setting: Setting, size: int = _COPY_BYTES) -> tuple[Contender, int]:
+    """A copy within the device's memory, and the bytes that it reads and writes."""
+    size = 2**16 if setting.smoke else size
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return graphed(partial(target.copy_, source), setting.device), 2 * size
+
+
+def measure(setting: Setting, budget: Budget, save: Save) -> None:
+    """All cases, each saved as soon as it is there; what the budget does not reach is named."""
+    report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
+    copy, copy_bytes = copy_contender(setting)
+    for case in SMOKE_CASES if setting.smoke else FLOOR_CASES:
+        if budget.left < 4 and report["cases"]:
+            report["left_out"].append(case.name)
+            continue
+        report["cases"][case.name] = _measure_case(
+            case, setting, budget, copy, copy_bytes, report["refused"]
+        )
+        save(report)
+    save(report)
+
+
+def _measure_case(
+    case: Case,
+    setting: Setting,
+    budget: Budget,
+    copy: Contender,
+    copy_bytes: int,
+    refused: list[str],
+) -> dict[str, Any]:
+    depth = case.shape.depth
+    sets = [
+        LayerOps(case, depth, setting.device, seed)
+        for seed in range(input_sets(case, depth, setting))
+    ]
+    found: dict[str, Any] = {
+        "depth": depth,
+        "map_bytes": case.map_bytes,
+        "input_sets": len(sets),
+        "exceeds_cache": exceeds_cache(case, depth, setting),
+        "ops": {},
+    }
+    for op in OPS:
+        contenders: dict[str, Contender] = {"copy": copy}
+        calls = _calls(op, case, depth, len(sets))
+        errors = {}
+        for backend in setting.backends:
+            with refusing(f"{case.name}: {backend} {op}", refused):
+                error = check_operation(sets[0], op, backend)
+                operations = [s.operation(op, backend) for s in sets]
+                contenders[backend] = graphed(partial(_run_all, operations, calls), setting.device)
+                errors[backend] = error
+        seconds = take_turns(contenders, setting.device, setting.rounds, min(0.5, budget.left / 4))
+        found["ops"][op] = _report_op(
+            seconds, least_bytes(op, case, depth), len(sets) * calls, copy_bytes, errors
+        )
+    return found
+
+
+def _calls(op: str, case: Case, depth: int, sets: int) -> int:
+    """How often all sets are gone through in one timed region."""
+    optimistic = 4e12  # bytes a second; a slower device only makes the region longer
+    return max(
+        1, min(50, round(_REGION_SECONDS * optimistic / (sets * least_bytes(op, case, depth))))
+    )
+
+
+def _run_all(operations: list[Contender], calls: int) -> list[object]:
+    """Every set's operation, all results alive at once so that each is written to memory of its own."""
+    results: list[object] = []
+    for _ in range(calls):
+        results = [run() for run in operations]
+    return results
+
+
+def _report_op(
+    seconds: dict[str, list[float]],
+    bytes_least: int,
+    calls: int,
+    copy_bytes: int,
+    errors: dict[str, float],
+) -> dict[str, Any]:
+    copy_rate = copy_bytes / statistics.median(seconds["copy"])
+    report: dict[str, Any] = {
+        "least_bytes": bytes_least,
+        "copy_gb_per_s": copy_rate / 1e9,
+        "copy": summarize(seconds["copy"])._asdict(),
+        "backends": {},
+    }
+    for backend, error in errors.items():
+        one_call = [s / calls for s in seconds[backend]]
+        median = statistics.median(one_call)
+        report["backends"][backend] = {
+            "ms": summarize(one_call)._asdict(),
+            "gb_per_s": bytes_least / median / 1e9,
+            "percent_of_copy": 100 * bytes_least / median / copy_rate,
+            "largest_error": error,
+        }
+    return report

@@ -1,0 +1,39 @@
+"""The least bytes that each operation must move: every input read once, every result written once.
+
+With M the bytes of one map (B * C * N elements), R those of a query or key (B * C elements) and W those of the
+weights (B * G * T float32 numbers) of a layer that retrieves from T layers:
+
+    forward      reads T maps, T keys, the query; writes one map and the weights         (T + 1) M + (T + 1) R + W
+    dots         reads T maps and the output's gradient, T keys, the query, the weights; writes the gradients of
+                 scores and query                                                        (T + 1) M + (T + 2) R + 2 W
+    gather       reads T output gradients, T queries, of the weights and of the scores' gradients one column each;
+                 writes one value's and one key's gradient                      (T + 1) M + (T + 1) R + 2 T B G * 4
+    push         dots, and writes T values' and T keys' gradients                      (2 T + 1) M + (2 T + 2) R + 2 W
+    weights      reads T keys and the query; writes the weights                                     (T + 1) R + W
+
+Partial sums that a kernel writes for itself are not in it: they are its own affair.
+"""
+
+from __future__ import annotations
+
+from benchmarks.gpu.shapes import Case
+
+OPS = ("forward", "dots", "gather", "push", "weights")
+
+
+def least_bytes(op: str, case: Case, depth: int) -> int:
+    """Bytes that `op` of a layer with `depth` pairs must move."""
+    shape = case.shape
+    one_map, element = case.map_bytes, case.dtype.itemsize
+    row = shape.batch * shape.channels * element
+    column = shape.batch * shape.heads * 4
+    weights = column * depth
+    t = depth
+    counts = {
+        "forward": (t + 1) * one_map + (t + 1) * row + weights,
+        "dots": (t + 1) * one_map + (t + 2) * row + 2 * weights,
+        "gather": (t + 1) * one_map + (t + 1) * row + 2 * t * column,
+        "push": (2 * t + 1) * one_map + (2 * t + 2) * row + 2 * weights,
+        "weights": (t + 1) * row + weights,
+    }
+    return counts[op]

@@ -1,0 +1,103 @@
+"""One part of the GPU benchmarks in one process, added to OUT/results.json; or the tables of what is there.
+
+python -m benchmarks.gpu.run floor --out OUT --seconds 60
+python -m benchmarks.gpu.run report --out OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import divergence, floor, memory, overhead, rivals, stages
+from benchmarks.gpu.floor import Save
+from benchmarks.gpu.report import write_report
+from benchmarks.gpu.setting import Setting, describe, make_setting
+from benchmarks.gpu.timing import Budget
+
+PARTS: dict[str, Callable[[Setting, Budget, Save], None]] = {
+    "floor": floor.measure,
+    "stages": stages.measure,
+    "compiled": stages.measure_compiled,
+    "memory": memory.measure,
+    "divergence": divergence.measure,
+    "overhead": overhead.measure,
+    "rivals": rivals.measure,
+}
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """What the parts so far have written."""
+    path = folder / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
+    return results
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """In one step, so that a process that is cut off leaves what was there."""
+    new = folder / "results.json.new"
+    new.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(new, folder / "results.json")
+
+
+def run_part(name: str, folder: Path, seconds: float, setting: Setting) -> None:
+    """Measure one part; every save goes to the file at once."""
+    start = time.perf_counter()
+    results = read_results(folder)
+    results["machine"] = describe(setting)
+
+    def save(report: dict[str, Any]) -> None:
+        taken = round(time.perf_counter() - start, 1)
+        results["parts"][name] = report | {"seconds": taken}
+        write_results(folder, results)
+
+    PARTS[name](setting, Budget(seconds), save)
+    report = results["parts"].get(name, {})
+    for line in report.get("refused", []):
+        print(f"{name}: REFUSED {line}", file=sys.stderr)
+    if report.get("left_out"):
+        print(f"{name}: no time or memory for {'; '.join(report['left_out'])}", file=sys.stderr)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", choices=[*PARTS, "report"])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long it may take")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backends", nargs="+", choices=["cuda", "triton", "cpp"])
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes and few rounds, to see that it runs"
+    )
+    args = parser.parse_args(argv)
+    if args.seconds <= 0:
+        parser.error(f"--seconds: got {args.seconds}; allowed is a positive number")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one part, or write the tables and pictures and print the tables."""
+    args = _arguments(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.part == "report":
+        print(write_report(read_results(args.out), args.out))
+        return 0
+    setting = make_setting(args.device, args.backends, args.smoke)
+    if not setting.backends:
+        print(f"{args.part}: none of our backends can run here", file=sys.stderr)
+    run_part(args.part, args.out, args.seconds, setting)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
