@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__) && CUDART_VERSION < 12010
 #error "the CUDA kernels of ela_kernels need CUDA 12.1 or later, for kernel parameters of more than 4 KB"
@@ -79,12 +80,30 @@ __device__ inline Raw<T, kVec> load_vector(const T* ptr) {
   return __ldg(reinterpret_cast<const Raw<T, kVec>*>(ptr));
 }
 
+__device__ inline float float_of_bits(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 template <class T, int kVec>
 __device__ inline void unpack(Raw<T, kVec> raw, float (&x)[kVec]) {
-  T elements[kVec];
-  memcpy(elements, &raw, sizeof(raw));
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && kVec > 1) {
+    // A bfloat16 is the upper half of a float: one instruction each, where the library's conversion takes two for the
+    // upper element of a word.
+    unsigned words[kVec / 2];
+    memcpy(words, &raw, sizeof(raw));
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) x[i] = to_float(elements[i]);
+    for (int i = 0; i < kVec / 2; ++i) {
+      x[2 * i] = float_of_bits(words[i] << 16);
+      x[2 * i + 1] = float_of_bits(words[i] & 0xffff0000u);
+    }
+  } else {
+    T elements[kVec];
+    memcpy(elements, &raw, sizeof(raw));
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x[i] = to_float(elements[i]);
+  }
 }
 
 template <class T, int kVec>

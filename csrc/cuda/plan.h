@@ -19,13 +19,14 @@ namespace ela::cuda {
 constexpr int kPlanThreads = 256;
 constexpr int kPlanWarp = 32;
 
-// Blocks that keep all of a large GPU's multiprocessors busy for several rounds; work is cut finer until there are
-// as many, or coarser to save the recomputation of scores while there are more.
+// With fewer blocks than this a large GPU has idle multiprocessors: work is cut finer then, whatever it costs.
+constexpr int64_t kFewBlocks = 400;
+// With more than this, each block takes more, to save the recomputation of scores.
 constexpr int64_t kEnoughBlocks = 4096;
-constexpr int64_t kMaxRounds = 8;                // tiles of a block
-constexpr int64_t kScoreShare = 32;              // value elements read for each key element, at least
-constexpr int64_t kPreferredShared = 24 * 1024;  // bytes of weights in a block: more would cost occupancy
-constexpr int64_t kPartialShare = 100;           // bytes of maps to each byte of partial sums (interleaved), at least
+constexpr int64_t kMaxRounds = 8;                // times that a thread's first vectors are followed by as many more
+constexpr int64_t kScoreShare = 32;              // value elements that a block reads for each key element, at least
+constexpr int64_t kPartialShare = 100;           // bytes of maps for each byte of partial sums (interleaved), at least
+constexpr int64_t kPreferredShared = 24 * 1024;  // bytes of shared memory of a block: more would cost occupancy
 constexpr int64_t kMaxGrid = (int64_t{1} << 31) - 1;
 constexpr int64_t kMaxItems = (int64_t{1} << 32) - 1;  // so that a block divides 32-bit numbers to find its place
 
@@ -85,12 +86,22 @@ inline int64_t heads_touched(const Shape& s, int64_t channels) {
   return most < s.heads ? most : s.heads;
 }
 
-// Tiles of a block: as many as still leave enough blocks, and as many as make the scores cheap in any case.
-inline int64_t choose_rounds(int64_t blocks, int64_t tiles, int64_t least) {
-  int64_t rounds = 1;
-  while (rounds < kMaxRounds && blocks / (2 * rounds) >= kEnoughBlocks) rounds *= 2;
-  if (rounds < least) rounds = least;
-  return rounds < tiles ? rounds : tiles;
+// How many vectors a thread takes, a power of two: `unroll` at first, fewer where that leaves multiprocessors idle
+// (`least` where that is not to be undercut), more where there are plenty of blocks or fewer than `wanted` would be
+// wasteful. `parts` are blocks that differ in more than the vectors they take, `steps` the vectors for one thread if it
+// took them all.
+struct Share {
+  int64_t unroll, least, wanted;
+};
+
+inline int64_t choose_per_thread(int64_t parts, int64_t steps, const Share& share) {
+  int64_t n = share.unroll;
+  const auto blocks = [&](int64_t per_thread) { return parts * ceil_quotient(steps, per_thread); };
+  while (n > share.least && n > 1 && blocks(n) < kFewBlocks) n /= 2;
+  while (n < steps && n < share.unroll * kMaxRounds && blocks(2 * n) >= kEnoughBlocks) n *= 2;
+  while (n < steps && n < share.wanted && blocks(2 * n) >= kFewBlocks) n *= 2;
+  while (n < steps && n < share.least) n *= 2;
+  return n;
 }
 
 inline void cut(Grid& g, const Shape& s, int64_t outer, int64_t inner) {
@@ -111,18 +122,18 @@ inline Grid plan_planar(const Shape& s, bool gapless, int64_t vec, int unroll, b
   g.length = ceil_quotient(s.positions * g.row_channels, vec);
   const int64_t across = power_of_two(ceil_quotient(g.length, unroll), kPlanWarp, kPlanThreads);
   const int64_t along = kPlanThreads / across;
-  const int64_t tiles = ceil_quotient(g.length, across * unroll);
   const int64_t row_blocks = ceil_quotient(g.rows, along);
-  // Each head in the block costs head_dim key elements a depth, each tile across * unroll vectors of a row.
-  const int64_t least = scores ? ceil_quotient(kScoreShare * g.head_dim, across * unroll * vec) : 1;
-  const int64_t rounds = choose_rounds(s.batch * row_blocks * tiles, tiles, least);
+  const int64_t steps = ceil_quotient(g.length, across);
+  // A head in the block costs head_dim key elements a depth, and gives across * vec elements a vector of the thread.
+  const int64_t wanted = scores ? ceil_quotient(kScoreShare * g.head_dim, across * vec) : 1;
+  const int64_t per_thread = choose_per_thread(s.batch * row_blocks, steps, {unroll, 1, wanted});
   g.across_log2 = log2_of(across);
-  g.per_thread = static_cast<int>(rounds) * unroll;
-  cut(g, s, row_blocks, ceil_quotient(tiles, rounds));
+  g.per_thread = static_cast<int>(per_thread);
+  cut(g, s, row_blocks, ceil_quotient(steps, per_thread));
   return g;
 }
 
-// `least_positions` of a block; 0 means as many as make the scores cheap.
+// `least_positions` of a block, 0 where its keys are to decide.
 // `shared_floats(across)`: how many floats of shared memory a depth costs in a block of strips that wide.
 template <class SharedFloats>
 inline Grid plan_interleaved(const Shape& s, int64_t vec, int unroll, int64_t depth, int64_t least_positions,
@@ -143,15 +154,15 @@ inline Grid plan_interleaved(const Shape& s, int64_t vec, int unroll, int64_t de
   while (across > 4 && shared_floats(across) * depth * 4 > kPreferredShared) across /= 2;
   const int64_t along = kPlanThreads / across;
   const int64_t strips = ceil_quotient(g.rows, across);
-  const int64_t tiles = ceil_quotient(g.length, along * unroll);
+  const int64_t steps = ceil_quotient(g.length, along);
   const int64_t strip = across * vec;
   const int64_t scored = strip < s.head_dim() ? s.head_dim() : strip;  // channels whose keys the block reads
-  const int64_t positions = least_positions > 0 ? least_positions : ceil_quotient(kScoreShare * scored, strip);
-  const int64_t least = ceil_quotient(positions, along * unroll);
-  const int64_t rounds = choose_rounds(s.batch * strips * tiles, tiles, least);
+  const int64_t wanted = ceil_quotient(kScoreShare * scored, strip * along);
+  const Share share = {unroll, ceil_quotient(least_positions, along), least_positions == 0 ? wanted : 1};
+  const int64_t per_thread = choose_per_thread(s.batch * strips, steps, share);
   g.across_log2 = log2_of(across);
-  g.per_thread = static_cast<int>(rounds) * unroll;
-  cut(g, s, ceil_quotient(tiles, rounds), strips);
+  g.per_thread = static_cast<int>(per_thread);
+  cut(g, s, ceil_quotient(steps, per_thread), strips);
   return g;
 }
 
