@@ -12,8 +12,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import MEMORY_CASES, SMOKE_CASES
 from benchmarks.gpu.stages import AttentionStage, contenders_of, eager_bytes
 from benchmarks.gpu.timing import Budget
-from benchmarks.memory import profiled_peak
 from benchmarks.measure import Contender
+from benchmarks.memory import profiled_peak
 
 
 def measure(setting: Setting, budget: Budget, save: Save) -> None:

@@ -13,6 +13,8 @@ import torch
 import ela_kernels as ek
 from ela_kernels.backends.extension import build_info
 
+PACKAGES = ("triton", "liger-kernel", "flash-attn-res")
+
 # A cache of this size where PyTorch does not tell: that of the largest GPUs, so that inputs are surely rotated.
 _L2_BYTES = 64 * 2**20
 
@@ -75,11 +77,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "backends": ek.backend_status(),
         "smoke": setting.smoke,
     }
-    for package in ("triton", "liger-kernel", "flash-attn-res"):
-        try:
-            report[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            report[package] = None
+    report |= {package: _version(package) for package in PACKAGES}
     if setting.on_gpu:
         properties = torch.cuda.get_device_properties(setting.device)
         report |= {
@@ -90,3 +88,10 @@ def describe(setting: Setting) -> dict[str, Any]:
             "l2_bytes": setting.l2_bytes,
         }
     return report
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,68 @@
+"""Every kernel a few times on small odd shapes, for a sanitizer to watch: `compute-sanitizer python -m ...exercise`."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+import ela_kernels as ek
+from benchmarks.gpu.setting import make_setting
+
+# Heads that straddle blocks, lengths that no vector divides, a map of one position, a deep history.
+_SHAPES = ((5, 2, 12, 7, 5, 3), (3, 1, 37, 9, 1, 37), (2, 3, 16, 1, 1, 2), (33, 1, 8, 16, 16, 1))
+
+
+def exercise(backend: str, device: torch.device) -> int:
+    """Forward, backward in both forms, gather and weights-only; returns the number of layers that ran."""
+    count = 0
+    with ek.use_backend(backend):
+        for dtype in (torch.float32, torch.bfloat16):
+            for depth, batch, channels, rows, columns, heads in _SHAPES:
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    leaves = [
+                        torch.randn(size, device=device)
+                        .to(dtype)
+                        .contiguous(memory_format=form)
+                        .requires_grad_()
+                        for _ in range(depth)
+                        for size, form in (
+                            ((batch, channels), torch.contiguous_format),
+                            ((batch, channels), torch.contiguous_format),
+                            ((batch, channels, rows, columns), layout),
+                        )
+                    ]
+                    queries, keys, values = leaves[::3], leaves[1::3], leaves[2::3]
+                    history = ek.LayerHistory()
+                    total = torch.zeros((), device=device)
+                    for q, k, v in zip(queries, keys, values, strict=True):
+                        out = history.attend(q, k, v, heads=heads)
+                        total = total + out.float().square().sum()
+                        if history.kl is not None:
+                            total = total + history.kl.sum()
+                        count += 1
+                    total.backward()
+                    weights = history.weights
+                    assert weights is not None
+                    found = ek.layer_attention(
+                        queries[-1], keys, values, heads, prev_weights=weights.detach()
+                    )
+                    found.out.float().sum().backward()
+                    with torch.no_grad():
+                        ek.layer_attention_weights(queries[-1], keys, heads)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return count
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exercise all backends that run on the device."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.exercise", description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    setting = make_setting(parser.parse_args(argv).device, None, smoke=True)
+    for backend in setting.backends:
+        print(f"{backend}: {exercise(backend, setting.device)} layers")
+
+
+if __name__ == "__main__":
+    main()

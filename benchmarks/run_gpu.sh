@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Build, test and measure on a GPU, in one command of less than nine minutes:
+#
+#   bash benchmarks/run_gpu.sh OUT_DIR [--seconds N] [--steps "build tests sanitizer floor ..."] [--dry-run]
+#
+# Needs a Python with PyTorch for the device (PYTHON=... names another than python3), and for the CUDA kernels nvcc,
+# ninja, pybind11 and setuptools; without them the Triton kernels alone are measured. What is missing is said and left
+# out. OUT_DIR gets run.log, tests.log, results.json, tables.md and, with matplotlib, floor.png, stages.png, others.png.
+# Exits with 1 when the build, a test or a sanitizer found something wrong; it measures all the same.
+set -uo pipefail
+
+ALL_STEPS="build tests sanitizer floor stages compiled memory divergence overhead rivals"
+
+usage() {
+  sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+  exit "${1:-0}"
+}
+
+out="" seconds=530 steps="$ALL_STEPS" dry_run=0
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --seconds) seconds="${2:?--seconds: a number is missing}"; shift 2 ;;
+    --steps) steps="${2:?--steps: a list is missing}"; shift 2 ;;
+    --dry-run) dry_run=1; shift ;;
+    -h | --help) usage ;;
+    -*) echo "run_gpu.sh: unknown option $1; allowed are --seconds, --steps, --dry-run" >&2; exit 2 ;;
+    *) if [ -n "$out" ]; then echo "run_gpu.sh: one OUT_DIR, got $out and $1" >&2; exit 2; fi; out="$1"; shift ;;
+  esac
+done
+[ -n "$out" ] || usage 2 >&2
+case "$seconds" in *[!0-9]* | "") echo "run_gpu.sh: --seconds: got '$seconds'; allowed is a whole number" >&2; exit 2 ;; esac
+for step in $steps; do
+  case " $ALL_STEPS " in *" $step "*) ;; *) echo "run_gpu.sh: --steps: got '$step'; allowed are $ALL_STEPS" >&2; exit 2 ;; esac
+done
+
+mkdir -p "$out" || exit 2
+out="$(cd "$out" && pwd)"
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+python="${PYTHON:-python3}"
+log="$out/run.log"
+: >"$log"
+rm -f "$out"/results.json "$out"/tables.md "$out"/tests.log "$out"/*.png
+SECONDS=0
+failed=""
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# One thread each: several processes of tests and compilers run at once.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-8}"
+
+say() { printf '[%3d s] %s\n' "$SECONDS" "$*" | tee -a "$log"; }
+wanted() { case " $steps " in *" $1 "*) return 0 ;; *) return 1 ;; esac }
+
+# limited CAP KEEP COMMAND...: run with a limit of CAP seconds, less where KEEP seconds must remain for later steps.
+limited() {
+  local cap="$1" keep="$2" left
+  shift 2
+  left=$((seconds - SECONDS - keep))
+  [ "$left" -lt "$cap" ] && cap="$left"
+  if [ "$cap" -lt 5 ]; then
+    say "no time left for: $*"
+    return 125
+  fi
+  if [ "$dry_run" = 1 ]; then
+    say "would run, for $cap s at most: $*"
+    return 0
+  fi
+  timeout --kill-after=5 "$cap" "$@"
+}
+
+step_failed() { # WHAT CODE
+  case "$2" in
+    124 | 137) say "$1: cut off at its time limit" ;;
+    *) say "$1: FAILED with code $2" ;;
+  esac
+  failed="$failed $1"
+}
+
+device="$("$python" - 2>>"$log" <<'PYTHON'
+import torch
+
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability()
+    print(f"{major}.{minor} {torch.cuda.get_device_name()}")
+PYTHON
+)"
+if [ -z "$device" ] && [ "$dry_run" = 0 ]; then
+  say "$python has no PyTorch that finds a GPU; the reason, if there is one, is in $log"
+  exit 2
+fi
+capability="${device%% *}"
+[ -n "$capability" ] || capability="9.0"
+say "${device#* }, compute capability $capability, $seconds s"
+
+if wanted build; then
+  export TORCH_CUDA_ARCH_LIST="$capability"
+  # The kernels are copied next to the sources, from where all the steps below import them.
+  if ELA_KERNELS_BUILD=cuda limited 200 60 "$python" setup.py --quiet build_ext --inplace >>"$log" 2>&1; then
+    say "built with CUDA for $capability"
+  else
+    step_failed "build with CUDA" $?
+    if ELA_KERNELS_BUILD=cpu limited 90 60 "$python" setup.py --quiet build_ext --inplace >>"$log" 2>&1; then
+      say "built without CUDA: only the Triton kernels are measured (the compiler's words are in run.log)"
+    else
+      step_failed "build without CUDA" $?
+    fi
+  fi
+fi
+limited 60 0 "$python" -m ela_kernels info 2>&1 | tee -a "$log"
+
+if wanted tests; then
+  workers=()
+  if "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
+  # The tests that take much memory, or count it, run alone.
+  code=0
+  limited 170 200 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu --ignore=tests/gpu/test_memory.py \
+    "${workers[@]}" >"$out/tests.log" 2>&1 || code=$?
+  limited 60 190 "$python" -m pytest -q -m gpu -p no:cacheprovider tests/gpu/test_memory.py >>"$out/tests.log" 2>&1 ||
+    code=$?
+  say "tests: $(grep -E '^[0-9]+ (passed|failed|skipped)|^=+ .*(passed|failed|error).* =+$|no tests ran' "$out/tests.log" |
+    tr '\n' ';')"
+  grep -E '^(FAILED|ERROR)' "$out/tests.log" | head -n 20 | tee -a "$log"
+  [ "$code" = 0 ] || step_failed tests "$code"
+fi
+
+sanitize() { # TOOL CAP
+  local code=0 found="$out/sanitizer.part"
+  # Every tensor an allocation of its own: the allocator's pool would hide what is beyond a tensor's end.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$2" 180 compute-sanitizer --tool "$1" --error-exitcode 77 \
+    "$python" -m benchmarks.gpu.exercise >"$found" 2>&1 || code=$?
+  tail -n 60 "$found" >>"$log" 2>/dev/null
+  if grep -qiE "device not supported|unable to (find|load)|failed to initialize|not supported on" "$found" 2>/dev/null; then
+    say "compute-sanitizer $1: skipped, it refuses this machine: $(grep -iE -m1 'not supported|unable|failed to init' "$found")"
+  elif [ "$code" = 77 ] || grep -qE "ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9]" "$found" 2>/dev/null; then
+    step_failed "compute-sanitizer $1" 77
+    grep -E "Error|Invalid|hazard" "$found" | sort | uniq -c | head -n 10 | tee -a "$log"
+  elif [ "$code" = 0 ]; then
+    say "compute-sanitizer $1: $(grep -E 'SUMMARY' "$found" 2>/dev/null | tr '\n' ' ')"
+  else
+    step_failed "compute-sanitizer $1" "$code"
+  fi
+  rm -f "$found"
+}
+
+if wanted sanitizer; then
+  if command -v compute-sanitizer >/dev/null 2>&1; then
+    sanitize memcheck 60
+    sanitize racecheck 50
+  else
+    say "compute-sanitizer: skipped, there is none on the PATH"
+  fi
+fi
+
+# Most important first: a part that finds no time left is left out, and what was measured before it stays.
+measure() { # PART SECONDS
+  wanted "$1" || return 0
+  local code=0 part="$1" most="$2" left
+  left=$((seconds - SECONDS - 20))
+  [ "$left" -lt "$most" ] && most="$left"
+  limited $((most + 15)) 8 "$python" -m benchmarks.gpu.run "$part" --out "$out" --seconds "$most" 2>&1 | tee -a "$log"
+  code="${PIPESTATUS[0]}"
+  [ "$code" = 0 ] || step_failed "$part" "$code"
+}
+
+measure floor 75
+measure stages 90
+measure memory 12
+measure divergence 20
+measure overhead 8
+measure compiled 90
+measure rivals 25
+
+say "done${failed:+; failed:$failed}"
+limited 30 0 "$python" -m benchmarks.gpu.run report --out "$out" 2>>"$log"
+[ -z "$failed" ]
