@@ -22,6 +22,9 @@ from typing import Any
 
 import pytest
 
+# `make asan` starts in another folder, with the package that it built first on the path.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
 import ela_kernels as ek
 from build_tools.compilers import BuildError, CxxCompiler, find_cxx
 from build_tools.options import available_memory, core_count, job_count
@@ -156,16 +159,24 @@ def load(module: str, library: Path | None = None) -> Any:
 
 def load_or_skip(module: str) -> Any:
     """:func:`load`; skips the test where the stand-in runtime cannot be built. A compiler's error is a failure."""
-    if sys.platform != "linux":
-        pytest.skip("the stand-in for the CUDA runtime is written for Linux")
-    try:
-        find_cxx(os.environ)
-    except BuildError as error:
-        pytest.skip(str(error))
+    problem = _nothing_to_build_with()
+    if problem is not None:
+        pytest.skip(problem)
     try:
         return load(module)
     except BuildError as error:
         pytest.fail(f"{error}:\n{error.output}")
+
+
+@functools.cache
+def _nothing_to_build_with() -> str | None:
+    if sys.platform != "linux":
+        return "the stand-in for the CUDA runtime is written for Linux"
+    try:
+        find_cxx(os.environ)
+    except BuildError as error:
+        return str(error)
+    return None
 
 
 def is_sanitized() -> bool:
