@@ -272,14 +272,7 @@ class Stage:
         carried, carried_error = None, 0.0
         for t, case in reversed(cases.items()):
             if carried is not None:
-                own = (
-                    torch.zeros_like(case.dweights, dtype=torch.float64)
-                    if "weights" not in self.through
-                    else case.dweights.double()
-                )
-                case.dweights = own + carried
-            elif "weights" not in self.through:
-                case.dweights = None
+                case.dweights = carried if case.dweights is None else case.dweights + carried
             found, tolerance = oracle(case), tolerances(case)
             scale = (case.q.shape[1] // self.heads) ** -0.5
             more_q = 2 * carried_error * scale * largest(case.keys)
@@ -309,7 +302,7 @@ class Stage:
                 prev_weights=prev,
                 channels_last=self.channels_last,
                 dout=self.dout[t] if "out" in self.through else None,
-                dweights=self.dweights[t],
+                dweights=self.dweights[t] if "weights" in self.through else None,
                 dkl=self.dkl[t] if "kl" in self.through and prev is not None else None,
             )
             case.wanted = list(case.inputs())
