@@ -52,17 +52,21 @@ __device__ inline float dot_vectors(const Raw<T, kVec> (&x)[kUnroll], const Raw<
   return sum;
 }
 
+template <class T, int kVec, int kUnroll>
+__device__ inline void load_vectors(const T* map, int64_t stride, int left, Raw<T, kVec> (&x)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (u < left) x[u] = load_vector<T, kVec>(map + u * stride);
+  }
+}
+
 template <class T, int kVec, int kUnroll, class Params>
 __device__ inline void load_values(const Params& p, int j, int64_t offset, int64_t stride, int left,
                                    Raw<T, kVec> (&step)[kDotsMaps][kUnroll]) {
 #pragma unroll
   for (int i = 0; i < kDotsMaps; ++i) {
     if (j + i >= p.depth) continue;
-    const T* value = static_cast<const T*>(p.value_ptr[j + i]) + offset;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (u < left) step[i][u] = load_vector<T, kVec>(value + u * stride);
-    }
+    load_vectors<T, kVec>(static_cast<const T*>(p.value_ptr[j + i]) + offset, stride, left, step[i]);
   }
 }
 
@@ -112,13 +116,14 @@ __device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, unsigne
   const int64_t dout_stride = place.stride(p.dout_inner);
   int64_t offset = place.start(p.value_batch, p.value_inner);
   const T* dout = static_cast<const T*>(p.dout_ptr) + place.start(p.dout_batch, p.dout_inner);
-  [[maybe_unused]] int64_t dvalue_offset = 0;
+  int64_t dvalue_offset = 0, dvalue_stride = 0;
   [[maybe_unused]] const float* weights = nullptr;
   if constexpr (kPush) {
     int head[1];
     const Heads heads = heads_of(p.grid, place);
     heads_of_vector(place, heads, p.grid.head_dim, head);
     dvalue_offset = place.start(p.dvalue_batch, p.dvalue_inner);
+    dvalue_stride = place.stride(p.dvalue_inner);
     weights = p.weights_ptr + (place.sample * p.grid.heads + heads.first + head[0]) * p.depth;
   }
   const int lane = threadIdx.x % kWarp;
@@ -127,29 +132,35 @@ __device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, unsigne
       p.grid.interleaved ? lane == in_strip && (in_strip & ((1 << p.fold_log2) - 1)) == 0 : lane == 0;
   const int slot = p.grid.interleaved ? in_strip >> p.fold_log2 : 0;
   float* warp_sums = sums + (threadIdx.x / kWarp) * p.depth * p.slots + slot;
+  int left = place.count;
+  Raw<T, kVec> x[kUnroll] = {};
+  Raw<T, kVec> step[kDotsMaps][kUnroll] = {};
+  load_vectors<T, kVec>(dout, dout_stride, left, x);
+  load_values<T, kVec>(p, 0, offset, stride, left, step);
   // Every thread takes every round, with vectors or without: a shuffle needs its whole warp.
   for (int done = 0; done < place.most; done += kUnroll) {
-    const int left = place.count - done;
-    Raw<T, kVec> x[kUnroll] = {};
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (u < left) x[u] = load_vector<T, kVec>(dout + u * dout_stride);
-    }
-    Raw<T, kVec> step[kDotsMaps][kUnroll] = {};
-    load_values<T, kVec>(p, 0, offset, stride, left, step);
     for (int j = 0; j < p.depth; j += kDotsMaps) {
-      float dot[kDotsMaps] = {};
+      float dot[kDotsMaps];
 #pragma unroll
       for (int i = 0; i < kDotsMaps; ++i) dot[i] = dot_vectors<T, kVec, kUnroll>(x, step[i], left);
-      load_values<T, kVec>(p, j + kDotsMaps, offset, stride, left, step);
       if constexpr (kPush) {
 #pragma unroll
         for (int i = 0; i < kDotsMaps; ++i) {
           if (j + i >= p.depth || p.dvalue_ptr[j + i] == nullptr) continue;
           T* dvalue = static_cast<T*>(p.dvalue_ptr[j + i]) + dvalue_offset;
-          store_scaled<T, kVec, kUnroll>(dvalue, place.stride(p.dvalue_inner), weights[j + i], x, left);
+          store_scaled<T, kVec, kUnroll>(dvalue, dvalue_stride, load_scalar(weights + j + i), x, left);
         }
       }
+      // After the last maps of these vectors come the first maps of the next; read while the sums are folded.
+      const bool last = j + kDotsMaps >= p.depth;
+      if (last) {
+        left -= kUnroll;
+        offset += kUnroll * stride;
+        dout += kUnroll * dout_stride;
+        dvalue_offset += kUnroll * dvalue_stride;
+        load_vectors<T, kVec>(dout, dout_stride, left, x);
+      }
+      load_values<T, kVec>(p, last ? 0 : j + kDotsMaps, offset, stride, left, step);
       fold_warp(dot, p.fold_log2, p.grid.across_log2);
 #pragma unroll
       for (int i = 0; i < kDotsMaps; ++i) {
@@ -158,16 +169,13 @@ __device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, unsigne
         *sum = done == 0 ? dot[i] : *sum + dot[i];
       }
     }
-    offset += kUnroll * stride;
-    dout += kUnroll * dout_stride;
-    if constexpr (kPush) dvalue_offset += kUnroll * place.stride(p.dvalue_inner);
   }
   __syncthreads();
   write_partials<kVec>(p.grid, place, sums, p.partial_ptr, p.depth, p.fold_log2, p.slots);
 }
 
 template <class T, int kVec, bool kPush, int kMaxDepth>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, kPush ? 2 : 3)
     layer_attention_bwd_dots_kernel(const __grid_constant__ DotsParams<kPush, kMaxDepth> p) {
   ELA_DYNAMIC_SHARED(float, sums);
   for (int64_t item = blockIdx.x; item < p.grid.items; item += gridDim.x) {
