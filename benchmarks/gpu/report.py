@@ -93,13 +93,21 @@ def _targets(results: Results) -> Iterator[Target]:
 
 
 def _backends(results: Results) -> list[str]:
+    """Ours, as far as any part has numbers of them."""
     found = {
         backend
         for case in _cases(results, "floor").values()
         for op in case["ops"].values()
         for backend in op["backends"]
     }
-    found |= {b for case in _cases(results, "stages").values() for b in case["over"]}
+    found |= {
+        b
+        for part in ("stages", "compiled")
+        for c in _cases(results, part).values()
+        for b in c["over"]
+    }
+    found |= {b for c in _cases(results, "memory").values() for b in c["contenders"] if b != EAGER}
+    found |= {b for c in _cases(results, "divergence").values() for b in c}
     return sorted(found)
 
 
@@ -168,12 +176,23 @@ def text_report(results: Results) -> str:
     ]
     for section in (_floor_lines, _stage_lines, _memory_lines, _small_lines, _rival_lines):
         lines += section(results)
-    refused = [line for part in results["parts"].values() for line in part.get("refused", [])]
-    if refused:
-        lines += ["Refused, and therefore not timed", "", *(f"- {line}" for line in refused), ""]
+    lines += _refused_lines(results)
+    return "\n".join(lines) + "\n" + target_table(results)
+
+
+def target_table(results: Results) -> str:
+    """Targets and results, each in its worst case."""
     rows = [target.row() for target in targets(results)]
-    lines += table(["", "target", "result", "met", "worst case"], rows)
-    return "\n".join(lines) + "\n"
+    if not rows:
+        return "There are no numbers yet that a target is for.\n"
+    return "\n".join(table(["", "target", "result", "met", "worst case"], rows)) + "\n"
+
+
+def _refused_lines(results: Results) -> list[str]:
+    refused = [line for part in results["parts"].values() for line in part.get("refused", [])]
+    if not refused:
+        return []
+    return ["Refused, and therefore not timed", "", *(f"- {line}" for line in refused), ""]
 
 
 def _floor_lines(results: Results) -> list[str]:
@@ -260,11 +279,14 @@ def _rival_lines(results: Results) -> list[str]:
 
 
 def write_report(results: Results, folder: Path) -> str:
-    """Write `tables.md` and, with matplotlib, the pictures; return the tables."""
-    text = text_report(results)
-    (folder / "tables.md").write_text(text)
+    """Write `tables.md`; return the table of targets, and before it what was refused."""
+    (folder / "tables.md").write_text(text_report(results))
+    return "\n".join([*_refused_lines(results), target_table(results)])
+
+
+def write_pictures(results: Results, folder: Path) -> None:
+    """Write the pictures, where matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is not None:
         from benchmarks.gpu.pictures import draw
 
         draw(results, folder)
-    return text

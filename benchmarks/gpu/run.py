@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.gpu import divergence, floor, memory, overhead, rivals, stages
 from benchmarks.gpu.floor import Save
-from benchmarks.gpu.report import write_report
+from benchmarks.gpu.report import write_pictures, write_report
 from benchmarks.gpu.setting import Setting, describe, make_setting
 from benchmarks.gpu.timing import Budget
 
@@ -90,7 +90,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part == "report":
-        print(write_report(read_results(args.out), args.out))
+        results = read_results(args.out)
+        print(write_report(results, args.out), flush=True)
+        write_pictures(results, args.out)
         return 0
     setting = make_setting(args.device, args.backends, args.smoke)
     if not setting.backends:

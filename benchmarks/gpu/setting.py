@@ -57,6 +57,8 @@ class Setting:
 def make_setting(device: str, backends: list[str] | None, smoke: bool) -> Setting:
     """The setting, with those of `backends` that are available; all GPU backends if None."""
     found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        found = torch.device("cuda", torch.cuda.current_device())
     if backends is None:
         backends = ["cuda", "triton"] if found.type == "cuda" else ["cpp"]
     status = ek.backend_status()
