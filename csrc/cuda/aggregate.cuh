@@ -185,13 +185,13 @@ __device__ inline void aggregate_items(const Params& p) {
 }
 
 template <class T, int kVec, bool kHeadEach, int kMaxDepth>
-__global__ void __launch_bounds__(kBlock, kHeadEach ? 2 : 3)
+__global__ void __launch_bounds__(kBlock, kHeadEach ? kBlocksResidentWide : kBlocksResident)
     layer_attention_fwd_kernel(const __grid_constant__ ForwardParams<kMaxDepth> p) {
   aggregate_items<T, kVec, kHeadEach>(p);
 }
 
 template <class T, int kVec, bool kHeadEach, int kMaxDepth>
-__global__ void __launch_bounds__(kBlock, kHeadEach ? 2 : 3)
+__global__ void __launch_bounds__(kBlock, kHeadEach ? kBlocksResidentWide : kBlocksResident)
     layer_attention_bwd_gather_kernel(const __grid_constant__ GatherParams<kMaxDepth> p) {
   aggregate_items<T, kVec, kHeadEach>(p);
 }

@@ -1,15 +1,17 @@
 // <dout, v_j> per head for every depth j, as partial sums; in the push form also dv_j = weight_j * dout.
 //
-// Bytes: dout and each value are read once, in the push form each dv is written once; the partial sums are below a
-// hundredth of that. A thread keeps its vectors of dout in registers while the depths pass. No sum is added up by
-// atomics: every partial sum belongs to one place in the workspace, and bwd_tail adds them in a fixed order.
+// Bytes: dout and each value are read once, in the push form each dv is written once; the partial sums are about a
+// hundredth of that or less, except that there is one number at least for each head and depth. A thread keeps its
+// vectors of dout in registers while the depths pass. No sum is added up by atomics: every partial sum belongs to one
+// place in the workspace, and bwd_tail adds them in a fixed order.
 #pragma once
 
 #include "cuda/place.cuh"
 
 namespace ela::cuda {
 
-// Single elements have one instance for both forms, wherever kVec elements do not lie in one head or not on 16 bytes.
+// Single elements (kVec = 1) are read wherever rows do not lie on 16 bytes, and in interleaved maps also where a vector
+// would span heads: a sum for each of its elements would take kVec times the shared memory and as many shuffles.
 template <bool kPush, int kMaxDepth>
 struct DotsParams {
   Grid grid;
@@ -175,7 +177,7 @@ __device__ inline void dots_block(const DotsParams<kPush, kMaxDepth>& p, unsigne
 }
 
 template <class T, int kVec, bool kPush, int kMaxDepth>
-__global__ void __launch_bounds__(kBlock, kPush ? 2 : 3)
+__global__ void __launch_bounds__(kBlock, kPush ? kBlocksResidentWide : kBlocksResident)
     layer_attention_bwd_dots_kernel(const __grid_constant__ DotsParams<kPush, kMaxDepth> p) {
   ELA_DYNAMIC_SHARED(float, sums);
   for (int64_t item = blockIdx.x; item < p.grid.items; item += gridDim.x) {

@@ -39,6 +39,11 @@ constexpr int kForwardUnroll = kVec == 1 ? 4 : 2;
 template <int kVec>
 constexpr int kDotsUnroll = kVec == 1 ? 8 : 4;
 
+// Blocks that the compiler has to fit on a multiprocessor: three leave 80 registers a thread and keep 96 KB of reads in
+// flight. Two where weights of each element, or addresses to write to, need more registers; no instance spills.
+constexpr int kBlocksResident = 3;
+constexpr int kBlocksResidentWide = 2;
+
 // Where the blocks of a call lie; also a kernel parameter.
 struct Grid {
   uint32_t outer, inner;  // blocks of a sample: row blocks x chunks (planar), chunks x strips (interleaved)
