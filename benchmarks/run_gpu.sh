@@ -116,8 +116,8 @@ elif wanted tests; then
   if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
   # The tests that take much memory, or count it, run alone.
   code=0
-  limited 170 200 "$python" -m pytest -q -m gpu -p no:cacheprovider "${selection[@]}" "${workers[@]}" \
-    >"$out/tests.log" 2>&1 || code=$?
+  limited 170 200 "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=15 "${selection[@]}" \
+    "${workers[@]}" >"$out/tests.log" 2>&1 || code=$?
   limited 60 190 "$python" -m pytest -q -m gpu -p no:cacheprovider "${alone[@]}" >>"$out/tests.log" 2>&1 || code=$?
   say "tests: $(grep -E '^[0-9]+ (passed|failed|skipped)|^=+ .*(passed|failed|error).* =+$|no tests ran' "$out/tests.log" |
     tr '\n' ';')"

@@ -95,9 +95,9 @@ def test_contenders_take_turns_and_stop_in_time() -> None:
 
 def test_inputs_are_rotated_until_no_cache_holds_them() -> None:
     setting = make_setting("cpu", None, smoke=True)
-    case = Case(SHAPE)  # 4608 bytes a map, and a cache of 65 536 bytes
+    case = Case(SHAPE)  # 4608 bytes a map, and a cache of 16 384 bytes
     assert not floor.exceeds_cache(case, 3, setting)
-    assert floor.input_sets(case, 3, setting) * 4 * 4608 >= 4 * 65536
+    assert floor.input_sets(case, 3, setting) * 4 * 4608 >= 4 * 16384
     assert floor.exceeds_cache(Case(StageShape(3, 8, 64, 16, 8)), 3, setting)
     assert floor.input_sets(Case(StageShape(3, 8, 64, 16, 8)), 3, setting) == 1
 

@@ -41,7 +41,7 @@ class Setting:
     def l2_bytes(self) -> int:
         """Size of the device's last cache."""
         if self.smoke or not self.on_gpu:
-            return 2**16
+            return 2**14
         properties = torch.cuda.get_device_properties(self.device)
         return int(getattr(properties, "L2_cache_size", _L2_BYTES))
 

@@ -130,7 +130,7 @@ def contenders_of(
     stage: AttentionStage, setting: Setting, compiled: bool
 ) -> dict[str, Callable[[], list[Tensor]]]:
     """The steps by name: the baselines, and ours on every backend."""
-    steps = {EAGER: partial(stage.step, stage.eager)}
+    steps: dict[str, Callable[[], list[Tensor]]] = {EAGER: partial(stage.step, stage.eager)}
     if compiled:
         # In a smoke run only traced: the compiler would take longer than everything else.
         kind = "aot_eager" if setting.smoke else "inductor"

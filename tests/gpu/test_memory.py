@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from support.on_gpu import DEVICE
@@ -130,20 +132,23 @@ def test_a_gathered_map_beyond_31_bits(interleaved):
     torch.testing.assert_close(looked_at(second, places), seen * per_channel[:, :, 1], **rounding)
 
 
-def peak_maps(step, one_map):
+def peak_bytes(step):
     step()
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / one_map
+    return torch.cuda.max_memory_allocated()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("depth", [3, 12, 23])
 def test_the_attention_part_of_a_stage_takes_two_maps_a_layer(depth, memory_format):
     """Values and their gradients, 2 T maps; and x, what is retrieved, their sum, the output's gradient."""
+    gc.collect()
+    others = (
+        torch.cuda.memory_allocated()
+    )  # of earlier tests: cuBLAS keeps its workspaces, for instance
     shape = (16, 64, 32, 32)
     x, dout, *values = (
         torch.randn(shape, device=DEVICE).contiguous(memory_format=memory_format)
@@ -158,7 +163,7 @@ def test_the_attention_part_of_a_stage_takes_two_maps_a_layer(depth, memory_form
             y = y + history.attend(q, k, v, heads=4)
         return torch.autograd.grad(y, [*rows, *values], dout, allow_unused=True)
 
-    assert peak_maps(step, 4 * x.numel()) <= 2 * depth + 4
+    assert (peak_bytes(step) - others) / (4 * x.numel()) <= 2 * depth + 4
 
 
 def test_what_a_step_takes_is_given_back():
