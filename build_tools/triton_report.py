@@ -1,0 +1,308 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads what the compilers made of them.
+
+`python -m build_tools.triton_report --out docs/kernels/triton_report.md` writes the table. The launches are recorded
+from real calls of the package, so what is compiled is what a stage of that shape would compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class Launch(NamedTuple):
+    """One kernel with the arguments of one call."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A call to be compiled: maps `[batch, channels, size, size]`."""
+
+    batch: int
+    channels: int
+    size: int
+    head_dim: int
+    depth: int
+    dtype: torch.dtype
+    interleaved: bool
+
+    def __str__(self) -> str:
+        form = "interleaved" if self.interleaved else "planar"
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = [self.batch, self.channels, self.size, self.size]
+        return f"T={self.depth} {shape} D={self.head_dim} {dtype} {form}"
+
+
+class Compiled(NamedTuple):
+    """What a compiler made of one kernel."""
+
+    kernel: str
+    case: str
+    target: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    widest_load_bits: int
+    seconds: float
+
+
+CASES = tuple(
+    Case(*shape, depth, dtype, interleaved)
+    for shape in ((8, 256, 56, 16), (32, 64, 8, 1), (8, 512, 14, 512))
+    for depth in (4, 32)
+    for dtype in (torch.float32, torch.bfloat16)
+    for interleaved in (False, True)
+) + tuple(
+    Case(8, 256, 14, 16, depth, torch.float32, form) for depth in (1, 256) for form in (False, True)
+)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Records the launches of the package's Triton backend instead of making them."""
+    from ela_kernels.ops.layer_attention.triton_kernels import launch
+
+    found: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **options: found.append(Launch(self.kernel, args, options))
+
+    names = [name for name in vars(launch) if name.endswith("_kernel")]
+    kernels = {name: getattr(launch, name) for name in names}
+    try:
+        for name, kernel in kernels.items():
+            setattr(launch, name, Recorder(kernel))
+        yield found
+    finally:
+        for name, kernel in kernels.items():
+            setattr(launch, name, kernel)
+
+
+def launches_of(case: Case) -> list[Launch]:
+    """Every launch of a layer of this depth: forward, weights, both forms of the backward."""
+    from ela_kernels.ops.layer_attention import triton_kernels
+    from ela_kernels.ops.layer_attention.kernels import Saved
+
+    shape = (case.batch, case.channels, case.size, case.size)
+    form = torch.channels_last if case.interleaved else torch.contiguous_format
+    value = torch.empty(shape, dtype=case.dtype).contiguous(memory_format=form)
+    q = torch.empty(shape[:2], dtype=case.dtype)
+    heads, scale, T = case.channels // case.head_dim, case.head_dim**-0.5, case.depth
+    keys, values = [q] * T, [value] * T
+    weights = torch.empty(case.batch, heads, T)
+    kl = torch.empty(case.batch, heads)
+    saved = Saved(q, keys, values, heads, scale, weights, weights, False)
+    with recorded() as found:
+        triton_kernels.forward(q, keys, values, heads, scale, weights, False)
+        triton_kernels.weights(q, keys, heads, scale, weights)
+        triton_kernels.backward(saved, value, weights, kl, True, True)
+        every = [True] * T
+        triton_kernels.backward(saved, value, weights, kl, True, True, every, every)
+        left = triton_kernels.Retrieved(q, weights, weights, value, False)
+        triton_kernels.gather([left] * T, 0, heads, False, True, True)
+    return found
+
+
+def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:
+    """Types, constants and attributes as Triton's own launcher derives them from the arguments."""
+    names = launch.kernel.arg_names
+    unspecialized = {
+        names.index(name) if isinstance(name, str) else name
+        for name in launch.kernel.do_not_specialize or ()
+    }
+    types: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+
+    def type_of(value: Any, path: tuple[int, ...]) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of(x, (*path, i)) for i, x in enumerate(value))
+        if isinstance(value, torch.Tensor):
+            if value.data_ptr() % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[
+                str(value.dtype).removeprefix("torch.")
+            ]
+        if isinstance(value, float):
+            return "fp32"
+        if path[0] not in unspecialized:
+            if value == 1:
+                constants[path] = 1
+                return "constexpr"
+            if value % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+        return "i64" if abs(value) >= 2**31 else "i32"
+
+    for i, value in enumerate(launch.args):
+        types[names[i]] = type_of(value, (i,))
+    for name, value in launch.options.items():
+        if name in names:
+            types[name] = "constexpr"
+            constants[(names.index(name),)] = value
+    return types, constants, attributes
+
+
+def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
+    """Compile one launch for `sm_90` and the like, or an AMD `gfx` target.
+
+    Raises:
+        Exception: whatever Triton raises where it cannot compile.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types, constants, attributes = _signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes)
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    start = time.perf_counter()
+    options = {"num_warps": launch.options["num_warps"]}
+    compiled = triton.compile(source, target=gpu, options=options)
+    seconds = time.perf_counter() - start
+    shared = int(compiled.metadata.shared)
+    name = launch.kernel.fn.__name__
+    if gpu.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (_amd_number(text, key) for key in ("vgpr_count", "vgpr_spill_count"))
+        widths = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
+        return Compiled(
+            name, case, target, registers, 4 * spilled, shared, max(widths, default=32), seconds
+        )
+    registers, spilled = _cuda_resources(compiled.asm["cubin"])
+    return Compiled(
+        name, case, target, registers, spilled, shared, _widest_load(compiled.asm["ptx"]), seconds
+    )
+
+
+def _amd_number(text: str, key: str) -> int:
+    found = re.search(rf"\.{key}:\s*(\d+)", text)
+    return int(found[1]) if found else 0
+
+
+def _widest_load(ptx: str) -> int:
+    widths = [32]
+    for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx):
+        widths.append(int(vector or 1) * int(bits))
+    return max(widths)
+
+
+def cuobjdump() -> str:
+    """The machine's own disassembler, or the one that comes with Triton.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    found = shutil.which("cuobjdump")
+    if found is None:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        if not bundled.exists():
+            raise FileNotFoundError("no cuobjdump: neither on the PATH nor in the triton package")
+        found = str(bundled)
+    return found
+
+
+def _cuda_resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory, which is where registers are spilled to."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [cuobjdump(), "--dump-resource-usage", file.name],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump --dump-resource-usage printed no resources: {text!r}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def compile_cases(cases: tuple[Case, ...], targets: tuple[str, ...]) -> list[Compiled]:
+    """Each distinct kernel of the cases for each target."""
+    found = []
+    for case in cases:
+        seen = set()
+        for launch in launches_of(case):
+            key = (
+                launch.kernel.fn.__name__,
+                str(sorted(launch.options.items())),
+                len(str(launch.args[1])),
+            )
+            if key in seen:
+                continue
+            seen.add(key)
+            push = "+push" if launch.options.get("PUSH") else ""
+            for target in targets:
+                result = compile_launch(launch, str(case), target)
+                found.append(result._replace(kernel=result.kernel + push))
+                print(*result, flush=True)
+    return found
+
+
+def markdown(rows: list[Compiled], triton_version: str) -> str:
+    """The table, with the compiler that made it."""
+    lines = [
+        "# What Triton's compiler makes of the kernels",
+        "",
+        f"Triton {triton_version}, compiled ahead of time, no GPU; written by `python -m build_tools.triton_report`.",
+        "Registers are those of a thread, spills bytes of a thread's stack and local memory, loads the widest global",
+        "load in bits.",
+        "",
+        "| kernel | call | target | registers | spilled | shared memory | loads | compiled in |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| `{r.kernel}` | {r.case} | {r.target} | {r.registers} | {r.spilled_bytes} | {r.shared_bytes} | "
+        f"{r.widest_load_bits} | {r.seconds:.1f} s |"
+        for r in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="write the table as Markdown")
+    parser.add_argument("--targets", nargs="+", default=list(DEFAULT_TARGETS))
+    parser.add_argument("--quick", action="store_true", help="the first two calls only")
+    options = parser.parse_args()
+    import triton
+
+    cases = CASES[:2] if options.quick else CASES
+    rows = compile_cases(cases, tuple(options.targets))
+    spilling = [r for r in rows if r.spilled_bytes]
+    for r in spilling:
+        print(f"spills: {r.kernel} {r.case} {r.target}: {r.spilled_bytes} bytes", file=sys.stderr)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(markdown(rows, triton.__version__))
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The gradient of one layer: dot products of its output gradient with every value, then everything small.
+
+Least bytes: the output gradient and every value read once; in the push form every value's gradient written once, from
+the same read of the output gradient. Partial sums are written by every tile and added in a fixed order by the second
+launch: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ela_kernels.ops.layer_attention.triton_kernels.forward_kernels import GROUP
+from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
+    along,
+    decoded,
+    log_softmax,
+    number_table,
+    pointer_table,
+    scores,
+    tile_at,
+)
+
+
+@triton.jit(do_not_specialize=["depth"])
+def layer_attention_bwd_dots_kernel(
+    dout_ptr,
+    value_ptrs,  # depth of maps
+    dvalue_ptrs,  # push form: depth of maps
+    wanted,  # push form: 1 where a value's gradient is wanted, encoded
+    weights_ptr,  # [B, G, depth]
+    partial_ptr,  # planar [segments, depth], interleaved [B, tiles, depth, C]
+    batch,
+    channels,
+    heads,
+    positions,
+    rows,
+    row_length,
+    chunks,
+    stride_db,
+    stride_dr,
+    stride_vb,
+    stride_vr,
+    stride_gb,
+    stride_gr,
+    depth,
+    PUSH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    T: tl.constexpr,
+):
+    sample, row, offs, mask, item, mask_line, partial, place = tile_at(
+        tl.program_id(0),
+        batch,
+        channels,
+        heads,
+        positions,
+        rows,
+        row_length,
+        chunks,
+        ROWS,
+        COLS,
+        INTERLEAVED,
+    )
+    dout_offs = sample * stride_db + row * stride_dr + offs
+    dout = tl.load(dout_ptr + dout_offs, mask=mask, other=0.0).to(tl.float32)
+    v_offs = sample * stride_vb + row * stride_vr + offs
+    g_offs = sample * stride_gb + row * stride_gr + offs
+    w_ptrs = weights_ptr + item.to(tl.int64) * depth
+    for first in tl.static_range(0, T, GROUP):
+        if first < depth:
+            for j in tl.static_range(first, min(first + GROUP, T)):
+                there = j < depth
+                v = tl.load(value_ptrs[j] + v_offs, mask=mask & there, other=0.0)
+                products = dout * v.to(tl.float32)
+                if INTERLEAVED:
+                    sums = tl.sum(products, axis=0)
+                    at = partial * depth + j * channels + place
+                else:
+                    sums = tl.sum(products, axis=1)
+                    at = place.to(tl.int64) * depth + j
+                tl.store(partial_ptr + at, sums, mask=mask_line & there)
+                if PUSH:
+                    is_wanted = there & (decoded(wanted[j]) != 0)
+                    w = tl.load(w_ptrs + j, mask=mask_line & is_wanted, other=0.0)
+                    dv = (along(w, INTERLEAVED) * dout).to(dvalue_ptrs[j].dtype.element_ty)
+                    tl.store(dvalue_ptrs[j] + g_offs, dv, mask=mask & is_wanted)
+
+
+@triton.jit
+def _summed_dots(
+    partial_ptr,
+    item,
+    channels,
+    heads,
+    rows,
+    chunks,
+    depth,
+    INTERLEAVED: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """The partial sums of one head added up, `[T]`."""
+    offs_t = tl.arange(0, T)
+    mask_t = offs_t < depth
+    b, g = (item // heads).to(tl.int64), item % heads
+    head_dim = channels // heads
+    count = chunks * (head_dim if INTERLEAVED else rows // heads)
+    acc = tl.zeros([BLOCK_S, T], tl.float32)
+    for start in range(0, count, BLOCK_S):
+        part = start + tl.arange(0, BLOCK_S)
+        if INTERLEAVED:
+            tile, c = part // head_dim, g * head_dim + part % head_dim
+            at = ((b * chunks + tile) * depth)[:, None] + offs_t[None, :]
+            at = at * channels + c[:, None]
+        else:
+            at = ((b * rows + g * (rows // heads)) * chunks + part)[:, None] * depth
+            at = at + offs_t[None, :]
+        acc += tl.load(partial_ptr + at, mask=(part < count)[:, None] & mask_t[None, :], other=0.0)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit(do_not_specialize=["depth", "prev_depth"])
+def layer_attention_bwd_tail_kernel(
+    q_ptr,  # [B, C]
+    key_ptrs,  # depth of [B, C]
+    prev_ptr,  # [B, G, prev_depth]
+    weights_ptr,  # [B, G, depth]
+    partial_ptr,
+    dweights_ptr,  # [B, G, depth]
+    dkl_ptr,  # [B, G]
+    dscores_ptr,  # [B, G, depth]
+    dq_ptr,  # [B, C]
+    dkey_ptrs,  # push form: depth of [B, C]
+    wanted,  # push form: 1 where a key's gradient is wanted, encoded
+    dprev_ptr,  # [B, G, prev_depth]
+    channels,
+    heads,
+    rows,
+    chunks,
+    stride_qb,
+    stride_kb,
+    depth,
+    prev_depth,
+    scale,
+    HAS_DOTS: tl.constexpr,
+    HAS_DWEIGHTS: tl.constexpr,
+    HAS_DKL: tl.constexpr,
+    HAS_DQ: tl.constexpr,
+    PUSH: tl.constexpr,
+    HAS_DPREV: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    item = tl.program_id(0)
+    offs_t = tl.arange(0, T)
+    mask_t = offs_t < depth
+    head_dim = channels // heads
+    offs_w = item.to(tl.int64) * depth + offs_t
+    weights = tl.load(weights_ptr + offs_w, mask=mask_t, other=0.0)
+    total = tl.zeros([T], tl.float32)
+    if HAS_DOTS:
+        total += _summed_dots(
+            partial_ptr, item, channels, heads, rows, chunks, depth, INTERLEAVED, T, BLOCK_S
+        )
+    if HAS_DWEIGHTS:
+        total += tl.load(dweights_ptr + offs_w, mask=mask_t, other=0.0)
+    dscores = weights * (total - tl.sum(weights * total, axis=0))
+    if HAS_DKL:
+        # d kl / d s = mass of prev * weights - prev
+        mask_p = offs_t < prev_depth
+        offs_p = item.to(tl.int64) * prev_depth + offs_t
+        prev = tl.load(prev_ptr + offs_p, mask=mask_p, other=0.0)
+        dkl = tl.load(dkl_ptr + item)
+        dscores += dkl * (tl.sum(prev, axis=0) * weights - prev)
+        if HAS_DPREV:
+            # From the scores, never from a rounded weight.
+            one = tl.arange(0, 1)
+            s = scores(
+                q_ptr,
+                key_ptrs,
+                stride_qb,
+                stride_kb,
+                item + one,
+                one == 0,
+                heads,
+                head_dim,
+                depth,
+                scale,
+                1,
+                T,
+                BLOCK_D,
+            )
+            log_weights = tl.reshape(log_softmax(s), [T])
+            dprev = tl.where(prev == 0.0, 0.0, dkl * (tl.log(prev) + 1.0 - log_weights))
+            tl.store(dprev_ptr + offs_p, dprev, mask=mask_p)
+    dscores *= scale
+    tl.store(dscores_ptr + offs_w, dscores, mask=mask_t)
+    dscores = tl.where(mask_t, dscores, 0.0)
+    b, g = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+    for d in range(0, head_dim, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < head_dim
+        mask_td = mask_t[:, None] & mask_d[None, :]
+        row_offs = (b * heads + g) * head_dim + offs_d
+        if HAS_DQ:
+            k_offs = b * stride_kb + g * head_dim + offs_d
+            k_ptrs = pointer_table(key_ptrs, offs_t)[:, None] + k_offs[None, :]
+            k = tl.load(k_ptrs, mask=mask_td, other=0.0).to(tl.float32)
+            dq = tl.sum(dscores[:, None] * k, axis=0)
+            tl.store(dq_ptr + row_offs, dq.to(dq_ptr.dtype.element_ty), mask=mask_d)
+        if PUSH:
+            q_offs = b * stride_qb + g * head_dim + offs_d
+            q = tl.load(q_ptr + q_offs, mask=mask_d, other=0.0).to(tl.float32)
+            dkeys = dscores[:, None] * q[None, :]
+            dkey_table = pointer_table(dkey_ptrs, offs_t)[:, None] + row_offs[None, :]
+            is_wanted = number_table(wanted, offs_t) != 0
+            tl.store(
+                dkey_table,
+                dkeys.to(dkey_ptrs[0].dtype.element_ty),
+                mask=mask_td & is_wanted[:, None],
+            )

@@ -1,0 +1,317 @@
+"""Scores, softmax, divergence and aggregation in one launch; the weights-only pass; and the gather of the pull form.
+
+Least bytes of the forward: every value read once, the output written once. Scores cost a read of the keys for each
+tile, from the caches; the tile is made large enough for that to stay small (see plan.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
+    along,
+    decoded,
+    divergence_terms,
+    log_softmax,
+    pointer_table,
+    scores,
+    tile_at,
+)
+
+# Values that are read before the first of them is used.
+GROUP = tl.constexpr(4)
+
+
+@triton.jit
+def _write_weights(
+    q_ptr,
+    key_ptrs,
+    prev_ptr,  # [B, G, prev_depth]
+    weights_ptr,  # [B, G, depth]
+    kl_ptr,  # [B, G]
+    stride_qb,
+    stride_kb,
+    item,
+    mask_item,
+    heads,
+    head_dim,
+    depth,
+    prev_depth,
+    scale,
+    HAS_PREV: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    s = scores(
+        q_ptr,
+        key_ptrs,
+        stride_qb,
+        stride_kb,
+        item,
+        mask_item,
+        heads,
+        head_dim,
+        depth,
+        scale,
+        HEADS,
+        T,
+        BLOCK_D,
+    )
+    log_weights = log_softmax(s)
+    offs_t = tl.arange(0, T)
+    mask_w = mask_item[:, None] & (offs_t < depth)[None, :]
+    offs = item.to(tl.int64)[:, None] * depth + offs_t[None, :]
+    tl.store(weights_ptr + offs, tl.exp(log_weights), mask=mask_w)
+    if HAS_PREV:
+        mask_p = mask_item[:, None] & (offs_t < prev_depth)[None, :]
+        offs = item.to(tl.int64)[:, None] * prev_depth + offs_t[None, :]
+        prev = tl.load(prev_ptr + offs, mask=mask_p, other=0.0)
+        kl = tl.sum(divergence_terms(prev, log_weights), axis=1)
+        tl.store(kl_ptr + item, kl, mask=mask_item)
+
+
+@triton.jit(do_not_specialize=["depth", "prev_depth"])
+def layer_attention_weights_kernel(
+    q_ptr,
+    key_ptrs,
+    prev_ptr,
+    weights_ptr,
+    kl_ptr,
+    batch,
+    heads,
+    head_dim,
+    stride_qb,
+    stride_kb,
+    depth,
+    prev_depth,
+    scale,
+    HAS_PREV: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    item = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    _write_weights(
+        q_ptr,
+        key_ptrs,
+        prev_ptr,
+        weights_ptr,
+        kl_ptr,
+        stride_qb,
+        stride_kb,
+        item,
+        item < batch * heads,
+        heads,
+        head_dim,
+        depth,
+        prev_depth,
+        scale,
+        HAS_PREV,
+        HEADS,
+        T,
+        BLOCK_D,
+    )
+
+
+@triton.jit(do_not_specialize=["depth", "prev_depth"])
+def layer_attention_fwd_kernel(
+    q_ptr,  # [B, C]
+    key_ptrs,  # depth of [B, C]
+    value_ptrs,  # depth of [B, C, N] or [B, N, C], by strides
+    prev_ptr,  # [B, G, prev_depth]
+    out_ptr,
+    weights_ptr,  # [B, G, depth]
+    kl_ptr,  # [B, G]
+    batch,
+    channels,
+    heads,
+    positions,
+    rows,
+    row_length,
+    chunks,
+    stride_qb,
+    stride_kb,
+    stride_vb,
+    stride_vr,
+    stride_ob,
+    stride_or,
+    depth,
+    prev_depth,
+    scale,
+    HAS_PREV: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,  # the weights are written already
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    sample, row, offs, mask, item, mask_line, _, _ = tile_at(
+        pid,
+        batch,
+        channels,
+        heads,
+        positions,
+        rows,
+        row_length,
+        chunks,
+        ROWS,
+        COLS,
+        INTERLEAVED,
+    )
+    if not HAS_WEIGHTS:
+        head_dim = channels // heads
+        if INTERLEAVED:
+            strips = tl.cdiv(channels, COLS)
+            head = pid % strips * COLS // head_dim + tl.arange(0, HEADS)
+            own, mask_own = pid // (chunks * strips) * heads + head, head < heads
+        else:
+            own, mask_own = item, mask_line
+        # Every program writes the weights of its heads, all the same bits, and reads them back by element.
+        _write_weights(
+            q_ptr,
+            key_ptrs,
+            prev_ptr,
+            weights_ptr,
+            kl_ptr,
+            stride_qb,
+            stride_kb,
+            own,
+            mask_own,
+            heads,
+            head_dim,
+            depth,
+            prev_depth,
+            scale,
+            HAS_PREV,
+            HEADS,
+            T,
+            BLOCK_D,
+        )
+        tl.debug_barrier()
+    v_offs = sample * stride_vb + row * stride_vr + offs
+    w_ptrs = weights_ptr + item.to(tl.int64) * depth
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for first in tl.static_range(0, T, GROUP):
+        if first < depth:
+            for j in tl.static_range(first, min(first + GROUP, T)):
+                there = j < depth
+                w = tl.load(w_ptrs + j, mask=mask_line & there, other=0.0)
+                v = tl.load(value_ptrs[j] + v_offs, mask=mask & there, other=0.0)
+                acc += along(w, INTERLEAVED) * v.to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + sample * stride_ob + row * stride_or + offs, out, mask=mask)
+
+
+@triton.jit
+def _gather_key(
+    query_ptrs,
+    score_ptrs,
+    score_strides,
+    dkey_ptr,
+    item,
+    heads,
+    head_dim,
+    stride_qb,
+    sources,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    offs_m = tl.arange(0, M)
+    mask_m = offs_m < sources
+    q_ptrs = pointer_table(query_ptrs, offs_m)
+    s_ptrs = pointer_table(score_ptrs, offs_m)
+    strides = tl.zeros([M], tl.int64)
+    for m in tl.static_range(len(score_strides)):
+        strides = tl.where(offs_m == m, decoded(score_strides[m]).to(tl.int64), strides)
+    dscores = tl.load(s_ptrs + item.to(tl.int64) * strides, mask=mask_m, other=0.0)
+    b, g = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
+    for d in range(0, head_dim, BLOCK_D):
+        offs_d = d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < head_dim
+        q_offs = b * stride_qb + g * head_dim + offs_d
+        q = tl.load(
+            q_ptrs[:, None] + q_offs[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0
+        )
+        dkey = tl.sum(dscores[:, None] * q.to(tl.float32), axis=0)
+        dkey_offs = (b * heads + g) * head_dim + offs_d
+        tl.store(dkey_ptr + dkey_offs, dkey.to(dkey_ptr.dtype.element_ty), mask=mask_d)
+
+
+@triton.jit(do_not_specialize=["tiles", "queries", "sources"])
+def layer_attention_bwd_gather_kernel(
+    query_ptrs,  # of [B, C]
+    score_ptrs,  # of the wanted column of [B, G, t]
+    score_strides,  # t of each, encoded
+    dkey_ptr,  # [B, C]
+    dout_ptrs,  # of maps
+    weight_ptrs,  # of the wanted column of [B, G, t]
+    weight_strides,  # t of each, encoded
+    dvalue_ptr,
+    batch,
+    channels,
+    heads,
+    positions,
+    rows,
+    row_length,
+    chunks,
+    stride_qb,
+    stride_db,
+    stride_dr,
+    stride_vb,
+    stride_vr,
+    tiles,  # programs that work on the value's gradient; those after them on the key's
+    queries,
+    sources,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    Q: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < tiles:
+        sample, row, offs, mask, item, mask_line, _, _ = tile_at(
+            pid,
+            batch,
+            channels,
+            heads,
+            positions,
+            rows,
+            row_length,
+            chunks,
+            ROWS,
+            COLS,
+            INTERLEAVED,
+        )
+        d_offs = sample * stride_db + row * stride_dr + offs
+        acc = tl.zeros([ROWS, COLS], tl.float32)
+        for first in tl.static_range(0, M, GROUP):
+            if first < sources:
+                for m in tl.static_range(first, min(first + GROUP, M)):
+                    there = m < sources
+                    w_ptrs = weight_ptrs[m] + item.to(tl.int64) * decoded(weight_strides[m])
+                    w = tl.load(w_ptrs, mask=mask_line & there, other=0.0)
+                    dout = tl.load(dout_ptrs[m] + d_offs, mask=mask & there, other=0.0)
+                    acc += along(w, INTERLEAVED) * dout.to(tl.float32)
+        dvalue = acc.to(dvalue_ptr.dtype.element_ty)
+        tl.store(dvalue_ptr + sample * stride_vb + row * stride_vr + offs, dvalue, mask=mask)
+    else:
+        _gather_key(
+            query_ptrs,
+            score_ptrs,
+            score_strides,
+            dkey_ptr,
+            pid - tiles,
+            heads,
+            channels // heads,
+            stride_qb,
+            queries,
+            Q,
+            BLOCK_D,
+        )

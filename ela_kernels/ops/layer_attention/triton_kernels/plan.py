@@ -1,0 +1,149 @@
+"""Launch configurations by shape: one small place to tune. Nothing here is autotuned at run time."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+NUM_WARPS = 4
+
+# Elements of a tile: 16 float32 or 32 half-precision numbers a thread, four 16-byte reads each.
+_TILE_BYTES = 8192
+_MAX_COLS = 1024
+_MIN_COLS = 16
+_MAX_STRIP_BYTES = 256  # interleaved: channels of a position that one program reads
+
+# Enough programs to fill a large GPU a few times; smaller problems are cut finer.
+_ENOUGH_PROGRAMS = 1024
+
+# Elements of the tile that scores are computed in, [heads, depth, head_dim].
+_SCORE_ELEMENTS = 4096
+
+
+class Plan(NamedTuple):
+    """How one call is cut into programs. The names are those of the kernels' arguments."""
+
+    interleaved: bool
+    batch: int
+    channels: int
+    heads: int
+    positions: int
+    rows: int
+    row_length: int
+    chunks: int
+    ROWS: int
+    COLS: int
+    programs: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.channels // self.heads
+
+    @property
+    def tile_heads(self) -> int:
+        """Heads whose scores one program computes, a power of two."""
+        if not self.interleaved:
+            return self.ROWS
+        d = self.head_dim
+        if d % self.COLS == 0:
+            return 1
+        return power_of_two(
+            (self.COLS - 1) // d + 1 if self.COLS % d == 0 else (self.COLS + d - 2) // d + 1
+        )
+
+    @property
+    def scores_apart(self) -> bool:
+        """Scores in a launch of their own: where each tile computing its own would read many more keys than values."""
+        return self.head_dim > 64 and 8 * self.tile_heads * self.head_dim > self.ROWS * self.COLS
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, int, int, int]:
+        return (
+            self.batch,
+            self.channels,
+            self.heads,
+            self.positions,
+            self.rows,
+            self.row_length,
+            self.chunks,
+        )
+
+    def partial_elements(self, depth: int) -> int:
+        """Float32 numbers of the dot products' partial sums."""
+        if self.interleaved:
+            return self.batch * self.chunks * depth * self.channels
+        return self.batch * self.rows * self.chunks * depth
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def bucket(depth: int) -> int:
+    """The depth that a kernel is compiled for: a power of two, so that a stage compiles a few and not one a layer."""
+    return power_of_two(depth)
+
+
+def encoded(number: int) -> int:
+    """`number` for a tuple of a kernel: Triton compiles anew for 1 and for multiples of 16, and this is neither."""
+    return 32 * number + 3
+
+
+def block_d(heads: int, depth_bucket: int, head_dim: int) -> int:
+    """Elements of a head that scores read at once."""
+    room = max(_SCORE_ELEMENTS // (heads * depth_bucket), 1)
+    return min(power_of_two(head_dim), 1 << (room.bit_length() - 1), 1024)
+
+
+def _fitting(length: int, smallest: int, largest: int) -> int:
+    """The power of two that leaves least of the last block empty; the largest of those."""
+    sizes = []
+    size = smallest
+    while size <= largest:
+        sizes.append(size)
+        size *= 2
+    return min(reversed(sizes), key=lambda size: -(-length // size) * size)
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(
+    sizes: tuple[int, int, int, int, int],
+    is_gapless: bool,
+    dtype: torch.dtype,
+    depth_bucket: int,
+) -> Plan:
+    """The plan of a call on maps of `(B, C, G, N, interleaved)`.
+
+    `is_gapless`: planar maps whose channels follow each other, so that a head is one run of elements.
+    """
+    batch, channels, heads, positions, interleaved = sizes
+    tile = _TILE_BYTES // dtype.itemsize
+    if interleaved:
+        cols = _fitting(channels, _MIN_COLS, _MAX_STRIP_BYTES // dtype.itemsize)
+        rows_at_once = _fitting(positions, 1, tile // cols)
+        strips = -(-channels // cols)
+        while (
+            rows_at_once > 8 and batch * strips * -(-positions // rows_at_once) < _ENOUGH_PROGRAMS
+        ):
+            rows_at_once //= 2
+        chunks = -(-positions // rows_at_once)
+        programs = batch * chunks * strips
+        return Plan(
+            True, batch, channels, heads, positions, 0, 0, chunks, rows_at_once, cols, programs
+        )
+    rows = heads if is_gapless else channels
+    length = channels * positions // rows
+    cols = _fitting(length, _MIN_COLS, _MAX_COLS)
+    chunks = -(-length // cols)
+    segments = batch * rows * chunks
+    # Weights of a tile's segments, [segments, depth], are held in registers too.
+    rows_at_once = max(min(tile // cols, _SCORE_ELEMENTS // depth_bucket), 1)
+    while rows_at_once > 1 and segments // rows_at_once < _ENOUGH_PROGRAMS:
+        rows_at_once //= 2
+    programs = -(-segments // rows_at_once)
+    return Plan(
+        False, batch, channels, heads, positions, rows, length, chunks, rows_at_once, cols, programs
+    )
