@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -209,24 +208,25 @@ def test_float32_narrows_as_in_pytorch(module, dtype):
     assert torch.equal(found.view(torch.int16)[number], expected.view(torch.int16)[number])
 
 
+# Without PyTorch, which takes seconds to load under a sanitizer.
 _SANITIZED = """
-import sys
-sys.path[:0] = {paths!r}
-import torch
-from support import cuda_on_cpu
-module = cuda_on_cpu.load(cuda_on_cpu.SELFTEST)
-x, y = torch.randn(192), torch.empty(192)
+import importlib.util, array
+spec = importlib.util.spec_from_file_location({name!r}, {library!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+x, y = array.array("f", range(192)), array.array("f", [0] * 192)
+expected = [*reversed(x[:96]), *reversed(x[96:])]
 for order in (0, 1, 2):
     module.set_order(order)
-    assert module.reverse(x.data_ptr(), y.data_ptr(), 2, 96, 384, True) == 0
-    assert torch.equal(y, x.view(2, 96).flip(1).view(-1))
+    assert module.reverse(x.buffer_info()[0], y.buffer_info()[0], 2, 96, 384, True) == 0
+    assert list(y) == expected
     try:
-        module.misuse(0, y.data_ptr(), 64)
+        module.misuse(0, y.buffer_info()[0], 64)
         raise SystemExit("the misuse was not seen")
     except RuntimeError as error:
         assert "no thread can go on" in str(error)
 print("in bounds")
-module.misuse({which}, torch.zeros(64).data_ptr(), 64)
+module.misuse({which}, array.array("f", [0] * 64).buffer_info()[0], 64)
 """
 
 
@@ -240,12 +240,11 @@ module.misuse({which}, torch.zeros(64).data_ptr(), 64)
     ids=["shared memory", "global memory", "misaligned store"],
 )
 def test_the_sanitizers_see_what_a_kernel_does_wrong(module, which, said):
-    root = cuda_on_cpu.ROOT
-    program = _SANITIZED.format(paths=[str(root), str(root / "tests")], which=which)
+    library = cuda_on_cpu.build(cuda_on_cpu.SELFTEST, sanitized=True)
+    program = _SANITIZED.format(name=cuda_on_cpu.SELFTEST, library=str(library), which=which)
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=cuda_on_cpu.sanitized_environment(),
-        cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
@@ -254,3 +253,16 @@ def test_the_sanitizers_see_what_a_kernel_does_wrong(module, which, said):
     assert done.returncode != 0
     assert said in done.stderr
     assert "selftest.cu" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_portable_switch_of_stacks(module):
+    """Machines other than x86-64 take ucontext."""
+    library = cuda_on_cpu.build(cuda_on_cpu.SELFTEST, defines=("CUDA_ON_CPU_UCONTEXT",))
+    portable = cuda_on_cpu.load(cuda_on_cpu.SELFTEST, library)
+    x = torch.randn(3 * 100)
+    for order in ORDERS:
+        portable.set_order(order)
+        assert torch.equal(reverse(portable, x, 3, True), reverse(module, x, 3, True))
+        with pytest.raises(RuntimeError, match="no thread can go on"):
+            portable.misuse(0, x.data_ptr(), 64)

@@ -56,11 +56,12 @@ def sources_of(module: str) -> list[Path]:
 SANITIZE = "-fsanitize=address,undefined"
 
 
-def flags_of(sanitized: bool) -> dict[str, list[str]]:
+def flags_of(sanitized: bool, defines: tuple[str, ...] = ()) -> dict[str, list[str]]:
     """Compiler flags of the kernels and the runtime, and of the bindings, which would take most of the time."""
     import pybind11
 
     common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"]
+    common += [f"-D{name}" for name in defines]
     common += [f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
     paths = [
         sysconfig.get_path("include"),
@@ -84,7 +85,9 @@ def is_binding(source: Path) -> bool:
 def _fingerprint(cxx: CxxCompiler, flags: dict[str, list[str]], sources: list[Path]) -> str:
     """Of compiler, flags, interpreter and every file that can be included."""
     digest = hashlib.sha256(repr((cxx.command, cxx.version, flags, sys.version)).encode())
-    folders = [STAND_IN, *(ROOT / "csrc" / name for name in ("cuda", "cpu", "binding"))]
+    folders = [STAND_IN]
+    if any(source.parent != STAND_IN for source in sources):
+        folders += [ROOT / "csrc" / name for name in ("cuda", "cpu", "binding")]
     files = {path for folder in folders for path in folder.iterdir() if path.is_file()}
     for path in sorted(files | set(sources)):
         digest.update(f"{path.relative_to(ROOT)}\0".encode())
@@ -100,14 +103,14 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def build(module: str, sanitized: bool = False) -> Path:
+def build(module: str, sanitized: bool = False, defines: tuple[str, ...] = ()) -> Path:
     """The built extension module; compiled where it is not there yet.
 
     Raises:
         BuildError: there is no C++ compiler, or it fails; `output` holds what it printed.
     """
     cxx = find_cxx(os.environ)
-    flags = flags_of(sanitized)
+    flags = flags_of(sanitized, defines)
     sources = sources_of(module)
     folder = (
         BUILDS / f"{module}{'_sanitized' if sanitized else ''}_{_fingerprint(cxx, flags, sources)}"
