@@ -43,7 +43,7 @@ log="$out/run.log"
 rm -f "$out"/results.json "$out"/tables.md "$out"/tests.log "$out"/*.png
 SECONDS=0
 failed=""
-export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 # One thread each: several processes of tests and compilers run at once.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}" TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-8}"
 
@@ -147,6 +147,7 @@ sanitize() { # TOOL CAP
 }
 
 if wanted sanitizer; then
+  PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
   if command -v compute-sanitizer >/dev/null 2>&1; then
     sanitize memcheck 60
     sanitize racecheck 50
