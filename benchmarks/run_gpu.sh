@@ -7,7 +7,7 @@
 # ninja, pybind11 and setuptools; without them the Triton kernels alone are measured. What is missing is said and left
 # out. OUT_DIR gets run.log, tests.log, results.json, tables.md and, with matplotlib, floor.png, stages.png, others.png.
 # Exits with 1 when the build, a test or a sanitizer found something wrong; it measures all the same. --smoke runs a few
-# tests and tiny shapes on the CPU, to see that the script itself runs.
+# tests and tiny shapes on the CPU, and builds nothing: to see that the script itself runs.
 set -uo pipefail
 
 ALL_STEPS="build tests sanitizer floor stages compiled memory divergence overhead rivals"
@@ -71,20 +71,21 @@ step_failed() { # WHAT CODE
   failed="$failed $1"
 }
 
-device="$("$python" - 2>>"$log" <<'PYTHON'
+selection=(tests/gpu --ignore=tests/gpu/test_memory.py) alone=(tests/gpu/test_memory.py)
+where=()
+if [ "$smoke" = 1 ]; then
+  device="0.0 CPU (a dry run)"
+  export ELA_KERNELS_TEST_DEVICE=cpu OMP_NUM_THREADS=1
+  selection=(tests/gpu/test_parity.py -k "weights_only or previous_weights") where=(--device cpu)
+else
+  device="$("$python" - 2>>"$log" <<'PYTHON'
 import torch
 
 if torch.cuda.is_available():
     major, minor = torch.cuda.get_device_capability()
     print(f"{major}.{minor} {torch.cuda.get_device_name()}")
 PYTHON
-)"
-selection=(tests/gpu --ignore=tests/gpu/test_memory.py) alone=(tests/gpu/test_memory.py)
-where=()
-if [ "$smoke" = 1 ]; then
-  device="9.0 CPU (a dry run)"
-  export ELA_KERNELS_TEST_DEVICE=cpu OMP_NUM_THREADS=1
-  selection=(tests/gpu/test_parity.py -k "weights_only or previous_weights") where=(--device cpu)
+  )"
 fi
 if [ -z "$device" ]; then
   say "$python has no PyTorch that finds a GPU; the reason, if there is one, is in $log"
@@ -93,7 +94,7 @@ fi
 capability="${device%% *}"
 say "${device#* }, compute capability $capability, $seconds s"
 
-if wanted build; then
+if wanted build && [ "$smoke" = 0 ]; then
   export TORCH_CUDA_ARCH_LIST="$capability"
   # The kernels are copied next to the sources, from where all the steps below import them.
   if ELA_KERNELS_BUILD=cuda limited 200 60 "$python" setup.py --quiet build_ext --inplace >>"$log" 2>&1; then

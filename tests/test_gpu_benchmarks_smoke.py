@@ -281,7 +281,7 @@ def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         env=os.environ | {"PYTHON": sys.executable} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
@@ -325,16 +325,35 @@ def test_the_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
 @needs_cpp
 def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     out = tmp_path / "a folder"
-    done = script(str(out), "--smoke", "--steps", "tests sanitizer memory")
+    done = script(str(out), "--smoke", "--steps", "memory")
     assert done.returncode == 0, done.stdout + done.stderr
-    files = {path.name for path in out.iterdir()}
-    assert {"run.log", "tests.log", "results.json", "tables.md"} <= files
-    assert len(files) <= 8
-    results = json.loads((out / "results.json").read_text())
-    assert list(results["parts"]) == ["memory"]
-    assert " passed" in (out / "tests.log").read_text()
-    assert "compute-sanitizer" in done.stdout
+    assert {"run.log", "results.json", "tables.md"} <= {path.name for path in out.iterdir()}
+    assert list(json.loads((out / "results.json").read_text())["parts"]) == ["memory"]
     assert done.stdout.rstrip().splitlines()[-1].startswith("| cpp: peak memory")
+
+
+@pytest.mark.slow
+@needs_bash
+@needs_cpp
+def test_a_dry_run_of_everything_in_the_script_but_the_build(tmp_path: Path) -> None:
+    steps = "rivals overhead divergence memory compiled stages floor sanitizer tests"
+    done = script(str(tmp_path), "--smoke", "--steps", steps)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.iterdir())) <= 8
+    results = json.loads((tmp_path / "results.json").read_text())
+    # Whatever the order in which they are named: the most important first.
+    assert list(results["parts"]) == [
+        "floor",
+        "stages",
+        "memory",
+        "divergence",
+        "overhead",
+        "compiled",
+        "rivals",
+    ]
+    assert all(not part.get("refused") for part in results["parts"].values())
+    assert " passed" in (tmp_path / "tests.log").read_text()
+    assert "compute-sanitizer" in done.stdout
 
 
 @needs_bash
