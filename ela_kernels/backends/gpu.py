@@ -10,16 +10,12 @@ import torch
 
 from ela_kernels.backends.base import FORWARD_ONLY_OPS, HALF_DTYPES, KERNEL_OPS, Backend, Request
 
-MAX_DEPTH = 256
-"""Layers in one history: the kernels take that many pointers by value."""
-
 
 class _GpuBackend(Backend):
     device_types = frozenset({"cuda"})
     dtypes = frozenset({torch.float32}) | HALF_DTYPES
     ops = KERNEL_OPS
     forward_only_ops = FORWARD_ONLY_OPS
-    max_depth = MAX_DEPTH
 
 
 def _no_device_reason() -> str | None:
@@ -37,6 +33,7 @@ class CudaBackend(_GpuBackend):
     """The compiled CUDA kernels in `csrc/cuda`."""
 
     name = "cuda"
+    max_depth = 256  # that many pointers go by value
 
     def unavailable_reason(self) -> str | None:
         from ela_kernels.backends.extension import build_info, extension, extension_problem
@@ -108,6 +105,8 @@ class TritonBackend(_GpuBackend):
     """The Triton kernels in `ela_kernels/ops/layer_attention/triton_kernels`."""
 
     name = "triton"
+    # The loop over the maps is unrolled when Triton compiles: 20 seconds at 128 layers, minutes at 256.
+    max_depth = 128
     min_capability = (8, 0)
 
     @property

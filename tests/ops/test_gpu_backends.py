@@ -72,7 +72,7 @@ def test_a_fitting_machine_is_served(gpu_machine, backend, dtype):
     for op in ("layer_attention", "layer_attention_weights"):
         assert backend.not_supported_reasons(request(dtype, op=op)) == []
         assert backend.automatic_reasons(request(dtype, op=op)) == []
-    assert backend.not_supported_reasons(request(dtype, depth=256)) == []
+    assert backend.not_supported_reasons(request(dtype, depth=backend.max_depth)) == []
 
 
 @pytest.mark.parametrize("backend", [CudaBackend(), TritonBackend()], ids=lambda b: b.name)
@@ -81,8 +81,9 @@ def test_what_is_outside_of_the_envelope_is_refused(gpu_machine, backend):
         pytest.importorskip("triton")
     (reason,) = backend.not_supported_reasons(request(torch.float64))
     assert reason == "it serves bfloat16, float16, float32, and the values are torch.float64"
-    (reason,) = backend.not_supported_reasons(request(depth=257))
-    assert reason == "it serves up to 256 layers in one history, and these are 257"
+    most = {"cuda": 256, "triton": 128}[backend.name]
+    (reason,) = backend.not_supported_reasons(request(depth=most + 1))
+    assert reason == f"it serves up to {most} layers in one history, and these are {most + 1}"
     (reason,) = backend.not_supported_reasons(request(op="light_layer_attention"))
     assert reason == "it has no kernel for light_layer_attention"
     (reason,) = backend.not_supported_reasons(request(device=torch.device("cpu")))

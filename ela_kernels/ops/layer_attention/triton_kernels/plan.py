@@ -13,10 +13,13 @@ NUM_WARPS = 4
 _TILE_BYTES = 8192
 _MAX_COLS = 1024
 _MIN_COLS = 16
+_MIN_ROWS = 8
 _MAX_STRIP_BYTES = 256  # interleaved: channels of a position that one program reads
 
-# Enough programs to fill a large GPU a few times; smaller problems are cut finer.
+# Enough programs to fill a large GPU a few times; smaller problems are cut finer, as long as every thread of a program
+# has 16 bytes of each map to read.
 _ENOUGH_PROGRAMS = 1024
+_MIN_TILE_BYTES = 16 * 32 * NUM_WARPS
 
 # Elements of the tile that scores are computed in, [heads, depth, head_dim].
 _SCORE_ELEMENTS = 4096
@@ -99,13 +102,18 @@ def block_d(heads: int, depth_bucket: int, head_dim: int) -> int:
 
 
 def _fitting(length: int, smallest: int, largest: int) -> int:
-    """The power of two that leaves least of the last block empty; the largest of those."""
-    sizes = []
-    size = smallest
-    while size <= largest:
-        sizes.append(size)
-        size *= 2
-    return min(reversed(sizes), key=lambda size: -(-length // size) * size)
+    """The largest power of two whose blocks over `length` are at most a third larger; else the smallest.
+
+    What a block has beyond the end costs instructions and no memory traffic, and larger blocks read fewer keys.
+    """
+    size = largest
+    while size > smallest and 3 * (-(-length // size) * size) > 4 * length:
+        size //= 2
+    return size
+
+
+def _too_few(programs: int) -> bool:
+    return programs < _ENOUGH_PROGRAMS
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,11 +131,10 @@ def make_plan(
     tile = _TILE_BYTES // dtype.itemsize
     if interleaved:
         cols = _fitting(channels, _MIN_COLS, _MAX_STRIP_BYTES // dtype.itemsize)
-        rows_at_once = _fitting(positions, 1, tile // cols)
+        rows_at_once = _fitting(positions, _MIN_ROWS, tile // cols)
         strips = -(-channels // cols)
-        while (
-            rows_at_once > 8 and batch * strips * -(-positions // rows_at_once) < _ENOUGH_PROGRAMS
-        ):
+        fewest = max(_MIN_ROWS, _MIN_TILE_BYTES // dtype.itemsize // cols)
+        while rows_at_once > fewest and _too_few(batch * strips * -(-positions // rows_at_once)):
             rows_at_once //= 2
         chunks = -(-positions // rows_at_once)
         programs = batch * chunks * strips
@@ -141,7 +148,8 @@ def make_plan(
     segments = batch * rows * chunks
     # Weights of a tile's segments, [segments, depth], are held in registers too.
     rows_at_once = max(min(tile // cols, _SCORE_ELEMENTS // depth_bucket), 1)
-    while rows_at_once > 1 and segments // rows_at_once < _ENOUGH_PROGRAMS:
+    fewest = max(1, _MIN_TILE_BYTES // dtype.itemsize // cols)
+    while rows_at_once > fewest and _too_few(segments // rows_at_once):
         rows_at_once //= 2
     programs = -(-segments // rows_at_once)
     return Plan(

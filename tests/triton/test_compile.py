@@ -1,0 +1,65 @@
+"""Ahead-of-time compilation, without a GPU: in a process of its own, where kernels are not interpreted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from build_tools import triton_report
+from build_tools.triton_report import Compiled, _amd_number, _widest_load, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def compile_report(*arguments: str, timeout: int) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "build_tools.triton_report", *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr  # 1 where a kernel spills
+    return done.stdout
+
+
+def test_kernels_compile_for_hopper_without_spills():
+    lines = compile_report("--quick", "--targets", "sm_90", timeout=300).splitlines()
+    forms = [line for line in lines if "layer_attention_fwd_kernel" in line]
+    assert len(forms) == 2  # planar and interleaved
+    for line in lines:
+        if "_fwd_" in line or "_dots_" in line or "_gather_" in line:
+            assert line.split()[-2] == "128", f"narrow loads: {line}"
+
+
+@pytest.mark.slow
+def test_every_default_configuration_compiles_without_spills():
+    compile_report(timeout=3600)
+
+
+def test_launches_are_recorded_and_not_made():
+    case = triton_report.Case(2, 8, 4, 4, 3, torch.float32, False)
+    kernels = [launch.kernel.fn.__name__ for launch in triton_report.launches_of(case)]
+    assert kernels.count("layer_attention_fwd_kernel") == 1
+    assert kernels.count("layer_attention_bwd_dots_kernel") == 2  # pull and push form
+
+
+def test_what_is_read_from_compiled_text():
+    assert _widest_load("ld.global.v4.b32 {%r1}; ld.global.b16 %h;") == 128
+    assert _widest_load("@%p ld.global.L1::evict_first.v2.b32 {%r1};") == 64
+    assert _widest_load("st.global.v4.b32 [%r];") == 32
+    assert _amd_number("  .vgpr_count:     52\n  .vgpr_spill_count: 0", "vgpr_count") == 52
+
+
+def test_the_table():
+    row = Compiled("k", "T=4", "sm_90", 64, 0, 32, 128, 1.25)
+    assert "| `k` | T=4 | sm_90 | 64 | 0 | 32 | 128 | 1.2 s |" in markdown([row], "3.7.0")
