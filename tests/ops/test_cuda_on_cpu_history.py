@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import cuda_on_cpu
 from support.cases import HALF_TYPES, Case, Maker
+from support.cuda_on_cpu import launched
 from support.layouts import (
     MAP_LAYOUTS,
     TOKEN_LAYOUTS,
@@ -35,12 +36,6 @@ def kernels() -> Iterator[Any]:
 
 def name_of(value: object) -> str:
     return getattr(value, "__name__", str(value))
-
-
-def launches(kernels: Any) -> list[str]:
-    return [
-        launch[0].partition("_kernel")[0].rpartition("::")[2] for launch in kernels.take_launches()
-    ]
 
 
 def retrievals(
@@ -141,7 +136,7 @@ def test_gather_of_each_gradient_laid_out_otherwise(turn):
 def test_gather_of_many_layers(count, layout, kernels):
     retrieved = retrievals((2, 16, 3, 5), range(1, count + 1), 2, torch.float32, layout)
     dkey, dvalue = check_gather(retrieved, 0, 2)
-    assert launches(kernels) == ["layer_attention_bwd_gather"]
+    assert launched(kernels) == ["layer_attention_bwd_gather"]
     for order, limit in ((1, 0), (2, 0), (3, 1)):
         kernels.set_order(order)
         kernels.limit_grid(limit)
@@ -200,7 +195,7 @@ def test_gather_of_a_part(need, without, kernel, layout, kernels):
     for m in without:
         retrieved[m].dout = None
     check_gather(retrieved, 1, 3, need=need)
-    assert launches(kernels) == [kernel]
+    assert launched(kernels) == [kernel]
 
 
 class Stage:
@@ -354,7 +349,7 @@ def test_stages_with_gradients_from_some_outputs(through, layout):
 def test_a_deep_stage(kernels):
     stage = Stage((1, 8, 2, 2), 2, 40, torch.float32)
     check_stage(stage)
-    names = launches(kernels)
+    names = launched(kernels)
     for name, count in (("fwd", 40), ("bwd_dots", 40), ("bwd_tail", 40), ("bwd_gather", 40)):
         assert names.count(f"layer_attention_{name}") == count
 
@@ -365,7 +360,7 @@ def test_the_probe_of_a_skipped_layer(kernels):
         history.attend(torch.randn(2, 12), torch.randn(2, 12), v, heads=3)
     kernels.take_launches()
     probed = history.probe(q, k, heads=3)
-    assert launches(kernels) == ["layer_attention_fwd_weights"]
+    assert launched(kernels) == ["layer_attention_fwd_weights"]
     out_of_it = history.weights, history.kl
     history.attend(q, k, v, heads=3)
     assert out_of_it[0].shape[-1] == 3

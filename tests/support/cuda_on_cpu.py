@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from support.cases import Maker
+from torch import Tensor
 
 # `make asan` starts in another folder, with the package that it built first on the path.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -228,3 +232,22 @@ def kernels_on_cpu() -> Iterator[Any]:
         with ek.use_backend("cuda"):
             yield kernels
     dispatch._choose.cache_clear()  # it remembers that this backend served tensors on the CPU
+
+
+def launched(kernels: Any) -> list[str]:
+    """The kernels launched since the last look, without their template arguments."""
+    names = [re.search(r"(\w+)_kernel", launch[0]) for launch in kernels.take_launches()]
+    return [name[1] for name in names if name is not None]
+
+
+def off_by(elements: int, layout: Maker) -> Maker:
+    """`layout`, with every address that many elements after a 16-byte boundary."""
+
+    def make(shape: Any, dtype: torch.dtype) -> Tensor:
+        x = layout(shape, dtype)
+        memory = torch.empty(x.numel() + elements, dtype=dtype)
+        assert memory.data_ptr() % 16 == 0
+        moved = memory[elements:].as_strided(x.shape, x.stride(), elements)
+        return moved.copy_(x)
+
+    return make
