@@ -8,6 +8,8 @@ BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick --out results/bench
+REPORT_ARGS ?=
+OUT ?= results/gpu
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -19,7 +21,7 @@ ASAN := build/asan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow gpu-test lint format bench asan clean
+.PHONY: help install demo test slow gpu-test lint format bench gpu-bench cuda-report triton-report asan clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +71,15 @@ format: $(INSTALLED) ## format the sources
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+gpu-bench: $(INSTALLED) ## on a machine with a GPU: build, test, sanitize and measure, in nine minutes (OUT=DIR)
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run_gpu.sh $(OUT)
+
+cuda-report: $(INSTALLED) ## what nvcc makes of the CUDA kernels: registers, occupancy, memory instructions; no GPU
+	$(BIN)/python -m build_tools.cuda_report $(REPORT_ARGS)
+
+triton-report: $(INSTALLED) ## what Triton's compiler makes of the Triton kernels; no GPU, some minutes
+	$(BIN)/python -m build_tools.triton_report $(REPORT_ARGS)
 
 asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usual build, and test the kernels
 	ELA_KERNELS_BUILD=cpu ELA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \

@@ -77,7 +77,7 @@ def text_report(results: Results) -> str:
             rows.append([str(parse_shape(shape)), *cells, " / ".join(faster)])
         others = [name for name in names if name != "pull"]
         head = [f"{setting} malloc", *names, f"{' / '.join(others)} over pull"]
-        lines += [*_table(head, rows), ""]
+        lines += [*table(head, rows), ""]
     if results["floor"]:
         lines += ["Op against the read probe (GB/s of the least bytes)", ""]
         rows = []
@@ -88,7 +88,7 @@ def text_report(results: Results) -> str:
             ]
             backward = f"{floor['backward_percent_of_probe']:.0f} %"
             rows.append([str(parse_shape(shape)), *cells, backward])
-        lines += [*_table(["", "forward", "dots", "gather", "dots + gather"], rows), ""]
+        lines += [*table(["", "forward", "dots", "gather", "dots + gather"], rows), ""]
     if results["memory"]:
         lines += ["Peak memory of a stage in maps: tensors (resident)", ""]
         names = list(next(iter(results["memory"].values())))
@@ -96,14 +96,14 @@ def text_report(results: Results) -> str:
             [str(parse_shape(shape)), *(_maps(memory[name]) for name in names)]
             for shape, memory in results["memory"].items()
         ]
-        lines += [*_table(["", *names], rows), ""]
+        lines += [*table(["", *names], rows), ""]
     if results["overhead"]:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [
             [name, *(f"{results['overhead'][name][p]['median']:.0f}" for p in _PASSES)]
             for name in ("op", "module")
         ]
-        lines += [*_table(["", *_PASSES], rows), ""]
+        lines += [*table(["", *_PASSES], rows), ""]
     rows = [
         [
             target.what,
@@ -114,7 +114,7 @@ def text_report(results: Results) -> str:
         ]
         for target in targets(results)
     ]
-    lines += _table(["target", "shape", "measured", "allowed", "met"], rows)
+    lines += table(["target", "shape", "measured", "allowed", "met"], rows)
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +130,7 @@ def _maps(memory: dict[str, Any]) -> str:
     return f"{memory['maps']:.1f}" + ("" if resident is None else f" ({resident:.1f})")
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
     widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
     lines = [head, ["-" * width for width in widths], *rows]
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.gpu.stages import COMPILED, EAGER
-from benchmarks.report import _table as table
+from benchmarks.report import table
 from benchmarks.shapes import parse_shape
 
 Results = dict[str, Any]
