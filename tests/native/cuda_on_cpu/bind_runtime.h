@@ -10,7 +10,7 @@ namespace cuda_on_cpu {
 inline void bind_runtime(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("set_order", &set_order, py::arg("order"),
-        "The order of blocks and threads: 0 ascending, 1 descending, any other a seed for random ones.");
+        "The order of blocks and threads: 0 ascending, 1 descending, any other a seed (see runtime.h).");
   m.def("limit_grid", &limit_grid, py::arg("blocks"), "Blocks that a grid has at most along x; 0 is no limit.");
   m.def("device_now", &device_now, "The device that is current in the runtime.");
   m.def(

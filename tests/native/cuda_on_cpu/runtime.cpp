@@ -131,6 +131,37 @@ void resume(Thread& t) {
   }
 }
 
+template <class I>
+std::vector<I> in_order(I count) {
+  std::vector<I> sequence(count);
+  std::iota(sequence.begin(), sequence.end(), I{0});
+  if (order == 1) std::reverse(sequence.begin(), sequence.end());
+  return sequence;
+}
+
+// Runs those of the threads [begin, end) in `sequence` that can go on, each up to where it waits; false if none can.
+bool run_once(std::vector<unsigned>& sequence, size_t begin, size_t end, std::mt19937_64& random) {
+  bool any = false;
+  if (order > 1) std::shuffle(sequence.begin() + begin, sequence.begin() + end, random);
+  for (size_t i = begin; i < end; ++i) {
+    if (threads[sequence[i]]->state != State::kReady) continue;
+    any = true;
+    resume(*threads[sequence[i]]);
+  }
+  return any;
+}
+
+// A warp gets as far as it can by itself before the next one runs, as far ahead of it as barriers let it.
+bool run_warps(std::vector<unsigned>& sequence, std::mt19937_64& random) {
+  bool any = false;
+  std::vector<size_t> warps = in_order((sequence.size() + kLanes - 1) / kLanes);
+  if (order > 1) std::shuffle(warps.begin(), warps.end(), random);
+  for (const size_t w : warps) {
+    while (run_once(sequence, w * kLanes, std::min((w + 1) * kLanes, sequence.size()), random)) any = true;
+  }
+  return any;
+}
+
 void run_block(std::vector<unsigned>& sequence, std::mt19937_64& random) {
   // Of exactly the bytes asked for, so that the sanitizer sees what goes beyond. All bits set is a NaN.
   const std::unique_ptr<unsigned char[]> shared(new unsigned char[current_launch->shared]);
@@ -139,27 +170,13 @@ void run_block(std::vector<unsigned>& sequence, std::mt19937_64& random) {
   for (unsigned i = 0; i < thread_count; ++i) threads[i]->state = State::kReady;
   at_block = 0;
   std::fill(std::begin(at_warp), std::end(at_warp), 0u);
-  for (bool any = true; any;) {
-    any = false;
-    if (order > 1) std::shuffle(sequence.begin(), sequence.end(), random);
-    for (const unsigned i : sequence) {
-      if (threads[i]->state != State::kReady) continue;
-      any = true;
-      resume(*threads[i]);
-    }
+  const bool whole_warps = order < 2 || order % 2 == 0;
+  while (whole_warps ? run_warps(sequence, random) : run_once(sequence, 0, sequence.size(), random)) {
   }
   const auto left = [](const std::unique_ptr<Thread>& t) { return t->state == State::kLeft; };
   if (std::all_of(threads.begin(), threads.begin() + thread_count, left)) return;
   throw std::runtime_error(demangled(current_launch->kernel) + ", block " + text_of(block_index) +
                            ": no thread can go on: " + roll_call());
-}
-
-template <class I>
-std::vector<I> in_order(I count) {
-  std::vector<I> sequence(count);
-  std::iota(sequence.begin(), sequence.end(), I{0});
-  if (order == 1) std::reverse(sequence.begin(), sequence.end());
-  return sequence;
 }
 
 void run_grid() {
@@ -175,7 +192,13 @@ void run_grid() {
     threads[i]->fiber.start(&run_threads, nullptr);
   }
   std::mt19937_64 random(order);
-  std::vector<unsigned> sequence = in_order(thread_count);
+  std::vector<unsigned> sequence(thread_count);
+  std::iota(sequence.begin(), sequence.end(), 0u);
+  if (order == 1) {
+    for (unsigned first = 0; first < thread_count; first += kLanes) {
+      std::reverse(sequence.begin() + first, sequence.begin() + std::min(first + kLanes, thread_count));
+    }
+  }
   std::vector<size_t> blocks = in_order(size_t{g.x} * g.y * g.z);
   if (order > 1) std::shuffle(blocks.begin(), blocks.end(), random);
   for (const size_t i : blocks) {

@@ -10,8 +10,9 @@
 
 namespace cuda_on_cpu {
 
-// The order in which blocks, and the threads of a block, come to run: 0 ascending, 1 descending, any other a seed for
-// random ones. A kernel's results must not depend on it.
+// The order in which blocks, and the threads of a block, come to run. 0: ascending, and 1: descending, each warp as far
+// as it gets without the others. Any other number is a seed: even, whole warps in random order; odd, single threads in
+// random order, each up to where it waits. A kernel's results must not depend on it.
 void set_order(uint64_t order);
 
 // Grids are cut to `blocks` along x, and kernels are told so: they have to walk on from there, as they would with more

@@ -16,6 +16,21 @@ __global__ void reverse_kernel(const float* x_ptr, float* y_ptr, bool with_barri
   y_ptr[first + threadIdx.x] = shared[blockDim.x - 1 - threadIdx.x];
 }
 
+// y[r * blockDim + t] = sum of x[r * blockDim ...] over all threads, through one row of shared memory for every round.
+__global__ void rounds_kernel(const float* x_ptr, float* y_ptr, int rounds, bool with_barrier) {
+  float* shared = static_cast<float*>(cuda_on_cpu::dynamic_shared());
+  for (int r = 0; r < rounds; ++r) {
+    const unsigned at = r * blockDim.x + threadIdx.x;
+    const float x = __shfl_xor_sync(0xffffffffu, x_ptr[at], 1);
+    shared[threadIdx.x] = x;
+    __syncthreads();
+    float sum = 0;
+    for (unsigned i = 0; i < blockDim.x; ++i) sum += shared[i];
+    y_ptr[at] = sum;
+    if (with_barrier) __syncthreads();
+  }
+}
+
 // One row for each shuffle and vote, of all lanes of one warp.
 __global__ void lanes_kernel(const float* x_ptr, float* y_ptr) {
   const int lane = threadIdx.x;
@@ -105,6 +120,10 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
 
 int reverse(const float* x, float* y, unsigned blocks, unsigned threads, size_t shared, bool with_barrier) {
   return launch(&reverse_kernel, blocks, threads, shared, x, y, with_barrier);
+}
+
+int rounds(const float* x, float* y, unsigned threads, int count, bool with_barrier) {
+  return launch(&rounds_kernel, 1, threads, threads * sizeof(float), x, y, count, with_barrier);
 }
 
 int lanes(const float* x, float* y) { return launch(&lanes_kernel, 1, 32, 0, x, y); }

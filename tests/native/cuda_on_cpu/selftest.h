@@ -7,6 +7,7 @@
 namespace selftest {
 
 int reverse(const float* x, float* y, unsigned blocks, unsigned threads, size_t shared, bool with_barrier);
+int rounds(const float* x, float* y, unsigned threads, int count, bool with_barrier);
 int lanes(const float* x, float* y);
 int misuse(int which, float* y, unsigned threads);
 int raise_shared(int bytes);

@@ -17,6 +17,9 @@ PYBIND11_MODULE(cuda_on_cpu_selftest, m) {
   m.def("reverse", [](int64_t x, int64_t y, unsigned blocks, unsigned threads, size_t shared, bool with_barrier) {
     return selftest::reverse(pointer<const float>(x), pointer<float>(y), blocks, threads, shared, with_barrier);
   });
+  m.def("rounds", [](int64_t x, int64_t y, unsigned threads, int count, bool with_barrier) {
+    return selftest::rounds(pointer<const float>(x), pointer<float>(y), threads, count, with_barrier);
+  });
   m.def("lanes", [](int64_t x, int64_t y) { return selftest::lanes(pointer<const float>(x), pointer<float>(y)); });
   m.def("misuse",
         [](int which, int64_t y, unsigned threads) { return selftest::misuse(which, pointer<float>(y), threads); });
