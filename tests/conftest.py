@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.extension import extension, extension_problem
-from ela_kernels.ops.layer_attention import autograd, interface
+from ela_kernels.ops.layer_attention import autograd, interface, layer
 from ela_kernels.ops.layer_attention.kernels import kernels_of
 
 
@@ -79,6 +79,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for backend in ("cpp", "cuda"):
         for function in ("forward", "backward", "weights", "gather"):
             spy(kernels_of(backend), function, f"{backend} {function}")
+    spy(layer, "layer_forward", "cpp layer")
+    spy(layer, "layer_backward", "cpp layer backward")
     spy(interface, "log_weights_reference", "eager weights")
     for module in (autograd, interface):
         spy(module, "layer_attention_reference", "eager forward")

@@ -28,14 +28,17 @@ inline const T* planar_at(const MapView& map, int64_t b, int64_t c, int64_t offs
   return static_cast<const T*>(map.data) + b * map.batch + c * map.inner + offset;
 }
 
-// sum (+)= factor_0 v_0 + ... over `count` elements of J sources; the last call stores to `out` in its own type.
+// sum (+)= factor_0 v_0 + ... over `count` elements of J sources; the last call stores to `out` in its own type, with
+// the residual where there is one.
 template <class T, int J>
-inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out) {
+inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
+                        const T* residual) {
   for_vectors<T>(count, [&](int64_t i, int n) {
     Vec<T> x = factor[0] * load_n(v[0] + i, n);
     for (int j = 1; j < J; ++j) x += factor[j] * load_n(v[j] + i, n);
     if (!first) x += load_n(sum + i, n);
     if (out != nullptr) {
+      if (residual != nullptr) x += load_n(residual + i, n);
       store_n(out + i, x, n);
     } else {
       store_n(sum + i, x, n);
@@ -44,17 +47,18 @@ inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, in
 }
 
 template <class T>
-inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out) {
+inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
+                     const T* residual) {
   static_assert(kStreams == 4, "one case for each number of sources");
   switch (j) {
     case 1:
-      return add_sources<T, 1>(sum, v, factor, count, first, out);
+      return add_sources<T, 1>(sum, v, factor, count, first, out, residual);
     case 2:
-      return add_sources<T, 2>(sum, v, factor, count, first, out);
+      return add_sources<T, 2>(sum, v, factor, count, first, out, residual);
     case 3:
-      return add_sources<T, 3>(sum, v, factor, count, first, out);
+      return add_sources<T, 3>(sum, v, factor, count, first, out, residual);
     default:
-      return add_sources<T, 4>(sum, v, factor, count, first, out);
+      return add_sources<T, 4>(sum, v, factor, count, first, out, residual);
   }
 }
 
@@ -62,11 +66,12 @@ template <class T>
 void aggregate_planar(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
-  bool gapless = is_gapless(s, p.out);
+  const bool has_residual = p.residual.data != nullptr;
+  bool gapless = is_gapless(s, p.out) && (!has_residual || is_gapless(s, p.residual));
   for (int64_t j = 0; j < p.sources; ++j) gapless = gapless && is_gapless(s, p.maps[j]);
   const RowPlan plan = plan_rows(s, gapless);
   const int64_t per_head = plan.rows * plan.chunks;
-  parallel_for(s.batch * s.heads * per_head, threads, [&](int64_t begin, int64_t end) {
+  for_samples(s, s.heads * per_head, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sum[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / per_head;
@@ -75,6 +80,7 @@ void aggregate_planar(const AggregateParams& p, int threads) {
       const int64_t offset = item % plan.chunks * kChunk;
       const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
       T* out = const_cast<T*>(planar_at<T>(p.out, b, c, offset));
+      const T* residual = has_residual ? planar_at<T>(p.residual, b, c, offset) : nullptr;
       for (int64_t j = 0; j < p.sources; j += kStreams) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
         const T* v[kStreams];
@@ -83,7 +89,7 @@ void aggregate_planar(const AggregateParams& p, int threads) {
           v[i] = planar_at<T>(p.maps[j + i], b, c, offset);
           factor[i] = static_cast<const A*>(p.columns[j + i].data)[head * p.columns[j + i].stride];
         }
-        add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr);
+        add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
       }
     }
   });
@@ -95,7 +101,7 @@ template <class T>
 void expand_columns(const Shape& s, int64_t sources, const ColumnView* columns, Acc<T>* expanded, int threads) {
   using A = Acc<T>;
   const int64_t head_dim = s.head_dim();
-  parallel_for(s.batch * sources, threads, [&](int64_t begin, int64_t end) {
+  for_samples(s, sources, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const ColumnView& column = columns[item % sources];
       const A* weights = static_cast<const A*>(column.data) + item / sources * s.heads * column.stride;
@@ -122,7 +128,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   const int64_t strips = ceil_div(s.channels, strip);
   const int64_t rows = kChunk / strip;
   const int64_t blocks = ceil_div(s.positions, rows);
-  parallel_for(s.batch * blocks * strips, threads, [&](int64_t begin, int64_t end) {
+  for_samples(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (blocks * strips);
@@ -137,6 +143,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
         for (int64_t row = first_row; row < last_row; ++row) {
           A* sum = sums + (row - first_row) * strip;
           T* out = const_cast<T*>(interleaved_at<T>(p.out, b, row, c));
+          const T* residual = p.residual.data == nullptr ? nullptr : interleaved_at<T>(p.residual, b, row, c);
           for_vectors<T>(count, [&](int64_t i, int n) {
             Vec<T> x = load_n(weights + i, n) * load_n(interleaved_at<T>(p.maps[j], b, row, c) + i, n);
             for (int k = 1; k < some; ++k) {
@@ -144,6 +151,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
             }
             if (j != 0) x += load_n(sum + i, n);
             if (last) {
+              if (residual != nullptr) x += load_n(residual + i, n);
               store_n(out + i, x, n);
             } else {
               store_n(sum + i, x, n);

@@ -8,11 +8,18 @@ namespace ela {
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 constexpr int kDTypes = 4;
 
+// Which samples of a batch a kernel works on; all of them unless a count is given. Whole layers are computed a few
+// samples at a time, so that a map is still in cache when the next kernel reads it.
+struct Samples {
+  int64_t first = 0, count = -1;
+};
+
 // B x C x N elements. Planar: the N positions of a channel are contiguous. Interleaved: the C channels of a
 // position are. All strides are in elements.
 struct Shape {
   int64_t batch, channels, heads, positions;
   bool interleaved;
+  Samples samples = {};
   int64_t head_dim() const { return channels / heads; }
 };
 
@@ -47,13 +54,15 @@ struct WeightsParams {
 };
 
 // out[b, c, n] = sum_j column_j[b, g(c)] * source_j[b, c, n]: the forward, and the gather of a value's gradient.
+// Where there is a residual it is added, before the one rounding to the type of the map.
 struct AggregateParams {
   Shape shape;
   int64_t sources;
   const MapView* maps;
   const ColumnView* columns;
   MapView out;
-  void* workspace;  // aggregate_workspace() accumulation elements
+  void* workspace;   // aggregate_workspace() accumulation elements
+  MapView residual;  // data may be null
 };
 
 // Gradients of one layer. Every output may be null. dvalues[j] = weights_j * dout (the push form).
@@ -80,6 +89,80 @@ struct GatherKeyParams {
   RowView dkey;
 };
 
+// Feature maps as images: B x C x H x W.
+struct ImageShape {
+  int64_t batch, channels, height, width;
+  bool interleaved;
+  Samples samples = {};
+  int64_t positions() const { return height * width; }
+};
+
+// v = x convolved depthwise with 3x3 taps, padding 1; mean over space of x. Rows of a plane follow each other.
+struct DepthwiseParams {
+  ImageShape shape;
+  MapView x;
+  const void* taps;  // [C, 9]
+  MapView v;
+  void* mean;        // [B, C]
+  const void* rows;  // taps as prepare_taps() lays them out, interleaved maps only
+  void* workspace;   // depthwise_workspace() accumulation elements
+};
+
+// The two filters over the channel axis, odd size, zeros beyond the ends: query and key from the mean over space.
+struct ChannelFilterParams {
+  Shape shape;
+  int64_t size;
+  const void* mean;     // [B, C]
+  const void *wq, *wk;  // [size]; wq may be null
+  void *query, *key;    // [B, C]; query null where wq is
+};
+
+// Gradients of them: dmean [B, C] in the accumulation type; dwq and dwk [size] may be null. dquery or dkey may be null.
+struct ChannelFilterBackwardParams {
+  ChannelFilterParams forward;  // query and key are not read
+  const void *dquery, *dkey;    // [B, C]
+  void* dmean;
+  void *dwq, *dwk;
+  void* workspace;  // 2 * B * size accumulation elements
+};
+
+// dv gathered as in AggregateParams, a part of it that fits the cache at a time, and convolved at once: never stored.
+struct GatherConvolveParams {
+  ImageShape shape;
+  int64_t heads, sources;
+  const MapView* maps;
+  const ColumnView* columns;
+  MapView x;
+  const void* taps;
+  const void* rows;   // as in DepthwiseParams
+  const void* dmean;  // [B, C] in the accumulation type, or null
+  MapView residual;   // added to dx; data may be null
+  MapView dx;         // data may be null
+  void* dtaps;        // [C, 9] or null
+  void* workspace;    // gather_convolve_workspace() accumulation elements
+};
+
+// A layer's forward: value, mean, query and key from its input, then attention. `retrieves` false: no query, no
+// attention.
+struct LayerParams {
+  bool retrieves;
+  DepthwiseParams depthwise;
+  ChannelFilterParams filters;
+  WeightsParams weights;
+  AggregateParams aggregate;
+  void* rows;  // 9 * C accumulation elements, interleaved maps only
+};
+
+// A layer's backward: its own attention's (where `attends`), then the gradients of its key, its mean, its input.
+struct LayerBackwardParams {
+  bool attends;
+  BackwardParams attention;
+  GatherKeyParams key;                  // dkey.data may be null
+  ChannelFilterBackwardParams filters;  // dquery and dkey may be null
+  GatherConvolveParams convolve;
+  void* rows;  // as in LayerParams
+};
+
 // One instruction set's kernels, each by dtype.
 struct Kernels {
   const char* name;
@@ -87,8 +170,12 @@ struct Kernels {
   void (*aggregate[kDTypes])(const AggregateParams&, int threads);
   void (*backward[kDTypes])(const BackwardParams&, int threads);
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
+  void (*layer[kDTypes])(const LayerParams&, int threads);
+  void (*layer_backward[kDTypes])(const LayerBackwardParams&, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
   int64_t (*backward_workspace)(const Shape&, int64_t depth);
+  int64_t (*depthwise_workspace)(const ImageShape&);
+  int64_t (*gather_convolve_workspace)(const ImageShape&, int64_t sources, int threads);
 };
 
 extern const Kernels kKernelsBaseline;

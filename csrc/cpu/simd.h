@@ -103,10 +103,15 @@ struct Memory {  // two-byte types
     const vuint16 h = narrow(x, T{});
     __builtin_memcpy(p, &h, sizeof(h));
   }
-  static vfloat load_part(const T* p, int n) {
-    vuint16 h{};
-    __builtin_memcpy(&h, p, n * sizeof(T));
-    return widen(h, T{});
+  static vfloat load_lanes(const T* p, int begin, int end) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && ELA_VECTOR_BYTES == 64
+    const auto mask = static_cast<__mmask16>((1u << end) - (1u << begin));
+    return widen(bits_of<vuint16>(_mm256_maskz_loadu_epi16(mask, p)), T{});
+#else
+    uint16_t lanes[kLanes<T>] = {};
+    if (begin < end) __builtin_memcpy(lanes + begin, p + begin, (end - begin) * sizeof(T));
+    return widen(bits_of<vuint16>(lanes), T{});
+#endif
   }
   static void store_part(T* p, vfloat x, int n) {
     const vuint16 h = narrow(x, T{});
@@ -122,17 +127,72 @@ struct NativeMemory {
     return v;
   }
   static void store(T* p, Vec<T> x) { __builtin_memcpy(p, &x, sizeof(x)); }
-  static Vec<T> load_part(const T* p, int n) {
-    Vec<T> v{};
-    __builtin_memcpy(&v, p, n * sizeof(T));
-    return v;
+};
+
+// Parts of vectors. Where the instruction set has masked loads, lanes outside of a mask are not touched, and a part
+// costs what a whole costs; a copy of a run-time length is a call.
+template <class T>
+struct CopiedParts : NativeMemory<T> {
+  static Vec<T> load_lanes(const T* p, int begin, int end) {
+    T lanes[kLanes<T>] = {};
+    if (begin < end) __builtin_memcpy(lanes + begin, p + begin, (end - begin) * sizeof(T));
+    return NativeMemory<T>::load(lanes);
   }
   static void store_part(T* p, Vec<T> x, int n) { __builtin_memcpy(p, &x, n * sizeof(T)); }
 };
+#if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
+inline uint32_t lane_mask(int begin, int end) { return (1u << end) - (1u << begin); }
 template <>
-struct Memory<float> : NativeMemory<float> {};
+struct Memory<float> : NativeMemory<float> {
+  static vfloat load_lanes(const float* p, int begin, int end) {
+    return bits_of<vfloat>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lane_mask(begin, end)), p));
+  }
+  static void store_part(float* p, vfloat x, int n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lane_mask(0, n)), bits_of<__m512>(x));
+  }
+};
 template <>
-struct Memory<double> : NativeMemory<double> {};
+struct Memory<double> : NativeMemory<double> {
+  static vdouble load_lanes(const double* p, int begin, int end) {
+    return bits_of<vdouble>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(begin, end)), p));
+  }
+  static void store_part(double* p, vdouble x, int n) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(0, n)), bits_of<__m512d>(x));
+  }
+};
+#elif defined(__AVX2__) && ELA_VECTOR_BYTES == 32
+inline __m256i lane_mask_32(int begin, int end) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+}
+inline __m256i lane_mask_64(int begin, int end) {
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi64(_mm256_set1_epi64x(begin), lane),
+                             _mm256_cmpgt_epi64(_mm256_set1_epi64x(end), lane));
+}
+template <>
+struct Memory<float> : NativeMemory<float> {
+  static vfloat load_lanes(const float* p, int begin, int end) {
+    return bits_of<vfloat>(_mm256_maskload_ps(p, lane_mask_32(begin, end)));
+  }
+  static void store_part(float* p, vfloat x, int n) { _mm256_maskstore_ps(p, lane_mask_32(0, n), bits_of<__m256>(x)); }
+};
+template <>
+struct Memory<double> : NativeMemory<double> {
+  static vdouble load_lanes(const double* p, int begin, int end) {
+    return bits_of<vdouble>(_mm256_maskload_pd(p, lane_mask_64(begin, end)));
+  }
+  static void store_part(double* p, vdouble x, int n) {
+    _mm256_maskstore_pd(p, lane_mask_64(0, n), bits_of<__m256d>(x));
+  }
+};
+#else
+template <>
+struct Memory<float> : CopiedParts<float> {};
+template <>
+struct Memory<double> : CopiedParts<double> {};
+#endif
 
 template <class T>
 inline Acc<T> sum_lanes(Vec<T> v) {
@@ -153,9 +213,14 @@ inline void for_vectors(int64_t count, Body body) {
   if (i < count) body(i, static_cast<int>(count - i));
 }
 
+// Lanes [begin, end) of the vector at `p`, zeros in the others; memory outside of them is not touched.
+template <class T>
+inline Vec<T> load_lanes(const T* p, int begin, int end) {
+  return begin == 0 && end == kLanes<T> ? Memory<T>::load(p) : Memory<T>::load_lanes(p, begin, end);
+}
 template <class T>
 inline Vec<T> load_n(const T* p, int n) {
-  return n == kLanes<T> ? Memory<T>::load(p) : Memory<T>::load_part(p, n);
+  return load_lanes(p, 0, n);
 }
 template <class T>
 inline void store_n(T* p, Vec<T> x, int n) {

@@ -124,8 +124,7 @@ class ELA(nn.Module):
         if attn is None or self.skip == "layer":
             history.pass_by(caller=self)
         else:
-            k, v = attn.key_value(x)
-            history.provide(k, v, heads=attn.heads, caller=attn)
+            attn.provide(x, history)
 
     def _observe(self, kl: Tensor | None) -> None:
         if kl is None or self.observations is None:

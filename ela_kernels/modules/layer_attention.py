@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ela_kernels.ops.layer_attention.cpp_layer import Filters
+from ela_kernels.ops.layer_attention.history import LayerHistory
+
 
 class History(Protocol):
     """What the modules need of a history; :class:`ela_kernels.LayerHistory` is the one to use."""
@@ -67,6 +70,16 @@ class ChannelFilter(nn.Conv1d):
         return windows @ self.weight.view(-1)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
 class QueryKeyValue(nn.Module):
     """The parameters that make query, key and value from a feature map; both forms of layer attention have them.
 
@@ -109,6 +122,28 @@ class QueryKeyValue(nn.Module):
                 f"dim={self.dim}"
             )
 
+    def filters(self) -> Filters | None:
+        """The parameters, for the kernels that serve a whole layer; None where a module may not be passed by.
+
+        That is one with hooks, or with another convolution than the published one.
+        """
+        wq, wk, wv = self.Wq, self.Wk, self.Wv
+        if _has_hooks(wk) or _has_hooks(wv) or (wq is not None and _has_hooks(wq)):
+            return None
+        if not (
+            isinstance(wv, nn.Conv2d)
+            and isinstance(wk, ChannelFilter)
+            and (wq is None or (isinstance(wq, ChannelFilter) and wq.kernel_size == wk.kernel_size))
+            and wv.kernel_size == (3, 3)
+            and wv.stride == wv.dilation == (1, 1)
+            and wv.padding == (1, 1)
+            and wv.padding_mode == "zeros"
+            and wv.groups == wv.in_channels == wv.out_channels
+            and wv.bias is None
+        ):
+            return None
+        return Filters(None if wq is None else wq.weight, wk.weight, wv.weight)
+
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
         windows = ChannelFilter.windows(pooled(x), self.kernel_size)
@@ -127,7 +162,9 @@ class QueryKeyValue(nn.Module):
 
 
 class LayerAttention(QueryKeyValue):
-    """Retrieve from the feature maps of all layers of the stage so far, in one kernel.
+    """Retrieve from the feature maps of all layers of the stage so far.
+
+    On the CPU query, key, value and retrieval come from one call of the kernels, and so do all gradients.
 
     Equivalent PyTorch, with `keys` and `values` two growing lists of the stage::
 
@@ -161,17 +198,38 @@ class LayerAttention(QueryKeyValue):
     def __init__(self, dim: int, head_dim: int = 16, kernel_size: int | None = None) -> None:
         super().__init__(dim, head_dim, kernel_size)
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
+    def forward(self, x: Tensor, history: History, residual: bool = False) -> Tensor:
         """The aggregation `[B, C, H, W]`; weights and divergence are then in `history`.
 
         Args:
             x: feature map `[B, C, H, W]`, in any memory format.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
+            residual: give `x` plus the aggregation, which the kernel of a whole layer adds in the same pass.
         """
         self.check_input(x)
         if not hasattr(type(history), "attend"):
             raise TypeError(
                 f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
             )
+        filters = self.filters()
+        if (
+            filters is not None
+            and isinstance(history, LayerHistory)
+            and history.serves_layer(x, filters)
+        ):
+            return history.attend_layer(
+                x, filters, heads=self.heads, residual=residual, caller=self
+            )
         q, k, v = self.query_key_value(x)
-        return history.attend(q, k, v, heads=self.heads, caller=self)
+        out = history.attend(q, k, v, heads=self.heads, caller=self)
+        return x + out if residual else out
+
+    def provide(self, x: Tensor, history: LayerHistory) -> None:
+        """Give key and value of `x` to the later layers, and retrieve nothing."""
+        self.check_input(x)
+        filters = self.filters()
+        if filters is not None and history.serves_layer(x, filters):
+            history.provide_layer(x, filters, heads=self.heads, caller=self)
+            return
+        k, v = self.key_value(x)
+        history.provide(k, v, heads=self.heads, caller=self)

@@ -72,8 +72,8 @@ def test_a_skipped_layer_passes_its_input_on(mode: str) -> None:
             assert history.depth == depth + (mode == "retrieval")
             if mode == "retrieval":
                 k, v = module.attn.key_value(before)
-                assert torch.equal(history.keys[-1], k)
-                assert torch.equal(history.values[-1], v)
+                torch.testing.assert_close(history.keys[-1], k)  # sums in another order
+                torch.testing.assert_close(history.values[-1], v)
     assert [m.place for m in network.layers] == [0, 1, 2, 3]
     assert history.position == 4
     assert history.weights is not None
@@ -114,19 +114,19 @@ def test_calls_are_counted(kernels: object, ran: list[str]) -> None:
         calls(layer.get_submodule(part), count, part)
     network(batch())
     assert count == dict.fromkeys(("attn.Wq", "attn.Wk", "attn.Wv", "norm", "act", "drop_path"), 1)
-    assert ran == ["cpp forward"] * 3
+    assert ran == ["cpp layer", "cpp forward", "cpp layer"]  # hooks: no module is passed by
 
     count.clear(), ran.clear()
     layer.skipped = True
     network(batch())
     assert count == {"attn.Wk": 1, "attn.Wv": 1}
-    assert ran == ["cpp forward"] * 2
+    assert ran == ["cpp layer"] * 2
 
     count.clear(), ran.clear()
     layer.skip = "layer"
     network(batch())
     assert count == {}
-    assert ran == ["cpp forward"] * 2
+    assert ran == ["cpp layer"] * 2
 
 
 def test_no_read_of_a_value_on_the_host() -> None:

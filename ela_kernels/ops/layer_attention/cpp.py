@@ -33,11 +33,11 @@ Sizes = tuple[int, int, int, int, int]
 # Waking a second thread takes longer than the work on fewer elements than these.
 _ONE_THREAD_ELEMENTS = 16 * 1024
 
-_DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_NO_MAP: MapView = (0, 0, 0)
+DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+NO_MAP: MapView = (0, 0, 0)
 
 
-def _kernels() -> Any:
+def kernels() -> Any:
     module = extension()
     if module is None:
         raise RuntimeError(
@@ -48,23 +48,23 @@ def _kernels() -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _aggregate_workspace(sizes: Sizes, sources: int) -> int:
-    return int(_kernels().aggregate_workspace(sizes, sources))
+    return int(kernels().aggregate_workspace(sizes, sources))
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_workspace(sizes: Sizes, depth: int) -> int:
-    return int(_kernels().backward_workspace(sizes, depth))
+    return int(kernels().backward_workspace(sizes, depth))
 
 
 def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
     return torch.empty(elements, dtype=dtype) if elements else None
 
 
-def _threads(elements: int) -> int:
+def thread_count(elements: int) -> int:
     return torch.get_num_threads() if elements > _ONE_THREAD_ELEMENTS else 1
 
 
-def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
+def new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
     _, channels, _, positions, interleaved = sizes
     new = empty_map(like, channels_last, bool(interleaved))
     inner = channels if interleaved else positions
@@ -89,13 +89,13 @@ def forward(
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
-    out, out_view = _new_map(last, sizes, channels_last)
+    out, out_view = new_map(last, sizes, channels_last)
     weights = torch.empty((sizes[0], heads, depth), dtype=accumulate)
     prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else torch.empty((sizes[0], heads), dtype=accumulate)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
-    _kernels().forward(
-        _DTYPE_CODES[q.dtype],
+    kernels().forward(
+        DTYPE_CODES[q.dtype],
         sizes,
         scale,
         query,
@@ -110,7 +110,7 @@ def forward(
         address(kl),
         out_view,
         address(workspace),
-        _threads(last.numel() * depth),
+        thread_count(last.numel() * depth),
     )
     del query_copy, key_copies, value_copies
     return out, weights, kl
@@ -127,8 +127,8 @@ def weights(
     weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
     prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else torch.empty((q.shape[0], heads), dtype=accumulate)
-    _kernels().weights(
-        _DTYPE_CODES[q.dtype],
+    kernels().weights(
+        DTYPE_CODES[q.dtype],
         (*q.shape, heads, 1, 0),
         scale,
         query,
@@ -139,7 +139,7 @@ def weights(
         0 if prev_weights is None else prev_weights.shape[2],
         weights.data_ptr(),
         address(kl),
-        _threads(q.numel() * len(keys)),
+        thread_count(q.numel() * len(keys)),
     )
     del query_copy, key_copies
     return weights, kl
@@ -166,7 +166,7 @@ def backward(
     value_addresses: list[int] = []
     value_strides: list[int] = []
     copies: list[Tensor] = []
-    dout_view = _NO_MAP
+    dout_view = NO_MAP
     dvalues: list[Tensor | None] = [None] * depth
     dvalue_addresses: list[int] = []
     dvalue_strides: list[int] = []
@@ -179,7 +179,7 @@ def backward(
         value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
         copies += value_copies
         if any(need_values):
-            pairs = [_new_map(last, sizes, channels_last) if n else None for n in need_values]
+            pairs = [new_map(last, sizes, channels_last) if n else None for n in need_values]
             dvalues = [None if p is None else p[0] for p in pairs]
             if last.numel():  # an empty map has no address, and needs no kernel
                 dvalue_addresses = [0 if p is None else p[1][0] for p in pairs]
@@ -192,8 +192,8 @@ def backward(
     if need_prev and dkl is not None and prev_weights is not None:
         dprev = torch.empty_like(prev_weights)
     workspace = _workspace(_backward_workspace(sizes, depth), weights.dtype)
-    _kernels().backward(
-        _DTYPE_CODES[q.dtype],
+    kernels().backward(
+        DTYPE_CODES[q.dtype],
         sizes,
         scale,
         query,
@@ -215,7 +215,7 @@ def backward(
         dvalue_addresses,
         dvalue_strides,
         address(workspace),
-        _threads(last.numel() * depth),
+        thread_count(last.numel() * depth),
     )
     del query_copy, key_copies, copies
     return Gradients(dscores, dq, dprev, dkeys, dvalues)
@@ -246,10 +246,10 @@ class Retrieved:
         self.depth = weights.shape[2]
         self.weights, self.dscores = (weights, weights.data_ptr()), (dscores, dscores.data_ptr())
         self.query = row(q)
-        self.dout_view, self.dout_version, self.interleaved = _NO_MAP, 0, False
+        self.dout_view, self.dout_version, self.interleaved = NO_MAP, 0, False
         if dout is not None:
             self.interleaved = is_interleaved(dout, channels_last)
-            self.dout_view = view_in_form(dout, channels_last, self.interleaved) or _NO_MAP
+            self.dout_view = view_in_form(dout, channels_last, self.interleaved) or NO_MAP
             self.dout_version = dout._version
 
 
@@ -276,7 +276,7 @@ def gather(
     douts: list[int] = []
     dout_strides: list[int] = []
     copies: list[Tensor] = []
-    dvalue, dvalue_view, workspace, elements = None, _NO_MAP, None, q.numel()
+    dvalue, dvalue_view, workspace, elements = None, NO_MAP, None, q.numel()
     if need_value:
         like = with_dout[0].dout
         assert like is not None
@@ -289,12 +289,12 @@ def gather(
         else:
             maps_given = [r.dout for r in with_dout if r.dout is not None]
             douts, dout_strides, copies = maps(maps_given, channels_last, interleaved)
-        dvalue, dvalue_view = _new_map(like, sizes, channels_last)
+        dvalue, dvalue_view = new_map(like, sizes, channels_last)
         accumulate = retrieved[0].weights[0].dtype
         workspace = _workspace(_aggregate_workspace(sizes, len(douts)), accumulate)
         elements = dvalue.numel()
-    _kernels().gather(
-        _DTYPE_CODES[q.dtype],
+    kernels().gather(
+        DTYPE_CODES[q.dtype],
         sizes,
         [r.query[0] for r in retrieved],
         [r.query[1] for r in retrieved],
@@ -307,7 +307,7 @@ def gather(
         [r.depth for r in with_dout],
         dvalue_view,
         address(workspace),
-        _threads(elements * len(retrieved)),
+        thread_count(elements * len(retrieved)),
     )
     del copies
     return dkey, dvalue

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.cpp_layer import Filters
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
@@ -17,7 +18,13 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention,
     layer_attention_weights,
 )
-from ela_kernels.ops.layer_attention.kernels import Kernels, choose_kernels, resolved
+from ela_kernels.ops.layer_attention.kernels import (
+    Kernels,
+    choose_kernels,
+    kernels_of,
+    resolved,
+)
+from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 
 
@@ -29,12 +36,19 @@ class _Pairs(NamedTuple):
     path: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
 
-    def extended(self, key: Tensor, value: Tensor) -> _Pairs:
-        path, versions = self.path, self.versions
-        # Neither can be traced, and a compiled graph needs neither.
-        if not torch.compiler.is_compiling():
-            path, versions = (*path, next(_serials)), (*versions, _version(key, value))
+    def extended(self, key: Tensor, value: Tensor, path: tuple[int, ...] | None = None) -> _Pairs:
+        """With one more pair, whose place is the end of `path` where it has one already."""
+        versions = self.versions
+        # Neither path nor versions can be traced, and a compiled graph needs neither.
+        if torch.compiler.is_compiling():
+            path = self.path
+        else:
+            versions = (*versions, _version(key, value))
+            path = self.next_path() if path is None else path
         return _Pairs((*self.keys, key), (*self.values, value), path, versions)
+
+    def next_path(self) -> tuple[int, ...]:
+        return (*self.path, next(_serials))
 
     def changed(self) -> int | None:
         """The first layer whose key or value was changed in place since it was appended; None if none was."""
@@ -221,6 +235,73 @@ class LayerHistory:
             token = provide_pull(k, v, token, link)
         self._leave(_Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
+    def serves_layer(self, x: Tensor, filters: Filters) -> bool:
+        """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`; they are the compiled CPU kernels."""
+        if needs_dispatcher(x) or is_autocast_on(x) or x.device.type != "cpu" or not x.numel():
+            return False
+        for w in filters:
+            if w is not None and (
+                w.dtype != x.dtype or w.device != x.device or needs_dispatcher(w)
+            ):
+                return False
+        return choose_kernels("layer_attention", x, self.depth + 1) is kernels_of("cpp")
+
+    def attend_layer(
+        self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
+    ) -> Tensor:
+        """Make query, key and value from `x`, append, and retrieve, all in one call; see :meth:`serves_layer`.
+
+        Equivalent PyTorch::
+
+            y = x.mean((2, 3)).unsqueeze(1)                                       # [B, 1, C]
+            q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
+            v = F.conv2d(x, wv, padding=1, groups=C)
+            out = history.attend(q, k, v, heads=heads)
+            out = x + out if residual else out
+
+        Args:
+            x: feature map `[B, C, H, W]`.
+            filters: `wq` and `wk` `[1, 1, size]` with an odd size, `wv` `[C, 1, 3, 3]`, of x's dtype.
+            heads: G, the same for all layers of the history.
+            residual: add `x`.
+            caller: the module that calls; needed under `torch.utils.checkpoint`.
+
+        Returns:
+            `out`, like `x`.
+
+        Raises:
+            As :meth:`attend`.
+
+        Source:
+            MRLA (arXiv 2302.03985), base form.
+        """
+        x = resolved(x)
+        prefix = self._enter(caller, (x, *(w for w in filters if w is not None)))
+        heads = checks.check_heads(heads, x.shape[1])
+        self._check_against_held(prefix, x, heads)
+        path = prefix.pairs.next_path()
+        keys, values = prefix.pairs.keys, prefix.pairs.values
+        scale = checks.check_scale(None, x.shape[1] // heads)
+        link = Link(path, keys, values, heads, scale, False, kernels_of("cpp"), self._record)
+        out, weights, kl, token, k, v = layer_pull(
+            x, filters, prefix.weights, residual, prefix.token, link
+        )
+        pairs = prefix.pairs.extended(k, v, path)
+        self._leave(_Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
+        return out
+
+    def provide_layer(self, x: Tensor, filters: Filters, *, heads: int, caller: Any = None) -> None:
+        """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
+        x = resolved(x)
+        prefix = self._enter(caller, (x, filters.wk, filters.wv))
+        heads = checks.check_heads(heads, x.shape[1])
+        self._check_against_held(prefix, x, heads)
+        path = prefix.pairs.next_path()
+        link = Link(path, (), (), heads, 1.0, False, kernels_of("cpp"), self._record)
+        token, k, v = provider_pull(x, filters, prefix.token, link)
+        pairs = prefix.pairs.extended(k, v, path)
+        self._leave(_Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
+
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         p = self._enter(caller, ())
@@ -286,8 +367,12 @@ class LayerHistory:
             raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
         checks.check_map("v", v, q, channels_last)
         heads = checks.check_heads(heads, q.shape[1])
+        self._check_against_held(prefix, v, heads)
+        return heads
+
+    def _check_against_held(self, prefix: _Prefix, v: Tensor, heads: int) -> None:
         if not prefix.pairs.keys:
-            return heads
+            return
         first = prefix.pairs.values[0]
         if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
             raise ValueError(
@@ -305,7 +390,6 @@ class LayerHistory:
                 f"history: the key or value of layer {changed} was changed in place after it was appended; allowed is "
                 "an out-of-place operation, or a clone given to the history"
             )
-        return heads
 
     def _link(
         self, pairs: _Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels

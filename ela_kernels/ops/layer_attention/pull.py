@@ -21,7 +21,7 @@ from ela_kernels.ops.layer_attention.kernels import Kernels, Retrieval, Saved, r
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """What one layer's backward leaves for the layers on its path."""
 
     path: tuple[int, ...]
@@ -32,10 +32,10 @@ class Record:
     """Retrievals of the backward passes under way over one stage, by graph task."""
 
     def __init__(self) -> None:
-        self._passes: dict[int, list[_Entry]] = {}
+        self._passes: dict[int, list[Entry]] = {}
         self._token_gradient: Tensor | None = None
 
-    def add(self, retrieval: _Entry) -> None:
+    def add(self, retrieval: Entry) -> None:
         task = torch._C._current_graph_task_id()
         if task not in self._passes:
             self._passes[task] = []
@@ -46,7 +46,7 @@ class Record:
     def _end(self, task: int) -> None:
         self._passes.pop(task, None)
 
-    def retrieved(self, path: tuple[int, ...]) -> list[_Entry]:
+    def retrieved(self, path: tuple[int, ...]) -> list[Entry]:
         """Those that retrieved from the layer at the end of `path`, in order of depth."""
         index, serial = len(path) - 1, path[-1]
         found = [
@@ -83,25 +83,42 @@ class Link(NamedTuple):
     record: Record
 
 
-def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
-    """`(dk, dv)` of the layer that `ctx` belongs to."""
+def left_by_later_layers(ctx: Any) -> list[Any]:
+    """What those left that retrieved the layer that `ctx` belongs to, itself included, in order of depth."""
     left = ctx.record.retrieved(ctx.path)
-    if not left:
-        return None, None
     for r in left:
         if r.left.dout is not None and r.left.dout._version != r.left.dout_version:
             raise RuntimeError(
                 "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
                 "but earlier layers still need it; return a new tensor from the hook instead"
             )
+    return [r.left for r in left]
+
+
+def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
+    """`(dk, dv)` of the layer that `ctx` belongs to."""
+    left = left_by_later_layers(ctx)
+    if not left:
+        return None, None
     index = len(ctx.path) - 1
     gathered: tuple[Tensor | None, Tensor | None] = ctx.kernels.gather(
-        [r.left for r in left], index, ctx.heads, ctx.channels_last, need_key, need_value
+        left, index, ctx.heads, ctx.channels_last, need_key, need_value
     )
     return gathered
 
 
-def _refuse_second_derivative() -> None:
+def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
+    """An output gradient as the kernels read it beside the values; once, not for every earlier layer.
+
+    The gradient of a sum is expanded, for instance.
+    """
+    dout = resolved(dout)
+    if dout.stride() == value.stride():
+        return dout
+    return in_form(dout, channels_last, is_interleaved(value, channels_last))
+
+
+def refuse_second_derivative() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "LayerHistory: a second derivative was asked for (create_graph=True), and the kernels' pull backward "
@@ -109,14 +126,14 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _keep(ctx: Any, link: Link) -> None:
+def keep(ctx: Any, link: Link) -> None:
     # Not the link itself: ctx outlives the backward, and would keep all values alive with it.
     ctx.set_materialize_grads(False)
     ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
     ctx.channels_last, ctx.kernels, ctx.record = link.channels_last, link.kernels, link.record
 
 
-def _token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
+def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
     """Ends a layer's backward: the chain goes on to the layer before, or the record has served."""
     if token is not None and ctx.needs_input_grad[-2]:
         gradient: Tensor = ctx.record.token_gradient(token)
@@ -136,7 +153,7 @@ class _Attend(torch.autograd.Function):
         token: Tensor | None,
         link: Link,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        _keep(ctx, link)
+        keep(ctx, link)
         ctx.token = token
         out, weights, kl = link.kernels.forward(
             q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
@@ -152,7 +169,7 @@ class _Attend(torch.autograd.Function):
         dkl: Tensor | None,
         _: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         need_q, need_k, need_v, need_prev = ctx.needs_input_grad[:4]
         dq = dprev = None
         if dout is not None or dweights is not None or dkl is not None:
@@ -160,11 +177,7 @@ class _Attend(torch.autograd.Function):
             depth = len(maps) // 2
             values = maps[depth:]
             if dout is not None:
-                dout = resolved(dout)
-                if dout.stride() != values[-1].stride():
-                    # Once here, not for every earlier layer: the gradient of a sum is expanded, for instance.
-                    form = is_interleaved(values[-1], ctx.channels_last)
-                    dout = in_form(dout, ctx.channels_last, form)
+                dout = in_form_of(values[-1], dout, ctx.channels_last)
             saved = Saved(
                 q,
                 maps[:depth],
@@ -178,23 +191,23 @@ class _Attend(torch.autograd.Function):
             found = ctx.kernels.backward(saved, dout, dweights, dkl, need_q, need_prev)
             dq, dprev = found.dq, found.dprev
             left = ctx.kernels.Retrieved(q, weights, found.dscores, dout, ctx.channels_last)
-            ctx.record.add(_Entry(ctx.path, left))
+            ctx.record.add(Entry(ctx.path, left))
         dk, dv = _gather(ctx, need_k, need_v)
-        return dq, dk, dv, dprev, _token_gradient(ctx, ctx.token), None
+        return dq, dk, dv, dprev, token_gradient(ctx, ctx.token), None
 
 
 class _Provide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor:
-        _keep(ctx, link)
+        keep(ctx, link)
         ctx.token = token
         return k.new_empty(1)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         dk, dv = _gather(ctx, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        return dk, dv, _token_gradient(ctx, ctx.token), None
+        return dk, dv, token_gradient(ctx, ctx.token), None
 
 
 def attend_pull(

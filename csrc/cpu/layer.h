@@ -1,0 +1,290 @@
+// What a whole layer needs beyond its attention: the filters over the channel axis, and the gather of a value's
+// gradient that is convolved while it is in cache, so that it is never stored.
+
+// sum_i filter[i] * row[c + i - size / 2] for a vector of channels, zeros beyond the ends; turned: the other way round.
+template <bool kTurned, class T>
+inline Vec<T> filtered(const T* row, const void* filter, int64_t c, int n, int64_t channels, int64_t size) {
+  Vec<T> sum{};
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t at = kTurned ? c - i + size / 2 : c + i - size / 2;
+    const int64_t begin = at < 0 ? -at : 0, end = channels - at < n ? channels - at : n;
+    if (begin < end) {
+      sum += load_one<T>(filter, i) * load_lanes(row + at, static_cast<int>(begin), static_cast<int>(end));
+    }
+  }
+  return sum;
+}
+
+template <class T>
+void channel_filters_kernel(const ChannelFilterParams& p, int threads) {
+  const int64_t channels = p.shape.channels;
+  for_samples(p.shape, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const T* mean = static_cast<const T*>(p.mean) + b * channels;
+      for_vectors<T>(channels, [&](int64_t c, int n) {
+        const int64_t at = b * channels + c;
+        if (p.query != nullptr) {
+          store_n(static_cast<T*>(p.query) + at, filtered<false>(mean, p.wq, c, n, channels, p.size), n);
+        }
+        store_n(static_cast<T*>(p.key) + at, filtered<false>(mean, p.wk, c, n, channels, p.size), n);
+      });
+    }
+  });
+}
+
+// <drow, shifted mean> for every tap of a filter.
+template <class T>
+inline void filter_gradient(const T* drow, const T* mean, int64_t channels, int64_t size, Acc<T>* out) {
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t shift = i - size / 2;
+    const int64_t begin = shift < 0 ? -shift : 0, end = shift > 0 ? channels - shift : channels;
+    out[i] = begin < end ? dot_rows(drow + begin, mean + begin + shift, end - begin) : 0;
+  }
+}
+
+// Partial gradients of the filters [2, B, size].
+template <class T>
+void channel_filters_backward_kernel(const ChannelFilterBackwardParams& p, int threads) {
+  using A = Acc<T>;
+  const ChannelFilterParams& f = p.forward;
+  const int64_t channels = f.shape.channels;
+  const void* drows[2] = {p.dquery, p.dkey};
+  const void* filters[2] = {f.wq, f.wk};
+  for_samples(f.shape, 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      A* dmean = static_cast<A*>(p.dmean) + b * channels;
+      for (int64_t c = 0; c < channels; ++c) dmean[c] = 0;
+      for (int k = 0; k < 2; ++k) {
+        if (drows[k] == nullptr) continue;
+        const T* drow = static_cast<const T*>(drows[k]) + b * channels;
+        for_vectors<T>(channels, [&](int64_t c, int n) {
+          store_n(dmean + c, load_n(dmean + c, n) + filtered<true>(drow, filters[k], c, n, channels, f.size), n);
+        });
+        A* partial = static_cast<A*>(p.workspace) + (k * f.shape.batch + b) * f.size;
+        filter_gradient(drow, static_cast<const T*>(f.mean) + b * channels, channels, f.size, partial);
+      }
+    }
+  });
+}
+
+// Adds up the partial gradients of the filters over the batch, in double.
+template <class T>
+void reduce_filters(const ChannelFilterBackwardParams& p) {
+  const ChannelFilterParams& f = p.forward;
+  const Acc<T>* partials = static_cast<const Acc<T>*>(p.workspace);
+  const void* drows[2] = {p.dquery, p.dkey};
+  void* dfilters[2] = {p.dwq, p.dwk};
+  for (int k = 0; k < 2; ++k) {
+    for (int64_t i = 0; dfilters[k] != nullptr && i < f.size; ++i) {
+      double sum = 0;
+      for (int64_t b = 0; drows[k] != nullptr && b < f.shape.batch; ++b) {
+        sum += partials[(k * f.shape.batch + b) * f.size + i];
+      }
+      store_one<T>(dfilters[k], i, static_cast<Acc<T>>(sum));
+    }
+  }
+}
+
+// One plane of dv: sum_m column_m * map_m.
+template <class T>
+inline void gather_plane(const GatherConvolveParams& p, int64_t b, int64_t c, Acc<T>* plane) {
+  using A = Acc<T>;
+  const int64_t positions = p.shape.positions();
+  const int64_t head = b * p.heads + c / (p.shape.channels / p.heads);
+  for (int64_t i = 0; p.sources == 0 && i < positions; ++i) plane[i] = 0;
+  for (int64_t offset = 0; p.sources != 0 && offset < positions; offset += kChunk) {
+    const int64_t count = positions - offset < kChunk ? positions - offset : kChunk;
+    for (int64_t j = 0; j < p.sources; j += kStreams) {
+      const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
+      const T* source[kStreams];
+      A factor[kStreams];
+      for (int i = 0; i < some; ++i) {
+        source[i] = planar_at<T>(p.maps[j + i], b, c, offset);
+        factor[i] = static_cast<const A*>(p.columns[j + i].data)[head * p.columns[j + i].stride];
+      }
+      add_some<T>(some, plane + offset, source, factor, count, j == 0, nullptr, nullptr);
+    }
+  }
+}
+
+template <bool kWantsTaps, class T>
+void gather_convolve_planar(const GatherConvolveParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  A* partials = static_cast<A*>(p.workspace);           // [B, C, 9]
+  A* planes = partials + s.batch * s.channels * kTaps;  // one for each thread
+  for_samples(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+    A* plane = planes + thread_index() * s.positions();
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / s.channels, c = item % s.channels;
+      gather_plane<T>(p, b, c, plane);
+      Vec<T> tap[kTaps];
+      for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, c * kTaps + i));
+      const A offset = p.dmean == nullptr ? 0 : static_cast<const A*>(p.dmean)[item] / static_cast<A>(s.positions());
+      convolve_plane_backward<kWantsTaps, T, A>(
+          plane, kWantsTaps ? planar_at<T>(p.x, b, c, 0) : nullptr, tap, offset,
+          p.residual.data == nullptr ? nullptr : planar_at<T>(p.residual, b, c, 0),
+          p.dx.data == nullptr ? nullptr : const_cast<T*>(planar_at<T>(p.dx, b, c, 0)), partials + item * kTaps,
+          s.height, s.width);
+    }
+  });
+}
+
+// Interleaved: dv of some rows, with one more above and below, and of a strip of channels.
+constexpr int64_t kGatherChannels = 32;
+
+template <class T>
+inline void gather_rows(const GatherConvolveParams& p, const Acc<T>* weights, int64_t b, int64_t first, int64_t last,
+                        int64_t c, int64_t count, Acc<T>* rows) {
+  const ImageShape& s = p.shape;
+  for (int64_t i = 0; p.sources == 0 && i < (last - first) * s.width * kGatherChannels; ++i) rows[i] = 0;
+  for (int64_t j = 0; j < p.sources; j += kStreams) {
+    const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
+    for (int64_t position = first * s.width; position < last * s.width; ++position) {
+      Acc<T>* sum = rows + (position - first * s.width) * kGatherChannels;
+      for_vectors<T>(count, [&](int64_t i, int n) {
+        Vec<T> x{};
+        if (j != 0) x = load_n(sum + i, n);
+        for (int k = 0; k < some; ++k) {
+          x += load_n(weights + (b * p.sources + j + k) * s.channels + c + i, n) *
+               load_n(interleaved_at<T>(p.maps[j + k], b, position, c) + i, n);
+        }
+        store_n(sum + i, x, n);
+      });
+    }
+  }
+}
+
+inline int64_t gathered_rows_size(const ImageShape& s) { return (kRowsAtOnce + 2) * s.width * kGatherChannels; }
+
+template <bool kWantsTaps, class T>
+void gather_convolve_interleaved(const GatherConvolveParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const int64_t blocks = ceil_div(s.height, kRowsAtOnce);
+  const A* taps = static_cast<const A*>(p.rows);
+  A* partials = static_cast<A*>(p.workspace);                     // [B, blocks of rows, 9, C], in the order of dtaps
+  A* weights = partials + s.batch * blocks * kTaps * s.channels;  // [B, sources, C]
+  A* buffers = weights + s.batch * p.sources * s.channels;        // one for each thread
+  const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.samples};
+  expand_columns<T>(flat, p.sources, p.columns, weights, threads);
+  for_strips<kGatherChannels>(s, threads, [&](const ImageItem& at) {
+    A* rows = buffers + thread_index() * gathered_rows_size(s);
+    const int64_t above = at.first_row > 0 ? at.first_row - 1 : 0;
+    const int64_t below = at.last_row < s.height ? at.last_row + 1 : s.height;
+    gather_rows<T>(p, weights, at.b, above, below, at.c, at.count, rows);
+    A* dtaps = partials + at.block * kTaps * s.channels + at.c;
+    for (int k = 0; kWantsTaps && k < kTaps; ++k) {
+      for (int64_t i = 0; i < at.count; ++i) dtaps[k * s.channels + i] = 0;
+    }
+    for (int64_t r = at.first_row; r < at.last_row; ++r) {
+      for_vectors<T>(at.count, [&](int64_t i, int n) {
+        const int64_t c = at.c + i;
+        Vec<T> tap[kTaps], sums[kTaps] = {}, offset{};
+        for (int k = 0; k < kTaps; ++k) tap[k] = load_n(taps + k * s.channels + c, n);
+        if (p.dmean != nullptr) {
+          offset = load_n(static_cast<const A*>(p.dmean) + at.b * s.channels + c, n) / static_cast<A>(s.positions());
+        }
+        const T* x = kWantsTaps ? interleaved_at<T>(p.x, at.b, r * s.width, c) : nullptr;
+        const T* residual = p.residual.data == nullptr ? nullptr : interleaved_at<T>(p.residual, at.b, r * s.width, c);
+        T* dx = p.dx.data == nullptr ? nullptr : const_cast<T*>(interleaved_at<T>(p.dx, at.b, r * s.width, c));
+        const int64_t row_step = s.width * kGatherChannels;
+        convolve_line_backward<kWantsTaps, T>(
+            tap, offset, s.width, Rows<T, A>(s, r, rows + (r - 1 - above) * row_step + i, row_step, kGatherChannels, n),
+            [&](int64_t w) { return load_n(x + w * p.x.inner, n); },
+            [&](int64_t w, Vec<T> out) {
+              if (dx == nullptr) return;
+              if (residual != nullptr) out += load_n(residual + w * p.residual.inner, n);
+              store_n(dx + w * p.dx.inner, out, n);
+            },
+            sums);
+        if (!kWantsTaps) return;
+        for (int k = 0; k < kTaps; ++k) {
+          A* total = dtaps + (k % 3 * 3 + k / 3) * s.channels + i;
+          store_n(total, load_n(total, n) + sums[k], n);
+        }
+      });
+    }
+  });
+}
+
+template <class T>
+void gather_convolve_kernel(const GatherConvolveParams& p, int threads) {
+  if (p.shape.interleaved) {
+    p.dtaps != nullptr ? gather_convolve_interleaved<true, T>(p, threads)
+                       : gather_convolve_interleaved<false, T>(p, threads);
+  } else {
+    p.dtaps != nullptr ? gather_convolve_planar<true, T>(p, threads) : gather_convolve_planar<false, T>(p, threads);
+  }
+}
+
+// Adds up the partial gradients of the taps over batch and blocks, in double.
+template <class T>
+void reduce_taps(const GatherConvolveParams& p, int threads) {
+  const ImageShape& s = p.shape;
+  const Acc<T>* partials = static_cast<const Acc<T>*>(p.workspace);
+  const int64_t count = s.interleaved ? s.batch * ceil_div(s.height, kRowsAtOnce) : s.batch;
+  const int64_t channel = s.interleaved ? 1 : kTaps, tap = s.interleaved ? s.channels : 1;
+  parallel_for(p.dtaps == nullptr ? 0 : s.channels, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      for (int i = 0; i < kTaps; ++i) {
+        double sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += partials[k * kTaps * s.channels + c * channel + i * tap];
+        store_one<T>(p.dtaps, c * kTaps + i, static_cast<Acc<T>>(sum));
+      }
+    }
+  });
+}
+
+inline int64_t gather_convolve_workspace(const ImageShape& s, int64_t sources, int threads) {
+  if (!s.interleaved) return s.batch * s.channels * kTaps + threads * s.positions();
+  return s.channels * (kTaps * s.batch * ceil_div(s.height, kRowsAtOnce) + s.batch * sources) +
+         threads * gathered_rows_size(s);
+}
+
+// Calls body(samples, threads): one sample after the other on each thread where there are enough of them, so that what
+// one kernel writes is still in cache when the next reads it; else the whole batch, each kernel on all threads.
+template <class Body>
+inline void by_sample(int64_t batch, int threads, Body body) {
+  if (batch % threads != 0 && batch < 4 * threads) return body(Samples{}, threads);
+  parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) body(Samples{b, 1}, 1);
+  });
+}
+
+template <class T>
+void layer_kernel(const LayerParams& p, int threads) {
+  const ImageShape& image = p.depthwise.shape;
+  if (image.interleaved) prepare_taps<T>(image, p.depthwise.taps, static_cast<Acc<T>*>(p.rows));
+  by_sample(image.batch, threads, [&](Samples samples, int some) {
+    LayerParams part = p;
+    part.depthwise.rows = p.rows;
+    part.depthwise.shape.samples = part.filters.shape.samples = samples;
+    part.weights.shape.samples = part.aggregate.shape.samples = samples;
+    depthwise_kernel<T>(part.depthwise, some);
+    channel_filters_kernel<T>(part.filters, some);
+    if (!p.retrieves) return;
+    weights_kernel<T>(part.weights, some);
+    aggregate_kernel<T>(part.aggregate, some);
+  });
+}
+
+template <class T>
+void layer_backward_kernel(const LayerBackwardParams& p, int threads) {
+  const ImageShape& image = p.convolve.shape;
+  const bool has_mean = p.filters.dquery != nullptr || p.filters.dkey != nullptr;
+  const bool has_maps = p.convolve.dx.data != nullptr || p.convolve.dtaps != nullptr;
+  if (image.interleaved) prepare_taps<T>(image, p.convolve.taps, static_cast<Acc<T>*>(p.rows));
+  by_sample(image.batch, threads, [&](Samples samples, int some) {
+    LayerBackwardParams part = p;
+    part.convolve.rows = p.rows;
+    part.attention.forward.shape.samples = part.key.shape.samples = samples;
+    part.filters.forward.shape.samples = part.convolve.shape.samples = samples;
+    if (p.attends) backward_kernel<T>(part.attention, some);
+    if (p.key.dkey.data != nullptr) gather_key_kernel<T>(part.key, some);
+    if (has_mean) channel_filters_backward_kernel<T>(part.filters, some);
+    if (has_maps) gather_convolve_kernel<T>(part.convolve, some);
+  });
+  if (has_mean) reduce_filters<T>(p.filters);
+  if (has_maps) reduce_taps<T>(p.convolve, threads);
+}

@@ -1,0 +1,175 @@
+"""A whole layer in one autograd node: from a feature map to what it retrieves, with the pull form of the backward.
+
+The value's gradient is gathered from the later layers' output gradients a part at a time and convolved while that part
+is in cache, so that it is never stored. Key and value are outputs of the node too: a later layer that no kernel serves
+reads them as autograd inputs, and what it sends back is added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.cpp_layer import (
+    Attended,
+    Filters,
+    LayerForward,
+    LayerGradients,
+    layer_backward,
+    layer_forward,
+    readable,
+)
+from ela_kernels.ops.layer_attention.kernels import Saved
+from ela_kernels.ops.layer_attention.pull import (
+    Entry,
+    Link,
+    in_form_of,
+    keep,
+    left_by_later_layers,
+    refuse_second_derivative,
+    token_gradient,
+)
+
+LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
+"""out, weights, kl, token, key, value."""
+
+
+def _gradients(
+    ctx: Any,
+    x: Tensor,
+    filters: Filters,
+    mean: Tensor,
+    own: Attended | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    has_residual: bool,
+    needs: tuple[bool, ...],
+) -> LayerGradients:
+    left = left_by_later_layers(ctx)
+    if not left and dk is None and dv is None:  # its own, where it has one, is among those
+        return LayerGradients(None, None, None, None, None)
+    index = len(ctx.path) - 1
+    return layer_backward(
+        x, filters, mean, ctx.heads, index, own, left, dk, dv, has_residual, needs
+    )
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        prev_weights: Tensor | None,
+        has_residual: bool,
+        token: Tensor | None,
+        link: Link,
+    ) -> LayerOutput:
+        keep(ctx, link)
+        ctx.token, ctx.has_residual = token, has_residual
+        r = _retrieve(x, Filters(wq, wk, wv), prev_weights, has_residual, link)
+        ctx.save_for_backward(
+            x, wq, wk, wv, r.mean, r.q, r.weights, prev_weights, *link.keys, r.k, *link.values, r.v
+        )
+        assert r.out is not None
+        assert r.weights is not None
+        return r.out, r.weights, r.kl, x.new_empty(1), r.k, r.v
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        _: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, wq, wk, wv, mean, q, weights, prev_weights, *maps = ctx.saved_tensors
+        own = None
+        if dout is not None or dweights is not None or dkl is not None:
+            keys, values = maps[: len(maps) // 2], maps[len(maps) // 2 :]
+            saved = Saved(
+                q, keys, values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last
+            )
+            if dout is not None:
+                dout = in_form_of(values[-1], dout, ctx.channels_last)
+            dscores = torch.empty_like(weights)
+            own = Attended(saved, dout, dweights, dkl, dscores, ctx.needs_input_grad[4])
+            left = ctx.kernels.Retrieved(q, weights, dscores, dout, ctx.channels_last)
+            ctx.record.add(Entry(ctx.path, left))
+        has_residual = ctx.has_residual and dout is not None
+        needs = ctx.needs_input_grad[:4]
+        found = _gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, has_residual, needs)
+        return *found, None, token_gradient(ctx, ctx.token), None
+
+
+class _Provider(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, wk: Tensor, wv: Tensor, token: Tensor | None, link: Link
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keep(ctx, link)
+        ctx.token = token
+        r = _provide(x, Filters(None, wk, wv), link)
+        ctx.save_for_backward(x, wk, wv, r.mean)
+        return x.new_empty(1), r.k, r.v
+
+    @staticmethod
+    def backward(
+        ctx: Any, _: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, wk, wv, mean = ctx.saved_tensors
+        need_x, need_wk, need_wv = ctx.needs_input_grad[:3]
+        needs = (need_x, False, need_wk, need_wv)
+        found = _gradients(ctx, x, Filters(None, wk, wv), mean, None, dk, dv, False, needs)
+        return found.x, found.wk, found.wv, token_gradient(ctx, ctx.token), None
+
+
+def _retrieve(
+    x: Tensor, filters: Filters, prev_weights: Tensor | None, has_residual: bool, link: Link
+) -> LayerForward:
+    return layer_forward(
+        x, filters, link.keys, link.values, link.heads, link.scale, prev_weights, has_residual
+    )
+
+
+def _provide(x: Tensor, filters: Filters, link: Link) -> LayerForward:
+    return layer_forward(x, filters, (), (), link.heads, link.scale, None, False)
+
+
+def layer_pull(
+    x: Tensor,
+    filters: Filters,
+    prev_weights: Tensor | None,
+    has_residual: bool,
+    token: Tensor | None,
+    link: Link,
+) -> LayerOutput:
+    """One layer on a history: `link` holds the keys and values before it, and its own place last in the path."""
+    x = readable(x)
+    if not torch.is_grad_enabled():
+        r = _retrieve(x, filters, prev_weights, has_residual, link)
+        assert r.out is not None
+        assert r.weights is not None
+        return r.out, r.weights, r.kl, token, r.k, r.v
+    out, weights, kl, own, k, v = _Layer.apply(x, *filters, prev_weights, has_residual, token, link)
+    return out, weights, kl, own if own.requires_grad else token, k, v
+
+
+def provider_pull(
+    x: Tensor, filters: Filters, token: Tensor | None, link: Link
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`(token, key, value)` of a layer that gives its pair and retrieves nothing."""
+    x = readable(x)
+    if not torch.is_grad_enabled():
+        r = _provide(x, filters._replace(wq=None), link)
+        return token, r.k, r.v
+    own, k, v = _Provider.apply(x, filters.wk, filters.wv, token, link)
+    return own if own.requires_grad else token, k, v
