@@ -15,10 +15,11 @@ from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 
 StageForward = Callable[[Tensor], Tensor]
 
-EAGER, COMPILED, PULL, PUSH = "eager", "compiled", "pull", "push"
+EAGER, COMPILED, LAYER, PULL, PUSH = "eager", "compiled", "layer", "pull", "push"
 DESCRIPTIONS = {
     EAGER: "eager, concatenating (as published)",
     COMPILED: "torch.compile of it, the whole stage",
+    LAYER: "ours: a layer in one call a direction, x added inside",
     PULL: "ours: PyTorch's convolutions, fused op, LayerHistory",
     PUSH: "ours: the same with the functional op",
 }
@@ -60,11 +61,19 @@ class Stage:
             x = x + layer(x, history)
         return x
 
-    def pull(self, x: Tensor) -> Tensor:
-        """The fused op, each value's gradient gathered once."""
+    def layer(self, x: Tensor) -> Tensor:
+        """The kernels of a whole layer."""
         history = ek.LayerHistory()
         for layer in self.fused:
-            x = x + layer(x, history)
+            x = layer(x, history, residual=True)
+        return x
+
+    def pull(self, x: Tensor) -> Tensor:
+        """The fused op alone, each value's gradient gathered once."""
+        history = ek.LayerHistory()
+        for layer in self.fused:
+            q, k, v = layer.query_key_value(x)
+            x = x + history.attend(q, k, v, heads=layer.heads)
         return x
 
     def push(self, x: Tensor) -> Tensor:
@@ -86,6 +95,7 @@ class Stage:
         known: dict[str, Callable[[], StageForward]] = {
             EAGER: lambda: self.eager,
             COMPILED: lambda: torch.compile(self.eager, fullgraph=True, dynamic=False),
+            LAYER: lambda: self.layer,
             PULL: lambda: self.pull,
             PUSH: lambda: self.push,
         }

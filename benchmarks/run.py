@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.contenders import COMPILED, EAGER, PULL, PUSH
+from benchmarks.contenders import COMPILED, EAGER, LAYER, PULL, PUSH
 from benchmarks.environment import (
     KEPT,
     MALLOC_EXACT,
@@ -47,7 +47,7 @@ class Run:
         self.parts: list[str] = args.parts
         compiled = args.full if args.compile is None else args.compile
         self.processes: list[dict[str, Any]] = []
-        self.contenders = [EAGER, *([COMPILED] if compiled else []), PULL, PUSH]
+        self.contenders = [EAGER, *([COMPILED] if compiled else []), LAYER, PULL, PUSH]
 
     def measure(self) -> dict[str, Any]:
         """All parts for all shapes, each shape and setting of malloc in a process of its own."""

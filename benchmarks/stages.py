@@ -5,13 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.contenders import COMPILED, EAGER, PULL, Stage, check_forms
+from benchmarks.contenders import COMPILED, EAGER, LAYER, PULL, Stage, check_forms
 from benchmarks.measure import interleave, ratio, summarize
 from benchmarks.shapes import StageShape
 
 
 def measure_stage(shape: StageShape, names: list[str], rounds: int) -> dict[str, Any]:
-    """Times of the named contenders, all checked first, and how much longer each takes than ours."""
+    """Times of the named contenders, all checked first, and how much longer each takes than ours, layer and op."""
     stage = Stage(shape)
     forms = stage.forms(names)
     checked = check_forms(stage, forms)
@@ -23,6 +23,9 @@ def measure_stage(shape: StageShape, names: list[str], rounds: int) -> dict[str,
             for name, times in seconds.items()
         },
         "times_ours": {
+            name: ratio(times, seconds[LAYER]) for name, times in seconds.items() if name != LAYER
+        },
+        "times_op": {
             name: ratio(times, seconds[PULL]) for name, times in seconds.items() if name != PULL
         },
     }

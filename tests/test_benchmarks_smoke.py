@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ela_kernels as ek
-from benchmarks.contenders import EAGER, PULL, PUSH, Stage, WrongResultError, check_forms
+from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import MALLOC_SETTINGS, process_environment
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
@@ -38,13 +38,13 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     assert list(results["stages"]) == list(MALLOC_SETTINGS)
     for stages in results["stages"].values():
         contenders = stages[SHAPE.name]["contenders"]
-        assert list(contenders) == [EAGER, PULL, PUSH]
+        assert list(contenders) == [EAGER, LAYER, PULL, PUSH]
         for contender in contenders.values():
             assert contender["ms"]["rounds"] == len(contender["ms"]["samples"]) == 2
             assert 0 < contender["ms"]["q1"] <= contender["ms"]["median"] <= contender["ms"]["q3"]
     phases = results["floor"][SHAPE.name]["phases"]
     assert [p["least_bytes"] for p in phases.values()] == [9 * SHAPE.map_elements * 4] * 3
-    assert set(results["memory"][SHAPE.name]) == {EAGER, PULL, PUSH}
+    assert set(results["memory"][SHAPE.name]) == {EAGER, LAYER, PULL, PUSH}
     assert results["memory"][SHAPE.name][PULL]["maps"] > 2 * SHAPE.depth - 1
     assert math.isfinite(results["divergence"][SHAPE.name]["percent_of_forward"])
     assert results["overhead"]["op"]["both"]["median"] > 0
@@ -54,7 +54,7 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     assert table == done.stdout.removesuffix("\n")
 
 
-@pytest.mark.parametrize("name", [EAGER, PULL, PUSH])
+@pytest.mark.parametrize("name", [EAGER, LAYER, PULL, PUSH])
 def test_every_contender_passes_its_check(name: str) -> None:
     stage = Stage(SHAPE)
     report = check_forms(stage, stage.forms([name]))
