@@ -14,7 +14,7 @@ OUT ?= results/gpu
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*/*)
-FORMATTED := $(NATIVE) $(wildcard benchmarks/*.cpp)
+FORMATTED := $(NATIVE) $(wildcard benchmarks/*.cpp tests/native/*/*)
 ASAN := build/asan
 
 # glibc gives memory back after every pass and takes it again with page faults, which would be most of what is timed.
@@ -76,10 +76,10 @@ gpu-bench: $(INSTALLED) ## on a machine with a GPU: build, test, sanitize and me
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run_gpu.sh $(OUT)
 
 cuda-report: $(INSTALLED) ## what nvcc makes of the CUDA kernels: registers, occupancy, memory instructions; no GPU
-	$(BIN)/python -m build_tools.cuda_report $(REPORT_ARGS)
+	$(BIN)/python -m build_tools.cuda_report --out docs/kernels/cuda_report.md $(REPORT_ARGS)
 
 triton-report: $(INSTALLED) ## what Triton's compiler makes of the Triton kernels; no GPU, some minutes
-	$(BIN)/python -m build_tools.triton_report $(REPORT_ARGS)
+	$(BIN)/python -m build_tools.triton_report --out docs/kernels/triton_report.md $(REPORT_ARGS)
 
 asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usual build, and test the kernels
 	ELA_KERNELS_BUILD=cpu ELA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
@@ -89,7 +89,7 @@ asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usua
 	cxx="$${CXX:-g++}"; \
 	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONMALLOC=malloc OMP_NUM_THREADS=2; \
+	  PYTHONMALLOC=malloc OMP_NUM_THREADS=2 ELA_CUDA_ON_CPU_SANITIZED=1; \
 	cd $(ASAN)/lib && \
 	$(abspath $(BIN))/python -c "from ela_kernels.backends.extension import build_info, extension; \
 	  assert '$(ASAN)' in extension().__file__ and build_info()['sanitizers'], 'not the sanitized build'" && \

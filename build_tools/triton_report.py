@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,7 +59,7 @@ class Compiled(NamedTuple):
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    widest_load_bits: int
+    loads: str
     seconds: float
 
 
@@ -72,6 +73,10 @@ CASES = (
     *(Case(32, 64, 8, 1, 8, torch.float32, interleaved) for interleaved in (False, True)),
     *(Case(8, 512, 14, 512, 8, torch.float32, interleaved) for interleaved in (False, True)),
     Case(8, 256, 14, 16, 128, torch.float32, False),
+    Case(32, 256, 7, 8, 32, torch.bfloat16, False),
+    Case(32, 256, 7, 1, 32, torch.bfloat16, False),
+    Case(32, 256, 7, 4, 64, torch.bfloat16, False),
+    Case(32, 37, 7, 37, 32, torch.bfloat16, True),
 )
 
 
@@ -189,13 +194,12 @@ def compile_launch(launch: Launch, case: str, target: str) -> Compiled:
     if gpu.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers, spilled = (_amd_number(text, key) for key in ("vgpr_count", "vgpr_spill_count"))
-        widths = [32 * int(n) for n in re.findall(r"(?:global|buffer)_load_dwordx(\d)", text)]
-        return Compiled(
-            name, case, target, registers, 4 * spilled, shared, max(widths, default=32), seconds
-        )
+        found = re.findall(r"(?:global|buffer)_load_(?:dwordx?(\d?)|[us]?short|d16)", text)
+        loads = _counted([32 * int(n or 1) for n in found])
+        return Compiled(name, case, target, registers, 4 * spilled, shared, loads, seconds)
     registers, spilled = _cuda_resources(compiled.asm["cubin"])
     return Compiled(
-        name, case, target, registers, spilled, shared, _widest_load(compiled.asm["ptx"]), seconds
+        name, case, target, registers, spilled, shared, _loads(compiled.asm["ptx"]), seconds
     )
 
 
@@ -204,11 +208,15 @@ def _amd_number(text: str, key: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _widest_load(ptx: str) -> int:
-    widths = [32]
-    for vector, bits in re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx):
-        widths.append(int(vector or 1) * int(bits))
-    return max(widths)
+def _loads(ptx: str) -> str:
+    """How many global loads there are of each width, the widest first: `8 x 128, 3 x 32`."""
+    found = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return _counted([int(vector or 1) * int(bits) for vector, bits in found])
+
+
+def _counted(widths: list[int]) -> str:
+    counts = sorted(Counter(widths).items(), reverse=True)
+    return ", ".join(f"{count} x {width}" for width, count in counts)
 
 
 def cuobjdump() -> str:
@@ -273,15 +281,16 @@ def markdown(rows: list[Compiled], triton_version: str) -> str:
         "# What Triton's compiler makes of the kernels",
         "",
         f"Triton {triton_version}, compiled ahead of time, no GPU; written by `python -m build_tools.triton_report`.",
-        "Registers are those of a thread, spills bytes of a thread's stack and local memory, loads the widest global",
-        "load in bits.",
+        "Registers are those of a thread, spills bytes of a thread's stack and local memory, loads the global loads in",
+        "the code by their width in bits: those of maps are 128 wide where rows lie on 16 bytes, those of keys and",
+        "weights narrower. The last calls have rows that do not.",
         "",
         "| kernel | call | target | registers | spilled | shared memory | loads | compiled in |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| `{r.kernel}` | {r.case} | {r.target} | {r.registers} | {r.spilled_bytes} | {r.shared_bytes} | "
-        f"{r.widest_load_bits} | {r.seconds:.1f} s |"
+        f"{r.loads} | {r.seconds:.1f} s |"
         for r in rows
     ]
     return "\n".join(lines) + "\n"

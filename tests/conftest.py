@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+
+# Before torch._dynamo, which imports Triton: Triton reads the variable where it defines its own functions as well.
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    _interpret = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    importlib.import_module("triton.language")
+
+    if _interpret is None:
+        del os.environ["TRITON_INTERPRET"]
 
 # `support`, the tests' own helpers; pytest's import mode puts nothing on the path.
 sys.path.append(str(Path(__file__).resolve().parent))

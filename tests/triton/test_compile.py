@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from build_tools import triton_report
-from build_tools.triton_report import Compiled, _amd_number, _widest_load, markdown
+from build_tools.triton_report import Compiled, _amd_number, _loads, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,7 +39,8 @@ def test_kernels_compile_for_hopper_without_spills():
     assert len(forms) == 2  # planar and interleaved
     for line in lines:
         if "_fwd_" in line or "_dots_" in line or "_gather_" in line:
-            assert line.split()[-2] == "128", f"narrow loads: {line}"
+            maps = int(re.search(r"(\d+) x 128", line)[1]) if " x 128" in line else 0
+            assert maps >= 16, f"narrow loads: {line}"  # four maps in groups of four vectors
 
 
 @pytest.mark.slow
@@ -54,12 +56,12 @@ def test_launches_are_recorded_and_not_made():
 
 
 def test_what_is_read_from_compiled_text():
-    assert _widest_load("ld.global.v4.b32 {%r1}; ld.global.b16 %h;") == 128
-    assert _widest_load("@%p ld.global.L1::evict_first.v2.b32 {%r1};") == 64
-    assert _widest_load("st.global.v4.b32 [%r];") == 32
+    assert _loads("ld.global.v4.b32 {%r1}; ld.global.b16 %h;") == "1 x 128, 1 x 16"
+    assert _loads("@%p ld.global.L1::evict_first.v2.b32 {%r1};") == "1 x 64"
+    assert _loads("st.global.v4.b32 [%r];") == ""
     assert _amd_number("  .vgpr_count:     52\n  .vgpr_spill_count: 0", "vgpr_count") == 52
 
 
 def test_the_table():
-    row = Compiled("k", "T=4", "sm_90", 64, 0, 32, 128, 1.25)
-    assert "| `k` | T=4 | sm_90 | 64 | 0 | 32 | 128 | 1.2 s |" in markdown([row], "3.7.0")
+    row = Compiled("k", "T=4", "sm_90", 64, 0, 32, "8 x 128", 1.25)
+    assert "| `k` | T=4 | sm_90 | 64 | 0 | 32 | 8 x 128 | 1.2 s |" in markdown([row], "3.7.0")

@@ -176,6 +176,8 @@ def backward(
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    if not last.numel():  # there is nothing to read; what is small has a gradient all the same
+        sizes = (*q.shape, heads, 1, 0)
     (q,), query_stride = alike_rows((q,))
     keys, key_stride = alike_rows(keys)
     dscores = torch.empty_like(weights)

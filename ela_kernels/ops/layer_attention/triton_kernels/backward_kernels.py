@@ -16,26 +16,27 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     decoded,
     log_softmax,
     number_table,
+    offsets,
     pointer_table,
     scores,
     tile_at,
 )
 
 
-@triton.jit(do_not_specialize=["depth"])
+@triton.jit(do_not_specialize=["batch", "heads", "positions", "rows", "chunks", "depth"])
 def layer_attention_bwd_dots_kernel(
     dout_ptr,
     value_ptrs,  # depth of maps
     dvalue_ptrs,  # push form: depth of maps
     wanted,  # push form: 1 where a value's gradient is wanted, encoded
     weights_ptr,  # [B, G, depth]
-    partial_ptr,  # planar [segments, depth], interleaved [B, tiles, depth, C]
+    partial_ptr,  # planar [segments, depth], interleaved [B, tiles, depth, C / FOLD]
     batch,
     channels,
     heads,
     positions,
     rows,
-    row_length,
+    row_units,
     chunks,
     stride_db,
     stride_dr,
@@ -46,41 +47,56 @@ def layer_attention_bwd_dots_kernel(
     depth,
     PUSH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,  # interleaved: neighbouring channels of one head that one partial sum covers
     T: tl.constexpr,
 ):
-    sample, row, offs, mask, item, mask_line, partial, place = tile_at(
+    sample, row, column, mask, item, mask_line, place, number = tile_at(
         tl.program_id(0),
         batch,
         channels,
         heads,
         positions,
         rows,
-        row_length,
+        row_units,
         chunks,
+        UNIT,
         ROWS,
         COLS,
         INTERLEAVED,
     )
-    dout_offs = sample * stride_db + row * stride_dr + offs
+    dout_offs = offsets(sample, row, column, stride_db, stride_dr, UNIT)
     dout = tl.load(dout_ptr + dout_offs, mask=mask, other=0.0).to(tl.float32)
-    v_offs = sample * stride_vb + row * stride_vr + offs
-    g_offs = sample * stride_gb + row * stride_gr + offs
+    v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
+    g_offs = offsets(sample, row, column, stride_gb, stride_gr, UNIT)
+    if INTERLEAVED:
+        groups = channels // FOLD
+        group = tl.program_id(0) % tl.cdiv(channels, COLS) * (COLS // FOLD)
+        group += tl.arange(0, COLS // FOLD)
+        mask_sums = group < groups
+    else:
+        mask_sums = mask_line
     w_ptrs = weights_ptr + item.to(tl.int64) * depth
     for first in tl.static_range(0, T, GROUP):
         if first < depth:
+            # All reads before the first sum: a sum may need a barrier, which no read can be moved across.
+            read = ()
+            for j in tl.static_range(first, min(first + GROUP, T)):
+                read = read + (tl.load(value_ptrs[j] + v_offs, mask=mask & (j < depth), other=0.0),)
             for j in tl.static_range(first, min(first + GROUP, T)):
                 there = j < depth
-                v = tl.load(value_ptrs[j] + v_offs, mask=mask & there, other=0.0)
-                products = dout * v.to(tl.float32)
+                products = dout * read[j - first].to(tl.float32)
                 if INTERLEAVED:
                     sums = tl.sum(products, axis=0)
-                    at = partial * depth + j * channels + place
+                    if FOLD > 1:
+                        sums = tl.sum(tl.reshape(sums, [COLS // FOLD, FOLD]), axis=1)
+                    at = (number * depth + j) * groups + group
                 else:
                     sums = tl.sum(products, axis=1)
                     at = place.to(tl.int64) * depth + j
-                tl.store(partial_ptr + at, sums, mask=mask_line & there)
+                tl.store(partial_ptr + at, sums, mask=mask_sums & there)
                 if PUSH:
                     is_wanted = there & (decoded(wanted[j]) != 0)
                     w = tl.load(w_ptrs + j, mask=mask_line & is_wanted, other=0.0)
@@ -98,6 +114,7 @@ def _summed_dots(
     chunks,
     depth,
     INTERLEAVED: tl.constexpr,
+    FOLD: tl.constexpr,
     T: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
@@ -105,15 +122,15 @@ def _summed_dots(
     offs_t = tl.arange(0, T)
     mask_t = offs_t < depth
     b, g = (item // heads).to(tl.int64), item % heads
-    head_dim = channels // heads
-    count = chunks * (head_dim if INTERLEAVED else rows // heads)
+    head_groups = channels // heads // FOLD
+    count = chunks * (head_groups if INTERLEAVED else rows // heads)
     acc = tl.zeros([BLOCK_S, T], tl.float32)
     for start in range(0, count, BLOCK_S):
         part = start + tl.arange(0, BLOCK_S)
         if INTERLEAVED:
-            tile, c = part // head_dim, g * head_dim + part % head_dim
+            tile, group = part // head_groups, g * head_groups + part % head_groups
             at = ((b * chunks + tile) * depth)[:, None] + offs_t[None, :]
-            at = at * channels + c[:, None]
+            at = at * (head_groups * heads) + group[:, None]
         else:
             at = ((b * rows + g * (rows // heads)) * chunks + part)[:, None] * depth
             at = at + offs_t[None, :]
@@ -121,7 +138,7 @@ def _summed_dots(
     return tl.sum(acc, axis=0)
 
 
-@triton.jit(do_not_specialize=["depth", "prev_depth"])
+@triton.jit(do_not_specialize=["heads", "rows", "chunks", "depth", "prev_depth"])
 def layer_attention_bwd_tail_kernel(
     q_ptr,  # [B, C]
     key_ptrs,  # depth of [B, C]
@@ -151,6 +168,7 @@ def layer_attention_bwd_tail_kernel(
     PUSH: tl.constexpr,
     HAS_DPREV: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    FOLD: tl.constexpr,
     T: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,7 +182,7 @@ def layer_attention_bwd_tail_kernel(
     total = tl.zeros([T], tl.float32)
     if HAS_DOTS:
         total += _summed_dots(
-            partial_ptr, item, channels, heads, rows, chunks, depth, INTERLEAVED, T, BLOCK_S
+            partial_ptr, item, channels, heads, rows, chunks, depth, INTERLEAVED, FOLD, T, BLOCK_S
         )
     if HAS_DWEIGHTS:
         total += tl.load(dweights_ptr + offs_w, mask=mask_t, other=0.0)

@@ -14,7 +14,7 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     decoded,
     divergence_terms,
     log_softmax,
-    pointer_table,
+    offsets,
     scores,
     tile_at,
 )
@@ -72,7 +72,7 @@ def _write_weights(
         tl.store(kl_ptr + item, kl, mask=mask_item)
 
 
-@triton.jit(do_not_specialize=["depth", "prev_depth"])
+@triton.jit(do_not_specialize=["batch", "heads", "depth", "prev_depth"])
 def layer_attention_weights_kernel(
     q_ptr,
     key_ptrs,
@@ -115,7 +115,9 @@ def layer_attention_weights_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["depth", "prev_depth"])
+@triton.jit(
+    do_not_specialize=["batch", "heads", "positions", "rows", "chunks", "depth", "prev_depth"]
+)
 def layer_attention_fwd_kernel(
     q_ptr,  # [B, C]
     key_ptrs,  # depth of [B, C]
@@ -129,7 +131,7 @@ def layer_attention_fwd_kernel(
     heads,
     positions,
     rows,
-    row_length,
+    row_units,
     chunks,
     stride_qb,
     stride_kb,
@@ -143,6 +145,7 @@ def layer_attention_fwd_kernel(
     HAS_PREV: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,  # the weights are written already
     INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -150,15 +153,16 @@ def layer_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    sample, row, offs, mask, item, mask_line, _, _ = tile_at(
+    sample, row, column, mask, item, mask_line, _, _ = tile_at(
         pid,
         batch,
         channels,
         heads,
         positions,
         rows,
-        row_length,
+        row_units,
         chunks,
+        UNIT,
         ROWS,
         COLS,
         INTERLEAVED,
@@ -193,7 +197,7 @@ def layer_attention_fwd_kernel(
             BLOCK_D,
         )
         tl.debug_barrier()
-    v_offs = sample * stride_vb + row * stride_vr + offs
+    v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
     w_ptrs = weights_ptr + item.to(tl.int64) * depth
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for first in tl.static_range(0, T, GROUP):
@@ -204,114 +208,130 @@ def layer_attention_fwd_kernel(
                 v = tl.load(value_ptrs[j] + v_offs, mask=mask & there, other=0.0)
                 acc += along(w, INTERLEAVED) * v.to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + sample * stride_ob + row * stride_or + offs, out, mask=mask)
+    tl.store(out_ptr + offsets(sample, row, column, stride_ob, stride_or, UNIT), out, mask=mask)
 
 
 @triton.jit
 def _gather_key(
     query_ptrs,
-    score_ptrs,
-    score_strides,
+    dscores_ptrs,
+    score_depths,
     dkey_ptr,
-    item,
-    heads,
+    first,
+    batch,
+    channels,
     head_dim,
     stride_qb,
+    index,
     sources,
-    M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    offs_m = tl.arange(0, M)
-    mask_m = offs_m < sources
-    q_ptrs = pointer_table(query_ptrs, offs_m)
-    s_ptrs = pointer_table(score_ptrs, offs_m)
-    strides = tl.zeros([M], tl.int64)
-    for m in tl.static_range(len(score_strides)):
-        strides = tl.where(offs_m == m, decoded(score_strides[m]).to(tl.int64), strides)
-    dscores = tl.load(s_ptrs + item.to(tl.int64) * strides, mask=mask_m, other=0.0)
-    b, g = (item // heads).to(tl.int64), (item % heads).to(tl.int64)
-    for d in range(0, head_dim, BLOCK_D):
-        offs_d = d + tl.arange(0, BLOCK_D)
-        mask_d = offs_d < head_dim
-        q_offs = b * stride_qb + g * head_dim + offs_d
-        q = tl.load(
-            q_ptrs[:, None] + q_offs[None, :], mask=mask_m[:, None] & mask_d[None, :], other=0.0
-        )
-        dkey = tl.sum(dscores[:, None] * q.to(tl.float32), axis=0)
-        dkey_offs = (b * heads + g) * head_dim + offs_d
-        tl.store(dkey_ptr + dkey_offs, dkey.to(dkey_ptr.dtype.element_ty), mask=mask_d)
+    """BLOCK elements of the key's gradient, numbered through the whole batch."""
+    offs = first + tl.arange(0, BLOCK).to(tl.int64)
+    mask = offs < batch.to(tl.int64) * channels
+    b, c = offs // channels, offs % channels
+    item = b * (channels // head_dim) + c // head_dim
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, Q, GROUP):
+        if start < sources:
+            for m in tl.static_range(start, min(start + GROUP, Q)):
+                there = mask & (m < sources)
+                s_offs = item * decoded(score_depths[m]) + index
+                dscores = tl.load(dscores_ptrs[m] + s_offs, mask=there, other=0.0)
+                q = tl.load(query_ptrs[m] + b * stride_qb + c, mask=there, other=0.0)
+                acc += dscores * q.to(tl.float32)
+    tl.store(dkey_ptr + offs, acc.to(dkey_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tiles", "queries", "sources"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "heads",
+        "positions",
+        "rows",
+        "chunks",
+        "index",
+        "tiles",
+        "queries",
+        "sources",
+    ]
+)
 def layer_attention_bwd_gather_kernel(
     query_ptrs,  # of [B, C]
-    score_ptrs,  # of the wanted column of [B, G, t]
-    score_strides,  # t of each, encoded
+    dscores_ptrs,  # of [B, G, t]
+    score_depths,  # t of each, encoded
     dkey_ptr,  # [B, C]
     dout_ptrs,  # of maps
-    weight_ptrs,  # of the wanted column of [B, G, t]
-    weight_strides,  # t of each, encoded
+    weights_ptrs,  # of [B, G, t]
+    weight_depths,  # t of each, encoded
     dvalue_ptr,
     batch,
     channels,
     heads,
     positions,
     rows,
-    row_length,
+    row_units,
     chunks,
     stride_qb,
     stride_db,
     stride_dr,
     stride_vb,
     stride_vr,
+    index,  # the wanted column of weights and score gradients
     tiles,  # programs that work on the value's gradient; those after them on the key's
     queries,
     sources,
     INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     Q: tl.constexpr,
     M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     if pid < tiles:
-        sample, row, offs, mask, item, mask_line, _, _ = tile_at(
+        sample, row, column, mask, item, mask_line, _, _ = tile_at(
             pid,
             batch,
             channels,
             heads,
             positions,
             rows,
-            row_length,
+            row_units,
             chunks,
+            UNIT,
             ROWS,
             COLS,
             INTERLEAVED,
         )
-        d_offs = sample * stride_db + row * stride_dr + offs
+        d_offs = offsets(sample, row, column, stride_db, stride_dr, UNIT)
         acc = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.static_range(0, M, GROUP):
             if first < sources:
                 for m in tl.static_range(first, min(first + GROUP, M)):
                     there = m < sources
-                    w_ptrs = weight_ptrs[m] + item.to(tl.int64) * decoded(weight_strides[m])
-                    w = tl.load(w_ptrs, mask=mask_line & there, other=0.0)
+                    w_offs = item.to(tl.int64) * decoded(weight_depths[m]) + index
+                    w = tl.load(weights_ptrs[m] + w_offs, mask=mask_line & there, other=0.0)
                     dout = tl.load(dout_ptrs[m] + d_offs, mask=mask & there, other=0.0)
                     acc += along(w, INTERLEAVED) * dout.to(tl.float32)
         dvalue = acc.to(dvalue_ptr.dtype.element_ty)
-        tl.store(dvalue_ptr + sample * stride_vb + row * stride_vr + offs, dvalue, mask=mask)
+        v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
+        tl.store(dvalue_ptr + v_offs, dvalue, mask=mask)
     else:
         _gather_key(
             query_ptrs,
-            score_ptrs,
-            score_strides,
+            dscores_ptrs,
+            score_depths,
             dkey_ptr,
-            pid - tiles,
-            heads,
+            (pid - tiles).to(tl.int64) * BLOCK_KEY,
+            batch,
+            channels,
             channels // heads,
             stride_qb,
+            index,
             queries,
             Q,
-            BLOCK_D,
+            BLOCK_KEY,
         )

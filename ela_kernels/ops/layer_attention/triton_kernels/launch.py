@@ -38,9 +38,11 @@ from ela_kernels.ops.layer_attention.triton_kernels.plan import (
     make_plan,
 )
 
-# Heads of one program of the weights-only pass, and partial sums that one step of the tail adds.
+# Heads of one program of the weights-only pass; numbers that one step of the tail holds; elements of a key's gradient
+# that one program gathers.
 _WEIGHTS_HEADS = 4
-_TAIL_ELEMENTS = 2048
+_TAIL_ELEMENTS = 512
+_KEY_ELEMENTS = 512
 
 
 def _guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -59,20 +61,11 @@ def _compact(sizes: tuple[int, int, int, int, int]) -> tuple[int, int]:
     return channels * positions, channels if interleaved else positions
 
 
-def _plan(
-    sizes: tuple[int, int, int, int, int],
-    strides: Sequence[tuple[int, int]],
-    dtype: torch.dtype,
-    depth_bucket: int,
-) -> Plan:
-    is_gapless = all(inner == sizes[3] for _, inner in strides)
-    return make_plan(sizes, is_gapless, dtype, depth_bucket)
-
-
-def _row_stride(plan: Plan, strides: tuple[int, int]) -> int:
-    """Elements from one row of a plan to the next: a position, a channel, or a head without gaps."""
-    inner = strides[1]
-    return inner if plan.interleaved or plan.rows == plan.channels else plan.row_length
+def _units(plan: Plan, strides: tuple[int, int]) -> tuple[int, int]:
+    """Strides of sample and row, a row being a position, a channel, or a head without gaps, in units of the plan."""
+    batch, inner = strides
+    row = inner if plan.interleaved or plan.rows == plan.channels else plan.row_length
+    return batch // plan.UNIT, row // plan.UNIT
 
 
 def _weights_like(q: Tensor, heads: int, depth: int) -> Tensor:
@@ -165,7 +158,7 @@ def forward(
     weights_out = _weights_like(q, heads, depth)
     prev_weights = dense(prev_weights)
     kl = _divergence_like(q, heads, prev_weights)
-    plan = _plan(sizes, (strides, out_strides), q.dtype, depth_bucket)
+    plan = make_plan(sizes, (strides, out_strides), q.dtype, depth_bucket)
     with _guard(q.device):
         if plan.scores_apart:
             _launch_weights(
@@ -182,16 +175,15 @@ def forward(
             *plan.geometry,
             query_stride,
             key_stride,
-            strides[0],
-            _row_stride(plan, strides),
-            out_strides[0],
-            _row_stride(plan, out_strides),
+            *_units(plan, strides),
+            *_units(plan, out_strides),
             depth,
             0 if prev_weights is None else prev_weights.shape[2],
             scale,
             HAS_PREV=prev_weights is not None,
             HAS_WEIGHTS=plan.scores_apart,
             INTERLEAVED=plan.interleaved,
+            UNIT=plan.UNIT,
             ROWS=plan.ROWS,
             COLS=plan.COLS,
             HEADS=plan.tile_heads,
@@ -238,14 +230,14 @@ def backward(
 
     has_dots = dout is not None and last.numel() > 0
     partial = dscores
-    plan = _plan(sizes, ((sizes[3], sizes[3]),), q.dtype, depth_bucket)
+    plan = make_plan(sizes, (_compact(sizes),), q.dtype, depth_bucket)
     with _guard(q.device):
         if has_dots:
             assert dout is not None
             (dout,), dout_strides = alike_maps((resolved(dout),), channels_last, interleaved)
             values, strides = alike_maps(values, channels_last, interleaved)
             dvalue_strides = _compact(sizes)
-            plan = _plan(sizes, (dout_strides, strides, dvalue_strides), q.dtype, depth_bucket)
+            plan = make_plan(sizes, (dout_strides, strides, dvalue_strides), q.dtype, depth_bucket)
             partial = torch.empty(
                 plan.partial_elements(depth), dtype=torch.float32, device=q.device
             )
@@ -260,17 +252,16 @@ def backward(
                 weights_in,
                 partial,
                 *plan.geometry,
-                dout_strides[0],
-                _row_stride(plan, dout_strides),
-                strides[0],
-                _row_stride(plan, strides),
-                dvalue_strides[0],
-                _row_stride(plan, dvalue_strides),
+                *_units(plan, dout_strides),
+                *_units(plan, strides),
+                *_units(plan, dvalue_strides),
                 depth,
                 PUSH=push,
                 INTERLEAVED=plan.interleaved,
+                UNIT=plan.UNIT,
                 ROWS=plan.ROWS,
                 COLS=plan.COLS,
+                FOLD=plan.FOLD,
                 T=depth_bucket,
                 num_warps=NUM_WARPS,
             )
@@ -305,10 +296,13 @@ def backward(
             PUSH=push,
             HAS_DPREV=dprev is not None,
             INTERLEAVED=plan.interleaved,
+            FOLD=plan.FOLD,
             T=depth_bucket,
             BLOCK_S=max(_TAIL_ELEMENTS // depth_bucket, 1),
-            BLOCK_D=block_d(1, depth_bucket, sizes[1] // heads),
-            num_warps=NUM_WARPS,
+            BLOCK_D=min(
+                block_d(1, depth_bucket, sizes[1] // heads), max(_TAIL_ELEMENTS // depth_bucket, 1)
+            ),
+            num_warps=1,  # one head's numbers: few
         )
     return Gradients(dscores, dq, dprev, dkeys, dvalues)
 
@@ -339,7 +333,7 @@ def gather(
     strides = dvalue_strides = (0, 0)
     sources, tiles = 1, 0
     sizes = (batch, channels, heads, 1, 0)
-    plan = make_plan(sizes, True, q.dtype, 1) if batch else None
+    plan = make_plan(sizes, (_compact(sizes),), q.dtype, 1) if batch else None
     if need_value:
         interleaved = is_interleaved(douts[0], channels_last)
         dvalue = empty_map(douts[0], channels_last, interleaved)
@@ -348,40 +342,39 @@ def gather(
             douts, strides = alike_maps(douts, channels_last, interleaved)
             dvalue_strides = _compact(sizes)
             sources = len(douts)
-            plan = _plan(sizes, (strides, dvalue_strides), q.dtype, bucket(sources))
+            plan = make_plan(sizes, (strides, dvalue_strides), q.dtype, bucket(sources))
             tiles = plan.programs
-    programs = tiles + (batch * heads if need_key else 0)
+    programs = tiles + (-(-q.numel() // _KEY_ELEMENTS) if need_key else 0)
     if not programs or plan is None:
         return dkey, dvalue
     query_bucket, source_bucket = bucket(len(queries)), bucket(sources)
-    score_columns = [r.dscores[..., index:] for r in retrieved]
-    weight_columns = [r.weights[..., index:] for r in with_dout] if tiles else score_columns[:1]
-    weight_depths = [r.weights.shape[2] for r in with_dout] if tiles else [1]
+    dscores = [r.dscores for r in retrieved]
+    weights_in = [r.weights for r in with_dout] if tiles else dscores[:1]
     with _guard(q.device):
         layer_attention_bwd_gather_kernel[(programs,)](
             _padded(queries, query_bucket),
-            _padded(score_columns, query_bucket),
-            _padded([encoded(r.dscores.shape[2]) for r in retrieved], query_bucket),
+            _padded(dscores, query_bucket),
+            _padded([encoded(d.shape[2]) for d in dscores], query_bucket),
             q if dkey is None else dkey,
             _padded(douts, source_bucket) if tiles else (q,),
-            _padded(weight_columns, source_bucket),
-            _padded([encoded(d) for d in weight_depths], source_bucket),
+            _padded(weights_in, source_bucket),
+            _padded([encoded(w.shape[2]) for w in weights_in], source_bucket),
             q if dvalue is None else dvalue,
             *plan.geometry,
             query_stride,
-            strides[0],
-            _row_stride(plan, strides),
-            dvalue_strides[0],
-            _row_stride(plan, dvalue_strides),
+            *_units(plan, strides),
+            *_units(plan, dvalue_strides),
+            index,
             tiles,
             len(queries),
             sources,
             INTERLEAVED=plan.interleaved,
+            UNIT=plan.UNIT,
             ROWS=plan.ROWS,
             COLS=plan.COLS,
             Q=query_bucket,
             M=source_bucket,
-            BLOCK_D=block_d(1, query_bucket, channels // heads),
+            BLOCK_KEY=_KEY_ELEMENTS,
             num_warps=NUM_WARPS,
         )
     return dkey, dvalue

@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     rows: int
     row_length: int
     chunks: int
+    UNIT: int
     ROWS: int
     COLS: int
     programs: int
@@ -69,14 +70,20 @@ class Plan(NamedTuple):
             self.heads,
             self.positions,
             self.rows,
-            self.row_length,
+            self.row_length // self.UNIT,
             self.chunks,
         )
+
+    @property
+    def FOLD(self) -> int:  # noqa: N802 - named as the kernels' argument
+        """Interleaved: neighbouring channels whose partial sums are added before they are written."""
+        d = self.head_dim
+        return min(d & -d, self.COLS) if self.interleaved else 1
 
     def partial_elements(self, depth: int) -> int:
         """Float32 numbers of the dot products' partial sums."""
         if self.interleaved:
-            return self.batch * self.chunks * depth * self.channels
+            return self.batch * self.chunks * depth * self.channels // self.FOLD
         return self.batch * self.rows * self.chunks * depth
 
 
@@ -119,16 +126,27 @@ def _too_few(programs: int) -> bool:
 @functools.lru_cache(maxsize=4096)
 def make_plan(
     sizes: tuple[int, int, int, int, int],
-    is_gapless: bool,
+    strides: tuple[tuple[int, int], ...],
     dtype: torch.dtype,
     depth_bucket: int,
 ) -> Plan:
-    """The plan of a call on maps of `(B, C, G, N, interleaved)`.
-
-    `is_gapless`: planar maps whose channels follow each other, so that a head is one run of elements.
-    """
+    """The plan of a call on maps of `(B, C, G, N, interleaved)` with these batch and inner strides."""
     batch, channels, heads, positions, interleaved = sizes
+    # Planar maps whose channels follow each other: a head is one run of elements.
+    is_gapless = all(inner == positions for _, inner in strides)
+    rows = heads if is_gapless else channels
+    length = channels * positions // rows
+    unit = 16 // dtype.itemsize
+    steps = [stride for pair in strides for stride in pair]
+    steps += [channels] if interleaved else [length]
+    if is_gapless and not interleaved:  # the inner stride is never used
+        steps = [batch_stride for batch_stride, _ in strides] + [length]
+    if any(step % unit for step in steps):
+        unit = 1
+    # Off 16 bytes, elements are read one by one and wait in registers of their own.
     tile = _TILE_BYTES // dtype.itemsize
+    if unit == 1:
+        tile //= 8 // dtype.itemsize
     if interleaved:
         cols = _fitting(channels, _MIN_COLS, _MAX_STRIP_BYTES // dtype.itemsize)
         rows_at_once = _fitting(positions, _MIN_ROWS, tile // cols)
@@ -139,10 +157,19 @@ def make_plan(
         chunks = -(-positions // rows_at_once)
         programs = batch * chunks * strips
         return Plan(
-            True, batch, channels, heads, positions, 0, 0, chunks, rows_at_once, cols, programs
+            True,
+            batch,
+            channels,
+            heads,
+            positions,
+            0,
+            0,
+            chunks,
+            unit,
+            rows_at_once,
+            cols,
+            programs,
         )
-    rows = heads if is_gapless else channels
-    length = channels * positions // rows
     cols = _fitting(length, _MIN_COLS, _MAX_COLS)
     chunks = -(-length // cols)
     segments = batch * rows * chunks
@@ -153,5 +180,16 @@ def make_plan(
         rows_at_once //= 2
     programs = -(-segments // rows_at_once)
     return Plan(
-        False, batch, channels, heads, positions, rows, length, chunks, rows_at_once, cols, programs
+        False,
+        batch,
+        channels,
+        heads,
+        positions,
+        rows,
+        length,
+        chunks,
+        unit,
+        rows_at_once,
+        cols,
+        programs,
     )

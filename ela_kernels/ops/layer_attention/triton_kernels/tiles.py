@@ -53,17 +53,22 @@ def tile_at(
     heads,
     positions,
     rows,  # planar: rows of a sample, heads or channels
-    row_length,  # planar
+    row_units,  # planar: elements of a row / UNIT
     chunks,  # planar: segments of a row; interleaved: tiles of positions
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
     """Where a program's tile lies.
 
+    Strides and row lengths come in units of UNIT elements, 16 bytes where all of them allow it: Triton asks of a number
+    only whether 16 divides it, and reads by 16 bytes where it knows enough.
+
     Returns:
         sample, row and column as int64, to be multiplied with strides: `[ROWS, 1]` or `[1, COLS]` each; the mask of the
-        tile; and along its line: `item`, b * G + g, whether it exists, and where its partial sums begin.
+        tile; and along its line: `item`, b * G + g, whether it exists, its segment or channel; the tile's number in its
+        form's partial sums.
     """
     if INTERLEAVED:
         strips = tl.cdiv(channels, COLS)
@@ -75,28 +80,28 @@ def tile_at(
         item = b * heads + tl.minimum(c, channels - 1) // (channels // heads)
         sample = tl.full([1, 1], 0, tl.int64) + b
         mask = (n < positions)[:, None] & mask_line[None, :]
-        partial = (b * chunks + tile).to(tl.int64) * channels
-        return sample, n.to(tl.int64)[:, None], c[None, :], mask, item, mask_line, partial, c
+        number = (b * chunks + tile).to(tl.int64)
+        return sample, n.to(tl.int64)[:, None], c[None, :], mask, item, mask_line, c, number
     else:
         segment = pid * ROWS + tl.arange(0, ROWS)
         mask_line = segment < batch * rows * chunks
         segment = tl.where(mask_line, segment, 0)
         b = segment // (rows * chunks)
         row = segment % (rows * chunks) // chunks
-        offs = (segment % chunks * COLS)[:, None] + tl.arange(0, COLS)[None, :]
+        offs = ((segment % chunks).to(tl.int64) * COLS)[:, None] + tl.arange(0, COLS)[None, :]
         item = b * heads + row // (rows // heads)
-        mask = mask_line[:, None] & (offs < row_length)
-        zero = segment.to(tl.int64) * 0
-        return (
-            b.to(tl.int64)[:, None],
-            row.to(tl.int64)[:, None],
-            offs,
-            mask,
-            item,
-            mask_line,
-            zero,
-            segment,
-        )
+        mask = mask_line[:, None] & (offs < row_units * UNIT)
+        number = pid.to(tl.int64)
+        sample = b.to(tl.int64)[:, None]
+        return sample, row.to(tl.int64)[:, None], offs, mask, item, mask_line, segment, number
+
+
+@triton.jit
+def offsets(sample, row, column, batch_units, row_units, UNIT: tl.constexpr):
+    """Offsets of a tile in a map whose strides are given in units of UNIT elements."""
+    return (
+        sample * (batch_units.to(tl.int64) * UNIT) + row * (row_units.to(tl.int64) * UNIT) + column
+    )
 
 
 @triton.jit
