@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,9 +18,9 @@ from ela_kernels.models import MODELS, build_model
 from ela_kernels.models.blocks import ATTENTIONS
 from ela_kernels.training.checkpoint import NAME, load_checkpoint, save_checkpoint
 from ela_kernels.training.data import DATA, Task, load_task
-from ela_kernels.training.logs import Logs, print_table
+from ela_kernels.training.logs import Logs, Progress, print_table
 from ela_kernels.training.loop import Interrupted, Trainer
-from ela_kernels.training.optional import MissingLibraryError, optional
+from ela_kernels.training.optional import MissingLibraryError
 from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
 from ela_kernels.training.processes import Processes, choose_device, join_processes
 
@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say.
 
     Returns:
-        Exit status: 0 when done, 2 for arguments or data that do not fit, 130 or 143 when stopped by a signal.
+        Exit status: 0 when done, 1 for a file that fails in the middle of the run, 2 for arguments or data that do not
+        fit, 130 or 143 when stopped by a signal.
     """
     arguments = _parser().parse_args(argv)
     processes = Processes()
@@ -41,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, TypeError, OSError, MissingLibraryError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        return _train(trainer, logs, arguments)
+        try:
+            return _train(trainer, logs, arguments)
+        except OSError as error:
+            # A file of the data that cannot be read, a disk that is full.
+            print(f"\nerror: {error}. A checkpoint that was saved before is whole", file=sys.stderr)
+            return 1
     except KeyboardInterrupt:
         print("\nStopped at once; a checkpoint that was saved before is whole.", file=sys.stderr)
         return 130
@@ -58,7 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", choices=DATA, default="digits", help="digits are bundled with scikit-learn")
     add("--data-dir", type=Path, help="CIFAR's python pickles, or a folder with train/ and val/")
-    add("--side", type=int, help="height and width of the images; by the data if not given")
+    add(
+        "--side",
+        "--image-size",
+        type=int,
+        help="height and width of the images; by the data if not given",
+    )
     add("--model", choices=tuple(MODELS), default="resnet56")
     add("--block", choices=("basic", "bottleneck"), help="of the small networks")
     add("--attention", choices=ATTENTIONS, default="ela")
@@ -66,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--head-dim", type=int, help="channels of a head")
     add("--drop-path", type=float, default=0.0)
     add("--skip", choices=("retrieval", "layer"), default="retrieval", help="what is left out")
-    add("--ebqm", nargs="*", default=[], metavar="NAME=NUMBER", help="e.g. warmup=500 ceiling=0.2")
+    add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 ceiling=0.2")
+    add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64, help="images of a step, in each process")
@@ -77,10 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=5e-4)
     add("--no-augment", action="store_true", help="leave the training images as they are")
     add("--amp", choices=AMP, default="off")
+    add("--channels-last", action="store_true", help="memory format of the model and its images")
+    add("--workers", type=int, default=0, help="threads that read the next batches ahead")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("runs/train"), help="folder for checkpoint and logs")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints")
+    add("--log-every", type=int, metavar="STEPS", help="also log means of so many, in steps.csv")
     add("--tensorboard", action="store_true", help="logs for TensorBoard besides log.csv")
     add("--threads", type=int, help="CPU threads; PyTorch's choice if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -91,11 +106,11 @@ def _prepare(
     arguments: argparse.Namespace, device: torch.device, processes: Processes
 ) -> tuple[Trainer, Logs | None]:
     """The run as it starts or goes on, and its logs in the first process. Everything that can be refused is, here."""
-    for name in ("save_every", "threads"):
+    for name, least in (("save_every", 1), ("log_every", 1), ("threads", 1), ("workers", 0)):
         number = getattr(arguments, name)
-        if number is not None and number < 1:
+        if number is not None and number < least:
             raise ValueError(
-                f"{name.replace('_', '-')}: got {number}; allowed is an int of at least 1"
+                f"{name.replace('_', '-')}: got {number}; allowed is an int of at least {least}"
             )
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -104,18 +119,18 @@ def _prepare(
         raise ValueError(
             f"out: {out / NAME} is there already. Go on from it with --resume, or give another folder"
         )
-    for library in ("tqdm", "rich"):
-        optional(library, "the training program")
     task = load_task(arguments.data, arguments.data_dir, arguments.side)
     options = _options(arguments, task)
     torch.manual_seed(options.seed)
-    trainer = Trainer(_model(arguments, task), task, options, device, processes)
+    model = _model(arguments, task)
+    trainer = Trainer(model, task, options, device, processes, workers=arguments.workers)
     if arguments.resume:
         trainer.load_state_dict(load_checkpoint(out))
     # All processes have looked for a checkpoint before one of them can write any.
     processes.wait()
     out.mkdir(parents=True, exist_ok=True)
-    return trainer, Logs(out, arguments.tensorboard) if processes.first else None
+    logs = Logs(out, arguments.tensorboard, trainer.steps) if processes.first else None
+    return trainer, logs
 
 
 def _train(trainer: Trainer, logs: Logs | None, arguments: argparse.Namespace) -> int:
@@ -123,7 +138,7 @@ def _train(trainer: Trainer, logs: Logs | None, arguments: argparse.Namespace) -
     with _signals() as stopped:
         trainer.stopping = lambda: stopped[0]
         try:
-            _epochs(trainer, out, logs, arguments.save_every)
+            _epochs(trainer, logs, arguments)
         except Interrupted:
             _save(trainer, out)
             number = trainer.processes.any(stopped[0])
@@ -168,13 +183,26 @@ def _options(arguments: argparse.Namespace, task: Task) -> Options:
         amp=arguments.amp,
         seed=arguments.seed,
         augment=not arguments.no_augment,
-        ebqm=_ebqm_arguments(arguments.ebqm),
+        channels_last=arguments.channels_last,
+        ebqm=_ebqm_options(arguments),
         task={
             **{name: getattr(arguments, name) for name in kept},
             "classes": len(task.classes),
             "images": len(task.train),
         },
     )
+
+
+def _ebqm_options(arguments: argparse.Namespace) -> dict[str, float] | None:
+    if arguments.no_ebqm:
+        if arguments.ebqm is not None:
+            raise ValueError("ebqm: got both --ebqm and --no-ebqm; allowed is one of them")
+        return None
+    if arguments.ebqm is not None and arguments.attention != "ela":
+        raise ValueError(
+            f"ebqm: got --ebqm with attention {arguments.attention!r}; allowed with 'ela' only"
+        )
+    return _ebqm_arguments(arguments.ebqm or [])
 
 
 def _ebqm_arguments(pairs: Sequence[str]) -> dict[str, float]:
@@ -244,24 +272,26 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _epochs(trainer: Trainer, out: Path, logs: Logs | None, save_every: int) -> None:
-    bar = optional("tqdm", "the progress bar").tqdm(
-        total=trainer.options.epochs * trainer.steps_per_epoch,
-        initial=trainer.steps,
-        unit="step",
-        disable=logs is None,
-    )
-    with bar:
+def _epochs(trainer: Trainer, logs: Logs | None, arguments: argparse.Namespace) -> None:
+    every = arguments.log_every
+    total = trainer.options.epochs * trainer.steps_per_epoch
+    progress = Progress(total, trainer.steps, shown=logs is not None)
+
+    def after_step() -> None:
+        progress.step()
+        if every is not None and trainer.steps % every == 0:
+            row = trainer.latest()
+            if logs is not None:
+                logs.write_step(row)
+
+    with closing(progress):
         while not trainer.done:
-            row = trainer.run_epoch(bar.update)
-            bar.set_postfix_str(
-                f"epoch {row['epoch']}, test accuracy {row['test_accuracy']:.2%}, "
-                f"{row['layers_skipped']} layers skipped"
-            )
+            row = trainer.run_epoch(after_step)
+            progress.epoch(row)
             if logs is not None:
                 logs.write(trainer.history)
-            if trainer.done or trainer.epoch % save_every == 0:
-                _save(trainer, out)
+            if trainer.done or trainer.epoch % arguments.save_every == 0:
+                _save(trainer, arguments.out)
 
 
 def _save(trainer: Trainer, out: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -30,12 +32,15 @@ class Trainer:
     """A model in training, and everything that its next step depends on.
 
     Args:
-        model: gives class scores `[B, classes]` of images. EBQM joins in if it has ELA layers.
+        model: gives class scores `[B, classes]` of images. EBQM joins in if it has ELA layers, unless the options leave
+            EBQM out.
         task: the images.
         options: the settings.
         device: where to train.
         processes: the processes of the run; the model is then wrapped in `DistributedDataParallel`.
         stopping: asked between steps; the run stops with :class:`Interrupted` once it gives something other than 0.
+        workers: threads that read the next batches ahead; with 0 a batch is read when it is needed. The images are the
+            same.
     """
 
     def __init__(
@@ -46,11 +51,16 @@ class Trainer:
         device: torch.device | None = None,
         processes: Processes | None = None,
         stopping: Callable[[], int] = lambda: 0,
+        workers: int = 0,
     ) -> None:
         self.device = torch.device("cpu") if device is None else device
         self.processes = Processes() if processes is None else processes
+        self._format = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model = model.to(self.device)
-        self.task, self.options, self.stopping = task, options, stopping
+        if options.channels_last:
+            # PyTorch's annotations of Module.to know no memory format by itself.
+            self.model = self.model.to(memory_format=self._format)  # type: ignore[call-overload]
+        self.task, self.options, self.stopping, self.workers = task, options, stopping, workers
         self.steps_per_epoch = len(task.train) // (options.batch_size * self.processes.count)
         if self.steps_per_epoch == 0:
             raise ValueError(
@@ -62,7 +72,8 @@ class Trainer:
         self.schedule = _schedule(self.optimizer, options, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         has_ela = any(isinstance(m, ELA) for m in model.modules())
-        self.ebqm = EBQM(model, **options.ebqm_arguments(steps)) if has_ela else None
+        watched = has_ela and options.ebqm is not None
+        self.ebqm = EBQM(model, **options.ebqm_arguments(steps)) if watched else None
         self.parallel: nn.Module = self.model
         if self.processes.count > 1:
             # A skipped layer's parameters get no gradient, and which layers these are changes.
@@ -77,6 +88,7 @@ class Trainer:
         self._lap = 0.0
         self.history: list[dict[str, float]] = []
         self._totals = self._no_totals()
+        self._reported = self._no_totals()  # the part of them that latest() has given
         if self.processes.rank:
             torch.manual_seed(options.seed + self.processes.rank)
 
@@ -129,8 +141,23 @@ class Trainer:
             "layers_skipped": self.layers_skipped,
         }
         self.history.append(row)
-        self.epoch, self.batch, self._totals = self.epoch + 1, 0, self._no_totals()
+        self.epoch, self.batch = self.epoch + 1, 0
+        self._totals, self._reported = self._no_totals(), self._no_totals()
         return row
+
+    def latest(self) -> dict[str, float]:
+        """Means over the steps since the last call, or since the epoch began. All processes must call it alike."""
+        loss, accuracy = self._means(self._totals - self._reported)
+        self._reported = self._totals.clone()
+        return {
+            "step": self.steps,
+            "epoch": self.epoch + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "loss": loss,
+            "accuracy": accuracy,
+            "seconds": self.seconds,
+            "layers_skipped": self.layers_skipped,
+        }
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -170,6 +197,7 @@ class Trainer:
             "seconds": self.seconds,
             "history": self.history,
             "totals": self.processes.total(self._totals).cpu(),
+            "reported": self.processes.total(self._reported).cpu(),
             "random": random,
         }
 
@@ -194,23 +222,42 @@ class Trainer:
         self.epoch, self.batch = state["epoch"], state["batch"]
         self.seconds, self.history = state["seconds"], list(state["history"])
         # A sum over all processes: one of them goes on with it.
-        self._totals = self._no_totals()
+        self._totals, self._reported = self._no_totals(), self._no_totals()
         if self.processes.first:
             self._totals += state["totals"].to(self.device)
+            self._reported += state["reported"].to(self.device)
         torch.set_rng_state(state["random"]["cpu"][self.processes.rank])
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"][self.processes.rank], self.device)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(self.task.train), generator=self._generator(_ORDER))
-        size, count = self.options.batch_size, self.processes.count
-        for batch in range(self.batch, self.steps_per_epoch):
-            start = (batch * count + self.processes.rank) * size
-            part = order[start : start + size]
-            images, labels = self.task.train.read(part), self.task.train.labels[part]
-            if self.options.augment:
-                images = self.task.augment(images, self._generator(_VARIATION, batch))
-            yield images.to(self.device), labels.to(self.device)
+        batches = range(self.batch, self.steps_per_epoch)
+        if self.workers == 0:
+            for batch in batches:
+                yield self._place(*self._read(order, batch))
+            return
+        pool = ThreadPoolExecutor(self.workers)
+        try:
+            ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            for batch in batches:
+                ahead.append(pool.submit(self._read, order, batch))
+                if len(ahead) > self.workers:
+                    yield self._place(*ahead.popleft().result())
+            while ahead:
+                yield self._place(*ahead.popleft().result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, order: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """This process' share of a batch, varied; the same on whatever thread and in whatever order."""
+        size = self.options.batch_size
+        start = (batch * self.processes.count + self.processes.rank) * size
+        part = order[start : start + size]
+        images = self.task.train.read(part)
+        if self.options.augment:
+            images = self.task.augment(images, self._generator(_VARIATION, batch))
+        return images, self.task.train.labels[part]
 
     def _generator(self, purpose: int, batch: int = 0) -> torch.Generator:
         # The order is common to the processes, the variation each one's own.
@@ -241,7 +288,10 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.options.amp])
 
     def _to_device(self, images: Images, part: Tensor) -> tuple[Tensor, Tensor]:
-        return images.read(part).to(self.device), images.labels[part].to(self.device)
+        return self._place(images.read(part), images.labels[part])
+
+    def _place(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return images.to(self.device, memory_format=self._format), labels.to(self.device)
 
     def _no_totals(self) -> Tensor:
         return torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -268,16 +318,17 @@ def _totals(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    parameters = list(model.parameters())
+    # Norms and biases have one dimension; residual networks are usually trained without decay of them.
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(
-            model.parameters(), lr=options.lr, weight_decay=options.weight_decay
-        )
+        return torch.optim.AdamW(groups, lr=options.lr)
     return torch.optim.SGD(
-        model.parameters(),
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        nesterov=options.momentum > 0,
+        groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0
     )
 
 

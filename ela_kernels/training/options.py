@@ -22,9 +22,12 @@ class Options:
         lr: learning rate; the highest of a one-cycle schedule.
         optimizer: `"sgd"` (Nesterov momentum) or `"adamw"`.
         schedule: `"one-cycle"`, `"cosine"` or `"constant"`.
+        weight_decay: of the weights of convolutions and linear layers; norms and biases have none.
         amp: `"off"`, `"bf16"` or `"fp16"`, with autocast and for fp16 with a scaled loss.
         seed: of the weights, the order of the images, and their variation.
-        ebqm: arguments of :class:`ela_kernels.EBQM`; what is not given follows from the length of the run.
+        channels_last: the model and its images in that memory format.
+        ebqm: arguments of :class:`ela_kernels.EBQM`; what is not given follows from the length of the run. None: no
+            EBQM, every layer retrieves.
         task: what else the run must agree in to be resumed, data and model by name.
     """
 
@@ -38,7 +41,8 @@ class Options:
     amp: str = "off"
     seed: int = 0
     augment: bool = True
-    ebqm: dict[str, float] = field(default_factory=dict)
+    channels_last: bool = False
+    ebqm: dict[str, float] | None = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +59,8 @@ class Options:
             raise ValueError(
                 f"weight-decay: got {self.weight_decay}; allowed is a number of at least 0"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: got {self.seed}; allowed is an int from 0 to 2**63 - 1")
         for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("amp", AMP)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -73,7 +79,7 @@ class Options:
             "probe_interval": max(1, min(20, interval // 4)),
             # The average looks back over about one interval.
             "smoothing": max(0.5, 1 - 2 / (interval + 1)),
-            **self.ebqm,
+            **(self.ebqm or {}),
         }
 
     def check_same(self, saved: Mapping[str, Any]) -> None:

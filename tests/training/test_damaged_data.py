@@ -54,3 +54,31 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     task = load_task("folder", tmp_path, side=16)
     with pytest.raises(UnreadableImageError, match=damaged.name):
         task.train.read(torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "Ran out of input"), (pickle.dumps([1], protocol=2), "holds a list; allowed is a dict")],
+)
+def test_a_file_that_is_no_batch_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder, each=2)
+    (folder / "data_batch_4").write_bytes(content)
+    with pytest.raises(ValueError, match=f"data_batch_4.*{message}"):
+        load_task("cifar10", tmp_path)
+
+
+def test_missing_class_names_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder, each=2)
+    (folder / "batches.meta").write_bytes(pickle.dumps({b"other": 1}, protocol=2))
+    with pytest.raises(ValueError, match=r"batches\.meta has no list of class names"):
+        load_task("cifar10", tmp_path)
+
+
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    write_folder(tmp_path, train=2, val=1)
+    (tmp_path / "train" / ".notebook").mkdir()
+    (tmp_path / "train" / "dark" / "._0.png").write_bytes(b"metadata of a desktop")
+    task = load_task("folder", tmp_path, side=8)
+    assert (task.classes, len(task.train)) == (["dark", "light"], 4)
