@@ -23,6 +23,9 @@ from ela_kernels.training.logs import COLUMNS
 for library in ("sklearn", "PIL", "tqdm", "rich"):
     pytest.importorskip(library)
 
+needs_distributed = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
 ROOT = Path(__file__).resolve().parents[2]
 # EBQM decides at the 4th step and at every second after it, and skips as much as it may.
 EAGER_EBQM = (
@@ -230,20 +233,23 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(
     assert load_checkpoint(tmp_path)["epoch"] == 1
 
 
-@pytest.mark.skipif(
-    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
-)
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    script = ROOT / "tests" / "support" / "training_process.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), str(tmp_path)],
-        env=environment,
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of a script or, after `-m`, a module."""
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *arguments,
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@needs_distributed
+def test_two_processes_train_one_model(tmp_path: Path) -> None:
+    done = torchrun(str(ROOT / "tests" / "support" / "training_process.py"), str(tmp_path))
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     # 1437 images: an epoch has four steps of two batches of 178, and no image comes up twice.
@@ -254,3 +260,28 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     assert_same(first["ebqm"], second["ebqm"])
     times = [{k: v for k, v in row.items() if k != "seconds"} for row in first["history"]]
     assert times == [{k: v for k, v in row.items() if k != "seconds"} for row in second["history"]]
+
+
+@pytest.mark.slow
+@needs_distributed
+def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    stopped = str(ROOT / "tests" / "support" / "stopped_process.py")
+    more = f"{DIGITS} --epochs 2 --batch-size 178".split()
+    whole, parts = (("--out", str(tmp_path / name), *more) for name in ("whole", "parts"))
+    done = torchrun("-m", "ela_kernels", "train", *whole)
+    assert done.returncode == 0, done.stderr
+    # Of four steps an epoch; layers have been skipped since the 4th.
+    done = torchrun(stopped, "6", *parts)
+    assert "Stopped in epoch 2 after step 6" in done.stderr
+    state = load_checkpoint(tmp_path / "parts")
+    assert (state["processes"], state["epoch"], state["batch"]) == (2, 1, 2)
+    assert any(state["ebqm"]["skipped"])
+    done = torchrun("-m", "ela_kernels", "train", *parts, "--resume")
+    assert done.returncode == 0, done.stderr
+
+    expected, got = (without_times(load_checkpoint(tmp_path / name)) for name in ("whole", "parts"))
+    histories = zip(expected.pop("history"), got.pop("history"), strict=True)
+    assert_same(expected, got)
+    for row, other in histories:
+        # The totals so far are added up over the processes in another order, in float64.
+        assert row == pytest.approx(other, rel=1e-12)
