@@ -96,18 +96,18 @@ void aggregate_planar(const AggregateParams& p, int threads) {
 }
 
 // Interleaved maps: neighbouring elements belong to different heads, so the weights are laid out by channel first,
-// [B, sources, C], and then read as vectors.
-template <class T>
-void expand_columns(const Shape& s, int64_t sources, const ColumnView* columns, Acc<T>* expanded, int threads) {
+// [B, sources, C], and then read as vectors. `column(j)` is the ColumnView of source j.
+template <class T, class Column>
+void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expanded, int threads) {
   using A = Acc<T>;
   const int64_t head_dim = s.head_dim();
   for_samples(s, sources, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const ColumnView& column = columns[item % sources];
-      const A* weights = static_cast<const A*>(column.data) + item / sources * s.heads * column.stride;
+      const ColumnView view = column(item % sources);
+      const A* weights = static_cast<const A*>(view.data) + item / sources * s.heads * view.stride;
       A* row = expanded + item * s.channels;
       for (int64_t g = 0; g < s.heads; ++g) {
-        for (int64_t i = 0; i < head_dim; ++i) *row++ = weights[g * column.stride];
+        for (int64_t i = 0; i < head_dim; ++i) *row++ = weights[g * view.stride];
       }
     }
   });
@@ -123,7 +123,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
   A* expanded = static_cast<A*>(p.workspace);
-  expand_columns<T>(s, p.sources, p.columns, expanded, threads);
+  expand_columns<T>(s, p.sources, [&](int64_t j) { return p.columns[j]; }, expanded, threads);
   const int64_t strip = s.channels < kChunk ? s.channels : kChunk;
   const int64_t strips = ceil_div(s.channels, strip);
   const int64_t rows = kChunk / strip;

@@ -208,16 +208,9 @@ void backward_kernel(const BackwardParams& p, int threads) {
   if (p.dout != nullptr) {
     if (s.interleaved) {
       if (p.dvalues != nullptr) {
-        // One column view at a time would need an array of them; weights are [B, G, depth], so lay them out here.
         const A* weights = static_cast<const A*>(f.weights);
-        const int64_t head_dim = s.head_dim();
-        for_samples(s, f.depth, threads, [&](int64_t begin, int64_t end) {
-          for (int64_t item = begin; item < end; ++item) {
-            const A* column = weights + item / f.depth * s.heads * f.depth + item % f.depth;
-            A* row = expanded + item * s.channels;
-            for (int64_t c = 0; c < s.channels; ++c) row[c] = column[c / head_dim * f.depth];
-          }
-        });
+        const auto column = [&](int64_t j) { return ColumnView{weights + j, f.depth}; };
+        expand_columns<T>(s, f.depth, column, expanded, threads);
       }
       dots_interleaved<T>(p, q, partials, expanded, threads);
     } else {

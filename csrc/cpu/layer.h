@@ -167,7 +167,7 @@ void gather_convolve_interleaved(const GatherConvolveParams& p, int threads) {
   A* weights = partials + s.batch * blocks * kTaps * s.channels;  // [B, sources, C]
   A* buffers = weights + s.batch * p.sources * s.channels;        // one for each thread
   const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.samples};
-  expand_columns<T>(flat, p.sources, p.columns, weights, threads);
+  expand_columns<T>(flat, p.sources, [&](int64_t j) { return p.columns[j]; }, weights, threads);
   for_strips<kGatherChannels>(s, threads, [&](const ImageItem& at) {
     A* rows = buffers + thread_index() * gathered_rows_size(s);
     const int64_t above = at.first_row > 0 ? at.first_row - 1 : 0;
