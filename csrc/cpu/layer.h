@@ -266,7 +266,10 @@ void layer_kernel(const LayerParams& p, int threads) {
     if (!p.retrieves) return;
     weights_kernel<T>(part.weights, some);
     aggregate_kernel<T>(part.aggregate, some);
+    part.statistics.shape.samples = samples;
+    if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
   });
+  if (p.wants_statistics) join_statistics<T>(p.statistics);
 }
 
 template <class T>

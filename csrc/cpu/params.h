@@ -142,6 +142,29 @@ struct GatherConvolveParams {
   void* workspace;    // gather_convolve_workspace() accumulation elements
 };
 
+// Statistics of a map over batch and space, [C] each: mean and biased variance.
+struct StatisticsParams {
+  ImageShape shape;
+  MapView o;
+  void* partials;  // norm_workspace() accumulation elements
+  void *mean, *variance;
+};
+
+// out = x + mask[b] * act(norm(o)), or its backward: then x holds the gradient of out, and out takes that of o.
+// All that belongs to a channel or a sample is in the accumulation type.
+struct NormParams {
+  ImageShape shape;
+  MapView o, x, out;
+  const void *mean, *variance;  // [C]
+  const void *gamma, *beta;     // [C] or null
+  const void* mask;             // [B] or null
+  double eps;
+  bool relu, batch_statistics;
+  void *dgamma, *dbeta;  // [C] or null
+  void* partials;        // norm_workspace() accumulation elements, the factors at their end
+  void* factors;         // [4, C]
+};
+
 // A layer's forward: value, mean, query and key from its input, then attention. `retrieves` false: no query, no
 // attention.
 struct LayerParams {
@@ -151,6 +174,8 @@ struct LayerParams {
   WeightsParams weights;
   AggregateParams aggregate;
   void* rows;  // 9 * C accumulation elements, interleaved maps only
+  bool wants_statistics;
+  StatisticsParams statistics;  // of what it retrieves
 };
 
 // A layer's backward: its own attention's (where `attends`), then the gradients of its key, its mean, its input.
@@ -172,9 +197,12 @@ struct Kernels {
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
   void (*layer[kDTypes])(const LayerParams&, int threads);
   void (*layer_backward[kDTypes])(const LayerBackwardParams&, int threads);
+  void (*norm[kDTypes])(const NormParams&, int threads);
+  void (*norm_backward[kDTypes])(const NormParams&, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
   int64_t (*backward_workspace)(const Shape&, int64_t depth);
   int64_t (*depthwise_workspace)(const ImageShape&);
+  int64_t (*norm_workspace)(const ImageShape&);
   int64_t (*gather_convolve_workspace)(const ImageShape&, int64_t sources, int threads);
 };
 

@@ -205,6 +205,16 @@ inline Acc<T> sum_lanes(Vec<T> v) {
   return lanes[0];
 }
 
+// `x` with zeros in lanes n and after.
+template <class T>
+inline Vec<T> clear_after(Vec<T> x, int n) {
+  Acc<T> lanes[kLanes<T>];
+  __builtin_memcpy(lanes, &x, sizeof(x));
+  for (int i = n; i < kLanes<T>; ++i) lanes[i] = 0;
+  __builtin_memcpy(&x, lanes, sizeof(x));
+  return x;
+}
+
 // Calls body(i, n) over [0, count) in steps of a vector; n < kLanes<T> only in the last step.
 template <class T, class Body>
 inline void for_vectors(int64_t count, Body body) {

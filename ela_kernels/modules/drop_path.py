@@ -25,12 +25,17 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path: got {p}; allowed is a float in [0, 1]")
         self.p = float(p)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def mask(self, x: Tensor) -> Tensor | None:
+        """What each sample of `x` is multiplied with, `[B, 1, ...]`, newly drawn; None where nothing is dropped."""
         if not self.training or self.p == 0.0:
-            return x
+            return None
         keep = 1.0 - self.p
         mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask if keep == 0.0 else mask.div_(keep))
+        return mask if keep == 0.0 else mask.div_(keep)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.mask(x)
+        return x if mask is None else x * mask
 
     def extra_repr(self) -> str:
         return f"p={self.p}"

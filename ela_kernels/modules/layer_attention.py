@@ -70,7 +70,7 @@ class ChannelFilter(nn.Conv1d):
         return windows @ self.weight.view(-1)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -128,7 +128,7 @@ class QueryKeyValue(nn.Module):
         That is one with hooks, or with another convolution than the published one.
         """
         wq, wk, wv = self.Wq, self.Wk, self.Wv
-        if _has_hooks(wk) or _has_hooks(wv) or (wq is not None and _has_hooks(wq)):
+        if has_hooks(wk) or has_hooks(wv) or (wq is not None and has_hooks(wq)):
             return None
         if not (
             isinstance(wv, nn.Conv2d)

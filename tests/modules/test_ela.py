@@ -114,19 +114,19 @@ def test_calls_are_counted(kernels: object, ran: list[str]) -> None:
         calls(layer.get_submodule(part), count, part)
     network(batch())
     assert count == dict.fromkeys(("attn.Wq", "attn.Wk", "attn.Wv", "norm", "act", "drop_path"), 1)
-    assert ran == ["cpp layer", "cpp forward", "cpp layer"]  # hooks: no module is passed by
+    assert ran == ["cpp block", "cpp forward", "cpp block"]  # hooks: no module is passed by
 
     count.clear(), ran.clear()
     layer.skipped = True
     network(batch())
     assert count == {"attn.Wk": 1, "attn.Wv": 1}
-    assert ran == ["cpp layer"] * 2
+    assert ran == ["cpp block"] * 2
 
     count.clear(), ran.clear()
     layer.skip = "layer"
     network(batch())
     assert count == {}
-    assert ran == ["cpp layer"] * 2
+    assert ran == ["cpp block"] * 2
 
 
 def test_no_read_of_a_value_on_the_host() -> None:

@@ -319,7 +319,7 @@ def test_the_same_bits_on_any_number_of_threads(batch, form, monkeypatch):
     monkeypatch.setattr("ela_kernels.ops.layer_attention.cpp._ONE_THREAD_ELEMENTS", 0)
     layers, x = make_stage((batch, 20, 19, 9), 3, 5, torch.float32, form)
     first = None
-    for threads in (1, 2, 3, 4):
+    for threads in (1, 2, 3, *[4] * 12):  # often enough for threads to meet
         torch.set_num_threads(threads)
         outs, history = run_stage(layers, x)
         loss = outs[-1].square().sum() + history.kl.sum()

@@ -41,7 +41,10 @@ class Filters(NamedTuple):
 
 
 class LayerForward(NamedTuple):
-    """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing."""
+    """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
+
+    `statistics` are mean and biased variance of `out` for each channel, `[2, C]`, where they were asked for.
+    """
 
     mean: Tensor
     q: Tensor | None
@@ -50,6 +53,7 @@ class LayerForward(NamedTuple):
     out: Tensor | None
     weights: Tensor | None
     kl: Tensor | None
+    statistics: Tensor | None
 
 
 def readable(x: Tensor) -> Tensor:
@@ -86,6 +90,7 @@ def layer_forward(
     scale: float,
     prev_weights: Tensor | None,
     has_residual: bool,
+    wants_statistics: bool = False,
 ) -> LayerForward:
     """Query, key and value from `x` (which :func:`readable` gave), and what the query retrieves, in one call.
 
@@ -100,7 +105,7 @@ def layer_forward(
     depth = len(keys) + 1
     v, _ = new_map(x, flat, False)
     mean, k = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
-    q = out = weights = kl = None
+    q = out = weights = kl = statistics = None
     out_view = NO_MAP
     if retrieves:
         q = x.new_empty(x.shape[:2])
@@ -109,6 +114,8 @@ def layer_forward(
         prev_weights = dense(prev_weights)
         if prev_weights is not None:
             kl = torch.empty((flat[0], heads), dtype=accumulate)
+        if wants_statistics:
+            statistics = torch.empty((2, x.shape[1]), dtype=accumulate)
     key_addresses, key_strides, key_copies = rows((*keys, k))
     value_addresses, value_strides, value_copies = maps((*values, v), False, interleaved)
     threads = thread_count(x.numel() * depth)
@@ -137,11 +144,13 @@ def layer_forward(
         address(kl),
         out_view,
         has_residual,
+        address(statistics),
+        0 if statistics is None else statistics[1].data_ptr(),
         workspace.data_ptr(),
         threads,
     )
     del key_copies, value_copies
-    return LayerForward(mean, q, k, v, out, weights, kl)
+    return LayerForward(mean, q, k, v, out, weights, kl, statistics)
 
 
 class Attended(NamedTuple):
@@ -178,7 +187,7 @@ def layer_backward(
     retrieved: Sequence[Retrieved],
     dk: Tensor | None,
     dv: Tensor | None,
-    has_residual: bool,
+    residual: Tensor | None,
     needs: Sequence[bool],
 ) -> LayerGradients:
     """All gradients of the layer at `index` in one call; its value's is gathered and convolved, never stored.
@@ -187,7 +196,7 @@ def layer_backward(
         own: its attention, where a gradient arrived through it.
         retrieved: what the layers that retrieved this one left, this one included if it did.
         dk, dv: gradients of key and value from elsewhere, if there are any.
-        has_residual: the input was added to the output.
+        residual: what arrives past the retrieval, added to the gradient of `x`.
         needs: of x, wq, wk, wv.
     """
     need_x, need_wq, need_wk, need_wv = needs
@@ -243,6 +252,13 @@ def layer_backward(
             dout_view = (dout_address, dout_own_strides[0], dout_own_strides[1])
             copies += value_copies + dout_copies
 
+    residual_view = NO_MAP
+    if residual is not None:
+        (residual_address,), residual_strides, residual_copies = maps(
+            (residual,), False, interleaved
+        )
+        residual_view = (residual_address, residual_strides[0], residual_strides[1])
+        copies += residual_copies
     dx, dx_view = None, NO_MAP
     if need_x:
         dx, dx_view = new_map(x, kernel_sizes(x, heads, False, interleaved), False)
@@ -287,7 +303,7 @@ def layer_backward(
         dout_strides,
         weight_columns,
         weight_strides,
-        has_residual,
+        residual_view,
         address(dq),
         address(dkey),
         address(dmean),

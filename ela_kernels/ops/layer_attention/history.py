@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.block import block_pull
 from ela_kernels.ops.layer_attention.cpp_layer import Filters
+from ela_kernels.ops.layer_attention.cpp_norm import Epilogue
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
@@ -25,64 +26,8 @@ from ela_kernels.ops.layer_attention.kernels import (
     resolved,
 )
 from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
+from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
-
-
-class _Pairs(NamedTuple):
-    """Keys and values held, each with a number of its own, and the versions that they were appended at."""
-
-    keys: tuple[Tensor, ...] = ()
-    values: tuple[Tensor, ...] = ()
-    path: tuple[int, ...] = ()
-    versions: tuple[int, ...] = ()
-
-    def extended(self, key: Tensor, value: Tensor, path: tuple[int, ...] | None = None) -> _Pairs:
-        """With one more pair, whose place is the end of `path` where it has one already."""
-        versions = self.versions
-        # Neither path nor versions can be traced, and a compiled graph needs neither.
-        if torch.compiler.is_compiling():
-            path = self.path
-        else:
-            versions = (*versions, _version(key, value))
-            path = self.next_path() if path is None else path
-        return _Pairs((*self.keys, key), (*self.values, value), path, versions)
-
-    def next_path(self) -> tuple[int, ...]:
-        return (*self.path, next(_serials))
-
-    def changed(self) -> int | None:
-        """The first layer whose key or value was changed in place since it was appended; None if none was."""
-        if self.versions:
-            for j, version in enumerate(self.versions):
-                if version >= 0 and self.keys[j]._version + self.values[j]._version != version:
-                    return j
-        return None
-
-
-_serials = itertools.count(1)
-
-
-def _version(key: Tensor, value: Tensor) -> int:
-    """Versions only grow, so their sum tells whether either has; inference tensors have none."""
-    return -1 if value.is_inference() or key.is_inference() else key._version + value._version
-
-
-class _Prefix:
-    """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
-
-    __slots__ = ("heads", "kl", "pairs", "position", "token", "weights")
-
-    def __init__(
-        self,
-        pairs: _Pairs = _Pairs(),  # noqa: B008 - immutable
-        position: int = 0,
-        heads: int | None = None,
-        weights: Tensor | None = None,
-        kl: Tensor | None = None,
-        token: Tensor | None = None,
-    ) -> None:
-        self.pairs, self.position, self.heads = pairs, position, heads
-        self.weights, self.kl, self.token = weights, kl, token
 
 
 def graph_task() -> int:
@@ -114,9 +59,9 @@ class LayerHistory:
     """
 
     def __init__(self) -> None:
-        self._now = _Prefix()
+        self._now = Prefix()
         self._latest = self._now
-        self._found_by: dict[Any, list[tuple[_Prefix, bool]]] = {}
+        self._found_by: dict[Any, list[tuple[Prefix, bool]]] = {}
         self._record = Record()
         self._made_in = graph_task()
 
@@ -212,7 +157,7 @@ class LayerHistory:
                 channels_last,
             )
             token = prefix.token
-        self._leave(_Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
+        self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
         return out
 
     def provide(
@@ -233,7 +178,7 @@ class LayerHistory:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
             link = self._link(pairs, heads, 1.0, channels_last, kernels)
             token = provide_pull(k, v, token, link)
-        self._leave(_Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
+        self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
     def serves_layer(self, x: Tensor, filters: Filters) -> bool:
         """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`; they are the compiled CPU kernels."""
@@ -275,7 +220,35 @@ class LayerHistory:
         Source:
             MRLA (arXiv 2302.03985), base form.
         """
-        x = resolved(x)
+        prefix, heads, link = self._layer_link(x, filters, heads, caller)
+        out, weights, kl, token, k, v = layer_pull(
+            resolved(x), filters, prefix.weights, residual, prefix.token, link
+        )
+        pairs = prefix.pairs.extended(k, v, link.path)
+        self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
+        return out
+
+    def attend_block(
+        self, x: Tensor, filters: Filters, epilogue: Epilogue, *, heads: int, caller: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        """A residual block, `x + mask * act(norm(attend_layer(x)))`, in one node; arguments as :meth:`attend_layer`.
+
+        Returns:
+            The block's output, like `x`, and mean and biased variance of each channel `[2, C]` that it was normed with.
+        """
+        prefix, heads, link = self._layer_link(x, filters, heads, caller)
+        found, statistics = block_pull(
+            resolved(x), filters, epilogue, prefix.weights, prefix.token, link
+        )
+        out, weights, kl, token, k, v = found
+        pairs = prefix.pairs.extended(k, v, link.path)
+        self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
+        return out, statistics
+
+    def _layer_link(
+        self, x: Tensor, filters: Filters, heads: int, caller: Any
+    ) -> tuple[Prefix, int, Link]:
+        """Where a layer is in the history, its heads, and the pairs before it."""
         prefix = self._enter(caller, (x, *(w for w in filters if w is not None)))
         heads = checks.check_heads(heads, x.shape[1])
         self._check_against_held(prefix, x, heads)
@@ -283,29 +256,19 @@ class LayerHistory:
         keys, values = prefix.pairs.keys, prefix.pairs.values
         scale = checks.check_scale(None, x.shape[1] // heads)
         link = Link(path, keys, values, heads, scale, False, kernels_of("cpp"), self._record)
-        out, weights, kl, token, k, v = layer_pull(
-            x, filters, prefix.weights, residual, prefix.token, link
-        )
-        pairs = prefix.pairs.extended(k, v, path)
-        self._leave(_Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
-        return out
+        return prefix, heads, link
 
     def provide_layer(self, x: Tensor, filters: Filters, *, heads: int, caller: Any = None) -> None:
         """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
-        x = resolved(x)
-        prefix = self._enter(caller, (x, filters.wk, filters.wv))
-        heads = checks.check_heads(heads, x.shape[1])
-        self._check_against_held(prefix, x, heads)
-        path = prefix.pairs.next_path()
-        link = Link(path, (), (), heads, 1.0, False, kernels_of("cpp"), self._record)
-        token, k, v = provider_pull(x, filters, prefix.token, link)
-        pairs = prefix.pairs.extended(k, v, path)
-        self._leave(_Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
+        prefix, heads, link = self._layer_link(x, filters._replace(wq=None), heads, caller)
+        token, k, v = provider_pull(resolved(x), filters, prefix.token, link)
+        pairs = prefix.pairs.extended(k, v, link.path)
+        self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         p = self._enter(caller, ())
-        self._leave(_Prefix(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token))
+        self._leave(Prefix(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token))
 
     @torch.no_grad()
     def probe(
@@ -325,7 +288,7 @@ class LayerHistory:
         prev = None if p.weights is None else p.weights.detach()
         return layer_attention_weights(q.detach(), keys, heads, scale, prev)
 
-    def _enter(self, caller: Any, inputs: tuple[Tensor, ...]) -> _Prefix:
+    def _enter(self, caller: Any, inputs: tuple[Tensor, ...]) -> Prefix:
         """The prefix that this layer extends: the present one, or its old one in a recomputation."""
         if not self.recomputing:
             if caller is not None:
@@ -346,7 +309,7 @@ class LayerHistory:
             )
         return prefix
 
-    def _leave(self, prefix: _Prefix) -> None:
+    def _leave(self, prefix: Prefix) -> None:
         self._latest = prefix
         if not self.recomputing:
             self._now = prefix
@@ -358,7 +321,7 @@ class LayerHistory:
         return choose_kernels("layer_attention", q, self.depth + 1)
 
     def _check_pair(
-        self, prefix: _Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
+        self, prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
     ) -> int:
         """The heads, after the checks against q and against what is held."""
         checks.check_tensor("k", k)
@@ -370,7 +333,7 @@ class LayerHistory:
         self._check_against_held(prefix, v, heads)
         return heads
 
-    def _check_against_held(self, prefix: _Prefix, v: Tensor, heads: int) -> None:
+    def _check_against_held(self, prefix: Prefix, v: Tensor, heads: int) -> None:
         if not prefix.pairs.keys:
             return
         first = prefix.pairs.values[0]
@@ -392,7 +355,7 @@ class LayerHistory:
             )
 
     def _link(
-        self, pairs: _Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels
+        self, pairs: Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels
     ) -> Link:
         keys, values, path, _ = pairs
         return Link(path, keys, values, heads, scale, channels_last, kernels, self._record)

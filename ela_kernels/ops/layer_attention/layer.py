@@ -36,7 +36,32 @@ LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor
 """out, weights, kl, token, key, value."""
 
 
-def _gradients(
+def attended(
+    ctx: Any,
+    q: Tensor,
+    maps: list[Tensor],
+    prev_weights: Tensor | None,
+    weights: Tensor,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    need_prev: bool,
+) -> Attended | None:
+    """The layer's own attention for its backward, and into the record what the layers before it will need.
+
+    None where no gradient arrives through it. `maps` are keys and values, its own last.
+    """
+    if dout is None and dweights is None and dkl is None:
+        return None
+    keys, values = maps[: len(maps) // 2], maps[len(maps) // 2 :]
+    saved = Saved(q, keys, values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last)
+    dscores = torch.empty_like(weights)
+    left = ctx.kernels.Retrieved(q, weights, dscores, dout, ctx.channels_last)
+    ctx.record.add(Entry(ctx.path, left))
+    return Attended(saved, dout, dweights, dkl, dscores, need_prev)
+
+
+def gradients(
     ctx: Any,
     x: Tensor,
     filters: Filters,
@@ -44,16 +69,14 @@ def _gradients(
     own: Attended | None,
     dk: Tensor | None,
     dv: Tensor | None,
-    has_residual: bool,
+    residual: Tensor | None,
     needs: tuple[bool, ...],
 ) -> LayerGradients:
     left = left_by_later_layers(ctx)
     if not left and dk is None and dv is None:  # its own, where it has one, is among those
         return LayerGradients(None, None, None, None, None)
     index = len(ctx.path) - 1
-    return layer_backward(
-        x, filters, mean, ctx.heads, index, own, left, dk, dv, has_residual, needs
-    )
+    return layer_backward(x, filters, mean, ctx.heads, index, own, left, dk, dv, residual, needs)
 
 
 class _Layer(torch.autograd.Function):
@@ -91,21 +114,14 @@ class _Layer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, wq, wk, wv, mean, q, weights, prev_weights, *maps = ctx.saved_tensors
-        own = None
-        if dout is not None or dweights is not None or dkl is not None:
-            keys, values = maps[: len(maps) // 2], maps[len(maps) // 2 :]
-            saved = Saved(
-                q, keys, values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last
-            )
-            if dout is not None:
-                dout = in_form_of(values[-1], dout, ctx.channels_last)
-            dscores = torch.empty_like(weights)
-            own = Attended(saved, dout, dweights, dkl, dscores, ctx.needs_input_grad[4])
-            left = ctx.kernels.Retrieved(q, weights, dscores, dout, ctx.channels_last)
-            ctx.record.add(Entry(ctx.path, left))
-        has_residual = ctx.has_residual and dout is not None
+        if dout is not None:
+            dout = in_form_of(maps[-1], dout, ctx.channels_last)
+        own = attended(
+            ctx, q, maps, prev_weights, weights, dout, dweights, dkl, ctx.needs_input_grad[4]
+        )
+        residual = dout if ctx.has_residual else None
         needs = ctx.needs_input_grad[:4]
-        found = _gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, has_residual, needs)
+        found = gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, residual, needs)
         return *found, None, token_gradient(ctx, ctx.token), None
 
 
@@ -128,7 +144,7 @@ class _Provider(torch.autograd.Function):
         x, wk, wv, mean = ctx.saved_tensors
         need_x, need_wk, need_wv = ctx.needs_input_grad[:3]
         needs = (need_x, False, need_wk, need_wv)
-        found = _gradients(ctx, x, Filters(None, wk, wv), mean, None, dk, dv, False, needs)
+        found = gradients(ctx, x, Filters(None, wk, wv), mean, None, dk, dv, None, needs)
         return found.x, found.wk, found.wv, token_gradient(ctx, ctx.token), None
 
 

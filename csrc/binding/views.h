@@ -1,0 +1,85 @@
+// Views of what Python passes as addresses and strides; shared by the bindings of the CPU kernels.
+#pragma once
+
+#include <array>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/params.h"
+
+namespace ela::binding {
+
+using Ints = std::vector<int64_t>;
+
+inline void* address(int64_t x) { return reinterpret_cast<void*>(static_cast<uintptr_t>(x)); }
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+// Addresses and strides of some tensors; `strides` has one set for each address, or one for all.
+inline std::vector<MapView> maps(const Ints& addresses, const Ints& strides) {
+  const size_t step = strides.size() == 2 ? 0 : 2;
+  require(strides.size() == (step == 0 ? 2 : 2 * addresses.size()) || addresses.empty(), "strides: two for each map");
+  std::vector<MapView> out;
+  out.reserve(addresses.size());
+  for (size_t i = 0; i < addresses.size(); ++i) {
+    out.push_back({address(addresses[i]), strides[i * step], strides[i * step + 1]});
+  }
+  return out;
+}
+
+template <class View>
+inline std::vector<View> one_stride_each(const Ints& addresses, const Ints& strides) {
+  const size_t step = strides.size() == 1 ? 0 : 1;
+  require(strides.size() == (step == 0 ? 1 : addresses.size()) || addresses.empty(), "strides: one for each tensor");
+  std::vector<View> out;
+  out.reserve(addresses.size());
+  for (size_t i = 0; i < addresses.size(); ++i) out.push_back({address(addresses[i]), strides[i * step]});
+  return out;
+}
+
+inline std::vector<RowView> rows(const Ints& addresses, const Ints& strides) {
+  return one_stride_each<RowView>(addresses, strides);
+}
+
+inline std::vector<ColumnView> columns(const Ints& addresses, const Ints& strides) {
+  return one_stride_each<ColumnView>(addresses, strides);
+}
+
+// B, C, G, N, interleaved
+inline Shape shape_of(const std::array<int64_t, 5>& s) {
+  if (s[0] < 0 || s[3] < 0 || s[2] < 1 || s[1] < s[2] || s[1] % s[2] != 0) {
+    throw std::invalid_argument("shape: heads must divide channels, sizes must not be negative");
+  }
+  return {s[0], s[1], s[2], s[3], s[4] != 0};
+}
+
+inline int checked_dtype(int dtype) {
+  if (dtype < 0 || dtype >= ela::kDTypes) throw std::invalid_argument("dtype: unknown code");
+  return dtype;
+}
+
+inline size_t element_size(int dtype) { return dtype == static_cast<int>(ela::DType::kFloat64) ? 8 : 4; }
+
+inline WeightsParams weights_params(const Shape& shape, double scale, const RowView& query,
+                                    const std::vector<RowView>& keys, int64_t prev, int64_t prev_depth, int64_t weights,
+                                    int64_t kl) {
+  const int64_t depth = static_cast<int64_t>(keys.size());
+  require(depth >= 1 && (prev == 0 || (prev_depth >= 1 && prev_depth <= depth)), "depth: previous weights too long");
+  return {shape,
+          depth,
+          prev == 0 ? 0 : prev_depth,
+          scale,
+          query,
+          keys.data(),
+          address(prev),
+          address(weights),
+          prev == 0 ? nullptr : address(kl)};
+}
+
+inline RowView row(int64_t data, int64_t stride) { return {address(data), stride}; }
+
+inline MapView map(const std::array<int64_t, 3>& view) { return {address(view[0]), view[1], view[2]}; }
+
+}  // namespace ela::binding

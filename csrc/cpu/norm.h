@@ -1,0 +1,286 @@
+// What follows the retrieval o in a residual block: out = x + mask * relu(scale * o + shift), with scale and shift from
+// a norm over batch and space, and its backward.
+//
+// Least bytes: o is read once for its statistics, where they are wanted, right after it is written; then o and x read
+// and out written. Backward: dout and o read for two sums a channel, read again for the gradient of o, which is
+// written. Statistics are partial means and sums of squared distances, joined in double in a fixed order; none is a
+// difference of two large sums.
+
+// Blocks of positions with partial sums of their own: all of a plane, or some rows of interleaved channels.
+inline int64_t stat_blocks(const ImageShape& s) { return s.interleaved ? ceil_div(s.height, kRowsAtOnce) : 1; }
+
+inline int64_t stat_count(const ImageShape& s, int64_t block) {
+  if (!s.interleaved) return s.positions();
+  const int64_t rows = s.height - block * kRowsAtOnce;
+  return (rows < kRowsAtOnce ? rows : kRowsAtOnce) * s.width;
+}
+
+// Calls planar(b, c) for every plane, or interleaved(b, block, first position, last position) for every block.
+template <class Planar, class Interleaved>
+inline void for_stat_blocks(const ImageShape& s, int threads, Planar planar, Interleaved interleaved) {
+  const int64_t blocks = stat_blocks(s);
+  for_samples(s, s.interleaved ? blocks : s.channels, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      if (s.interleaved) {
+        const int64_t block = item % blocks;
+        const int64_t first = block * kRowsAtOnce * s.width;
+        interleaved(item / blocks, block, first, first + stat_count(s, block));
+      } else {
+        planar(item / s.channels, item % s.channels);
+      }
+    }
+  });
+}
+
+// Partial means and sums of squared distances from them, [2, B, blocks, C].
+template <class T>
+void statistics_kernel(const StatisticsParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const int64_t blocks = stat_blocks(s);
+  A* means = static_cast<A*>(p.partials);
+  A* squares = means + s.batch * blocks * s.channels;
+  for_stat_blocks(
+      s, threads,
+      [&](int64_t b, int64_t c) {
+        const T* o = planar_at<T>(p.o, b, c, 0);
+        // Distances from one of the values: sums of them cancel no more than the distances themselves do.
+        const A origin = load_one<T>(o, 0);
+        Vec<T> sum{}, square{};
+        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
+          Vec<T> d = load_n(o + i, n) - origin;
+          if (n < kLanes<T>) d = clear_after<T>(d, n);
+          sum += d;
+          square += d * d;
+        });
+        const A count = static_cast<A>(s.positions());
+        const A mean = sum_lanes<T>(sum) / count;
+        means[b * s.channels + c] = origin + mean;
+        squares[b * s.channels + c] = sum_lanes<T>(square) - count * mean * mean;
+      },
+      [&](int64_t b, int64_t block, int64_t first, int64_t last) {
+        const A count = static_cast<A>(last - first);
+        for_vectors<T>(s.channels, [&](int64_t c, int n) {
+          const Vec<T> origin = load_n(interleaved_at<T>(p.o, b, first, c), n);
+          Vec<T> sum{}, square{};
+          for (int64_t position = first; position < last; ++position) {
+            const Vec<T> d = load_n(interleaved_at<T>(p.o, b, position, c), n) - origin;
+            sum += d;
+            square += d * d;
+          }
+          const Vec<T> mean = sum / count;
+          const int64_t at = (b * blocks + block) * s.channels + c;
+          store_n(means + at, origin + mean, n);
+          store_n(squares + at, square - count * mean * mean, n);
+        });
+      });
+}
+
+// Joins the partial statistics to mean and (biased) variance of every channel.
+template <class T>
+void join_statistics(const StatisticsParams& p) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const int64_t blocks = stat_blocks(s);
+  const A* means = static_cast<const A*>(p.partials);
+  const A* squares = means + s.batch * blocks * s.channels;
+  for (int64_t c = 0; c < s.channels; ++c) {
+    double count = 0, mean = 0, square = 0;
+    for (int64_t i = 0; i < s.batch * blocks; ++i) {
+      const double more = static_cast<double>(stat_count(s, i % blocks));
+      const double distance = means[i * s.channels + c] - mean;
+      mean += distance * more / (count + more);
+      square += squares[i * s.channels + c] + distance * distance * count * more / (count + more);
+      count += more;
+    }
+    static_cast<A*>(p.mean)[c] = static_cast<A>(mean);
+    static_cast<A*>(p.variance)[c] = static_cast<A>(square > 0 || square != square ? square / count : 0);
+  }
+}
+
+// scale and shift of every channel, [2, C].
+template <class T>
+void prepare_norm(const NormParams& p) {
+  using A = Acc<T>;
+  A* scale = static_cast<A*>(p.factors);
+  A* shift = scale + p.shape.channels;
+  for (int64_t c = 0; c < p.shape.channels; ++c) {
+    const double inverse = 1 / sqrt(static_cast<const A*>(p.variance)[c] + p.eps);
+    const double gamma = p.gamma == nullptr ? 1 : static_cast<const A*>(p.gamma)[c];
+    const double beta = p.beta == nullptr ? 0 : static_cast<const A*>(p.beta)[c];
+    scale[c] = static_cast<A>(gamma * inverse);
+    shift[c] = static_cast<A>(beta - gamma * inverse * static_cast<const A*>(p.mean)[c]);
+  }
+}
+
+template <class T>
+inline Acc<T> mask_of(const NormParams& p, int64_t b) {
+  return p.mask == nullptr ? 1 : static_cast<const Acc<T>*>(p.mask)[b];
+}
+
+// A NaN stays one.
+template <class T>
+inline Vec<T> relu(Vec<T> z) {
+  return z < Vec<T>{} ? Vec<T>{} : z;
+}
+
+template <class T>
+void norm_kernel(const NormParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const A* scale = static_cast<const A*>(p.factors);
+  const A* shift = scale + s.channels;
+  const auto out_of = [&](Vec<T> o, Vec<T> x, auto scale, auto shift, A mask) {
+    const Vec<T> z = o * scale + shift;
+    return x + mask * (p.relu ? relu<T>(z) : z);
+  };
+  for_stat_blocks(
+      s, threads,
+      [&](int64_t b, int64_t c) {
+        const T *o = planar_at<T>(p.o, b, c, 0), *x = planar_at<T>(p.x, b, c, 0);
+        T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
+        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
+          store_n(out + i, out_of(load_n(o + i, n), load_n(x + i, n), scale[c], shift[c], mask_of<T>(p, b)), n);
+        });
+      },
+      [&](int64_t b, int64_t, int64_t first, int64_t last) {
+        for (int64_t position = first; position < last; ++position) {
+          const T *o = interleaved_at<T>(p.o, b, position, 0), *x = interleaved_at<T>(p.x, b, position, 0);
+          T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, 0));
+          for_vectors<T>(s.channels, [&](int64_t c, int n) {
+            store_n(out + c,
+                    out_of(load_n(o + c, n), load_n(x + c, n), load_n(scale + c, n), load_n(shift + c, n),
+                           mask_of<T>(p, b)),
+                    n);
+          });
+        }
+      });
+}
+
+// The gradient that arrives at the norm's output; `x` of the params holds dout here.
+template <class T, class Factor>
+inline Vec<T> norm_gradient(const NormParams& p, Vec<T> o, Vec<T> dout, Factor scale, Factor shift, Acc<T> mask) {
+  const Vec<T> g = mask * dout;
+  return p.relu ? (o * scale + shift <= Vec<T>{} ? Vec<T>{} : g) : g;
+}
+
+// Partial sums of the gradient g and of g * (o - mean), [2, B, blocks, C].
+template <class T>
+void norm_sums_kernel(const NormParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const int64_t blocks = stat_blocks(s);
+  const A *scale = static_cast<const A*>(p.factors), *shift = scale + s.channels;
+  const A* mean = static_cast<const A*>(p.mean);
+  A* sums = static_cast<A*>(p.partials);
+  A* products = sums + s.batch * blocks * s.channels;
+  for_stat_blocks(
+      s, threads,
+      [&](int64_t b, int64_t c) {
+        const T *o = planar_at<T>(p.o, b, c, 0), *dout = planar_at<T>(p.x, b, c, 0);
+        Vec<T> sum{}, product{};
+        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
+          const Vec<T> value = load_n(o + i, n);
+          // Lanes beyond the end have a zero dout, and so a zero gradient.
+          const Vec<T> g = norm_gradient<T>(p, value, load_n(dout + i, n), scale[c], shift[c], mask_of<T>(p, b));
+          sum += g;
+          product += g * (value - mean[c]);
+        });
+        sums[b * s.channels + c] = sum_lanes<T>(sum);
+        products[b * s.channels + c] = sum_lanes<T>(product);
+      },
+      [&](int64_t b, int64_t block, int64_t first, int64_t last) {
+        for_vectors<T>(s.channels, [&](int64_t c, int n) {
+          const Vec<T> scales = load_n(scale + c, n), shifts = load_n(shift + c, n), means = load_n(mean + c, n);
+          Vec<T> sum{}, product{};
+          for (int64_t position = first; position < last; ++position) {
+            const Vec<T> value = load_n(interleaved_at<T>(p.o, b, position, c), n);
+            const Vec<T> dout = load_n(interleaved_at<T>(p.x, b, position, c), n);
+            const Vec<T> g = norm_gradient<T>(p, value, dout, scales, shifts, mask_of<T>(p, b));
+            sum += g;
+            product += g * (value - means);
+          }
+          const int64_t at = (b * blocks + block) * s.channels + c;
+          store_n(sums + at, sum, n);
+          store_n(products + at, product, n);
+        });
+      });
+}
+
+// dgamma and dbeta, and what the gradient of o takes of o and of one: do = scale * g - slope * o - offset, [2, C] after
+// the factors.
+template <class T>
+void join_norm_sums(const NormParams& p) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const int64_t parts = s.batch * stat_blocks(s);
+  const A* sums = static_cast<const A*>(p.partials);
+  const A* products = sums + parts * s.channels;
+  A* scale = static_cast<A*>(p.factors);
+  A *slope = scale + 2 * s.channels, *offset = slope + s.channels;
+  const double count = static_cast<double>(s.batch * s.positions());
+  for (int64_t c = 0; c < s.channels; ++c) {
+    double sum = 0, product = 0;
+    for (int64_t i = 0; i < parts; ++i) {
+      sum += sums[i * s.channels + c];
+      product += products[i * s.channels + c];
+    }
+    const double inverse = 1 / sqrt(static_cast<const A*>(p.variance)[c] + p.eps);
+    if (p.dgamma != nullptr) static_cast<A*>(p.dgamma)[c] = static_cast<A>(product * inverse);
+    if (p.dbeta != nullptr) static_cast<A*>(p.dbeta)[c] = static_cast<A>(sum);
+    // With batch statistics mean and variance move as well; with given ones they do not.
+    const double by_value = p.batch_statistics ? scale[c] * product * inverse * inverse / count : 0;
+    slope[c] = static_cast<A>(by_value);
+    offset[c] =
+        static_cast<A>(p.batch_statistics ? scale[c] * sum / count - by_value * static_cast<const A*>(p.mean)[c] : 0);
+  }
+}
+
+template <class T>
+void norm_backward_kernel(const NormParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const A *scale = static_cast<const A*>(p.factors), *shift = scale + s.channels;
+  const A *slope = shift + s.channels, *offset = slope + s.channels;
+  for_stat_blocks(
+      s, threads,
+      [&](int64_t b, int64_t c) {
+        const T *o = planar_at<T>(p.o, b, c, 0), *dout = planar_at<T>(p.x, b, c, 0);
+        T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
+        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
+          const Vec<T> value = load_n(o + i, n);
+          const Vec<T> g = norm_gradient<T>(p, value, load_n(dout + i, n), scale[c], shift[c], mask_of<T>(p, b));
+          store_n(out + i, scale[c] * g - slope[c] * value - offset[c], n);
+        });
+      },
+      [&](int64_t b, int64_t, int64_t first, int64_t last) {
+        for (int64_t position = first; position < last; ++position) {
+          const T *o = interleaved_at<T>(p.o, b, position, 0), *dout = interleaved_at<T>(p.x, b, position, 0);
+          T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, 0));
+          for_vectors<T>(s.channels, [&](int64_t c, int n) {
+            const Vec<T> value = load_n(o + c, n), scales = load_n(scale + c, n);
+            const Vec<T> g =
+                norm_gradient<T>(p, value, load_n(dout + c, n), scales, load_n(shift + c, n), mask_of<T>(p, b));
+            store_n(out + c, scales * g - load_n(slope + c, n) * value - load_n(offset + c, n), n);
+          });
+        }
+      });
+}
+
+// The whole epilogue; mean and variance are written before it, by join_statistics() or from running statistics.
+template <class T>
+void norm_forward(const NormParams& p, int threads) {
+  prepare_norm<T>(p);
+  norm_kernel<T>(p, threads);
+}
+
+template <class T>
+void norm_backward(const NormParams& p, int threads) {
+  prepare_norm<T>(p);
+  norm_sums_kernel<T>(p, threads);
+  join_norm_sums<T>(p);
+  norm_backward_kernel<T>(p, threads);
+}
+
+// Accumulation elements: partial sums, and four factors a channel.
+inline int64_t norm_workspace(const ImageShape& s) { return (2 * s.batch * stat_blocks(s) + 4) * s.channels; }

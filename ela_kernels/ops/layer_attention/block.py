@@ -1,0 +1,136 @@
+"""A whole residual block in one autograd node: `x + mask * act(norm(what the layer retrieves))`.
+
+As `layer.py`, with what follows the retrieval: the norm's statistics are taken while the retrieval is still in cache,
+and one more pass ends the block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.cpp_layer import (
+    Filters,
+    LayerForward,
+    layer_forward,
+    readable,
+)
+from ela_kernels.ops.layer_attention.cpp_norm import Epilogue, norm_backward, norm_forward
+from ela_kernels.ops.layer_attention.layer import LayerOutput, attended, gradients
+from ela_kernels.ops.layer_attention.pull import (
+    Link,
+    in_form_of,
+    keep,
+    refuse_second_derivative,
+    token_gradient,
+)
+
+
+class _Block(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        prev_weights: Tensor | None,
+        epilogue: Epilogue,
+        token: Tensor | None,
+        link: Link,
+    ) -> tuple[Tensor | None, ...]:
+        keep(ctx, link)
+        ctx.token = token
+        # Not the parameters, which are saved below: autograd checks their versions.
+        ctx.epilogue = epilogue._replace(gamma=None, beta=None)
+        r, statistics, out = _end(x, Filters(wq, wk, wv), prev_weights, epilogue, link)
+        ctx.save_for_backward(
+            x,
+            wq,
+            wk,
+            wv,
+            gamma,
+            beta,
+            r.mean,
+            r.q,
+            r.weights,
+            prev_weights,
+            r.out,
+            statistics,
+            *link.keys,
+            r.k,
+            *link.values,
+            r.v,
+        )
+        ctx.mark_non_differentiable(statistics)
+        return out, r.weights, r.kl, x.new_empty(1), r.k, r.v, statistics
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        _: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        __: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, wq, wk, wv, gamma, beta, mean, q, weights, prev, o, statistics, *maps = ctx.saved_tensors
+        do = dgamma = dbeta = None
+        if dout is not None:
+            dout = in_form_of(maps[-1], dout, ctx.channels_last)
+            epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
+            do, dgamma, dbeta = norm_backward(o, dout, statistics, epilogue)
+        own = attended(ctx, q, maps, prev, weights, do, dweights, dkl, ctx.needs_input_grad[6])
+        needs = ctx.needs_input_grad[:4]
+        found = gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, dout, needs)
+        *filters, dprev = found
+        return *filters, dgamma, dbeta, dprev, None, token_gradient(ctx, ctx.token), None
+
+
+def _end(
+    x: Tensor, filters: Filters, prev_weights: Tensor | None, epilogue: Epilogue, link: Link
+) -> tuple[LayerForward, Tensor, Tensor]:
+    """The layer, the statistics that its retrieval is normed with, and the block's output."""
+    r = layer_forward(
+        x,
+        filters,
+        link.keys,
+        link.values,
+        link.heads,
+        link.scale,
+        prev_weights,
+        False,
+        wants_statistics=epilogue.statistics is None,
+    )
+    statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
+    assert r.out is not None
+    assert statistics is not None
+    return r, statistics, norm_forward(r.out, x, statistics, epilogue)
+
+
+def block_pull(
+    x: Tensor,
+    filters: Filters,
+    epilogue: Epilogue,
+    prev_weights: Tensor | None,
+    token: Tensor | None,
+    link: Link,
+) -> tuple[LayerOutput, Tensor]:
+    """One block on a history, as :func:`layer_pull`; and the statistics `[2, C]` that it was normed with."""
+    x = readable(x)
+    if not torch.is_grad_enabled():
+        r, statistics, out = _end(x, filters, prev_weights, epilogue, link)
+        assert r.weights is not None
+        return (out, r.weights, r.kl, token, r.k, r.v), statistics
+    gamma, beta = epilogue.gamma, epilogue.beta
+    out, weights, kl, own, k, v, statistics = _Block.apply(
+        x, *filters, gamma, beta, prev_weights, epilogue, token, link
+    )
+    return (out, weights, kl, own if own.requires_grad else token, k, v), statistics

@@ -1,0 +1,66 @@
+"""What a history holds, as immutable values: the pairs so far, and the place where one layer found them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Pairs(NamedTuple):
+    """Keys and values held, each with a number of its own, and the versions that they were appended at."""
+
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    path: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
+
+    def extended(self, key: Tensor, value: Tensor, path: tuple[int, ...] | None = None) -> Pairs:
+        """With one more pair, whose place is the end of `path` where it has one already."""
+        versions = self.versions
+        # Neither path nor versions can be traced, and a compiled graph needs neither.
+        if torch.compiler.is_compiling():
+            path = self.path
+        else:
+            versions = (*versions, _version(key, value))
+            path = self.next_path() if path is None else path
+        return Pairs((*self.keys, key), (*self.values, value), path, versions)
+
+    def next_path(self) -> tuple[int, ...]:
+        return (*self.path, next(_serials))
+
+    def changed(self) -> int | None:
+        """The first layer whose key or value was changed in place since it was appended; None if none was."""
+        if self.versions:
+            for j, version in enumerate(self.versions):
+                if version >= 0 and self.keys[j]._version + self.values[j]._version != version:
+                    return j
+        return None
+
+
+_serials = itertools.count(1)
+
+
+def _version(key: Tensor, value: Tensor) -> int:
+    """Versions only grow, so their sum tells whether either has; inference tensors have none."""
+    return -1 if value.is_inference() or key.is_inference() else key._version + value._version
+
+
+class Prefix:
+    """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
+
+    __slots__ = ("heads", "kl", "pairs", "position", "token", "weights")
+
+    def __init__(
+        self,
+        pairs: Pairs = Pairs(),  # noqa: B008 - immutable
+        position: int = 0,
+        heads: int | None = None,
+        weights: Tensor | None = None,
+        kl: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> None:
+        self.pairs, self.position, self.heads = pairs, position, heads
+        self.weights, self.kl, self.token = weights, kl, token
