@@ -22,7 +22,7 @@ _ENOUGH_PROGRAMS = 1024
 _MIN_TILE_BYTES = 16 * 32 * NUM_WARPS
 
 # Elements of the tile that scores are computed in, [heads, depth, head_dim].
-_SCORE_ELEMENTS = 4096
+_SCORE_ELEMENTS = 2048
 
 
 class Plan(NamedTuple):
