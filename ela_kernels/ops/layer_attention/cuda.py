@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention.gpu import Retrieved, alike_maps, alike_rows, map_view
+from ela_kernels.ops.layer_attention.gpu import (
+    Retrieved,
+    Sizes,
+    alike_maps,
+    alike_rows,
+    compact_strides,
+    map_view,
+    new_divergence,
+    new_gradients,
+    new_weights,
+)
 from ela_kernels.ops.layer_attention.kernels import (
     Gradients,
     Saved,
@@ -31,8 +41,6 @@ from ela_kernels.ops.layer_attention.layout import (
 )
 
 __all__ = ["Retrieved", "backward", "forward", "gather", "weights"]
-
-Sizes = tuple[int, int, int, int, int]
 
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_MAP: MapView = (0, 0, 0)
@@ -69,20 +77,8 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
-    _, channels, _, positions, interleaved = sizes
-    new = empty_map(like, channels_last, bool(interleaved))
-    inner = channels if interleaved else positions
-    return new, (new.data_ptr(), channels * positions, inner)
-
-
-def _new_weights(q: Tensor, heads: int, depth: int) -> Tensor:
-    return torch.empty((q.shape[0], heads, depth), dtype=torch.float32, device=q.device)
-
-
-def _new_divergence(q: Tensor, heads: int, prev_weights: Tensor | None) -> Tensor | None:
-    if prev_weights is None:
-        return None
-    return torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
+    new = empty_map(like, channels_last, bool(sizes[4]))
+    return new, (new.data_ptr(), *compact_strides(sizes))
 
 
 def forward(
@@ -106,9 +102,9 @@ def forward(
     keys, key_stride = alike_rows(keys)
     values, value_strides = alike_maps(values, channels_last, interleaved)
     out, out_view = _new_map(last, sizes, channels_last)
-    weights_out = _new_weights(q, heads, len(values))
+    weights_out = new_weights(q, heads, len(values))
     prev_weights = dense(prev_weights)
-    kl = _new_divergence(q, heads, prev_weights)
+    kl = new_divergence(q, heads, prev_weights)
     _launched(
         _kernels().cuda_forward(
             *_device(q),
@@ -137,9 +133,9 @@ def weights(
     """`(weights, kl)` in one launch; no value is read."""
     (q,), query_stride = alike_rows((resolved(q),))
     keys, key_stride = alike_rows([resolved(k) for k in keys])
-    weights_out = _new_weights(q, heads, len(keys))
+    weights_out = new_weights(q, heads, len(keys))
     prev_weights = dense(prev_weights)
-    kl = _new_divergence(q, heads, prev_weights)
+    kl = new_divergence(q, heads, prev_weights)
     if weights_out.numel():
         _launched(
             _kernels().cuda_weights(
@@ -180,30 +176,22 @@ def backward(
         sizes = (*q.shape, heads, 1, 0)
     (q,), query_stride = alike_rows((q,))
     keys, key_stride = alike_rows(keys)
-    dscores = torch.empty_like(weights)
-    dq = new_row(q) if need_q else None
-    dkeys = [new_row(q) if need else None for need in need_keys]
-    dvalues: list[Tensor | None] = [None] * depth
+    new = new_gradients(
+        saved, dout is not None, dkl is not None, need_q, need_prev, need_keys, need_values
+    )
     dweights, dkl, prev_weights = dense(dweights), dense(dkl), dense(prev_weights)
-    dprev = None
-    if need_prev and dkl is not None and prev_weights is not None:
-        dprev = torch.empty_like(prev_weights)
     dout_view, value_strides, dvalue_strides = _NO_MAP, (0, 0), (0, 0)
     dvalue_addresses: list[int] = []
     workspace = None
-    if dout is not None:
-        dvalues = [
-            empty_map(last, channels_last, interleaved) if need else None for need in need_values
-        ] or dvalues
     if dout is not None and last.numel():
         dout, dout_view = map_view(resolved(dout), channels_last, interleaved)
         values, value_strides = alike_maps(values, channels_last, interleaved)
         if any(need_values):
-            dvalue_addresses = [address(d) for d in dvalues]
-            dvalue_strides = _compact_strides(sizes)
+            dvalue_addresses = [address(d) for d in new.dvalues]
+            dvalue_strides = compact_strides(sizes)
         elements = _backward_workspace(_DTYPE_CODES[q.dtype], sizes, depth)
         workspace = torch.empty(elements, dtype=torch.float32, device=q.device)
-    if dscores.numel():
+    if new.dscores.numel():
         _launched(
             _kernels().cuda_backward(
                 *_device(q),
@@ -222,21 +210,16 @@ def backward(
                 dout_view,
                 address(dweights),
                 address(dkl),
-                dscores.data_ptr(),
-                address(dq),
-                [address(d) for d in dkeys] if any(need_keys) else [],
-                address(dprev),
+                new.dscores.data_ptr(),
+                address(new.dq),
+                [address(d) for d in new.dkeys] if any(need_keys) else [],
+                address(new.dprev),
                 dvalue_addresses,
                 dvalue_strides,
                 address(workspace),
             )
         )
-    return Gradients(dscores, dq, dprev, dkeys, dvalues)
-
-
-def _compact_strides(sizes: Sizes) -> tuple[int, int]:
-    _, channels, _, positions, interleaved = sizes
-    return channels * positions, channels if interleaved else positions
+    return new
 
 
 def gather(

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from ela_kernels.ops.layer_attention.kernels import Gradients, Saved, new_row
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
+    is_interleaved,
     view_in_form,
 )
+
+Sizes = tuple[int, int, int, int, int]
+"""B, C, G, N, interleaved."""
 
 Strides = tuple[int, int]
 """Batch stride, and channel stride (planar) or position stride (interleaved), in elements."""
@@ -54,6 +60,54 @@ def map_view(tensor: Tensor, channels_last: bool, interleaved: bool) -> tuple[Te
     """One map with its address and strides, copied if it is not in the given form."""
     (tensor,), strides = alike_maps((tensor,), channels_last, interleaved)
     return tensor, (tensor.data_ptr(), *strides)
+
+
+def compact_strides(sizes: Sizes) -> Strides:
+    """Those of a new map of `(B, C, G, N, interleaved)`."""
+    _, channels, _, positions, interleaved = sizes
+    return channels * positions, channels if interleaved else positions
+
+
+def new_weights(q: Tensor, heads: int, depth: int) -> Tensor:
+    """`[B, G, depth]`, unwritten."""
+    return torch.empty((q.shape[0], heads, depth), dtype=torch.float32, device=q.device)
+
+
+def new_divergence(q: Tensor, heads: int, prev_weights: Tensor | None) -> Tensor | None:
+    """`[B, G]`, unwritten; None without previous weights."""
+    if prev_weights is None:
+        return None
+    return torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
+
+
+def new_gradients(
+    saved: Saved,
+    has_dout: bool,
+    has_dkl: bool,
+    need_q: bool,
+    need_prev: bool,
+    need_keys: Sequence[bool],
+    need_values: Sequence[bool],
+) -> Gradients:
+    """Everything that a backward writes, unwritten."""
+    q, last, prev = saved.q, saved.values[-1], saved.prev_weights
+    interleaved = is_interleaved(last, saved.channels_last)
+    dprev = None
+    if need_prev and has_dkl and prev is not None:
+        dprev = torch.empty_like(prev, memory_format=torch.contiguous_format)
+    dvalues: list[Tensor | None] = [None] * len(saved.values)
+    if has_dout and need_values:
+        dvalues = [
+            empty_map(last, saved.channels_last, interleaved) if need else None
+            for need in need_values
+        ]
+    return Gradients(
+        torch.empty_like(saved.weights),
+        new_row(q) if need_q else None,
+        dprev,
+        [new_row(q) if need else None for need in need_keys],
+        dvalues,
+    )
 
 
 def _same_strides(tensors: Sequence[Tensor]) -> bool:

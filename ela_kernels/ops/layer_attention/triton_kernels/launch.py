@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.gpu import Retrieved, alike_maps, alike_rows
+from ela_kernels.ops.layer_attention.gpu import (
+    Retrieved,
+    alike_maps,
+    alike_rows,
+    compact_strides,
+    new_divergence,
+    new_gradients,
+    new_weights,
+)
 from ela_kernels.ops.layer_attention.kernels import Gradients, Saved, dense, new_row, resolved
 from ela_kernels.ops.layer_attention.layout import (
     empty_map,
@@ -56,26 +64,11 @@ def _padded(items: Sequence[Any], length: int) -> tuple[Any, ...]:
     return (*items, *([items[-1]] * (length - len(items))))
 
 
-def _compact(sizes: tuple[int, int, int, int, int]) -> tuple[int, int]:
-    _, channels, _, positions, interleaved = sizes
-    return channels * positions, channels if interleaved else positions
-
-
 def _units(plan: Plan, strides: tuple[int, int]) -> tuple[int, int]:
     """Strides of sample and row, a row being a position, a channel, or a head without gaps, in units of the plan."""
     batch, inner = strides
     row = inner if plan.interleaved or plan.rows == plan.channels else plan.row_length
     return batch // plan.UNIT, row // plan.UNIT
-
-
-def _weights_like(q: Tensor, heads: int, depth: int) -> Tensor:
-    return torch.empty((q.shape[0], heads, depth), dtype=torch.float32, device=q.device)
-
-
-def _divergence_like(q: Tensor, heads: int, prev_weights: Tensor | None) -> Tensor | None:
-    if prev_weights is None:
-        return None
-    return torch.empty((q.shape[0], heads), dtype=torch.float32, device=q.device)
 
 
 def _launch_weights(
@@ -121,9 +114,9 @@ def weights(
     """`(weights, kl)` in one launch; no value is read."""
     (q,), query_stride = alike_rows((resolved(q),))
     keys, key_stride = alike_rows([resolved(k) for k in keys])
-    weights_out = _weights_like(q, heads, len(keys))
+    weights_out = new_weights(q, heads, len(keys))
     prev_weights = dense(prev_weights)
-    kl = _divergence_like(q, heads, prev_weights)
+    kl = new_divergence(q, heads, prev_weights)
     if weights_out.numel():
         with _guard(q.device):
             _launch_weights(
@@ -154,10 +147,10 @@ def forward(
     (q,), query_stride = alike_rows((q,))
     keys, key_stride = alike_rows(keys)
     values, strides = alike_maps(values, channels_last, interleaved)
-    out, out_strides = empty_map(last, channels_last, interleaved), _compact(sizes)
-    weights_out = _weights_like(q, heads, depth)
+    out, out_strides = empty_map(last, channels_last, interleaved), compact_strides(sizes)
+    weights_out = new_weights(q, heads, depth)
     prev_weights = dense(prev_weights)
-    kl = _divergence_like(q, heads, prev_weights)
+    kl = new_divergence(q, heads, prev_weights)
     plan = make_plan(sizes, (strides, out_strides), q.dtype, depth_bucket)
     with _guard(q.device):
         if plan.scores_apart:
@@ -213,30 +206,23 @@ def backward(
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
     (q,), query_stride = alike_rows((q,))
     keys, key_stride = alike_rows(keys)
-    dscores = torch.empty_like(weights_in)
-    dq = new_row(q) if need_q else None
-    dkeys = [new_row(q) if need else None for need in need_keys]
-    dvalues: list[Tensor | None] = [None] * depth
+    new = new_gradients(
+        saved, dout is not None, dkl is not None, need_q, need_prev, need_keys, need_values
+    )
+    dscores, dq, dprev, dkeys, dvalues = new
     dweights, dkl, prev_weights = dense(dweights), dense(dkl), dense(prev_weights)
-    dprev = None
-    if need_prev and dkl is not None and prev_weights is not None:
-        dprev = torch.empty_like(prev_weights)
-    if dout is not None and need_values:
-        dvalues = [
-            empty_map(last, channels_last, interleaved) if need else None for need in need_values
-        ]
     if not dscores.numel():
-        return Gradients(dscores, dq, dprev, dkeys, dvalues)
+        return new
 
     has_dots = dout is not None and last.numel() > 0
     partial = dscores
-    plan = make_plan(sizes, (_compact(sizes),), q.dtype, depth_bucket)
+    plan = make_plan(sizes, (compact_strides(sizes),), q.dtype, depth_bucket)
     with _guard(q.device):
         if has_dots:
             assert dout is not None
             (dout,), dout_strides = alike_maps((resolved(dout),), channels_last, interleaved)
             values, strides = alike_maps(values, channels_last, interleaved)
-            dvalue_strides = _compact(sizes)
+            dvalue_strides = compact_strides(sizes)
             plan = make_plan(sizes, (dout_strides, strides, dvalue_strides), q.dtype, depth_bucket)
             partial = torch.empty(
                 plan.partial_elements(depth), dtype=torch.float32, device=q.device
@@ -304,7 +290,7 @@ def backward(
             ),
             num_warps=1,  # one head's numbers: few
         )
-    return Gradients(dscores, dq, dprev, dkeys, dvalues)
+    return new
 
 
 def _flags(tensors: Sequence[Tensor | None], length: int) -> tuple[int, ...]:
@@ -333,14 +319,14 @@ def gather(
     strides = dvalue_strides = (0, 0)
     sources, tiles = 1, 0
     sizes = (batch, channels, heads, 1, 0)
-    plan = make_plan(sizes, (_compact(sizes),), q.dtype, 1) if batch else None
+    plan = make_plan(sizes, (compact_strides(sizes),), q.dtype, 1) if batch else None
     if need_value:
         interleaved = is_interleaved(douts[0], channels_last)
         dvalue = empty_map(douts[0], channels_last, interleaved)
         if dvalue.numel():
             sizes = kernel_sizes(douts[0], heads, channels_last, interleaved)
             douts, strides = alike_maps(douts, channels_last, interleaved)
-            dvalue_strides = _compact(sizes)
+            dvalue_strides = compact_strides(sizes)
             sources = len(douts)
             plan = make_plan(sizes, (strides, dvalue_strides), q.dtype, bucket(sources))
             tiles = plan.programs
