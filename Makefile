@@ -1,8 +1,10 @@
 # Every target makes its own virtual environment first; nothing has to be set up by hand.
-# Variables: PYTHON (an interpreter of 3.10 or later), TORCH (what pip installs as PyTorch), VENV (where).
+# Variables: PYTHON (an interpreter of 3.10 or later), TORCH and TRITON (what pip installs), VENV (where).
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+# The version that this PyTorch is released with: registers and spills depend on the compiler, and tests read them.
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.0)
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14)
 BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
@@ -42,7 +44,7 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
 	    echo "$$found cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
 	fi
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)' $(BUILD_REQUIRES)
+	$(BIN)/python -m pip install --quiet '$(TORCH)' $(TRITON) $(BUILD_REQUIRES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,dev]'
 	@touch $@
 

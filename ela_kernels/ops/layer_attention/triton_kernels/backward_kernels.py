@@ -10,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ela_kernels.ops.layer_attention.triton_kernels.forward_kernels import GROUP
 from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     along,
     decoded,
@@ -20,7 +19,12 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     pointer_table,
     scores,
     tile_at,
+    where_exists,
 )
+
+# Values that are read before the first sum. More of them cost predicates, which spill, and each is several vectors;
+# what is read beyond the depth is the last map once more, from a cache, and goes nowhere.
+DOTS_GROUP = tl.constexpr(2)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "positions", "rows", "chunks", "depth"])
@@ -79,14 +83,13 @@ def layer_attention_bwd_dots_kernel(
     else:
         mask_sums = mask_line
     w_ptrs = weights_ptr + item.to(tl.int64) * depth
-    for first in tl.static_range(0, T, GROUP):
+    for first in tl.static_range(0, T, DOTS_GROUP):
         if first < depth:
             # All reads before the first sum: a sum may need a barrier, which no read can be moved across.
             read = ()
-            for j in tl.static_range(first, min(first + GROUP, T)):
-                read = read + (tl.load(value_ptrs[j] + v_offs, mask=mask & (j < depth), other=0.0),)
-            for j in tl.static_range(first, min(first + GROUP, T)):
-                there = j < depth
+            for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
+                read = read + (tl.load(value_ptrs[j] + v_offs, mask=mask, other=0.0),)
+            for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
                 products = dout * read[j - first].to(tl.float32)
                 if INTERLEAVED:
                     sums = tl.sum(products, axis=0)
@@ -96,12 +99,12 @@ def layer_attention_bwd_dots_kernel(
                 else:
                     sums = tl.sum(products, axis=1)
                     at = place.to(tl.int64) * depth + j
-                tl.store(partial_ptr + at, sums, mask=mask_sums & there)
+                tl.store(partial_ptr + at, sums, mask=where_exists(mask_sums, j, depth))
                 if PUSH:
-                    is_wanted = there & (decoded(wanted[j]) != 0)
-                    w = tl.load(w_ptrs + j, mask=mask_line & is_wanted, other=0.0)
-                    dv = (along(w, INTERLEAVED) * dout).to(dvalue_ptrs[j].dtype.element_ty)
-                    tl.store(dvalue_ptrs[j] + g_offs, dv, mask=mask & is_wanted)
+                    if (j < depth) & (decoded(wanted[j]) != 0):
+                        w = tl.load(w_ptrs + j, mask=mask_line, other=0.0)
+                        dv = (along(w, INTERLEAVED) * dout).to(dvalue_ptrs[j].dtype.element_ty)
+                        tl.store(dvalue_ptrs[j] + g_offs, dv, mask=mask)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     offsets,
     scores,
     tile_at,
+    where_exists,
 )
 
 # Values that are read before the first of them is used.
@@ -203,9 +204,9 @@ def layer_attention_fwd_kernel(
     for first in tl.static_range(0, T, GROUP):
         if first < depth:
             for j in tl.static_range(first, min(first + GROUP, T)):
-                there = j < depth
-                w = tl.load(w_ptrs + j, mask=mask_line & there, other=0.0)
-                v = tl.load(value_ptrs[j] + v_offs, mask=mask & there, other=0.0)
+                w = tl.load(w_ptrs + j, mask=where_exists(mask_line, j, depth), other=0.0)
+                v_mask = where_exists(mask, j, depth)
+                v = tl.load(value_ptrs[j] + v_offs, mask=v_mask, other=0.0)
                 acc += along(w, INTERLEAVED) * v.to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets(sample, row, column, stride_ob, stride_or, UNIT), out, mask=mask)
@@ -236,7 +237,7 @@ def _gather_key(
     for start in tl.static_range(0, Q, GROUP):
         if start < sources:
             for m in tl.static_range(start, min(start + GROUP, Q)):
-                there = mask & (m < sources)
+                there = where_exists(mask, m, sources)
                 s_offs = item * decoded(score_depths[m]) + index
                 dscores = tl.load(dscores_ptrs[m] + s_offs, mask=there, other=0.0)
                 q = tl.load(query_ptrs[m] + b * stride_qb + c, mask=there, other=0.0)
@@ -311,10 +312,11 @@ def layer_attention_bwd_gather_kernel(
         for first in tl.static_range(0, M, GROUP):
             if first < sources:
                 for m in tl.static_range(first, min(first + GROUP, M)):
-                    there = m < sources
                     w_offs = item.to(tl.int64) * decoded(weight_depths[m]) + index
-                    w = tl.load(weights_ptrs[m] + w_offs, mask=mask_line & there, other=0.0)
-                    dout = tl.load(dout_ptrs[m] + d_offs, mask=mask & there, other=0.0)
+                    w_mask = where_exists(mask_line, m, sources)
+                    w = tl.load(weights_ptrs[m] + w_offs, mask=w_mask, other=0.0)
+                    d_mask = where_exists(mask, m, sources)
+                    dout = tl.load(dout_ptrs[m] + d_offs, mask=d_mask, other=0.0)
                     acc += along(w, INTERLEAVED) * dout.to(tl.float32)
         dvalue = acc.to(dvalue_ptr.dtype.element_ty)
         v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)

@@ -146,7 +146,7 @@ def make_plan(
     # Off 16 bytes, elements are read one by one and wait in registers of their own.
     tile = _TILE_BYTES // dtype.itemsize
     if unit == 1:
-        tile //= 8 // dtype.itemsize
+        tile //= 16 // dtype.itemsize
     if interleaved:
         cols = _fitting(channels, _MIN_COLS, _MAX_STRIP_BYTES // dtype.itemsize)
         rows_at_once = _fitting(positions, _MIN_ROWS, tile // cols)
@@ -175,7 +175,7 @@ def make_plan(
     segments = batch * rows * chunks
     # Weights of a tile's segments, [segments, depth], are held in registers too.
     rows_at_once = max(min(tile // cols, _SCORE_ELEMENTS // depth_bucket), 1)
-    fewest = max(1, _MIN_TILE_BYTES // dtype.itemsize // cols)
+    fewest = min(rows_at_once, max(1, _MIN_TILE_BYTES // dtype.itemsize // cols))
     while rows_at_once > fewest and _too_few(segments // rows_at_once):
         rows_at_once //= 2
     programs = -(-segments // rows_at_once)

@@ -37,6 +37,15 @@ def number_table(codes, offs_t):
 
 
 @triton.jit
+def where_exists(mask, j, count):
+    """`mask` where map j is one of `count`; nothing otherwise.
+
+    Compared by element: the interpreter of Triton 3.9 takes a scalar truth that is broadcast for an int32.
+    """
+    return mask & (tl.full(mask.shape, j, tl.int32) < count)
+
+
+@triton.jit
 def along(line, INTERLEAVED: tl.constexpr):
     """One number for each segment or channel, spread over a tile."""
     if INTERLEAVED:
