@@ -19,7 +19,6 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     pointer_table,
     scores,
     tile_at,
-    where_exists,
 )
 
 # Values that are read before the first sum. More of them cost predicates, which spill, and each is several vectors;
@@ -90,21 +89,22 @@ def layer_attention_bwd_dots_kernel(
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
                 read = read + (tl.load(value_ptrs[j] + v_offs, mask=mask, other=0.0),)
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
-                products = dout * read[j - first].to(tl.float32)
-                if INTERLEAVED:
-                    sums = tl.sum(products, axis=0)
-                    if FOLD > 1:
-                        sums = tl.sum(tl.reshape(sums, [COLS // FOLD, FOLD]), axis=1)
-                    at = (number * depth + j) * groups + group
-                else:
-                    sums = tl.sum(products, axis=1)
-                    at = place.to(tl.int64) * depth + j
-                tl.store(partial_ptr + at, sums, mask=where_exists(mask_sums, j, depth))
-                if PUSH:
-                    if (j < depth) & (decoded(wanted[j]) != 0):
-                        w = tl.load(w_ptrs + j, mask=mask_line, other=0.0)
-                        dv = (along(w, INTERLEAVED) * dout).to(dvalue_ptrs[j].dtype.element_ty)
-                        tl.store(dvalue_ptrs[j] + g_offs, dv, mask=mask)
+                if j < depth:
+                    products = dout * read[j - first].to(tl.float32)
+                    if INTERLEAVED:
+                        sums = tl.sum(products, axis=0)
+                        if FOLD > 1:
+                            sums = tl.sum(tl.reshape(sums, [COLS // FOLD, FOLD]), axis=1)
+                        at = (number * depth + j) * groups + group
+                    else:
+                        sums = tl.sum(products, axis=1)
+                        at = place.to(tl.int64) * depth + j
+                    tl.store(partial_ptr + at, sums, mask=mask_sums)
+                    if PUSH:
+                        if decoded(wanted[j]) != 0:
+                            w = tl.load(w_ptrs + j, mask=mask_line, other=0.0)
+                            dv = (along(w, INTERLEAVED) * dout).to(dvalue_ptrs[j].dtype.element_ty)
+                            tl.store(dvalue_ptrs[j] + g_offs, dv, mask=mask)
 
 
 @triton.jit
