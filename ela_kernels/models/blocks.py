@@ -15,6 +15,7 @@ from ela_kernels.modules import (
 )
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import SkipMode
+from ela_kernels.modules.residual import residual_block
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.history import graph_task
 
@@ -95,6 +96,8 @@ class MRLA(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, history: LayerHistory | ConcatHistory) -> Tensor:
+        if isinstance(history, LayerHistory):
+            return residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
         out: Tensor = x + self.drop_path(self.act(self.norm(self.attn(x, history))))
         return out
 

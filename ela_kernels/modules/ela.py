@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention, has_hooks
+from ela_kernels.modules.layer_attention import LayerAttention
+from ela_kernels.modules.residual import residual_block
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.layer_attention.cpp_layer import Filters
-from ela_kernels.ops.layer_attention.cpp_norm import Epilogue
-from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 SkipMode = Literal["retrieval", "layer"]
 SKIP_MODES: tuple[str, ...] = get_args(SkipMode)
@@ -27,28 +25,6 @@ def check_skip(skip: object) -> SkipMode:
     if skip not in SKIP_MODES:
         raise ValueError(f"skip: got {skip!r}; allowed are 'retrieval' and 'layer'")
     return skip  # type: ignore[return-value]
-
-
-def _takes_batch(norm: nn.BatchNorm2d) -> bool:
-    """Whether a norm takes the statistics of the batch, as `nn.BatchNorm2d` decides it."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
-
-
-@torch.no_grad()
-def _track(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> None:
-    """Running statistics as `nn.BatchNorm2d` keeps them: the variance unbiased, a cumulative mean without momentum."""
-    if norm.running_mean is None or norm.running_var is None:
-        return
-    factor = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if factor is None:
-            factor = 1.0 / float(norm.num_batches_tracked)
-    if factor is None:
-        factor = 0.0
-    mean, variance = statistics.to(norm.running_mean.dtype)
-    norm.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
-    norm.running_var.mul_(1 - factor).add_(variance, alpha=factor * count / (count - 1))
 
 
 class ELA(nn.Module):
@@ -132,57 +108,9 @@ class ELA(nn.Module):
             raise RuntimeError(
                 "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
             )
-        filters = self._block_filters(history, x)
-        if filters is not None:
-            out = self._fused(x, history, filters, self.attn.heads)
-        else:
-            retrieval: Tensor = self.drop_path(self.act(self.norm(self.attn(x, history))))
-            out = x + retrieval
+        out = residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
         if watched:
             self._observe(history.kl)
-        return out
-
-    def _block_filters(self, history: LayerHistory, x: Tensor) -> Filters | None:
-        """The layer's parameters where one kernel serves the whole block; None where a module may not be passed by."""
-        attn, norm, act = self.attn, self.norm, self.act
-        if (
-            type(attn) is not LayerAttention
-            or type(norm) is not nn.BatchNorm2d
-            or type(act) not in (nn.ReLU, nn.Identity)
-            or any(has_hooks(module) for module in (attn, norm, act, self.drop_path))
-        ):
-            return None
-        attn.check_input(x)
-        filters = attn.filters()
-        if filters is None or not history.serves_layer(x, filters):
-            return None
-        # One number a channel has no variance: PyTorch's norm says so.
-        enough = x.shape[0] * x.shape[2] * x.shape[3] > 1
-        given = norm.num_features == x.shape[1] and (norm.weight is None) == (norm.bias is None)
-        return filters if given and (enough or not _takes_batch(norm)) else None
-
-    def _fused(self, x: Tensor, history: LayerHistory, filters: Filters, heads: int) -> Tensor:
-        norm = self.norm
-        assert isinstance(norm, nn.BatchNorm2d)
-        statistics = None
-        if not _takes_batch(norm):
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            statistics = torch.stack((norm.running_mean, norm.running_var)).to(
-                accumulate_dtype(x.dtype)
-            )
-        mask = self.drop_path.mask(x)
-        epilogue = Epilogue(
-            norm.weight,
-            norm.bias,
-            statistics,
-            None if mask is None else mask.view(-1),
-            norm.eps,
-            isinstance(self.act, nn.ReLU),
-        )
-        out, found = history.attend_block(x, filters, epilogue, heads=heads, caller=self.attn)
-        if norm.training and norm.track_running_stats:
-            _track(norm, found, x.numel() // x.shape[1])
         return out
 
     def _pass(self, x: Tensor, history: LayerHistory, probe: bool) -> None:

@@ -1,0 +1,112 @@
+"""The residual block around a layer: `x + drop_path(act(norm(o)))`, by one kernel where the modules allow it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ela_kernels.modules.drop_path import DropPath
+from ela_kernels.modules.layer_attention import LayerAttention, has_hooks
+from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.cpp_norm import Epilogue
+from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+
+FusedBlock = Callable[[Epilogue], tuple[Tensor, Tensor]]
+"""From what follows the retrieval to the block's output and the statistics that it was normed with."""
+
+
+def residual_block(
+    attn: nn.Module,
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: DropPath,
+    x: Tensor,
+    history: LayerHistory,
+) -> Tensor:
+    """`x + drop_path(act(norm(attn(x, history))))`, in one call of the kernels where they can serve all of it."""
+    if type(attn) is LayerAttention and may_pass_by(attn, norm, act, drop_path):
+        attn.check_input(x)
+        filters = attn.filters()
+        if filters is not None and fits(norm, x) and history.serves_layer(x, filters):
+            served, heads = filters, attn.heads
+            return fused_block(
+                lambda epilogue: history.attend_block(
+                    x, served, epilogue, heads=heads, caller=attn
+                ),
+                norm,
+                act,
+                drop_path,
+                x,
+            )
+    out: Tensor = x + drop_path(act(norm(attn(x, history))))
+    return out
+
+
+def may_pass_by(attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: DropPath) -> bool:
+    """Whether a kernel may do the work of these modules without calling them."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and type(act) in (nn.ReLU, nn.Identity)
+        and not any(has_hooks(module) for module in (attn, norm, act, drop_path))
+    )
+
+
+def fits(norm: nn.Module, x: Tensor) -> bool:
+    """Whether the kernels serve this norm on `x`; where they do not, PyTorch's own may have something to say."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    # One number a channel has no variance.
+    enough = x.shape[0] * x.shape[2] * x.shape[3] > 1
+    given = norm.num_features == x.shape[1] and (norm.weight is None) == (norm.bias is None)
+    return given and (enough or not takes_batch(norm))
+
+
+def takes_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether a norm takes the statistics of the batch, as `nn.BatchNorm2d` decides it."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def fused_block(
+    run: FusedBlock, norm: nn.Module, act: nn.Module, drop_path: DropPath, x: Tensor
+) -> Tensor:
+    """The block by `run`, and the norm's running statistics kept as `nn.BatchNorm2d` keeps them."""
+    assert isinstance(norm, nn.BatchNorm2d)
+    statistics = None
+    if not takes_batch(norm):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        statistics = torch.stack((norm.running_mean, norm.running_var)).to(
+            accumulate_dtype(x.dtype)
+        )
+    mask = drop_path.mask(x)
+    out, found = run(
+        Epilogue(
+            norm.weight,
+            norm.bias,
+            statistics,
+            None if mask is None else mask.view(-1),
+            norm.eps,
+            isinstance(act, nn.ReLU),
+        )
+    )
+    if norm.training and norm.track_running_stats:
+        _track(norm, found, x.numel() // x.shape[1])
+    return out
+
+
+@torch.no_grad()
+def _track(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> None:
+    """The variance unbiased; without momentum a cumulative mean."""
+    if norm.running_mean is None or norm.running_var is None:
+        return
+    factor = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if factor is None:
+            factor = 1.0 / float(norm.num_batches_tracked)
+    if factor is None:
+        factor = 0.0
+    mean, variance = statistics.to(norm.running_mean.dtype)
+    norm.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
+    norm.running_var.mul_(1 - factor).add_(variance, alpha=factor * count / (count - 1))
