@@ -119,14 +119,14 @@ class Stage:
             y = out.mean((2, 3)).unsqueeze(1)
             pad = wq.shape[-1] // 2
             keys.append(nn.functional.conv1d(y, wk, padding=pad).squeeze(1))
-            values.append(_depthwise(out, wv))
+            values.append(depthwise(out, wv))
             q = nn.functional.conv1d(y, wq, padding=pad).squeeze(1)
             o, _, _ = layer_attention_reference(q, keys, values, self.shape.heads, scale)
             out = out + o
         return out.detach(), list(torch.autograd.grad(out, inputs, self.dout.double()))
 
 
-def _depthwise(x: Tensor, filters: Tensor) -> Tensor:
+def depthwise(x: Tensor, filters: Tensor) -> Tensor:
     """Depthwise 3x3 convolution as nine shifted sums: PyTorch's own is twenty times slower in float64."""
     rows, columns = x.shape[2:]
     padded = nn.functional.pad(x, (1, 1, 1, 1))
@@ -155,14 +155,15 @@ def check_forms(stage: Stage, forms: dict[str, StageForward]) -> dict[str, dict[
         out = forward(stage.x)
         grads = torch.autograd.grad(out, stage.inputs, stage.dout)
         first_call = time.perf_counter() - start
-        worst = _distance(f"{contender}: output", out, expected_out)
+        worst = check_close(f"{contender}: output", out, expected_out)
         for name, got, want in zip(names, grads, expected_grads, strict=True):
-            worst = max(worst, _distance(f"{contender}: gradient of {name}", got, want))
+            worst = max(worst, check_close(f"{contender}: gradient of {name}", got, want))
         report[contender] = {"first_call_seconds": first_call, "largest_error": worst}
     return report
 
 
-def _distance(what: str, got: Tensor, want: Tensor) -> float:
+def check_close(what: str, got: Tensor, want: Tensor) -> float:
+    """Relative L2 distance of `got` from a float64 `want`; raises where it is beyond the tolerance."""
     norm = want.norm()
     found = float((got.detach().double() - want).norm() / norm) if norm > 0 else float(got.norm())
     if not found <= TOLERANCE:

@@ -49,6 +49,23 @@ def _targets(results: Results) -> Iterator[Target]:
             yield Target(
                 "default malloc: stage, times faster than eager", shape, value, bound, True
             )
+    for shape, blocks in results["blocks"].items():
+        for phase, bound in (("training", 3.0), ("inference", 4.0)):
+            others = {n: m for n, m in blocks[phase]["ms"].items() if n in ("eager", "compiled")}
+            fastest = min(others, key=lambda name: others[name]["median"])
+            value = blocks[phase]["times_ours"][fastest]["of_medians"]
+            yield Target(f"blocks, {phase}, times faster than {fastest}", shape, value, bound, True)
+        value = blocks["training"]["times_bfloat16"]["of_medians"]
+        yield Target(
+            "blocks, training, bfloat16 times faster than float32", shape, value, 1.5, True
+        )
+    if results["networks"]:
+        networks = results["networks"]
+        for name, bound in (("mrla", 1.5), ("ela", 1.35)):
+            value = networks["times_plain"][name]["of_medians"]
+            yield Target(f"network, {name} over plain", "resnet56", value, bound, False)
+        value = networks["concatenating_over"]["mrla"]["of_medians"]
+        yield Target("network, concatenating over mrla", "resnet56", value, 2.0, True)
     for shape, floor in results["floor"].items():
         forward, backward = (floor[f"{name}_percent_of_probe"] for name in ("forward", "backward"))
         yield Target("op forward, % of read probe", shape, forward, 80.0, True)
@@ -86,6 +103,30 @@ def text_report(results: Results) -> str:
         others = [name for name in names if name != "layer"]
         head = [f"{setting} malloc", *names, f"{' / '.join(others)} over layer"]
         lines += [*table(head, rows), ""]
+    if results["blocks"]:
+        for phase in ("training", "inference"):
+            stages = {shape: blocks[phase] for shape, blocks in results["blocks"].items()}
+            names = list(next(iter(stages.values()))["ms"])
+            others = [name for name in names if name != "block"]
+            rows = []
+            for shape, stage in stages.items():
+                faster = [f"{stage['times_ours'][name]['of_medians']:.2f}" for name in others]
+                cells = [_time(stage["ms"][name]) for name in names]
+                rows.append([str(parse_shape(shape)), *cells, " / ".join(faster)])
+            lines += [f"Residual blocks with BatchNorm and ReLU, {phase}, ms (kept malloc)", ""]
+            lines += [*table(["", *names, f"{' / '.join(others)} over block"], rows), ""]
+    if results["networks"]:
+        networks = results["networks"]
+        lines += [
+            f"One training step of {networks['network']}, ms (kept malloc); in ela {networks['skipped']} of "
+            f"{networks['layers']} retrievals are skipped",
+            "",
+        ]
+        rows = [
+            [name, _time(ms), f"{networks['times_plain'][name]['of_medians']:.2f}"]
+            for name, ms in networks["ms"].items()
+        ]
+        lines += [*table(["network", "a step", "over plain"], rows), ""]
     if results["floor"]:
         lines += ["Op against the read probe (GB/s of the least bytes)", ""]
         rows = []

@@ -26,12 +26,26 @@ from benchmarks.environment import (
 )
 from benchmarks.report import plot, text_report
 from benchmarks.shapes import QUICK_STAGES, STAGES, StageShape, parse_shape
-from benchmarks.worker import PARTS
+from benchmarks.worker import ONCE, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-FULL_ROUNDS = {"stages": 15, "floor": 15, "divergence": 60, "overhead": 400}
-QUICK_ROUNDS = {"stages": 5, "floor": 5, "divergence": 15, "overhead": 60}
+FULL_ROUNDS = {
+    "stages": 15,
+    "blocks": 15,
+    "floor": 15,
+    "divergence": 60,
+    "overhead": 400,
+    "networks": 11,
+}
+QUICK_ROUNDS = {
+    "stages": 5,
+    "blocks": 5,
+    "floor": 5,
+    "divergence": 15,
+    "overhead": 60,
+    "networks": 3,
+}
 
 
 class Run:
@@ -56,14 +70,14 @@ class Run:
             for i, shape in enumerate(self.shapes):
                 parts = ["stages"]
                 if setting == KEPT:
-                    parts += ["floor", "divergence", *(["overhead"] if i == 0 else [])]
+                    parts += ["blocks", "floor", "divergence", *(ONCE if i == 0 else ())]
                 parts = [part for part in parts if part in self.parts]
                 if not parts:
                     continue
                 for part, numbers in self._worker(setting, shape, parts, malloc).items():
                     if part == "stages":
                         results[part].setdefault(setting, {})[shape.name] = numbers
-                    elif part == "overhead":
+                    elif part in ONCE:
                         results[part] = numbers
                     else:
                         results[part][shape.name] = numbers

@@ -15,13 +15,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.blocks import measure_blocks
 from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.memory import measure_memory
+from benchmarks.networks import measure_networks
 from benchmarks.overhead import measure_overhead
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import measure_stage
 
-PARTS = ("stages", "floor", "divergence", "memory", "overhead")
+PARTS = ("stages", "blocks", "floor", "divergence", "memory", "overhead", "networks")
+# Whose numbers do not depend on the shape.
+ONCE = ("overhead", "networks")
 
 
 def measure(
@@ -30,6 +34,10 @@ def measure(
     """One part's results."""
     if part == "stages":
         return measure_stage(shape, contenders, rounds[part])
+    if part == "blocks":
+        return measure_blocks(shape, contenders, rounds[part])
+    if part == "networks":
+        return measure_networks(rounds[part])
     if part == "memory":
         return measure_memory(shape, contenders)
     if part == "overhead":

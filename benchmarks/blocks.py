@@ -1,0 +1,141 @@
+"""A stage of residual blocks, `x <- x + relu(norm(layer(x)))`: a training step, inference, and bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ela_kernels as ek
+from benchmarks.contenders import COMPILED, EAGER, Stage, check_close, depthwise
+from benchmarks.measure import interleave, ratio, summarize
+from benchmarks.shapes import StageShape
+from ela_kernels.modules.published import ConcatHistory
+from ela_kernels.ops.layer_attention.reference import layer_attention_reference
+
+OURS, HALF = "block", "block bfloat16"
+
+
+class BlockStage:
+    """Published layers with a norm each, and ours with the same parameters."""
+
+    def __init__(self, shape: StageShape, dtype: torch.dtype = torch.float32) -> None:
+        plain = Stage(shape)
+        self.shape = shape
+        self.x = plain.x.detach().to(dtype).requires_grad_()
+        self.dout = plain.dout.to(dtype)
+        self.layers = nn.ModuleList(plain.layers).to(dtype)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(shape.channels) for _ in self.layers).to(dtype)
+        self.blocks = nn.ModuleList(ek.ELA(shape.channels, shape.head_dim) for _ in self.layers)
+        for block, layer, norm in zip(self.blocks, self.layers, self.norms, strict=True):
+            block.attn.Wq, block.attn.Wk, block.attn.Wv = layer.Wq, layer.Wk, layer.Wv
+            block.norm = norm
+        self.inputs: list[Tensor] = [self.x, *self.layers.parameters(), *self.norms.parameters()]
+
+    def eager(self, x: Tensor) -> Tensor:
+        """The published form: concatenates at every layer."""
+        history = ConcatHistory()
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + norm(layer(x, history)).relu()
+        return x
+
+    def ours(self, x: Tensor) -> Tensor:
+        """The kernels of a whole block."""
+        history = ek.LayerHistory()
+        for block in self.blocks:
+            x = block(x, history)
+        return x
+
+    def train(self, is_training: bool) -> None:
+        self.norms.train(is_training)
+        self.blocks.train(is_training)
+
+    def forms(self, with_compiled: bool) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The contenders' forward passes."""
+        forms: dict[str, Callable[[Tensor], Tensor]] = {EAGER: self.eager}
+        if with_compiled:
+            forms[COMPILED] = torch.compile(self.eager, fullgraph=True, dynamic=False)
+        return forms | {OURS: self.ours}
+
+    def step(self, forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Forward and backward: the gradients of the input and of every parameter."""
+        return torch.autograd.grad(forward(self.x), self.inputs, self.dout)
+
+    def infer(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """Forward alone, nothing kept for a backward."""
+        with torch.no_grad():
+            return forward(self.x)
+
+    def expected(self) -> list[Tensor]:
+        """Output and gradients of a training step in float64."""
+        x, *parameters = (t.detach().double().requires_grad_() for t in self.inputs)
+        count, scale = self.shape.depth, self.shape.head_dim**-0.5
+        filters, norms = parameters[: 3 * count], parameters[3 * count :]
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        out = x
+        for t in range(count):
+            (wq, wk, wv), (gamma, beta) = filters[3 * t : 3 * t + 3], norms[2 * t : 2 * t + 2]
+            y, pad = out.mean((2, 3)).unsqueeze(1), wq.shape[-1] // 2
+            keys.append(nn.functional.conv1d(y, wk, padding=pad).squeeze(1))
+            values.append(depthwise(out, wv))
+            q = nn.functional.conv1d(y, wq, padding=pad).squeeze(1)
+            o, _, _ = layer_attention_reference(q, keys, values, self.shape.heads, scale)
+            normed = nn.functional.batch_norm(o, None, None, gamma, beta, training=True)
+            out = out + normed.relu()
+        return [out.detach(), *torch.autograd.grad(out, [x, *parameters], self.dout.double())]
+
+
+def measure_blocks(shape: StageShape, contenders: list[str], rounds: int) -> dict[str, Any]:
+    """A training step and inference of every contender, all checked first; ours in bfloat16 as well."""
+    stage = BlockStage(shape)
+    forms = stage.forms(COMPILED in contenders)
+    errors = _check(stage, forms)
+    steps = {name: partial(stage.step, forward) for name, forward in forms.items()}
+    half = BlockStage(shape, torch.bfloat16)
+    steps[HALF] = partial(half.step, half.ours)
+    training = _times(interleave(steps, rounds))
+    stage.train(False)
+    half.train(False)
+    calls = {name: partial(stage.infer, forward) for name, forward in forms.items()}
+    calls[HALF] = partial(half.infer, half.ours)
+    return {
+        "largest_error": errors,
+        "training": training,
+        "inference": _times(interleave(calls, rounds)),
+    }
+
+
+def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    return {
+        "ms": {name: summarize(times)._asdict() for name, times in seconds.items()},
+        "times_ours": {
+            name: ratio(times, seconds[OURS]) for name, times in seconds.items() if name != OURS
+        },
+        "times_bfloat16": ratio(seconds[OURS], seconds[HALF]),
+    }
+
+
+def _check(stage: BlockStage, forms: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
+    expected = stage.expected()
+    named = [*stage.layers.named_parameters(prefix="layers")]
+    named += stage.norms.named_parameters(prefix="norms")
+    names = ["output", "gradient of x", *(f"gradient of {name}" for name, _ in named)]
+    errors = {}
+    for contender, forward in forms.items():
+        out = forward(stage.x)
+        found = [out, *torch.autograd.grad(out, stage.inputs, stage.dout)]
+        errors[contender] = max(
+            check_close(f"{contender}: {name}", got, want)
+            for name, got, want in zip(names, found, expected, strict=True)
+        )
+    with torch.no_grad():
+        stage.train(False)
+        want = stage.eager(stage.x)
+        for contender, forward in forms.items():
+            check_close(f"{contender}: inference", forward(stage.x), want.double())
+        stage.train(True)
+    return errors
