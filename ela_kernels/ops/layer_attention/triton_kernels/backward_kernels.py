@@ -21,8 +21,7 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     tile_at,
 )
 
-# Values that are read before the first sum. More of them cost predicates, which spill, and each is several vectors;
-# what is read beyond the depth is the last map once more, from a cache, and goes nowhere.
+# Values that are read before the first sum: each is several vectors, and more of them cost predicates, which spill.
 DOTS_GROUP = tl.constexpr(2)
 
 
@@ -76,15 +75,16 @@ def layer_attention_bwd_dots_kernel(
     g_offs = offsets(sample, row, column, stride_gb, stride_gr, UNIT)
     if INTERLEAVED:
         groups = channels // FOLD
-        group = tl.program_id(0) % tl.cdiv(channels, COLS) * (COLS // FOLD)
-        group += tl.arange(0, COLS // FOLD)
-        mask_sums = group < groups
+        folded = tl.program_id(0) % tl.cdiv(channels, COLS) * (COLS // FOLD)
+        folded += tl.arange(0, COLS // FOLD)
+        mask_sums = folded < groups
     else:
         mask_sums = mask_line
     w_ptrs = weights_ptr + item.to(tl.int64) * depth
     for first in tl.static_range(0, T, DOTS_GROUP):
         if first < depth:
-            # All reads before the first sum: a sum may need a barrier, which no read can be moved across.
+            # All reads before the first sum: a sum may need a barrier, which no read can be moved across. What is read
+            # beyond the depth is the last map once more, from a cache, and goes nowhere.
             read = ()
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
                 read = read + (tl.load(value_ptrs[j] + v_offs, mask=mask, other=0.0),)
@@ -95,7 +95,7 @@ def layer_attention_bwd_dots_kernel(
                         sums = tl.sum(products, axis=0)
                         if FOLD > 1:
                             sums = tl.sum(tl.reshape(sums, [COLS // FOLD, FOLD]), axis=1)
-                        at = (number * depth + j) * groups + group
+                        at = (number * depth + j) * groups + folded
                     else:
                         sums = tl.sum(products, axis=1)
                         at = place.to(tl.int64) * depth + j

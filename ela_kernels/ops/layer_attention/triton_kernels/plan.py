@@ -9,8 +9,10 @@ import torch
 
 NUM_WARPS = 4
 
-# Elements of a tile: 16 float32 or 32 half-precision numbers a thread, four 16-byte reads each.
-_TILE_BYTES = 8192
+# Elements of a tile: 16 a thread, four 16-byte reads of float32 or two of half precision. Off 16 bytes, elements are
+# read one by one and wait in registers of their own: four a thread.
+_TILE = 2048
+_TILE_UNALIGNED = 512
 _MAX_COLS = 1024
 _MIN_COLS = 16
 _MIN_ROWS = 8
@@ -143,10 +145,7 @@ def make_plan(
         steps = [batch_stride for batch_stride, _ in strides] + [length]
     if any(step % unit for step in steps):
         unit = 1
-    # Off 16 bytes, elements are read one by one and wait in registers of their own.
-    tile = _TILE_BYTES // dtype.itemsize
-    if unit == 1:
-        tile //= 16 // dtype.itemsize
+    tile = _TILE if unit > 1 else _TILE_UNALIGNED
     if interleaved:
         cols = _fitting(channels, _MIN_COLS, _MAX_STRIP_BYTES // dtype.itemsize)
         rows_at_once = _fitting(positions, _MIN_ROWS, tile // cols)
