@@ -58,7 +58,7 @@ class Run:
         if args.rounds is not None:
             self.rounds = dict.fromkeys(self.rounds, args.rounds)
         self.shapes: list[StageShape] = args.shapes or list(QUICK_STAGES if args.quick else STAGES)
-        self.parts: list[str] = args.parts
+        self.parts: list[str] = args.parts or [p for p in PARTS if args.full or p != "networks"]
         compiled = args.full if args.compile is None else args.compile
         self.processes: list[dict[str, Any]] = []
         self.contenders = [EAGER, *([COMPILED] if compiled else []), LAYER, PULL, PUSH]
@@ -128,7 +128,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", type=parse_shape, nargs="+", metavar="TxBxCxHxD", help="other stages"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="all with --full; with --quick no networks"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of every part")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
     parser.add_argument(

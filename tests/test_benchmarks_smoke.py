@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import ela_kernels as ek
+from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import MALLOC_SETTINGS, process_environment
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
+from benchmarks.networks import measure_networks
 from benchmarks.probe import read_probes
 from benchmarks.report import Target
 from benchmarks.shapes import parse_shape
@@ -48,6 +50,10 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     assert results["memory"][SHAPE.name][PULL]["maps"] > 2 * SHAPE.depth - 1
     assert math.isfinite(results["divergence"][SHAPE.name]["percent_of_forward"])
     assert results["overhead"]["op"]["both"]["median"] > 0
+    blocks = results["blocks"][SHAPE.name]
+    for phase in ("training", "inference"):
+        assert list(blocks[phase]["ms"]) == [EAGER, OURS, HALF]
+        assert blocks[phase]["times_ours"][EAGER]["of_medians"] > 0
     assert results["machine"]["threads"] == 1
     table = (tmp_path / "tables.md").read_text()
     assert "peak memory, maps" in table
@@ -59,6 +65,14 @@ def test_every_contender_passes_its_check(name: str) -> None:
     stage = Stage(SHAPE)
     report = check_forms(stage, stage.forms([name]))
     assert 0 < report[name]["largest_error"] < 2e-5
+
+
+@pytest.mark.slow
+def test_steps_of_whole_networks() -> None:
+    found = measure_networks(rounds=1)
+    assert (found["skipped"], found["layers"]) == (6, 18)
+    assert list(found["ms"]) == ["plain", "concatenating", "mrla", "ela"]
+    assert found["times_plain"]["plain"]["of_medians"] == 1
 
 
 @pytest.mark.parametrize("broken", ["output", "gradient"])

@@ -123,9 +123,11 @@ void gather(int dtype, const std::array<int64_t, 5>& sizes, const Ints& queries,
 }  // namespace
 
 void bind_layer(py::module_& m);
+void bind_light(py::module_& m);
 
 void bind_cpu(py::module_& m) {
   bind_layer(m);
+  bind_light(m);
   m.def("simd_level", [] { return std::string(ela::kernels().name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;

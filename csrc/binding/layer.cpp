@@ -27,12 +27,6 @@ Shape flat_shape(const ImageShape& s, int64_t heads) {
   return shape_of({s.batch, s.channels, heads, s.positions(), s.interleaved});
 }
 
-// B, C, H, W, interleaved
-ImageShape image_shape_of(const std::array<int64_t, 5>& s) {
-  require(s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[3] >= 0, "shape: sizes must not be negative");
-  return {s[0], s[1], s[2], s[3], s[4] != 0};
-}
-
 // What a layer makes of its input: mean over space, key and value (written to the last address of each list), and,
 // where an address is given for the query, what it retrieves. The workspace is layer_workspace() elements.
 void layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const std::array<int64_t, 3>& x,
@@ -164,9 +158,9 @@ NormParams norm_params(const std::array<int64_t, 5>& sizes, const std::array<int
   const ImageShape image = image_shape_of(sizes);
   char* partials = static_cast<char*>(address(workspace));
   void* factors = partials + (ela::kernels().norm_workspace(image) - 4 * image.channels) * size;
-  return {image,           map(o),         map(x),        map(out), address(mean), address(variance),
-          address(gamma),  address(beta),  address(mask), eps,      relu,          batch_statistics,
-          address(dgamma), address(dbeta), partials,      factors};
+  return {image,         map(o),        map(x), map(out), address(mean),    address(variance), address(gamma),
+          address(beta), address(mask), eps,    relu,     batch_statistics, address(dgamma),   address(dbeta),
+          partials,      factors,       {}};
 }
 
 void norm(int dtype, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& o,
@@ -179,13 +173,15 @@ void norm(int dtype, const std::array<int64_t, 5>& sizes, const std::array<int64
   kernel(p, threads);
 }
 
-// The gradients of o, gamma and beta from that of out.
+// The gradients of o, gamma and beta from that of out; `also` is added to that of o.
 void norm_backward(int dtype, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& o,
-                   const std::array<int64_t, 3>& dout, const std::array<int64_t, 3>& do_, int64_t mean,
-                   int64_t variance, int64_t gamma, int64_t beta, int64_t mask, double eps, bool relu,
-                   bool batch_statistics, int64_t dgamma, int64_t dbeta, int64_t workspace, int threads) {
-  const NormParams p = norm_params(sizes, o, dout, do_, mean, variance, gamma, beta, mask, eps, relu, batch_statistics,
-                                   dgamma, dbeta, workspace, element_size(checked_dtype(dtype)));
+                   const std::array<int64_t, 3>& dout, const std::array<int64_t, 3>& also,
+                   const std::array<int64_t, 3>& do_, int64_t mean, int64_t variance, int64_t gamma, int64_t beta,
+                   int64_t mask, double eps, bool relu, bool batch_statistics, int64_t dgamma, int64_t dbeta,
+                   int64_t workspace, int threads) {
+  NormParams p = norm_params(sizes, o, dout, do_, mean, variance, gamma, beta, mask, eps, relu, batch_statistics,
+                             dgamma, dbeta, workspace, element_size(checked_dtype(dtype)));
+  p.also = map(also);
   const auto kernel = ela::kernels().norm_backward[dtype];
   py::gil_scoped_release unlocked;
   kernel(p, threads);

@@ -55,6 +55,12 @@ inline Shape shape_of(const std::array<int64_t, 5>& s) {
   return {s[0], s[1], s[2], s[3], s[4] != 0};
 }
 
+// B, C, H, W, interleaved
+inline ImageShape image_shape_of(const std::array<int64_t, 5>& s) {
+  require(s[0] >= 0 && s[1] >= 0 && s[2] >= 0 && s[3] >= 0, "shape: sizes must not be negative");
+  return {s[0], s[1], s[2], s[3], s[4] != 0};
+}
+
 inline int checked_dtype(int dtype) {
   if (dtype < 0 || dtype >= ela::kDTypes) throw std::invalid_argument("dtype: unknown code");
   return dtype;

@@ -242,6 +242,7 @@ void norm_backward_kernel(const NormParams& p, int threads) {
   const ImageShape& s = p.shape;
   const A *scale = static_cast<const A*>(p.factors), *shift = scale + s.channels;
   const A *slope = shift + s.channels, *offset = slope + s.channels;
+  const bool also = p.also.data != nullptr;
   for_stat_blocks(
       s, threads,
       [&](int64_t b, int64_t c) {
@@ -250,7 +251,9 @@ void norm_backward_kernel(const NormParams& p, int threads) {
         for_vectors<T>(s.positions(), [&](int64_t i, int n) {
           const Vec<T> value = load_n(o + i, n);
           const Vec<T> g = norm_gradient<T>(p, value, load_n(dout + i, n), scale[c], shift[c], mask_of<T>(p, b));
-          store_n(out + i, scale[c] * g - slope[c] * value - offset[c], n);
+          Vec<T> d = scale[c] * g - slope[c] * value - offset[c];
+          if (also) d += load_n(planar_at<T>(p.also, b, c, i), n);
+          store_n(out + i, d, n);
         });
       },
       [&](int64_t b, int64_t, int64_t first, int64_t last) {
@@ -261,7 +264,9 @@ void norm_backward_kernel(const NormParams& p, int threads) {
             const Vec<T> value = load_n(o + c, n), scales = load_n(scale + c, n);
             const Vec<T> g =
                 norm_gradient<T>(p, value, load_n(dout + c, n), scales, load_n(shift + c, n), mask_of<T>(p, b));
-            store_n(out + c, scales * g - load_n(slope + c, n) * value - load_n(offset + c, n), n);
+            Vec<T> d = scales * g - load_n(slope + c, n) * value - load_n(offset + c, n);
+            if (also) d += load_n(interleaved_at<T>(p.also, b, position, c), n);
+            store_n(out + c, d, n);
           });
         }
       });

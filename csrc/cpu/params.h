@@ -150,7 +150,8 @@ struct StatisticsParams {
   void *mean, *variance;
 };
 
-// out = x + mask[b] * act(norm(o)), or its backward: then x holds the gradient of out, and out takes that of o.
+// out = x + mask[b] * act(norm(o)), or its backward: then x holds the gradient of out, and out takes that of o, with
+// what arrives at o from elsewhere, `also`, added.
 // All that belongs to a channel or a sample is in the accumulation type.
 struct NormParams {
   ImageShape shape;
@@ -163,6 +164,7 @@ struct NormParams {
   void *dgamma, *dbeta;  // [C] or null
   void* partials;        // norm_workspace() accumulation elements, the factors at their end
   void* factors;         // [4, C]
+  MapView also;          // backward; data may be null
 };
 
 // A layer's forward: value, mean, query and key from its input, then attention. `retrieves` false: no query, no
@@ -188,6 +190,27 @@ struct LayerBackwardParams {
   void* rows;  // as in LayerParams
 };
 
+// The light form of a layer: out = gate * v + decay * prev, gate = sigmoid(scale * <q, k>) of a head.
+struct LightParams {
+  ImageShape shape;
+  int64_t heads, filter_size;
+  double scale;
+  MapView x, v, prev, out;        // the backward reads v, and no out
+  const void *wq, *wk, *taps;     // as in ChannelFilterParams and DepthwiseParams
+  const void* decay;              // [C]
+  void *mean, *query, *key;       // [B, C]
+  void* factors;                  // [2, B, C] in the accumulation type: gate and decay by channel
+  void *mean_out, *variance_out;  // statistics of out, [C], or null
+  void* workspace;                // light_workspace() accumulation elements
+};
+
+// Its gradients; each may be left out. `dx_residual` is added to dx.
+struct LightBackwardParams {
+  LightParams forward;
+  MapView dout, dx_residual, dx, dprev;
+  void *dwq, *dwk, *dtaps, *ddecay;
+};
+
 // One instruction set's kernels, each by dtype.
 struct Kernels {
   const char* name;
@@ -197,6 +220,8 @@ struct Kernels {
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
   void (*layer[kDTypes])(const LayerParams&, int threads);
   void (*layer_backward[kDTypes])(const LayerBackwardParams&, int threads);
+  void (*light_layer[kDTypes])(const LightParams&, int threads);
+  void (*light_layer_backward[kDTypes])(const LightBackwardParams&, int threads);
   void (*norm[kDTypes])(const NormParams&, int threads);
   void (*norm_backward[kDTypes])(const NormParams&, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
@@ -204,6 +229,7 @@ struct Kernels {
   int64_t (*depthwise_workspace)(const ImageShape&);
   int64_t (*norm_workspace)(const ImageShape&);
   int64_t (*gather_convolve_workspace)(const ImageShape&, int64_t sources, int threads);
+  int64_t (*light_workspace)(const ImageShape&, int64_t filter_size, int threads);
 };
 
 extern const Kernels kKernelsBaseline;

@@ -94,7 +94,7 @@ class CppBackend(Backend):
     name = "cpp"
     device_types = frozenset({"cpu"})
     dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
-    ops = KERNEL_OPS
+    ops = KERNEL_OPS | {"light_layer"}
     forward_only_ops = FORWARD_ONLY_OPS
 
     def unavailable_reason(self) -> str | None:

@@ -96,6 +96,19 @@ def choose_backend(request: Request) -> Backend:
     return _choose(_setting, request)
 
 
+def would_serve(name: str, request: Request) -> bool:
+    """Whether backend `name` may serve `request` under the present setting and can; never raises, and warns of nothing.
+
+    For kernels that do in one call what is otherwise done in several, which a forced backend serves still.
+    """
+    return _setting in (name, "auto") and _can_serve(name, request)
+
+
+@functools.lru_cache(maxsize=4096)
+def _can_serve(name: str, request: Request) -> bool:
+    return not BACKENDS[name].automatic_reasons(request)
+
+
 @functools.lru_cache(maxsize=4096)
 def _choose(setting: str, request: Request) -> Backend:
     if _checked(setting, "ELA_KERNELS_BACKEND") != "auto":

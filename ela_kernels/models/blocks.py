@@ -15,7 +15,7 @@ from ela_kernels.modules import (
 )
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import SkipMode
-from ela_kernels.modules.residual import residual_block
+from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.history import graph_task
 
@@ -139,10 +139,10 @@ class MRLALight(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, previous: PreviousOutput) -> Tensor:
-        out = self.attn(x, previous.find(self, x))
+        result, out = light_residual_block(
+            self.attn, self.norm, self.act, self.drop_path, x, previous.find(self, x)
+        )
         previous.leave(out)
-        # The output goes on to the next layer, so neither norm nor activation may change it in place.
-        result: Tensor = x + self.drop_path(self.act(self.norm(out)))
         return result
 
 

@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from ela_kernels.modules.layer_attention import QueryKeyValue
 from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.light_layer_attention import light_layer_attention
+from ela_kernels.ops.light_layer_attention.cpp_layer import LightFilters
+from ela_kernels.ops.light_layer_attention.layer import light_layer, serves_light_layer
 
 
 class LightLayerAttention(QueryKeyValue):
     """Gate this layer's value and let the previous layer's output decay; needs no history.
+
+    On the CPU all of it comes from one call of the kernels, and so do all gradients.
 
     Equivalent PyTorch::
 
@@ -35,6 +39,13 @@ class LightLayerAttention(QueryKeyValue):
         super().__init__(dim, head_dim, kernel_size)
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
 
+    def light_filters(self) -> LightFilters | None:
+        """The parameters, for the kernels that serve a whole layer; None where a module may not be passed by."""
+        filters = self.filters()
+        if filters is None or filters.wq is None:
+            return None
+        return LightFilters(filters.wq, filters.wk, filters.wv, self.lambda_t)
+
     def forward(self, x: Tensor, prev_out: Tensor) -> Tensor:
         """The output `[B, C, H, W]`.
 
@@ -43,6 +54,13 @@ class LightLayerAttention(QueryKeyValue):
             prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`.
         """
         self.check_input(x)
+        filters = self.light_filters()
+        if (
+            filters is not None
+            and isinstance(prev_out, Tensor)
+            and serves_light_layer(x, filters, prev_out)
+        ):
+            return light_layer(x, filters, prev_out, self.heads, self.head_dim**-0.5)
         q, k, v = self.query_key_value(x)
         if isinstance(prev_out, Tensor) and is_autocast_on(x):
             # The stage's input need not have passed through an autocast operation.

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, has_hooks
+from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.cpp_norm import Epilogue
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+from ela_kernels.ops.light_layer_attention.layer import light_block, serves_light_layer
 
 FusedBlock = Callable[[Epilogue], tuple[Tensor, Tensor]]
 """From what follows the retrieval to the block's output and the statistics that it was normed with."""
@@ -42,6 +44,35 @@ def residual_block(
             )
     out: Tensor = x + drop_path(act(norm(attn(x, history))))
     return out
+
+
+def light_residual_block(
+    attn: LightLayerAttention,
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: DropPath,
+    x: Tensor,
+    prev_out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`x + drop_path(act(norm(o)))` with `o = attn(x, prev_out)`, and `o`; in one call where the kernels can."""
+    if type(attn) is LightLayerAttention and may_pass_by(attn, norm, act, drop_path):
+        attn.check_input(x)
+        filters = attn.light_filters()
+        if filters is not None and fits(norm, x) and serves_light_layer(x, filters, prev_out):
+            served, found = filters, []
+
+            def run(epilogue: Epilogue) -> tuple[Tensor, Tensor]:
+                result, o, statistics = light_block(
+                    x, served, prev_out, epilogue, attn.heads, attn.head_dim**-0.5
+                )
+                found.append(o)
+                return result, statistics
+
+            return fused_block(run, norm, act, drop_path, x), found[0]
+    o = attn(x, prev_out)
+    # It goes on to the next layer, so neither norm nor activation may change it in place.
+    out: Tensor = x + drop_path(act(norm(o)))
+    return out, o
 
 
 def may_pass_by(attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: DropPath) -> bool:

@@ -5,6 +5,7 @@ The kernels are chosen once in a process, so the tests start one for each.
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.oracle import assert_matches
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
+from ela_kernels.models.blocks import MRLALight, PreviousOutput
 from ela_kernels.ops.layer_attention import cpp
 
 
@@ -110,6 +112,45 @@ def check_calls(dtype: torch.dtype) -> None:
         assert_matches(evaluate(case), case)
 
 
+def check_layers(dtype: torch.dtype, tolerance: float) -> None:
+    """A residual block of each form against the same modules in float64 and eager PyTorch; odd sizes."""
+    for shape, head_dim, form in (
+        ((2, 12, 7, 19), 4, torch.contiguous_format),
+        ((2, 37, 5, 3), 37, torch.channels_last),
+        ((1, 70, 9, 16), 1, torch.channels_last),
+    ):
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=form)
+        light = MRLALight(ek.LightLayerAttention(shape[1], head_dim), 0.0).to(dtype)
+        base = ek.ELA(shape[1], head_dim).to(dtype)
+        for block, new in ((light, PreviousOutput), (base, ek.LayerHistory)):
+            found = _gradients(copy.deepcopy(block), x, new())
+            with ek.use_backend("eager"):
+                expected = _gradients(copy.deepcopy(block).double(), x.double(), new())
+            if (
+                dtype in HALF_TYPES
+            ):  # gradients through norms and cancelling sums say little at eight bits
+                found, expected = found[:1], expected[:1]
+            for a, b in zip(found, expected, strict=True):
+                assert a.dtype == dtype
+                assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+def _gradients(block: torch.nn.Module, x: Tensor, history: object) -> list[Tensor]:
+    x = x.requires_grad_()
+    out = block(block(x, history), history)
+    loss = (out.double() * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
+    return [out, *torch.autograd.grad(loss, [x, *block.parameters()])]
+
+
+# Rounding to each type, through two layers whose norms magnify it.
+LAYER_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-4,
+    torch.bfloat16: 0.03,
+    torch.float16: 0.004,
+}
+
+
 def main() -> None:
     kernels = extension()
     assert kernels is not None
@@ -122,6 +163,7 @@ def main() -> None:
         check_products(dtype)
     for dtype in DTYPES:
         check_calls(dtype)
+        check_layers(dtype, LAYER_TOLERANCE[dtype])
     print(f"passed on {kernels.simd_level()}")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.addresses import maps
-from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES, new_map, thread_count
+from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
 from ela_kernels.ops.layer_attention.cpp_layer import ImageSizes
 from ela_kernels.ops.layer_attention.kernels import address
@@ -81,13 +81,14 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
 
 
 def norm_backward(
-    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue
+    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(do, dgamma, dbeta)`; the last two None where the norm has no such parameter."""
+    """`(do, dgamma, dbeta)`; the last two None where the norm has no such parameter. `also` is added to `do`."""
     interleaved = is_interleaved(o, False)
     sizes, accumulate = _sizes(o, interleaved), accumulate_dtype(o.dtype)
     o_view, copies = _view(o, interleaved)
     dout_view, dout_copies = _view(dout, interleaved)
+    also_view, also_copies = (NO_MAP, []) if also is None else _view(also, interleaved)
     do, do_view = new_map(o, kernel_sizes(o, 1, False, interleaved), False)
     gamma, beta, mask = (
         _vector(t, accumulate) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)
@@ -100,6 +101,7 @@ def norm_backward(
         sizes,
         o_view,
         dout_view,
+        also_view,
         do_view,
         statistics.data_ptr(),
         statistics[1].data_ptr(),
@@ -114,7 +116,7 @@ def norm_backward(
         workspace.data_ptr(),
         thread_count(5 * o.numel()),
     )
-    del copies, dout_copies
+    del copies, dout_copies, also_copies
     if dgamma is not None and epilogue.gamma is not None:
         dgamma = dgamma.to(epilogue.gamma.dtype)
     if dbeta is not None and epilogue.beta is not None:

@@ -1,4 +1,4 @@
-"""Light layer attention: no history, only the output of the layer before. Eager PyTorch on every device."""
+"""The public operation, in eager PyTorch on every device; whole layers have kernels, see layer.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,187 @@
+"""The glue to the compiled CPU kernels of a whole light layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES, NO_MAP, new_map, thread_count
+from ela_kernels.ops.layer_attention.cpp import kernels as compiled
+from ela_kernels.ops.layer_attention.cpp_layer import ImageSizes
+from ela_kernels.ops.layer_attention.kernels import address, resolved
+from ela_kernels.ops.layer_attention.layout import (
+    MapView,
+    in_form,
+    is_interleaved,
+    kernel_sizes,
+    view_in_form,
+)
+from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+
+
+class LightFilters(NamedTuple):
+    """The parameters of a layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`."""
+
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    decay: Tensor
+
+
+class LightForward(NamedTuple):
+    """What a layer makes of its input; all but `out` and its `statistics` `[2, C]` is kept for the backward.
+
+    `factors` `[2, B, C]` are what each channel takes of its value and of the previous output: gate and decay.
+    """
+
+    out: Tensor
+    mean: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    factors: Tensor
+    statistics: Tensor | None
+
+
+class LightGradients(NamedTuple):
+    """Gradients of a layer's inputs; None where none was asked for."""
+
+    x: Tensor | None
+    wq: Tensor | None
+    wk: Tensor | None
+    wv: Tensor | None
+    decay: Tensor | None
+    prev: Tensor | None
+
+
+def _sizes(x: Tensor) -> ImageSizes:
+    batch, channels, height, width = x.shape
+    return batch, channels, height, width, int(is_interleaved(x, False))
+
+
+def as_read_beside(x: Tensor, other: Tensor) -> Tensor:
+    """`other` as the kernels read it beside `x`: itself, or a copy."""
+    return in_form(resolved(other), False, is_interleaved(x, False))
+
+
+def _view(tensor: Tensor, interleaved: int) -> MapView:
+    view = view_in_form(tensor, False, bool(interleaved))
+    assert view is not None  # as_read_beside() made it so
+    return view
+
+
+def _dense(filters: LightFilters) -> LightFilters:
+    return LightFilters(*(resolved(w).contiguous() for w in filters))
+
+
+def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(compiled().light_workspace(sizes, size, threads), dtype=dtype)
+
+
+def light_layer_forward(
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    heads: int,
+    scale: float,
+    wants_statistics: bool = False,
+) -> LightForward:
+    """`gate * v + decay * prev` in one call; `x` and `prev` in one form that the kernels can read."""
+    sizes = _sizes(x)
+    flat = kernel_sizes(x, heads, False, bool(sizes[4]))
+    accumulate = accumulate_dtype(x.dtype)
+    wq, wk, wv, decay = _dense(filters)
+    v, v_view = new_map(x, flat, False)
+    out, out_view = new_map(x, flat, False)
+    mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
+    factors = torch.empty((2, *x.shape[:2]), dtype=accumulate)
+    statistics = torch.empty((2, x.shape[1]), dtype=accumulate) if wants_statistics else None
+    threads = thread_count(4 * x.numel())
+    workspace = _workspace(sizes, wk.numel(), threads, accumulate)
+    compiled().light_layer(
+        DTYPE_CODES[x.dtype],
+        sizes,
+        heads,
+        scale,
+        _view(x, sizes[4]),
+        wq.data_ptr(),
+        wk.data_ptr(),
+        wk.numel(),
+        wv.data_ptr(),
+        decay.data_ptr(),
+        _view(prev, sizes[4]),
+        mean.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v_view,
+        factors.data_ptr(),
+        out_view,
+        address(statistics),
+        0 if statistics is None else statistics[1].data_ptr(),
+        workspace.data_ptr(),
+        threads,
+    )
+    return LightForward(out, mean, q, k, v, factors, statistics)
+
+
+def light_layer_backward(
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    heads: int,
+    scale: float,
+    kept: LightForward,
+    dout: Tensor,
+    residual: Tensor | None,
+    needs: Sequence[bool],
+) -> LightGradients:
+    """All gradients of a layer in one call.
+
+    Args:
+        residual: what arrives at `x` past the layer, added to its gradient.
+        needs: of x, wq, wk, wv, decay, prev.
+    """
+    sizes = _sizes(x)
+    interleaved = bool(sizes[4])
+    flat = kernel_sizes(x, heads, False, interleaved)
+    dout = as_read_beside(x, dout)
+    residual = None if residual is None else as_read_beside(x, residual)
+    wq, wk, wv, decay = _dense(filters)
+    dx, dx_view = new_map(x, flat, False) if needs[0] else (None, NO_MAP)
+    dprev, dprev_view = new_map(x, flat, False) if needs[5] else (None, NO_MAP)
+    dfilters = [
+        torch.empty_like(w) if need else None
+        for w, need in zip((wq, wk, wv, decay), needs[1:5], strict=True)
+    ]
+    threads = thread_count(6 * x.numel())
+    workspace = _workspace(sizes, wk.numel(), threads, kept.factors.dtype)
+    compiled().light_layer_backward(
+        DTYPE_CODES[x.dtype],
+        sizes,
+        heads,
+        scale,
+        _view(x, sizes[4]),
+        wq.data_ptr(),
+        wk.data_ptr(),
+        wk.numel(),
+        wv.data_ptr(),
+        decay.data_ptr(),
+        _view(prev, sizes[4]),
+        kept.mean.data_ptr(),
+        kept.q.data_ptr(),
+        kept.k.data_ptr(),
+        _view(kept.v, sizes[4]),
+        kept.factors.data_ptr(),
+        _view(dout, sizes[4]),
+        NO_MAP if residual is None else _view(residual, sizes[4]),
+        dx_view,
+        *(address(d) for d in dfilters),
+        dprev_view,
+        workspace.data_ptr(),
+        threads,
+    )
+    dwq, dwk, dwv, ddecay = dfilters
+    return LightGradients(dx, dwq, dwk, dwv, ddecay, dprev)

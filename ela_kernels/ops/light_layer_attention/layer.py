@@ -1,0 +1,173 @@
+"""A whole light layer in one autograd node, alone or with the residual block around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends import dispatch
+from ela_kernels.backends.base import Request
+from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.cpp_layer import readable
+from ela_kernels.ops.layer_attention.cpp_norm import Epilogue, norm_backward, norm_forward
+from ela_kernels.ops.layer_attention.interface import is_autocast_on
+from ela_kernels.ops.layer_attention.kernels import resolved
+from ela_kernels.ops.layer_attention.pull import in_form_of
+from ela_kernels.ops.light_layer_attention.cpp_layer import (
+    LightFilters,
+    LightForward,
+    as_read_beside,
+    light_layer_backward,
+    light_layer_forward,
+)
+
+
+def serves_light_layer(x: Tensor, filters: LightFilters, prev: Tensor) -> bool:
+    """Whether the functions below can serve these; they are the compiled CPU kernels."""
+    tensors = (x, prev, *filters)
+    if any(needs_dispatcher(t) or t.dtype != x.dtype or t.device != x.device for t in tensors):
+        return False
+    if x.device.type != "cpu" or is_autocast_on(x) or not x.numel() or prev.shape != x.shape:
+        return False
+    return dispatch.would_serve("cpp", Request("light_layer", x.device, x.dtype, 1, False))
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "LightLayerAttention: a second derivative was asked for (create_graph=True), and the kernels have none; "
+            "use ela_kernels.use_backend('eager'), or the functional light_layer_attention"
+        )
+
+
+def _kept(tensors: tuple[Tensor, ...]) -> tuple[Tensor, LightFilters, Tensor, LightForward]:
+    """What `_save` saved: x, the filters, the previous output, and what the forward left for the backward."""
+    x, wq, wk, wv, decay, prev, out, mean, q, k, v, factors = tensors
+    return x, LightFilters(wq, wk, wv, decay), prev, LightForward(out, mean, q, k, v, factors, None)
+
+
+class _LightLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        decay: Tensor,
+        prev: Tensor,
+        heads: int,
+        scale: float,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.heads, ctx.scale = heads, scale
+        filters = LightFilters(wq, wk, wv, decay)
+        r = light_layer_forward(x, filters, prev, heads, scale)
+        # Not its own output, which the backward has no use for.
+        ctx.save_for_backward(x, *filters, prev, None, *r[1:6])
+        return r.out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        if dout is None:
+            return (None,) * 8
+        x, filters, prev, kept = _kept(ctx.saved_tensors)
+        dout = in_form_of(kept.v, dout, False)
+        needs = ctx.needs_input_grad[:6]
+        found = light_layer_backward(
+            x, filters, prev, ctx.heads, ctx.scale, kept, dout, None, needs
+        )
+        return *found, None, None
+
+
+class _LightBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        decay: Tensor,
+        prev: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        epilogue: Epilogue,
+        heads: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.heads, ctx.scale = heads, scale
+        ctx.epilogue = epilogue._replace(gamma=None, beta=None)
+        filters = LightFilters(wq, wk, wv, decay)
+        r, statistics, out = _end(x, filters, prev, epilogue, heads, scale)
+        ctx.save_for_backward(x, *filters, prev, r.out, *r[1:6], gamma, beta, statistics)
+        ctx.mark_non_differentiable(statistics)
+        return out, r.out, statistics
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dnext: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
+        *tensors, gamma, beta, statistics = ctx.saved_tensors
+        x, filters, prev, kept = _kept(tuple(tensors))
+        dgamma = dbeta = None
+        # The gradient of the light output: from the norm, and from the next layer.
+        do = None if dnext is None else in_form_of(kept.v, dnext, False)
+        if dout is not None:
+            dout = in_form_of(kept.v, dout, False)
+            epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
+            do, dgamma, dbeta = norm_backward(kept.out, dout, statistics, epilogue, do)
+        if do is None:
+            return (None,) * 11
+        needs = ctx.needs_input_grad[:6]
+        found = light_layer_backward(x, filters, prev, ctx.heads, ctx.scale, kept, do, dout, needs)
+        return *found, dgamma, dbeta, None, None, None
+
+
+def _end(
+    x: Tensor, filters: LightFilters, prev: Tensor, epilogue: Epilogue, heads: int, scale: float
+) -> tuple[LightForward, Tensor, Tensor]:
+    given = epilogue.statistics
+    r = light_layer_forward(x, filters, prev, heads, scale, wants_statistics=given is None)
+    statistics = r.statistics if given is None else given
+    assert statistics is not None
+    return r, statistics, norm_forward(r.out, x, statistics, epilogue)
+
+
+def light_layer(x: Tensor, filters: LightFilters, prev: Tensor, heads: int, scale: float) -> Tensor:
+    """What a light layer makes of `x` and the previous output, each `[B, C, H, W]`; see :func:`serves_light_layer`.
+
+    Equivalent PyTorch::
+
+        y = x.mean((2, 3)).unsqueeze(1)                                           # [B, 1, C]
+        q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
+        v = F.conv2d(x, wv, padding=1, groups=C)
+        out = ek.light_layer_attention(q, k, v, prev, decay, heads, scale)
+    """
+    x = readable(resolved(x))
+    prev = as_read_beside(x, prev)
+    if not torch.is_grad_enabled():
+        return light_layer_forward(x, filters, prev, heads, scale).out
+    out: Tensor = _LightLayer.apply(x, *filters, prev, heads, scale)
+    return out
+
+
+def light_block(
+    x: Tensor, filters: LightFilters, prev: Tensor, epilogue: Epilogue, heads: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x + mask * act(norm(o))` of what :func:`light_layer` gives, o; and o; and the norm's statistics `[2, C]`."""
+    x = readable(resolved(x))
+    prev = as_read_beside(x, prev)
+    if not torch.is_grad_enabled():
+        r, statistics, out = _end(x, filters, prev, epilogue, heads, scale)
+        return out, r.out, statistics
+    gamma, beta = epilogue.gamma, epilogue.beta
+    found: tuple[Tensor, Tensor, Tensor] = _LightBlock.apply(
+        x, *filters, prev, gamma, beta, epilogue, heads, scale
+    )
+    return found

@@ -1,0 +1,296 @@
+"""The kernels of a whole light layer against its eager form: outputs, gradients, running statistics."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import ela_kernels as ek
+from ela_kernels.backends.extension import extension
+from ela_kernels.models import build_model
+from ela_kernels.models.blocks import MRLALight, PreviousOutput
+from ela_kernels.modules import light, residual
+
+pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
+
+# Both sides in float64: sums of up to a few thousand products through a few layers and norms, 1e-16 each.
+EXACT = {"rtol": 1e-8, "atol": 1e-9}
+FORMS = [torch.contiguous_format, torch.channels_last]
+SHAPES = [
+    ((2, 6, 1, 1), 2),
+    ((2, 6, 3, 5), 2),
+    ((3, 37, 7, 7), 37),
+    ((2, 12, 9, 33), 1),
+    ((5, 70, 17, 4), 14),
+    ((1, 3, 56, 56), 3),
+]
+
+
+def make_layer(shape, head_dim=None, dtype=torch.float64, form=FORMS[0]):
+    torch.manual_seed(4)
+    layer = ek.LightLayerAttention(shape[1], head_dim or shape[1]).to(dtype)
+    x, prev = (torch.randn(shape).to(dtype).contiguous(memory_format=form) for _ in range(2))
+    return layer, x.requires_grad_(), prev.requires_grad_()
+
+
+def layer_step(layer, x, prev):
+    """Output and gradients of one layer; None where there is none."""
+    out = layer(x, prev)
+    loss = (out.double() * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
+    inputs = [t for t in (x, prev, *layer.parameters()) if t.requires_grad]
+    return [out, *torch.autograd.grad(loss, inputs, allow_unused=True)]
+
+
+def make_blocks(shape, depth=3, head_dim=None, form=FORMS[0], drop_path=0.0):
+    torch.manual_seed(2)
+    size = head_dim or shape[1]
+    blocks = nn.ModuleList(
+        MRLALight(ek.LightLayerAttention(shape[1], size), drop_path) for _ in range(depth)
+    ).double()
+    for block in blocks:
+        nn.init.normal_(block.norm.weight, 1.0, 0.5)
+        nn.init.normal_(block.norm.bias)
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=form)
+    return blocks, x.requires_grad_()
+
+
+def block_step(blocks, x):
+    """Outputs, gradients and buffers of a forward and backward pass on copies of the blocks."""
+    blocks = copy.deepcopy(blocks)
+    torch.manual_seed(5)  # of the drop path
+    previous, outs = PreviousOutput(), []
+    for block in blocks:
+        x_in = x if not outs else outs[-1]
+        outs.append(block(x_in, previous))
+    loss = outs[-1].square().sum() + outs[0].sin().sum()
+    parameters = [p for p in blocks.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, [x, *parameters])
+    return [*outs, *grads, *(b.double() for b in blocks.buffers())]
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """What the kernels of whole light layers were called for."""
+    calls = []
+    for module, name in ((light, "light_layer"), (residual, "light_block")):
+        real = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *a, real=real, name=name: (calls.append(name), real(*a))[1],
+        )
+    return calls
+
+
+@pytest.fixture
+def compare(fused_calls):
+    """Runs a function with the kernels and in eager PyTorch, and compares all tensors that it returns."""
+
+    def on_both(run, calls=1, tolerance=EXACT):
+        found = run()
+        assert len(fused_calls) == calls
+        with ek.use_backend("eager"):
+            expected = run()
+        assert len(fused_calls) == calls
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            if a is None or b is None:
+                assert a is b, i
+                continue
+            assert a.dtype == b.dtype, i
+            torch.testing.assert_close(a, b, **tolerance, msg=lambda m, i=i: f"{i}: {m}")
+
+    return on_both
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shape", "head_dim"), SHAPES, ids=str)
+def test_output_and_gradients(compare, poisoned_memory, shape, head_dim, form):
+    compare(lambda: layer_step(*make_layer(shape, head_dim, form=form)))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2), (torch.float16, 2e-3)],
+    ids=str,
+)
+def test_dtypes_against_float64(fused_calls, dtype, tolerance, form):
+    found = layer_step(*make_layer((2, 24, 9, 13), 8, dtype, form))
+    assert fused_calls == ["light_layer"]
+    layer, x, prev = make_layer((2, 24, 9, 13), 8, dtype, form)
+    exact = (t.detach().double().requires_grad_() for t in (x, prev))
+    with ek.use_backend("eager"):
+        expected = layer_step(layer.double(), *exact)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shape", "head_dim"), SHAPES, ids=str)
+def test_residual_blocks(compare, shape, head_dim, form, training):
+    blocks, x = make_blocks(shape, 3, head_dim, form)
+    for norm in (block.norm for block in blocks):
+        nn.init.uniform_(norm.running_mean, -1, 1)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    blocks.train(training)
+    compare(lambda: block_step(blocks, x), calls=3)
+
+
+def test_drop_path_draws_as_the_modules_do(compare):
+    blocks, x = make_blocks((6, 8, 5, 5), drop_path=0.5)
+    compare(lambda: block_step(blocks, x), calls=3)
+
+
+def test_maps_of_mixed_forms_and_slices(compare):
+    layer, x, _ = make_layer((4, 12, 6, 6), 4)
+    wide = torch.randn(4, 24, 6, 6, dtype=torch.float64, requires_grad=True)
+    compare(lambda: layer_step(layer, x, wide[:, 4:16]), 1)
+    last = torch.randn(4, 6, 6, 12, dtype=torch.float64).movedim(3, 1).requires_grad_()
+    compare(lambda: layer_step(layer, x, last), 2)
+    spatial = torch.randn(4, 12, 9, 9, dtype=torch.float64, requires_grad=True)
+    compare(lambda: layer_step(layer, spatial[:, :, 2:8, 1:7], x), 3)
+
+
+def test_a_gradient_that_is_expanded_or_negated(compare):
+    layer, x, prev = make_layer((2, 6, 4, 4))
+
+    def run():
+        out = layer(x, prev)
+        summed = torch.autograd.grad(out.sum(), [x, prev], retain_graph=True)
+        imaginary = torch.complex(torch.zeros_like(out), out).conj().imag
+        return [*summed, *torch.autograd.grad(imaginary.square().sum(), [x, prev])]
+
+    compare(run)
+
+
+@pytest.mark.parametrize("frozen", ["x", "prev", "Wq", "Wk", "Wv", "lambda_t", "all parameters"])
+def test_what_needs_no_gradient(compare, frozen):
+    layer, x, prev = make_layer((2, 6, 5, 4), 3)
+    if frozen == "x":
+        x = x.detach()
+    elif frozen == "prev":
+        prev = prev.detach()
+    else:
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(frozen not in (name.split(".")[0], "all parameters"))
+    compare(lambda: layer_step(layer, x, prev))
+
+
+def test_without_gradients_nothing_is_kept(fused_calls):
+    blocks, x = make_blocks((2, 6, 5, 4))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = blocks[0](x, PreviousOutput())
+        assert out.grad_fn is None
+    assert fused_calls == ["light_block"] * 2
+
+
+def test_same_bits_on_any_number_of_threads():
+    for form in FORMS:
+        layer, x, prev = make_layer((6, 24, 17, 19), 8, torch.float32, form)
+        results = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(layer_step(layer, x, prev))
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.Wv.register_forward_hook(lambda *a: None),
+        lambda m: m.Wq.register_full_backward_hook(lambda *a: None),
+        lambda m: setattr(m, "Wv", nn.Conv2d(6, 6, 5, padding=2, groups=6, bias=False).double()),
+        lambda m: setattr(m, "Wv", nn.Conv2d(6, 6, 3, padding=1, groups=6).double()),
+        lambda m: setattr(m, "Wk", nn.Identity()),
+    ],
+    ids=["forward hook", "backward hook", "5x5", "bias", "another filter"],
+)
+def test_what_may_not_be_passed_by_is_called(fused_calls, change):
+    layer, x, prev = make_layer((2, 6, 5, 4), 3)
+    change(layer)
+    if isinstance(layer.Wk, nn.Identity):
+        with pytest.raises(Exception, match="shape"):
+            layer(x, prev)
+    else:
+        layer(x, prev)
+    assert fused_calls == []
+
+
+def test_hooks_of_the_block_are_called(fused_calls):
+    blocks, x = make_blocks((2, 6, 5, 4), 1)
+    seen = []
+    blocks[0].norm.register_forward_hook(lambda *a: seen.append(1))
+    blocks[0](x, PreviousOutput())
+    assert seen == [1]
+    assert fused_calls == ["light_layer"]  # the layer itself is fused still
+
+
+def test_weight_norm(compare):
+    def run():
+        layer, x, prev = make_layer((2, 6, 5, 4), 3)
+        nn.utils.parametrizations.weight_norm(layer.Wv)
+        return layer_step(layer, x, prev)
+
+    compare(run)
+
+
+def test_gradients_accumulate_and_graphs_are_retained(compare):
+    def run():
+        layer, x, prev = make_layer((2, 6, 5, 4), 3)
+        out = layer(x, prev)
+        for _ in range(2):
+            out.square().sum().backward(retain_graph=True)
+        return [x.grad, prev.grad, *(p.grad for p in layer.parameters())]
+
+    compare(run)
+
+
+def test_copies_and_pickles(fused_calls):
+    layer, x, prev = make_layer((2, 6, 5, 4), 3)
+    out = layer(x, prev)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x, prev), out)
+    assert len(fused_calls) == 3
+
+
+def test_second_derivatives_are_refused():
+    layer, x, prev = make_layer((2, 6, 5, 4), 3)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(layer(x, prev).sum(), x, create_graph=True)
+
+
+def test_other_backends_and_autocast_run_in_pytorch(fused_calls):
+    layer, x, prev = make_layer((2, 6, 5, 4), 3, torch.float32)
+    with ek.use_backend("eager"):
+        layer(x, prev)
+    with torch.autocast("cpu"):
+        layer(x, prev)
+    assert fused_calls == []
+    layer(x, prev)
+    assert fused_calls == ["light_layer"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_network(compare, checkpointing):
+    torch.manual_seed(1)
+    model = build_model(
+        "resnet20", attention="mrla_light", drop_path=0.2, checkpointing=checkpointing
+    ).double()
+    images = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+
+    def run():
+        network = copy.deepcopy(model)
+        torch.manual_seed(6)
+        scores = network(images)
+        scores.square().sum().backward()
+        return [scores, *(p.grad for p in network.parameters())]
+
+    compare(run, calls=18 if checkpointing else 9)
