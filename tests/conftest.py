@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.extension import extension, extension_problem
-from ela_kernels.ops.layer_attention import autograd, block, interface, layer
+from ela_kernels.ops.layer_attention import autograd, block, cpp_layer, interface, layer
 from ela_kernels.ops.layer_attention.kernels import kernels_of
 
 
@@ -91,9 +91,10 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for backend in ("cpp", "cuda"):
         for function in ("forward", "backward", "weights", "gather"):
             spy(kernels_of(backend), function, f"{backend} {function}")
-    spy(block, "layer_forward", "cpp block")
-    spy(layer, "layer_forward", "cpp layer")
-    spy(layer, "layer_backward", "cpp layer backward")
+    spy(block, "_end", "cpp block")
+    spy(layer, "_retrieve", "cpp layer")
+    spy(layer, "_provide", "cpp layer")
+    spy(cpp_layer, "layer_backward", "cpp layer backward")
     spy(interface, "log_weights_reference", "eager weights")
     for module in (autograd, interface):
         spy(module, "layer_attention_reference", "eager forward")

@@ -18,7 +18,6 @@ using ela::ImageShape;
 using ela::LayerBackwardParams;
 using ela::LayerParams;
 using ela::MapView;
-using ela::NormParams;
 using ela::RowView;
 using ela::Shape;
 using ela::WeightsParams;
@@ -33,7 +32,7 @@ void layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double
            int64_t wq, int64_t wk, int64_t filter_size, int64_t wv, int64_t mean, int64_t query, const Ints& keys,
            const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev, int64_t prev_depth,
            int64_t weights, int64_t kl, const std::array<int64_t, 3>& out, bool residual, int64_t mean_out,
-           int64_t variance_out, int64_t workspace, int threads) {
+           int64_t variance_out, const NormArguments& norm, int64_t workspace, int threads) {
   const ImageShape image = image_shape_of(sizes);
   const Shape shape = flat_shape(image, heads);
   require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
@@ -61,7 +60,9 @@ void layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double
       {shape, w.depth, value_views.data(), columns.data(), map(out), for_aggregate, residual ? map(x) : MapView{}},
       scratch,
       mean_out != 0,
-      {image, map(out), for_norm, address(mean_out), address(variance_out)}};
+      {image, map(out), for_norm, address(mean_out), address(variance_out)},
+      norm.has_value(),
+      norm_params(image, norm, mean_out != 0, size)};
   const auto kernel = k.layer[dtype];
   py::gil_scoped_release unlocked;
   kernel(p, threads);
@@ -79,7 +80,7 @@ void layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_t head
                     const Ints& score_strides, const Ints& douts, const Ints& dout_strides, const Ints& weight_columns,
                     const Ints& weight_strides, const std::array<int64_t, 3>& residual, int64_t dquery, int64_t dkey,
                     int64_t dmean, const std::array<int64_t, 3>& dx, int64_t dwq, int64_t dwk, int64_t dwv,
-                    int64_t workspace, int threads) {
+                    const NormArguments& norm, bool batch_statistics, int64_t workspace, int threads) {
   const ImageShape image = image_shape_of(sizes);
   const Shape shape = flat_shape(image, heads);
   require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
@@ -132,7 +133,9 @@ void layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_t head
       {image, heads, static_cast<int64_t>(dout_views.size()), dout_views.data(), weight_views.data(), map(x),
        address(wv), nullptr, dquery == 0 && dkey == 0 ? nullptr : address(dmean), map(residual), map(dx), address(dwv),
        map_scratch},
-      taps};
+      taps,
+      norm.has_value(),
+      norm_params(image, norm, batch_statistics, size)};
   const auto kernel = ela::kernels().layer_backward[dtype];
   py::gil_scoped_release unlocked;
   kernel(p, threads);
@@ -150,51 +153,12 @@ int64_t layer_workspace(const std::array<int64_t, 5>& sizes, int64_t heads, int6
   return 9 * image.channels + std::max(forward, backward);
 }
 
-// What follows the retrieval o: out = x + mask * act(norm(o)), with the mean and variance given, [C]; see NormParams.
-NormParams norm_params(const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& o,
-                       const std::array<int64_t, 3>& x, const std::array<int64_t, 3>& out, int64_t mean,
-                       int64_t variance, int64_t gamma, int64_t beta, int64_t mask, double eps, bool relu,
-                       bool batch_statistics, int64_t dgamma, int64_t dbeta, int64_t workspace, size_t size) {
-  const ImageShape image = image_shape_of(sizes);
-  char* partials = static_cast<char*>(address(workspace));
-  void* factors = partials + (ela::kernels().norm_workspace(image) - 4 * image.channels) * size;
-  return {image,         map(o),        map(x), map(out), address(mean),    address(variance), address(gamma),
-          address(beta), address(mask), eps,    relu,     batch_statistics, address(dgamma),   address(dbeta),
-          partials,      factors,       {}};
-}
-
-void norm(int dtype, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& o,
-          const std::array<int64_t, 3>& x, const std::array<int64_t, 3>& out, int64_t mean, int64_t variance,
-          int64_t gamma, int64_t beta, int64_t mask, double eps, bool relu, int64_t workspace, int threads) {
-  const NormParams p = norm_params(sizes, o, x, out, mean, variance, gamma, beta, mask, eps, relu, false, 0, 0,
-                                   workspace, element_size(checked_dtype(dtype)));
-  const auto kernel = ela::kernels().norm[dtype];
-  py::gil_scoped_release unlocked;
-  kernel(p, threads);
-}
-
-// The gradients of o, gamma and beta from that of out; `also` is added to that of o.
-void norm_backward(int dtype, const std::array<int64_t, 5>& sizes, const std::array<int64_t, 3>& o,
-                   const std::array<int64_t, 3>& dout, const std::array<int64_t, 3>& also,
-                   const std::array<int64_t, 3>& do_, int64_t mean, int64_t variance, int64_t gamma, int64_t beta,
-                   int64_t mask, double eps, bool relu, bool batch_statistics, int64_t dgamma, int64_t dbeta,
-                   int64_t workspace, int threads) {
-  NormParams p = norm_params(sizes, o, dout, do_, mean, variance, gamma, beta, mask, eps, relu, batch_statistics,
-                             dgamma, dbeta, workspace, element_size(checked_dtype(dtype)));
-  p.also = map(also);
-  const auto kernel = ela::kernels().norm_backward[dtype];
-  py::gil_scoped_release unlocked;
-  kernel(p, threads);
-}
-
 }  // namespace
 
 void bind_layer(py::module_& m) {
   m.def("layer", &layer);
   m.def("layer_backward", &layer_backward);
   m.def("layer_workspace", &layer_workspace);
-  m.def("norm", &norm);
-  m.def("norm_backward", &norm_backward);
   m.def("norm_workspace",
         [](const std::array<int64_t, 5>& sizes) { return ela::kernels().norm_workspace(image_shape_of(sizes)); });
 }

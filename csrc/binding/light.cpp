@@ -13,7 +13,6 @@ namespace {
 using ela::ImageShape;
 using ela::LightBackwardParams;
 using ela::LightParams;
-using View = std::array<int64_t, 3>;
 
 LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x, int64_t wq,
                          int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev, int64_t mean,
@@ -21,11 +20,27 @@ LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, dou
   const ImageShape image = image_shape_of(sizes);
   require(heads >= 1 && image.channels % heads == 0, "heads: must divide channels");
   require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
-  return {image,         heads,          filter_size,       scale,
-          map(x),        map(v),         map(prev),         {},
-          address(wq),   address(wk),    address(wv),       address(decay),
-          address(mean), address(query), address(key),      address(factors),
-          nullptr,       nullptr,        address(workspace)};
+  return {image,
+          heads,
+          filter_size,
+          scale,
+          map(x),
+          map(v),
+          map(prev),
+          {},
+          address(wq),
+          address(wk),
+          address(wv),
+          address(decay),
+          address(mean),
+          address(query),
+          address(key),
+          address(factors),
+          nullptr,
+          nullptr,
+          address(workspace),
+          false,
+          {}};
 }
 
 // out, with what the backward will need: mean, query, key, v and the factors [2, B, C]; and the statistics of out,
@@ -33,11 +48,13 @@ LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, dou
 void light_layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x, int64_t wq,
                  int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev, int64_t mean,
                  int64_t query, int64_t key, const View& v, int64_t factors, const View& out, int64_t mean_out,
-                 int64_t variance_out, int64_t workspace, int threads) {
+                 int64_t variance_out, const NormArguments& norm, int64_t workspace, int threads) {
   LightParams p = light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v,
                                factors, workspace);
   p.out = map(out);
   p.mean_out = address(mean_out), p.variance_out = address(variance_out);
+  p.is_block = norm.has_value();
+  p.norm = norm_params(p.shape, norm, mean_out != 0, element_size(checked_dtype(dtype)));
   const auto kernel = ela::kernels().light_layer[checked_dtype(dtype)];
   py::gil_scoped_release unlocked;
   kernel(p, threads);
@@ -48,17 +65,20 @@ void light_layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_
                           int64_t wq, int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev,
                           int64_t mean, int64_t query, int64_t key, const View& v, int64_t factors, const View& dout,
                           const View& dx_residual, const View& dx, int64_t dwq, int64_t dwk, int64_t dwv,
-                          int64_t ddecay, const View& dprev, int64_t workspace, int threads) {
-  const LightBackwardParams p = {light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query,
-                                              key, v, factors, workspace),
-                                 map(dout),
-                                 map(dx_residual),
-                                 map(dx),
-                                 map(dprev),
-                                 address(dwq),
-                                 address(dwk),
-                                 address(dwv),
-                                 address(ddecay)};
+                          int64_t ddecay, const View& dprev, const NormArguments& norm, bool batch_statistics,
+                          int64_t workspace, int threads) {
+  LightBackwardParams p = {light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key,
+                                        v, factors, workspace),
+                           map(dout),
+                           map(dx_residual),
+                           map(dx),
+                           map(dprev),
+                           address(dwq),
+                           address(dwk),
+                           address(dwv),
+                           address(ddecay)};
+  p.forward.is_block = norm.has_value();
+  p.forward.norm = norm_params(p.forward.shape, norm, batch_statistics, element_size(checked_dtype(dtype)));
   const auto kernel = ela::kernels().light_layer_backward[checked_dtype(dtype)];
   py::gil_scoped_release unlocked;
   kernel(p, threads);

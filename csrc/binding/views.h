@@ -2,7 +2,9 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "cpu/params.h"
@@ -86,6 +88,23 @@ inline WeightsParams weights_params(const Shape& shape, double scale, const RowV
 
 inline RowView row(int64_t data, int64_t stride) { return {address(data), stride}; }
 
-inline MapView map(const std::array<int64_t, 3>& view) { return {address(view[0]), view[1], view[2]}; }
+using View = std::array<int64_t, 3>;
+
+inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
+
+// What follows a retrieval in a block: maps (see NormParams), then mean, variance, gamma, beta, mask, dgamma, dbeta and
+// workspace (norm_workspace() elements), eps, and whether there is a ReLU.
+using NormArguments = std::optional<std::tuple<std::array<View, 4>, std::array<int64_t, 8>, double, bool>>;
+
+inline NormParams norm_params(const ImageShape& image, const NormArguments& given, bool batch_statistics, size_t size) {
+  if (!given) return {};
+  const auto& [views, pointers, eps, relu] = *given;
+  const auto& [mean, variance, gamma, beta, mask, dgamma, dbeta, workspace] = pointers;
+  char* partials = static_cast<char*>(address(workspace));
+  void* factors = partials + (kernels().norm_workspace(image) - 4 * image.channels) * size;
+  return {image,           map(views[0]),  map(views[1]), map(views[2]), address(mean), address(variance),
+          address(gamma),  address(beta),  address(mask), eps,           relu,          batch_statistics,
+          address(dgamma), address(dbeta), partials,      factors,       map(views[3])};
+}
 
 }  // namespace ela::binding

@@ -256,6 +256,7 @@ template <class T>
 void layer_kernel(const LayerParams& p, int threads) {
   const ImageShape& image = p.depthwise.shape;
   if (image.interleaved) prepare_taps<T>(image, p.depthwise.taps, static_cast<Acc<T>*>(p.rows));
+  if (p.is_block && !p.wants_statistics) prepare_norm<T>(p.norm);
   by_sample(image.batch, threads, [&](Samples samples, int some) {
     LayerParams part = p;
     part.depthwise.rows = p.rows;
@@ -268,8 +269,13 @@ void layer_kernel(const LayerParams& p, int threads) {
     aggregate_kernel<T>(part.aggregate, some);
     part.statistics.shape.samples = samples;
     if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
+    if (p.is_block && !p.wants_statistics) norm_part<T>(p.norm, samples, some, norm_kernel<T>);
   });
-  if (p.wants_statistics) join_statistics<T>(p.statistics);
+  if (!p.wants_statistics) return;
+  join_statistics<T>(p.statistics);
+  if (!p.is_block) return;
+  prepare_norm<T>(p.norm);
+  norm_kernel<T>(p.norm, threads);
 }
 
 template <class T>
@@ -278,7 +284,9 @@ void layer_backward_kernel(const LayerBackwardParams& p, int threads) {
   const bool has_mean = p.filters.dquery != nullptr || p.filters.dkey != nullptr;
   const bool has_maps = p.convolve.dx.data != nullptr || p.convolve.dtaps != nullptr;
   if (image.interleaved) prepare_taps<T>(image, p.convolve.taps, static_cast<Acc<T>*>(p.rows));
+  if (p.is_block) prepare_norm_backward<T>(p.norm, threads);
   by_sample(image.batch, threads, [&](Samples samples, int some) {
+    if (p.is_block) norm_part<T>(p.norm, samples, some, norm_backward_kernel<T>);
     LayerBackwardParams part = p;
     part.convolve.rows = p.rows;
     part.attention.forward.shape.samples = part.key.shape.samples = samples;

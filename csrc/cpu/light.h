@@ -58,6 +58,8 @@ void light_layer_kernel(const LightParams& p, int threads) {
   const ColumnView columns[] = {{light_factors<T>(p, 0), 1}, {light_factors<T>(p, 1), 1}};
   const StatisticsParams statistics = {image, p.out, for_norm, p.mean_out, p.variance_out};
   if (image.interleaved) prepare_taps<T>(image, p.taps, rows);
+  const bool wants_statistics = p.mean_out != nullptr;
+  if (p.is_block && !wants_statistics) prepare_norm<T>(p.norm);
   by_sample(image.batch, threads, [&](Samples samples, int some) {
     LightParams part = p;
     part.shape.samples = samples;
@@ -67,9 +69,14 @@ void light_layer_kernel(const LightParams& p, int threads) {
     aggregate_kernel<T>({by_channel(part.shape), 2, sources, columns, p.out, for_aggregate, {}}, some);
     StatisticsParams of_part = statistics;
     of_part.shape.samples = samples;
-    if (p.mean_out != nullptr) statistics_kernel<T>(of_part, some);
+    if (wants_statistics) statistics_kernel<T>(of_part, some);
+    if (p.is_block && !wants_statistics) norm_part<T>(p.norm, samples, some, norm_kernel<T>);
   });
-  if (p.mean_out != nullptr) join_statistics<T>(statistics);
+  if (!wants_statistics) return;
+  join_statistics<T>(statistics);
+  if (!p.is_block) return;
+  prepare_norm<T>(p.norm);
+  norm_kernel<T>(p.norm, threads);
 }
 
 // From the dot products by channel: the gradients of query and key, and each sample's part of the decay's [B, C].
@@ -129,7 +136,9 @@ void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
   dots.values = values, dots.dout = &p.dout;
   const bool has_maps = p.dx.data != nullptr || p.dtaps != nullptr;
   if (image.interleaved) prepare_taps<T>(image, f.taps, rows);
+  if (f.is_block) prepare_norm_backward<T>(f.norm, threads);
   by_sample(image.batch, threads, [&](Samples samples, int some) {
+    if (f.is_block) norm_part<T>(f.norm, samples, some, norm_backward_kernel<T>);
     LightParams part = f;
     part.shape.samples = samples;
     BackwardParams part_dots = dots;

@@ -272,19 +272,20 @@ void norm_backward_kernel(const NormParams& p, int threads) {
       });
 }
 
-// The whole epilogue; mean and variance are written before it, by join_statistics() or from running statistics.
-template <class T>
-void norm_forward(const NormParams& p, int threads) {
-  prepare_norm<T>(p);
-  norm_kernel<T>(p, threads);
+// The parts of a batch that are wanted; the factors are prepared.
+template <class T, class Kernel>
+inline void norm_part(const NormParams& p, Samples samples, int threads, Kernel kernel) {
+  NormParams part = p;
+  part.shape.samples = samples;
+  kernel(part, threads);
 }
 
+// Before the backward of any part.
 template <class T>
-void norm_backward(const NormParams& p, int threads) {
+void prepare_norm_backward(const NormParams& p, int threads) {
   prepare_norm<T>(p);
   norm_sums_kernel<T>(p, threads);
   join_norm_sums<T>(p);
-  norm_backward_kernel<T>(p, threads);
 }
 
 // Accumulation elements: partial sums, and four factors a channel.

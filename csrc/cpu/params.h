@@ -178,6 +178,8 @@ struct LayerParams {
   void* rows;  // 9 * C accumulation elements, interleaved maps only
   bool wants_statistics;
   StatisticsParams statistics;  // of what it retrieves
+  bool is_block;
+  NormParams norm;  // what follows in a block: with the statistics just taken, or with given ones
 };
 
 // A layer's backward: its own attention's (where `attends`), then the gradients of its key, its mean, its input.
@@ -188,6 +190,8 @@ struct LayerBackwardParams {
   ChannelFilterBackwardParams filters;  // dquery and dkey may be null
   GatherConvolveParams convolve;
   void* rows;  // as in LayerParams
+  bool is_block;
+  NormParams norm;  // gives the attention its dout
 };
 
 // The light form of a layer: out = gate * v + decay * prev, gate = sigmoid(scale * <q, k>) of a head.
@@ -202,6 +206,8 @@ struct LightParams {
   void* factors;                  // [2, B, C] in the accumulation type: gate and decay by channel
   void *mean_out, *variance_out;  // statistics of out, [C], or null
   void* workspace;                // light_workspace() accumulation elements
+  bool is_block;                  // as in LayerParams and LayerBackwardParams
+  NormParams norm;
 };
 
 // Its gradients; each may be left out. `dx_residual` is added to dx.
@@ -222,8 +228,6 @@ struct Kernels {
   void (*layer_backward[kDTypes])(const LayerBackwardParams&, int threads);
   void (*light_layer[kDTypes])(const LightParams&, int threads);
   void (*light_layer_backward[kDTypes])(const LightBackwardParams&, int threads);
-  void (*norm[kDTypes])(const NormParams&, int threads);
-  void (*norm_backward[kDTypes])(const NormParams&, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
   int64_t (*backward_workspace)(const Shape&, int64_t depth);
   int64_t (*depthwise_workspace)(const ImageShape&);

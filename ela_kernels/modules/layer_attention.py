@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ela_kernels.ops.layer_attention.cpp_layer import Filters
 from ela_kernels.ops.layer_attention.history import LayerHistory
+from ela_kernels.ops.layer_attention.layer_kernels import Filters
 
 
 class History(Protocol):

@@ -11,7 +11,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, has_hooks
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.layer_attention.cpp_norm import Epilogue
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 from ela_kernels.ops.light_layer_attention.layer import light_block, serves_light_layer
 

@@ -238,13 +238,15 @@ def test_dtypes(dtype, form):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_statistics_of_values_far_from_zero(form):
     """A difference of two large sums would lose the variance: 1e4 squared times a float's precision is ten."""
-    from ela_kernels.ops.layer_attention.cpp_layer import Filters, layer_forward
+    from ela_kernels.ops.layer_attention.cpp_layer import layer_forward
+    from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
 
     x = (1e4 + torch.randn(4, 8, 20, 15)).contiguous(memory_format=form)
     center = torch.zeros(8, 1, 3, 3)
     center[:, :, 1, 1] = 1.0
     ones = torch.ones(1, 1, 1)
-    r = layer_forward(x, Filters(ones, ones, center), (), (), 2, 1.0, None, False, True)
+    epilogue = Epilogue(None, None, None, None, 1e-5, True)
+    r = layer_forward(x, Filters(ones, ones, center), (), (), 2, 1.0, None, False, epilogue)
     torch.testing.assert_close(
         r.statistics[0], x.double().mean((0, 2, 3)).float(), rtol=1e-6, atol=0
     )

@@ -53,10 +53,7 @@ def compare(monkeypatch):
     def on_both(run, tolerance=EXACT, calls=None):
         made = []
         real = cpp_layer.layer_forward
-        monkeypatch.setattr(
-            "ela_kernels.ops.layer_attention.layer.layer_forward",
-            lambda *a: (made.append(1), real(*a))[1],
-        )
+        monkeypatch.setattr(cpp_layer, "layer_forward", lambda *a: (made.append(1), real(*a))[1])
         found = run()
         assert made if calls is None else len(made) == calls
         with monkeypatch.context() as patch:
@@ -266,8 +263,7 @@ def test_a_gradient_changed_in_place_is_refused():
 def test_modules_that_may_not_be_passed_by(compare, monkeypatch):
     layers, x = make_stage((2, 6, 4, 5), 2, 3)
     monkeypatch.setattr(
-        "ela_kernels.ops.layer_attention.layer.layer_forward",
-        lambda *a: pytest.fail("the kernels passed by a module"),
+        cpp_layer, "layer_forward", lambda *a: pytest.fail("the kernels passed by a module")
     )
     called = []
     layers[0].Wv.register_forward_hook(lambda *a: called.append("hook"))

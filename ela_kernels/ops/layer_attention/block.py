@@ -11,21 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.cpp_layer import (
+from ela_kernels.ops.layer_attention.layer import LayerOutput, attended, gradients
+from ela_kernels.ops.layer_attention.layer_kernels import (
+    Epilogue,
     Filters,
     LayerForward,
-    layer_forward,
-    readable,
+    NormGradients,
 )
-from ela_kernels.ops.layer_attention.cpp_norm import Epilogue, norm_backward, norm_forward
-from ela_kernels.ops.layer_attention.layer import LayerOutput, attended, gradients
 from ela_kernels.ops.layer_attention.pull import (
     Link,
     in_form_of,
     keep,
+    layer_kernels,
     refuse_second_derivative,
     token_gradient,
 )
+
+NO_NORM_GRADIENTS = NormGradients(None, None, None)
+
+
+def of_parameters(
+    norm: NormGradients, gamma: Tensor | None, beta: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a norm's parameters, in their dtype."""
+    dgamma, dbeta = (
+        None if d is None or w is None else d.to(w.dtype)
+        for d, w in ((norm.gamma, gamma), (norm.beta, beta))
+    )
+    return dgamma, dbeta
 
 
 class _Block(torch.autograd.Function):
@@ -47,7 +60,7 @@ class _Block(torch.autograd.Function):
         ctx.token = token
         # Not the parameters, which are saved below: autograd checks their versions.
         ctx.epilogue = epilogue._replace(gamma=None, beta=None)
-        r, statistics, out = _end(x, Filters(wq, wk, wv), prev_weights, epilogue, link)
+        r, statistics, out = _end(x, Filters(wq, wk, wv), prev_weights, epilogue, link, True)
         ctx.save_for_backward(
             x,
             wq,
@@ -82,23 +95,31 @@ class _Block(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, wq, wk, wv, gamma, beta, mean, q, weights, prev, o, statistics, *maps = ctx.saved_tensors
-        do = dgamma = dbeta = None
+        norm = NO_NORM_GRADIENTS
         if dout is not None:
             dout = in_form_of(maps[-1], dout, ctx.channels_last)
             epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
-            do, dgamma, dbeta = norm_backward(o, dout, statistics, epilogue)
-        own = attended(ctx, q, maps, prev, weights, do, dweights, dkl, ctx.needs_input_grad[6])
+            norm = ctx.layer.norm_backward(o, dout, statistics, epilogue)
+        own = attended(ctx, q, maps, prev, weights, norm.o, dweights, dkl, ctx.needs_input_grad[6])
         needs = ctx.needs_input_grad[:4]
-        found = gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, dout, needs)
-        *filters, dprev = found
-        return *filters, dgamma, dbeta, dprev, None, token_gradient(ctx, ctx.token), None
+        filters = Filters(wq, wk, wv)
+        found = gradients(ctx, x, filters, mean, own, dk, dv, dout, needs, norm.pending)
+        *inputs, dprev = found
+        dgamma, dbeta = of_parameters(norm, gamma, beta)
+        return *inputs, dgamma, dbeta, dprev, None, token_gradient(ctx, ctx.token), None
 
 
 def _end(
-    x: Tensor, filters: Filters, prev_weights: Tensor | None, epilogue: Epilogue, link: Link
+    x: Tensor,
+    filters: Filters,
+    prev_weights: Tensor | None,
+    epilogue: Epilogue,
+    link: Link,
+    keeps_out: bool,
 ) -> tuple[LayerForward, Tensor, Tensor]:
     """The layer, the statistics that its retrieval is normed with, and the block's output."""
-    r = layer_forward(
+    kernels = layer_kernels(link)
+    r = kernels.layer_forward(
         x,
         filters,
         link.keys,
@@ -107,12 +128,15 @@ def _end(
         link.scale,
         prev_weights,
         False,
-        wants_statistics=epilogue.statistics is None,
+        epilogue=epilogue,
+        keeps_out=keeps_out,
     )
     statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
-    assert r.out is not None
     assert statistics is not None
-    return r, statistics, norm_forward(r.out, x, statistics, epilogue)
+    if r.block is not None:
+        return r, statistics, r.block
+    assert r.out is not None
+    return r, statistics, kernels.norm_forward(r.out, x, statistics, epilogue)
 
 
 def block_pull(
@@ -124,9 +148,9 @@ def block_pull(
     link: Link,
 ) -> tuple[LayerOutput, Tensor]:
     """One block on a history, as :func:`layer_pull`; and the statistics `[2, C]` that it was normed with."""
-    x = readable(x)
+    x = layer_kernels(link).readable(x)
     if not torch.is_grad_enabled():
-        r, statistics, out = _end(x, filters, prev_weights, epilogue, link)
+        r, statistics, out = _end(x, filters, prev_weights, epilogue, link, False)
         assert r.weights is not None
         return (out, r.weights, r.kl, token, r.k, r.v), statistics
     gamma, beta = epilogue.gamma, epilogue.beta

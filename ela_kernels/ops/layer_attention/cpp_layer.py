@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,15 @@ from ela_kernels.ops.layer_attention.cpp import (
     thread_count,
 )
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
-from ela_kernels.ops.layer_attention.kernels import Saved, address, dense, new_row, resolved
+from ela_kernels.ops.layer_attention.cpp_norm import ImageSizes, NormCall, norm_backward, norm_call
+from ela_kernels.ops.layer_attention.kernels import address, dense, new_row, resolved
+from ela_kernels.ops.layer_attention.layer_kernels import (
+    Attended,
+    Epilogue,
+    Filters,
+    LayerForward,
+    LayerGradients,
+)
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     in_form,
@@ -28,32 +35,8 @@ from ela_kernels.ops.layer_attention.layout import (
 )
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
-ImageSizes = tuple[int, int, int, int, int]
-"""B, C, H, W, interleaved."""
-
-
-class Filters(NamedTuple):
-    """The parameters of a layer: `wq` (None where no query is wanted) and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`."""
-
-    wq: Tensor | None
-    wk: Tensor
-    wv: Tensor
-
-
-class LayerForward(NamedTuple):
-    """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
-
-    `statistics` are mean and biased variance of `out` for each channel, `[2, C]`, where they were asked for.
-    """
-
-    mean: Tensor
-    q: Tensor | None
-    k: Tensor
-    v: Tensor
-    out: Tensor | None
-    weights: Tensor | None
-    kl: Tensor | None
-    statistics: Tensor | None
+# No norm_forward: layer_forward() does all of a block.
+__all__ = ["layer_backward", "layer_forward", "norm_backward", "readable"]
 
 
 def readable(x: Tensor) -> Tensor:
@@ -90,7 +73,8 @@ def layer_forward(
     scale: float,
     prev_weights: Tensor | None,
     has_residual: bool,
-    wants_statistics: bool = False,
+    epilogue: Epilogue | None = None,
+    keeps_out: bool = True,
 ) -> LayerForward:
     """Query, key and value from `x` (which :func:`readable` gave), and what the query retrieves, in one call.
 
@@ -105,7 +89,7 @@ def layer_forward(
     depth = len(keys) + 1
     v, _ = new_map(x, flat, False)
     mean, k = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
-    q = out = weights = kl = statistics = None
+    q = out = weights = kl = statistics = block = norm = None
     out_view = NO_MAP
     if retrieves:
         q = x.new_empty(x.shape[:2])
@@ -114,8 +98,14 @@ def layer_forward(
         prev_weights = dense(prev_weights)
         if prev_weights is not None:
             kl = torch.empty((flat[0], heads), dtype=accumulate)
-        if wants_statistics:
-            statistics = torch.empty((2, x.shape[1]), dtype=accumulate)
+        if epilogue is not None:
+            block, block_view = out, out_view
+            given = epilogue.statistics
+            if given is None:
+                statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate)
+            if keeps_out:
+                block, block_view = new_map(x, flat, False)
+            norm = norm_call((out_view, view, block_view, NO_MAP), sizes, given, epilogue)
     key_addresses, key_strides, key_copies = rows((*keys, k))
     value_addresses, value_strides, value_copies = maps((*values, v), False, interleaved)
     threads = thread_count(x.numel() * depth)
@@ -146,35 +136,12 @@ def layer_forward(
         has_residual,
         address(statistics),
         0 if statistics is None else statistics[1].data_ptr(),
+        None if norm is None else norm.arguments,
         workspace.data_ptr(),
         threads,
     )
-    del key_copies, value_copies
-    return LayerForward(mean, q, k, v, out, weights, kl, statistics)
-
-
-class Attended(NamedTuple):
-    """A layer's own attention for its backward: what it saved, and the gradients that arrived.
-
-    `dscores` is written in the backward, and is part of what the layer leaves to those before it.
-    """
-
-    saved: Saved
-    dout: Tensor | None
-    dweights: Tensor | None
-    dkl: Tensor | None
-    dscores: Tensor
-    need_prev: bool
-
-
-class LayerGradients(NamedTuple):
-    """Gradients of a layer's input, filters and previous weights; None where none was asked for."""
-
-    x: Tensor | None
-    wq: Tensor | None
-    wk: Tensor | None
-    wv: Tensor | None
-    prev: Tensor | None
+    del key_copies, value_copies, norm
+    return LayerForward(mean, q, k, v, out, weights, kl, statistics, block)
 
 
 def layer_backward(
@@ -189,6 +156,7 @@ def layer_backward(
     dv: Tensor | None,
     residual: Tensor | None,
     needs: Sequence[bool],
+    pending: NormCall | None = None,
 ) -> LayerGradients:
     """All gradients of the layer at `index` in one call; its value's is gathered and convolved, never stored.
 
@@ -311,6 +279,8 @@ def layer_backward(
         address(dwq) if has_rows else 0,
         address(dwk) if has_rows else 0,
         address(dwv),
+        None if pending is None else pending.arguments,
+        pending is not None and pending.batch_statistics,
         workspace.data_ptr(),
         threads,
     )

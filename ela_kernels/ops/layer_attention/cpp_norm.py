@@ -1,124 +1,85 @@
-"""The glue to the compiled CPU kernels of a residual block's end: `x + mask * act(norm(o))`, and back."""
+"""What the compiled CPU kernels of a whole layer take for a residual block's end: `x + mask * act(norm(o))`, and back.
+
+The end is done in the call of the layer: with given statistics right after each sample's retrieval, with those of the
+batch as soon as they are known; backward, right before each sample's attention.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.addresses import maps
-from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES, NO_MAP, new_map, thread_count
+from ela_kernels.ops.layer_attention.cpp import NO_MAP, new_map
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
-from ela_kernels.ops.layer_attention.cpp_layer import ImageSizes
 from ela_kernels.ops.layer_attention.kernels import address
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import MapView, is_interleaved, kernel_sizes
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
-
-class Epilogue(NamedTuple):
-    """What follows the retrieval in a residual block.
-
-    `gamma` and `beta` `[C]` of the norm, None where it has none. `statistics`: mean and variance `[2, C]` to norm
-    with, None where those of the batch are to be taken. `mask`: a factor for each sample `[B]`, or None.
-    """
-
-    gamma: Tensor | None
-    beta: Tensor | None
-    statistics: Tensor | None
-    mask: Tensor | None
-    eps: float
-    relu: bool
+ImageSizes = tuple[int, int, int, int, int]
+"""B, C, H, W, interleaved."""
 
 
-def _view(tensor: Tensor, interleaved: bool) -> tuple[MapView, list[Tensor]]:
-    (where,), strides, copies = maps((tensor,), False, interleaved)
-    return (where, strides[0], strides[1]), copies
+class NormCall(NamedTuple):
+    """The arguments as the extension takes them, and what must live until the kernel has run."""
 
-
-def _sizes(o: Tensor, interleaved: bool) -> ImageSizes:
-    batch, channels, height, width = o.shape
-    return batch, channels, height, width, int(interleaved)
-
-
-def _workspace(sizes: ImageSizes, dtype: torch.dtype) -> Tensor:
-    return torch.empty(compiled().norm_workspace(sizes), dtype=dtype)
+    arguments: tuple[Any, ...]
+    batch_statistics: bool
+    keeps: list[Any]
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.to(dtype).contiguous()
 
 
-def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
-    """`x + mask * act(norm(o))` in one pass."""
-    interleaved = is_interleaved(o, False)
-    sizes, accumulate = _sizes(o, interleaved), accumulate_dtype(o.dtype)
-    o_view, copies = _view(o, interleaved)
-    x_view, x_copies = _view(x, interleaved)
-    out, out_view = new_map(o, kernel_sizes(o, 1, False, interleaved), False)
-    gamma, beta, mask = (
-        _vector(t, accumulate) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)
-    )
-    workspace = _workspace(sizes, accumulate)
-    compiled().norm(
-        DTYPE_CODES[o.dtype],
-        sizes,
-        o_view,
-        x_view,
-        out_view,
+def norm_call(
+    views: tuple[MapView, MapView, MapView, MapView],
+    sizes: ImageSizes,
+    statistics: Tensor,
+    epilogue: Epilogue,
+    dgamma: Tensor | None = None,
+    dbeta: Tensor | None = None,
+) -> NormCall:
+    """Of the maps o, x and out (backward: o, dout, do, and what is added to do)."""
+    dtype = statistics.dtype
+    vectors = [_vector(t, dtype) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)]
+    workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype)
+    pointers = (
         statistics.data_ptr(),
         statistics[1].data_ptr(),
-        address(gamma),
-        address(beta),
-        address(mask),
-        epilogue.eps,
-        epilogue.relu,
+        *(address(v) for v in vectors),
+        address(dgamma),
+        address(dbeta),
         workspace.data_ptr(),
-        thread_count(3 * o.numel()),
     )
-    del copies, x_copies
-    return out
+    arguments = (views, pointers, epilogue.eps, epilogue.relu)
+    keeps = [vectors, workspace, statistics, dgamma, dbeta]
+    return NormCall(arguments, epilogue.statistics is None, keeps)
 
 
 def norm_backward(
     o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(do, dgamma, dbeta)`; the last two None where the norm has no such parameter. `also` is added to `do`."""
+) -> NormGradients:
+    """What the backward of the layer will fill in the same call. `also` is added to the gradient of `o`."""
     interleaved = is_interleaved(o, False)
-    sizes, accumulate = _sizes(o, interleaved), accumulate_dtype(o.dtype)
-    o_view, copies = _view(o, interleaved)
-    dout_view, dout_copies = _view(dout, interleaved)
-    also_view, also_copies = (NO_MAP, []) if also is None else _view(also, interleaved)
+    sizes = (*o.shape, int(interleaved))
     do, do_view = new_map(o, kernel_sizes(o, 1, False, interleaved), False)
-    gamma, beta, mask = (
-        _vector(t, accumulate) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)
+    views, keeps = [], []
+    for tensor in (o, dout, also):
+        if tensor is None:
+            views.append(NO_MAP)
+            continue
+        (where,), strides, copies = maps((tensor,), False, interleaved)
+        views.append((where, strides[0], strides[1]))
+        keeps += [tensor, *copies]
+    accumulate = accumulate_dtype(o.dtype)
+    dgamma, dbeta = (
+        None if t is None else torch.empty(t.shape, dtype=accumulate)
+        for t in (epilogue.gamma, epilogue.beta)
     )
-    dgamma = None if gamma is None else torch.empty_like(gamma)
-    dbeta = None if beta is None else torch.empty_like(beta)
-    workspace = _workspace(sizes, accumulate)
-    compiled().norm_backward(
-        DTYPE_CODES[o.dtype],
-        sizes,
-        o_view,
-        dout_view,
-        also_view,
-        do_view,
-        statistics.data_ptr(),
-        statistics[1].data_ptr(),
-        address(gamma),
-        address(beta),
-        address(mask),
-        epilogue.eps,
-        epilogue.relu,
-        epilogue.statistics is None,
-        address(dgamma),
-        address(dbeta),
-        workspace.data_ptr(),
-        thread_count(5 * o.numel()),
-    )
-    del copies, dout_copies, also_copies
-    if dgamma is not None and epilogue.gamma is not None:
-        dgamma = dgamma.to(epilogue.gamma.dtype)
-    if dbeta is not None and epilogue.beta is not None:
-        dbeta = dbeta.to(epilogue.beta.dtype)
-    return do, dgamma, dbeta
+    ordered = (views[0], views[1], do_view, views[2])
+    call = norm_call(ordered, sizes, statistics, epilogue, dgamma, dbeta)
+    return NormGradients(do, dgamma, dbeta, call._replace(keeps=[*call.keeps, *keeps]))

@@ -10,8 +10,6 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.block import block_pull
-from ela_kernels.ops.layer_attention.cpp_layer import Filters
-from ela_kernels.ops.layer_attention.cpp_norm import Epilogue
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
@@ -26,6 +24,7 @@ from ela_kernels.ops.layer_attention.kernels import (
     resolved,
 )
 from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, choose_layer_kernels
 from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 
@@ -181,15 +180,15 @@ class LayerHistory:
         self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
     def serves_layer(self, x: Tensor, filters: Filters) -> bool:
-        """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`; they are the compiled CPU kernels."""
-        if needs_dispatcher(x) or is_autocast_on(x) or x.device.type != "cpu" or not x.numel():
+        """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`: the backend has kernels of a layer."""
+        if needs_dispatcher(x) or is_autocast_on(x) or not x.numel():
             return False
         for w in filters:
             if w is not None and (
                 w.dtype != x.dtype or w.device != x.device or needs_dispatcher(w)
             ):
                 return False
-        return choose_kernels("layer_attention", x, self.depth + 1) is kernels_of("cpp")
+        return choose_layer_kernels(x, self.depth + 1) is not None
 
     def attend_layer(
         self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
@@ -255,7 +254,12 @@ class LayerHistory:
         path = prefix.pairs.next_path()
         keys, values = prefix.pairs.keys, prefix.pairs.values
         scale = checks.check_scale(None, x.shape[1] // heads)
-        link = Link(path, keys, values, heads, scale, False, kernels_of("cpp"), self._record)
+        served = choose_layer_kernels(x, len(keys) + 1)
+        if served is None:
+            raise ValueError("x: no kernel of a whole layer serves it; ask serves_layer first")
+        backend, layer = served
+        kernels = kernels_of(backend)
+        link = Link(path, keys, values, heads, scale, False, kernels, self._record, layer)
         return prefix, heads, link
 
     def provide_layer(self, x: Tensor, filters: Filters, *, heads: int, caller: Any = None) -> None:

@@ -1,8 +1,8 @@
 """A whole layer in one autograd node: from a feature map to what it retrieves, with the pull form of the backward.
 
-The value's gradient is gathered from the later layers' output gradients a part at a time and convolved while that part
-is in cache, so that it is never stored. Key and value are outputs of the node too: a later layer that no kernel serves
-reads them as autograd inputs, and what it sends back is added.
+The value's gradient is gathered from the later layers' output gradients, and convolved; on the CPU a part at a time,
+while that part is in cache, so that it is never stored. Key and value are outputs of the node too: a later layer that
+no kernel serves reads them as autograd inputs, and what it sends back is added.
 """
 
 from __future__ import annotations
@@ -12,21 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.cpp_layer import (
+from ela_kernels.ops.layer_attention.kernels import Saved
+from ela_kernels.ops.layer_attention.layer_kernels import (
     Attended,
     Filters,
     LayerForward,
     LayerGradients,
-    layer_backward,
-    layer_forward,
-    readable,
 )
-from ela_kernels.ops.layer_attention.kernels import Saved
 from ela_kernels.ops.layer_attention.pull import (
     Entry,
     Link,
     in_form_of,
     keep,
+    layer_kernels,
     left_by_later_layers,
     refuse_second_derivative,
     token_gradient,
@@ -71,12 +69,16 @@ def gradients(
     dv: Tensor | None,
     residual: Tensor | None,
     needs: tuple[bool, ...],
+    pending: Any = None,
 ) -> LayerGradients:
     left = left_by_later_layers(ctx)
     if not left and dk is None and dv is None:  # its own, where it has one, is among those
         return LayerGradients(None, None, None, None, None)
     index = len(ctx.path) - 1
-    return layer_backward(x, filters, mean, ctx.heads, index, own, left, dk, dv, residual, needs)
+    found: LayerGradients = ctx.layer.layer_backward(
+        x, filters, mean, ctx.heads, index, own, left, dk, dv, residual, needs, pending
+    )
+    return found
 
 
 class _Layer(torch.autograd.Function):
@@ -151,13 +153,15 @@ class _Provider(torch.autograd.Function):
 def _retrieve(
     x: Tensor, filters: Filters, prev_weights: Tensor | None, has_residual: bool, link: Link
 ) -> LayerForward:
-    return layer_forward(
+    return layer_kernels(link).layer_forward(
         x, filters, link.keys, link.values, link.heads, link.scale, prev_weights, has_residual
     )
 
 
 def _provide(x: Tensor, filters: Filters, link: Link) -> LayerForward:
-    return layer_forward(x, filters, (), (), link.heads, link.scale, None, False)
+    return layer_kernels(link).layer_forward(
+        x, filters, (), (), link.heads, link.scale, None, False
+    )
 
 
 def layer_pull(
@@ -169,7 +173,7 @@ def layer_pull(
     link: Link,
 ) -> LayerOutput:
     """One layer on a history: `link` holds the keys and values before it, and its own place last in the path."""
-    x = readable(x)
+    x = layer_kernels(link).readable(x)
     if not torch.is_grad_enabled():
         r = _retrieve(x, filters, prev_weights, has_residual, link)
         assert r.out is not None
@@ -183,7 +187,7 @@ def provider_pull(
     x: Tensor, filters: Filters, token: Tensor | None, link: Link
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """`(token, key, value)` of a layer that gives its pair and retrieves nothing."""
-    x = readable(x)
+    x = layer_kernels(link).readable(x)
     if not torch.is_grad_enabled():
         r = _provide(x, filters._replace(wq=None), link)
         return token, r.k, r.v

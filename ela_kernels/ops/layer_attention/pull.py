@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.kernels import Kernels, Retrieval, Saved, resolved
+from ela_kernels.ops.layer_attention.layer_kernels import LayerKernels
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 
 
@@ -81,6 +82,13 @@ class Link(NamedTuple):
     channels_last: bool
     kernels: Kernels
     record: Record
+    layer: LayerKernels | None = None
+
+
+def layer_kernels(link: Link) -> LayerKernels:
+    """Those of a link that was made for a whole layer."""
+    assert link.layer is not None
+    return link.layer
 
 
 def left_by_later_layers(ctx: Any) -> list[Any]:
@@ -131,6 +139,7 @@ def keep(ctx: Any, link: Link) -> None:
     ctx.set_materialize_grads(False)
     ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
     ctx.channels_last, ctx.kernels, ctx.record = link.channels_last, link.kernels, link.record
+    ctx.layer = link.layer
 
 
 def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:

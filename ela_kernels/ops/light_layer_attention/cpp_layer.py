@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
-from ela_kernels.ops.layer_attention.cpp_layer import ImageSizes
+from ela_kernels.ops.layer_attention.cpp_norm import ImageSizes, NormCall, norm_call
 from ela_kernels.ops.layer_attention.kernels import address, resolved
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     in_form,
@@ -32,9 +33,10 @@ class LightFilters(NamedTuple):
 
 
 class LightForward(NamedTuple):
-    """What a layer makes of its input; all but `out` and its `statistics` `[2, C]` is kept for the backward.
+    """What a layer makes of its input; all but `out` and what follows the factors is kept for the backward.
 
     `factors` `[2, B, C]` are what each channel takes of its value and of the previous output: gate and decay.
+    `statistics` `[2, C]` of `out` and the residual block's output `block` are there where there is an epilogue.
     """
 
     out: Tensor
@@ -44,6 +46,7 @@ class LightForward(NamedTuple):
     v: Tensor
     factors: Tensor
     statistics: Tensor | None
+    block: Tensor | None = None
 
 
 class LightGradients(NamedTuple):
@@ -87,7 +90,7 @@ def light_layer_forward(
     prev: Tensor,
     heads: int,
     scale: float,
-    wants_statistics: bool = False,
+    epilogue: Epilogue | None = None,
 ) -> LightForward:
     """`gate * v + decay * prev` in one call; `x` and `prev` in one form that the kernels can read."""
     sizes = _sizes(x)
@@ -98,7 +101,14 @@ def light_layer_forward(
     out, out_view = new_map(x, flat, False)
     mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
     factors = torch.empty((2, *x.shape[:2]), dtype=accumulate)
-    statistics = torch.empty((2, x.shape[1]), dtype=accumulate) if wants_statistics else None
+    statistics = block = norm = None
+    if epilogue is not None:
+        given = epilogue.statistics
+        if given is None:
+            statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate)
+        block, block_view = new_map(x, flat, False)
+        views = (out_view, _view(x, sizes[4]), block_view, NO_MAP)
+        norm = norm_call(views, sizes, given, epilogue)
     threads = thread_count(4 * x.numel())
     workspace = _workspace(sizes, wk.numel(), threads, accumulate)
     compiled().light_layer(
@@ -121,10 +131,11 @@ def light_layer_forward(
         out_view,
         address(statistics),
         0 if statistics is None else statistics[1].data_ptr(),
+        None if norm is None else norm.arguments,
         workspace.data_ptr(),
         threads,
     )
-    return LightForward(out, mean, q, k, v, factors, statistics)
+    return LightForward(out, mean, q, k, v, factors, statistics, block)
 
 
 def light_layer_backward(
@@ -137,12 +148,14 @@ def light_layer_backward(
     dout: Tensor,
     residual: Tensor | None,
     needs: Sequence[bool],
+    pending: NormCall | None = None,
 ) -> LightGradients:
     """All gradients of a layer in one call.
 
     Args:
         residual: what arrives at `x` past the layer, added to its gradient.
         needs: of x, wq, wk, wv, decay, prev.
+        pending: what `norm_backward` left to do first.
     """
     sizes = _sizes(x)
     interleaved = bool(sizes[4])
@@ -180,6 +193,8 @@ def light_layer_backward(
         dx_view,
         *(address(d) for d in dfilters),
         dprev_view,
+        None if pending is None else pending.arguments,
+        pending is not None and pending.batch_statistics,
         workspace.data_ptr(),
         threads,
     )

@@ -10,10 +10,12 @@ from torch import Tensor
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.base import Request
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
 from ela_kernels.ops.layer_attention.cpp_layer import readable
-from ela_kernels.ops.layer_attention.cpp_norm import Epilogue, norm_backward, norm_forward
+from ela_kernels.ops.layer_attention.cpp_norm import norm_backward
 from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.layer_attention.kernels import resolved
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.pull import in_form_of
 from ela_kernels.ops.light_layer_attention.cpp_layer import (
     LightFilters,
@@ -115,28 +117,31 @@ class _LightBlock(torch.autograd.Function):
         _refuse_second_derivative()
         *tensors, gamma, beta, statistics = ctx.saved_tensors
         x, filters, prev, kept = _kept(tuple(tensors))
-        dgamma = dbeta = None
-        # The gradient of the light output: from the norm, and from the next layer.
+        # The gradient of the light output: from the next layer, and from the norm.
+        norm = NO_NORM_GRADIENTS
         do = None if dnext is None else in_form_of(kept.v, dnext, False)
         if dout is not None:
             dout = in_form_of(kept.v, dout, False)
             epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
-            do, dgamma, dbeta = norm_backward(kept.out, dout, statistics, epilogue, do)
+            norm = norm_backward(kept.out, dout, statistics, epilogue, do)
+            do = norm.o
         if do is None:
             return (None,) * 11
         needs = ctx.needs_input_grad[:6]
-        found = light_layer_backward(x, filters, prev, ctx.heads, ctx.scale, kept, do, dout, needs)
-        return *found, dgamma, dbeta, None, None, None
+        found = light_layer_backward(
+            x, filters, prev, ctx.heads, ctx.scale, kept, do, dout, needs, norm.pending
+        )
+        return *found, *of_parameters(norm, gamma, beta), None, None, None
 
 
 def _end(
     x: Tensor, filters: LightFilters, prev: Tensor, epilogue: Epilogue, heads: int, scale: float
 ) -> tuple[LightForward, Tensor, Tensor]:
-    given = epilogue.statistics
-    r = light_layer_forward(x, filters, prev, heads, scale, wants_statistics=given is None)
-    statistics = r.statistics if given is None else given
+    r = light_layer_forward(x, filters, prev, heads, scale, epilogue)
+    statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
     assert statistics is not None
-    return r, statistics, norm_forward(r.out, x, statistics, epilogue)
+    assert r.block is not None
+    return r, statistics, r.block
 
 
 def light_layer(x: Tensor, filters: LightFilters, prev: Tensor, heads: int, scale: float) -> Tensor:

@@ -1,0 +1,185 @@
+"""What the kernels of a whole layer and of a whole residual block offer, and which backends have them.
+
+A module with the names of :class:`LayerKernels`: `cpp_layer.py` or `triton_kernels/layer.py`. `layer.py` and `block.py`
+call it from their autograd nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import Tensor
+
+from ela_kernels.backends.base import Request
+from ela_kernels.backends.dispatch import choose_backend
+from ela_kernels.ops.layer_attention.kernels import Saved
+
+
+class Filters(NamedTuple):
+    """The parameters of a layer: `wq` (None where no query is wanted) and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`."""
+
+    wq: Tensor | None
+    wk: Tensor
+    wv: Tensor
+
+
+class LayerForward(NamedTuple):
+    """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
+
+    `statistics` are mean and biased variance of `out` for each channel, `[2, C]`, where they were asked for. `block` is
+    what a residual block makes of it, where the kernels did that in the same call; `out` may then be None.
+    """
+
+    mean: Tensor
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    out: Tensor | None
+    weights: Tensor | None
+    kl: Tensor | None
+    statistics: Tensor | None
+    block: Tensor | None = None
+
+
+class Attended(NamedTuple):
+    """A layer's own attention for its backward: what it saved, and the gradients that arrived.
+
+    `dscores` is written in the backward, and is part of what the layer leaves to those before it.
+    """
+
+    saved: Saved
+    dout: Tensor | None
+    dweights: Tensor | None
+    dkl: Tensor | None
+    dscores: Tensor
+    need_prev: bool
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of a layer's input, filters and previous weights; None where none was asked for."""
+
+    x: Tensor | None
+    wq: Tensor | None
+    wk: Tensor | None
+    wv: Tensor | None
+    prev: Tensor | None
+
+
+class Epilogue(NamedTuple):
+    """What follows the retrieval in a residual block.
+
+    `gamma` and `beta` `[C]` of the norm, None where it has none. `statistics`: mean and variance `[2, C]` to norm
+    with, None where those of the batch are to be taken. `mask`: a factor for each sample `[B]`, or None.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    statistics: Tensor | None
+    mask: Tensor | None
+    eps: float
+    relu: bool
+
+
+class NormGradients(NamedTuple):
+    """Gradients of the retrieval, and of `gamma` and `beta` in any dtype, None where the norm has no such parameter.
+
+    Where something is `pending`, it is for :meth:`LayerKernels.layer_backward`, which fills them in the same call.
+    """
+
+    o: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    pending: Any = None
+
+
+class LayerKernels(Protocol):
+    """The five names that a backend's module has."""
+
+    def readable(self, x: Tensor) -> Tensor:
+        """`x` itself where the kernels can read it, else a compact copy."""
+
+    def layer_forward(
+        self,
+        x: Tensor,
+        filters: Filters,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        heads: int,
+        scale: float,
+        prev_weights: Tensor | None,
+        has_residual: bool,
+        epilogue: Epilogue | None = None,
+        keeps_out: bool = True,
+    ) -> LayerForward:
+        """Query, key and value from `x` (which :meth:`readable` gave), and what the query retrieves.
+
+        Args:
+            keys, values: those of the layers before; without `filters.wq` nothing is retrieved.
+            epilogue: what follows in a residual block. Statistics of the batch are taken where it wants them; the rest
+                of it may be done here, or is left to :meth:`norm_forward`.
+            keeps_out: whether `out` will be needed after that.
+        """
+
+    def layer_backward(
+        self,
+        x: Tensor,
+        filters: Filters,
+        mean: Tensor,
+        heads: int,
+        index: int,
+        own: Attended | None,
+        retrieved: Sequence[Any],
+        dk: Tensor | None,
+        dv: Tensor | None,
+        residual: Tensor | None,
+        needs: Sequence[bool],
+        pending: Any = None,
+    ) -> LayerGradients:
+        """All gradients of the layer at `index`.
+
+        Args:
+            own: its attention, where a gradient arrived through it.
+            retrieved: what the layers that retrieved this one left, this one included if it did.
+            dk, dv: gradients of key and value from elsewhere, if there are any.
+            residual: what arrives past the retrieval, added to the gradient of `x`.
+            needs: of x, wq, wk, wv.
+            pending: what :meth:`norm_backward` left to do first.
+        """
+
+    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+        """`x + mask * act(norm(o))`; asked for where :meth:`layer_forward` did not do it."""
+
+    def norm_backward(
+        self, o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue
+    ) -> NormGradients:
+        """The gradients of what :meth:`norm_forward` does, from that of its output."""
+
+
+_MODULES = {"cpp": "cpp_layer"}
+
+
+@functools.cache
+def layer_kernels_of(backend: str) -> LayerKernels | None:
+    """The kernels of a whole layer that a backend has; None for one that has none."""
+    if backend not in _MODULES:
+        return None
+    return cast(
+        LayerKernels,
+        importlib.import_module(f"ela_kernels.ops.layer_attention.{_MODULES[backend]}"),
+    )
+
+
+def choose_layer_kernels(x: Tensor, depth: int) -> tuple[str, LayerKernels] | None:
+    """The backend that serves a layer attention over `depth` maps like `x`, with its kernels of a whole layer.
+
+    None where it has none.
+
+    Raises:
+        ValueError: the forced backend cannot serve it; the message holds its reasons.
+    """
+    backend = choose_backend(Request("layer_attention", x.device, x.dtype, depth, False)).name
+    kernels = layer_kernels_of(backend)
+    return None if kernels is None else (backend, kernels)
