@@ -1,7 +1,7 @@
 """Measure layer attention on this machine and write what was found.
 
 python -m benchmarks.run --quick --out results/bench     one stage, the compiled baseline left out: under a minute
-python -m benchmarks.run --full --out results/bench      everything: about a quarter of an hour
+python -m benchmarks.run --full --out results/bench      everything: about twenty minutes
 """
 
 from __future__ import annotations
