@@ -24,6 +24,10 @@ import torch
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
+# Options that name a form of a kernel in the table.
+_VARIANTS = ("PUSH", "HAS_RESIDUAL", "STATISTICS", "SUMS", "WRITES")
+
+
 class Launch(NamedTuple):
     """One kernel with the arguments of one call."""
 
@@ -83,7 +87,7 @@ CASES = (
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Records the launches of the package's Triton backend instead of making them."""
-    from ela_kernels.ops.layer_attention.triton_kernels import launch
+    from ela_kernels.ops.layer_attention.triton_kernels import launch, launch_backward, layer, norm
 
     found: list[Launch] = []
 
@@ -94,19 +98,23 @@ def recorded() -> Iterator[list[Launch]]:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **options: found.append(Launch(self.kernel, args, options))
 
-    names = [name for name in vars(launch) if name.endswith("_kernel")]
-    kernels = {name: getattr(launch, name) for name in names}
+    kernels = [
+        (module, name, kernel)
+        for module in (launch, launch_backward, layer, norm)
+        for name, kernel in vars(module).items()
+        if name.endswith("_kernel")
+    ]
     try:
-        for name, kernel in kernels.items():
-            setattr(launch, name, Recorder(kernel))
+        for module, name, kernel in kernels:
+            setattr(module, name, Recorder(kernel))
         yield found
     finally:
-        for name, kernel in kernels.items():
-            setattr(launch, name, kernel)
+        for module, name, kernel in kernels:
+            setattr(module, name, kernel)
 
 
 def launches_of(case: Case) -> list[Launch]:
-    """Every launch of a layer of this depth: forward, weights, both forms of the backward."""
+    """Every launch of a layer of this depth: forward, weights, both forms of the backward, whole layer and block."""
     from ela_kernels.ops.layer_attention import triton_kernels
     from ela_kernels.ops.layer_attention.kernels import Saved
 
@@ -127,7 +135,31 @@ def launches_of(case: Case) -> list[Launch]:
         triton_kernels.backward(saved, value, weights, kl, True, True, every, every)
         left = triton_kernels.Retrieved(q, weights, weights, value, False)
         triton_kernels.gather([left] * T, 0, heads, False, True, True)
+        _call_layer(saved, [left] * T)
     return found
+
+
+def _call_layer(saved: Any, left: list[Any]) -> None:
+    """A whole layer as the last of a stage, and a whole block, each forward and backward."""
+    from ela_kernels.ops.layer_attention.layer_kernels import Attended, Epilogue, Filters
+    from ela_kernels.ops.layer_attention.triton_kernels import layer
+
+    x, q, heads, weights = saved.values[-1], saved.q, saved.heads, saved.weights
+    channels, dtype = q.shape[1], q.dtype
+    row = torch.empty(1, 1, 5, dtype=dtype)
+    filters = Filters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype))
+    before = saved.keys[:-1], saved.values[:-1], heads, saved.scale, weights
+    layer.layer_forward(x, filters, *before, True)
+    layer.layer_forward(x, filters, *before, False, wants_statistics=True)
+    own = Attended(saved, x, None, None, weights, True)
+    index, every = len(saved.keys) - 1, (True,) * 4
+    layer.layer_backward(x, filters, q, heads, index, own, left, None, None, x, every)
+    gamma, statistics = torch.empty(channels, dtype=dtype), torch.empty(2, channels)
+    mask = torch.empty(len(x), dtype=dtype)
+    for given in (None, statistics):
+        epilogue = Epilogue(gamma, gamma, given, mask, 1e-5, True)
+        layer.norm_forward(x, x, statistics, epilogue)
+        layer.norm_backward(x, x, statistics, epilogue)
 
 
 def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:
@@ -267,10 +299,10 @@ def compile_cases(cases: tuple[Case, ...], targets: tuple[str, ...]) -> list[Com
             if key in seen:
                 continue
             seen.add(key)
-            push = "+push" if launch.options.get("PUSH") else ""
+            variant = "".join("+" + flag.lower() for flag in _VARIANTS if launch.options.get(flag))
             for target in targets:
                 result = compile_launch(launch, str(case), target)
-                found.append(result._replace(kernel=result.kernel + push))
+                found.append(result._replace(kernel=result.kernel + variant))
                 print(*result, flush=True)
     return found
 

@@ -42,7 +42,10 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Large tiles: the interpreter takes its time for each program, and a small call is cut fine for a GPU's sake."""
     from ela_kernels.ops.layer_attention.triton_kernels import plan
 
-    plan.make_plan.cache_clear()
+    caches = (plan.make_plan, plan.make_patch_plan)
+    for cached in caches:
+        cached.cache_clear()
     monkeypatch.setattr(plan, "_ENOUGH_PROGRAMS", 1)
     yield
-    plan.make_plan.cache_clear()
+    for cached in caches:
+        cached.cache_clear()

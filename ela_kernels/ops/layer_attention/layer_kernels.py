@@ -158,7 +158,7 @@ class LayerKernels(Protocol):
         """The gradients of what :meth:`norm_forward` does, from that of its output."""
 
 
-_MODULES = {"cpp": "cpp_layer"}
+_MODULES = {"cpp": "cpp_layer", "triton": "triton_kernels.layer"}
 
 
 @functools.cache

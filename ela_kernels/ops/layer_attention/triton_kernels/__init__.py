@@ -1,15 +1,13 @@
 """Layer attention in Triton: no build step, NVIDIA and AMD, and NumPy's interpreter for tests.
 
-`forward_kernels.py` and `backward_kernels.py` hold the kernels, `tiles.py` what they share, `plan.py` how a call is cut
-into programs, and `launch.py` calls them.
+`forward_kernels.py` and `backward_kernels.py` hold the kernels of the attention, `producer_kernels.py` those that make
+query, key and value and take their gradients back, `norm_kernels.py` those of a residual block's end, `tiles.py` what
+they share. `plan.py` says how a call is cut into programs; `launch.py` and `launch_backward.py` call the kernels of the
+attention, `layer.py` those of a whole layer, `norm.py` those of the block's end.
 """
 
 from ela_kernels.ops.layer_attention.gpu import Retrieved
-from ela_kernels.ops.layer_attention.triton_kernels.launch import (
-    backward,
-    forward,
-    gather,
-    weights,
-)
+from ela_kernels.ops.layer_attention.triton_kernels.launch import forward, weights
+from ela_kernels.ops.layer_attention.triton_kernels.launch_backward import backward, gather
 
 __all__ = ["Retrieved", "backward", "forward", "gather", "weights"]

@@ -1,7 +1,8 @@
 """Scores, softmax, divergence and aggregation in one launch; the weights-only pass; and the gather of the pull form.
 
-Least bytes of the forward: every value read once, the output written once. Scores cost a read of the keys for each
-tile, from the caches; the tile is made large enough for that to stay small (see plan.py).
+Least bytes of the forward: every value and the residual, where there is one, read once, the output written once. Scores
+cost a read of the keys for each tile, from the caches; the tile is made large enough for that to stay small (see
+plan.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from ela_kernels.ops.layer_attention.triton_kernels.tiles import (
     decoded,
     divergence_terms,
     log_softmax,
+    moments,
     offsets,
+    part_at,
     scores,
     tile_at,
     where_exists,
@@ -117,16 +120,27 @@ def layer_attention_weights_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["batch", "heads", "positions", "rows", "chunks", "depth", "prev_depth"]
+    do_not_specialize=[
+        "batch",
+        "heads",
+        "positions",
+        "rows",
+        "chunks",
+        "depth",
+        "prev_depth",
+        "parts",
+    ]
 )
 def layer_attention_fwd_kernel(
     q_ptr,  # [B, C]
     key_ptrs,  # depth of [B, C]
     value_ptrs,  # depth of [B, C, N] or [B, N, C], by strides
     prev_ptr,  # [B, G, prev_depth]
+    residual_ptr,
     out_ptr,
     weights_ptr,  # [B, G, depth]
     kl_ptr,  # [B, G]
+    partial_ptr,  # [2, parts, C], means of the output, and sums of squared distances from them
     batch,
     channels,
     heads,
@@ -138,13 +152,18 @@ def layer_attention_fwd_kernel(
     stride_kb,
     stride_vb,
     stride_vr,
+    stride_xb,
+    stride_xr,
     stride_ob,
     stride_or,
     depth,
     prev_depth,
+    parts,
     scale,
     HAS_PREV: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,  # the weights are written already
+    HAS_RESIDUAL: tl.constexpr,
+    STATISTICS: tl.constexpr,  # a planar tile's rows are of channels
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -154,7 +173,7 @@ def layer_attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    sample, row, column, mask, item, mask_line, _, _ = tile_at(
+    sample, row, column, mask, item, mask_line, place, number = tile_at(
         pid,
         batch,
         channels,
@@ -208,8 +227,26 @@ def layer_attention_fwd_kernel(
                 v_mask = where_exists(mask, j, depth)
                 v = tl.load(value_ptrs[j] + v_offs, mask=v_mask, other=0.0)
                 acc += along(w, INTERLEAVED) * v.to(tl.float32)
+    if HAS_RESIDUAL:
+        x_offs = offsets(sample, row, column, stride_xb, stride_xr, UNIT)
+        acc += tl.load(residual_ptr + x_offs, mask=mask, other=0.0).to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets(sample, row, column, stride_ob, stride_or, UNIT), out, mask=mask)
+    if STATISTICS:
+        mean, square = moments(
+            out.to(tl.float32),
+            mask,
+            number,
+            place,
+            positions,
+            chunks,
+            ROWS,
+            COLS,
+            INTERLEAVED,
+        )
+        at = part_at(number, place, channels, chunks, INTERLEAVED)
+        tl.store(partial_ptr + at, mean, mask=mask_line)
+        tl.store(partial_ptr + parts.to(tl.int64) * channels + at, square, mask=mask_line)
 
 
 @triton.jit

@@ -23,6 +23,10 @@ _MAX_STRIP_BYTES = 256  # interleaved: channels of a position that one program r
 _ENOUGH_PROGRAMS = 1024
 _MIN_TILE_BYTES = 16 * 32 * NUM_WARPS
 
+# Elements of a patch of a depthwise convolution: four a thread, nine sums and nine taps for each in registers.
+_PATCH_ELEMENTS = 512
+_MAX_PATCH_SIDE = 64
+
 # Elements of the tile that scores are computed in, [heads, depth, head_dim].
 _SCORE_ELEMENTS = 2048
 
@@ -82,11 +86,51 @@ class Plan(NamedTuple):
         d = self.head_dim
         return min(d & -d, self.COLS) if self.interleaved else 1
 
+    @property
+    def parts(self) -> int:
+        """Partial sums of each channel, of a plan by channel."""
+        return self.batch * self.chunks
+
+    @property
+    def span(self) -> int:
+        """Positions of one of those."""
+        return self.ROWS if self.interleaved else self.COLS
+
     def partial_elements(self, depth: int) -> int:
         """Float32 numbers of the dot products' partial sums."""
         if self.interleaved:
             return self.batch * self.chunks * depth * self.channels // self.FOLD
         return self.batch * self.rows * self.chunks * depth
+
+
+class PatchPlan(NamedTuple):
+    """How a depthwise convolution is cut into programs. The names are those of the kernels' arguments."""
+
+    interleaved: bool
+    batch: int
+    channels: int
+    height: int
+    width: int
+    patches_w: int
+    groups: int
+    steps: int
+    UNIT: int
+    LINES: int
+    PH: int
+    PW: int
+    programs: int
+
+    @property
+    def geometry(self) -> tuple[int, int, int, int, int, int, int]:
+        return (
+            self.batch,
+            self.channels,
+            self.height,
+            self.width,
+            self.patches_w,
+            self.groups,
+            self.steps,
+        )
 
 
 def power_of_two(number: int) -> int:
@@ -131,11 +175,15 @@ def make_plan(
     strides: tuple[tuple[int, int], ...],
     dtype: torch.dtype,
     depth_bucket: int,
+    by_channel: bool = False,
 ) -> Plan:
-    """The plan of a call on maps of `(B, C, G, N, interleaved)` with these batch and inner strides."""
+    """The plan of a call on maps of `(B, C, G, N, interleaved)` with these batch and inner strides.
+
+    `by_channel`: a planar row is one channel even where there is no gap between channels.
+    """
     batch, channels, heads, positions, interleaved = sizes
     # Planar maps whose channels follow each other: a head is one run of elements.
-    is_gapless = all(inner == positions for _, inner in strides)
+    is_gapless = not by_channel and all(inner == positions for _, inner in strides)
     rows = heads if is_gapless else channels
     length = channels * positions // rows
     unit = 16 // dtype.itemsize
@@ -191,4 +239,51 @@ def make_plan(
         rows_at_once,
         cols,
         programs,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def make_patch_plan(
+    sizes: tuple[int, int, int, int, int], strides: tuple[tuple[int, int], ...], dtype: torch.dtype
+) -> PatchPlan:
+    """The plan of a convolution of maps of `(B, C, H, W, interleaved)` with these batch and inner strides."""
+    batch, channels, height, width, interleaved = sizes
+    wide, high = power_of_two(width), power_of_two(height)
+    # Planar, neighbours in space are neighbours in memory: of nine reads six are off 16 bytes, and reading by single
+    # elements keeps those of a warp together.
+    unit = 1
+    if interleaved:
+        unit = 16 // dtype.itemsize
+        if any(
+            step % unit for step in (channels, *(stride for pair in strides for stride in pair))
+        ):
+            unit = 1
+        lines = _fitting(channels, min(_MIN_COLS, power_of_two(channels)), _MAX_PATCH_SIDE)
+        positions = _PATCH_ELEMENTS // lines
+        patch_w = min(wide, max(positions // high, 1 << positions.bit_length() // 2))
+        patch_h = min(high, positions // patch_w)
+        blocks = batch * -(-channels // lines)
+    else:
+        patch_w = _fitting(width, min(8, wide), _MAX_PATCH_SIDE)
+        patch_h = _fitting(height, 1, _PATCH_ELEMENTS // patch_w)
+        lines = min(_PATCH_ELEMENTS // (patch_h * patch_w), power_of_two(batch * channels))
+        blocks = -(-batch * channels // lines)
+    patches_w = -(-width // patch_w)
+    patches = patches_w * -(-height // patch_h)
+    steps = -(-patches // min(patches, max(1, -(-_ENOUGH_PROGRAMS // blocks))))
+    groups = -(-patches // steps)
+    return PatchPlan(
+        bool(interleaved),
+        batch,
+        channels,
+        height,
+        width,
+        patches_w,
+        groups,
+        steps,
+        unit,
+        lines,
+        patch_h,
+        patch_w,
+        blocks * groups,
     )

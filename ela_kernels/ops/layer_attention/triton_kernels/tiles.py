@@ -55,6 +55,24 @@ def along(line, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def across(position, INTERLEAVED: tl.constexpr):
+    """One number for each position, spread over a tile."""
+    if INTERLEAVED:
+        return position[:, None]
+    else:
+        return position[None, :]
+
+
+@triton.jit
+def line_sum(tile, INTERLEAVED: tl.constexpr):
+    """The sum of each line of a tile."""
+    if INTERLEAVED:
+        return tl.sum(tile, axis=0)
+    else:
+        return tl.sum(tile, axis=1)
+
+
+@triton.jit
 def tile_at(
     pid,
     batch,
@@ -111,6 +129,38 @@ def offsets(sample, row, column, batch_units, row_units, UNIT: tl.constexpr):
     return (
         sample * (batch_units.to(tl.int64) * UNIT) + row * (row_units.to(tl.int64) * UNIT) + column
     )
+
+
+@triton.jit
+def part_at(number, place, channels, chunks, INTERLEAVED: tl.constexpr):
+    """Where the sums of a tile's lines are in partial sums `[B * chunks, C]`; a planar tile's rows are of channels."""
+    if INTERLEAVED:
+        return number * channels + place
+    else:
+        sample = (place // (channels * chunks)).to(tl.int64)
+        return (sample * chunks + place % chunks) * channels + place // chunks % channels
+
+
+@triton.jit
+def moments(
+    tile,  # float32
+    mask,
+    number,
+    place,
+    positions,
+    chunks,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """The mean of each line of a tile, and the sum of squared distances from it."""
+    if INTERLEAVED:
+        count = tl.minimum(positions - number % chunks * ROWS, ROWS).to(tl.float32)
+    else:
+        count = tl.minimum(positions - place % chunks * COLS, COLS).to(tl.float32)
+    mean = line_sum(tl.where(mask, tile, 0.0), INTERLEAVED) / count
+    distance = tl.where(mask, tile - along(mean, INTERLEAVED), 0.0)
+    return mean, line_sum(distance * distance, INTERLEAVED)
 
 
 @triton.jit

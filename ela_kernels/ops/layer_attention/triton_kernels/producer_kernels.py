@@ -1,0 +1,377 @@
+"""Query, key and value from a feature map, and the gradients that go back to it.
+
+Least bytes: forward, the map read once and the value written once, with the sums for the pooled mean taken from the
+same read; backward, the value's gradient, the map and the residual gradient read once and the map's gradient written
+once, with the sums for the filters' gradients from the same reads. Neighbours in space come from the caches.
+
+A program takes LINES planes (planar) or channels (interleaved), and one patch of PH x PW positions after the other.
+What it sums over its patches it adds up at their end and writes as a partial sum, `[B, groups, ...]`; a second launch
+adds those in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ela_kernels.ops.layer_attention.triton_kernels.tiles import across, along, line_sum
+
+
+@triton.jit
+def _lines_at(block, batch, channels, LINES: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Sample, channel and existence of a program's lines, `[LINES]` each; planes are numbered through the batch."""
+    if INTERLEAVED:
+        strips = tl.cdiv(channels, LINES)
+        c = block % strips * LINES + tl.arange(0, LINES)
+        return tl.full([LINES], 0, tl.int32) + block // strips, c, c < channels
+    else:
+        plane = block * LINES + tl.arange(0, LINES)
+        mask_line = plane < batch * channels
+        plane = tl.where(mask_line, plane, 0)
+        return plane // channels, plane % channels, mask_line
+
+
+@triton.jit
+def _line_offsets(b, c, batch_units, inner_units, UNIT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where lines begin in a map whose strides are given in units of UNIT elements, spread over a tile."""
+    first = b.to(tl.int64) * (batch_units.to(tl.int64) * UNIT)
+    if INTERLEAVED:
+        first += c
+    else:
+        first += c.to(tl.int64) * (inner_units.to(tl.int64) * UNIT)
+    return along(first, INTERLEAVED)
+
+
+@triton.jit
+def _position_offsets(h, w, width, inner_units, UNIT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where positions are in a line, spread over a tile."""
+    at = h.to(tl.int64) * width + w
+    if INTERLEAVED:
+        at *= inner_units.to(tl.int64) * UNIT
+    return across(at, INTERLEAVED)
+
+
+@triton.jit
+def _inside(h, w, height, width, mask_line, INTERLEAVED: tl.constexpr):
+    there = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+    return across(there, INTERLEAVED) & along(mask_line, INTERLEAVED)
+
+
+@triton.jit
+def _taps(wv_ptr, c, mask_line):
+    """The nine numbers of each channel's filter, `[LINES]` each."""
+    taps = ()
+    for k in tl.static_range(9):
+        tap = tl.load(wv_ptr + c * 9 + k, mask=mask_line, other=0.0)
+        taps = taps + (tap.to(tl.float32),)
+    return taps
+
+
+@triton.jit(do_not_specialize=["batch", "height", "width", "patches_w", "groups", "steps"])
+def layer_producer_fwd_kernel(
+    x_ptr,
+    wv_ptr,  # [C, 3, 3]
+    v_ptr,
+    sums_ptr,  # [B, groups, C]
+    batch,
+    channels,
+    height,
+    width,
+    patches_w,
+    groups,  # programs that share the patches of a line
+    steps,  # patches of a program
+    stride_xb,
+    stride_xr,
+    stride_vb,
+    stride_vr,
+    INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    group = pid % groups
+    b, c, mask_line = _lines_at(pid // groups, batch, channels, LINES, INTERLEAVED)
+    x_lines = x_ptr + _line_offsets(b, c, stride_xb, stride_xr, UNIT, INTERLEAVED)
+    v_lines = v_ptr + _line_offsets(b, c, stride_vb, stride_vr, UNIT, INTERLEAVED)
+    taps = _taps(wv_ptr, c, mask_line)
+    offs = tl.arange(0, PH * PW)
+    if INTERLEAVED:
+        total = tl.zeros([PH * PW, LINES], tl.float32)
+    else:
+        total = tl.zeros([LINES, PH * PW], tl.float32)
+    # A patch beyond the last lies below the map.
+    for patch in range(group * steps, group * steps + steps):
+        h = patch // patches_w * PH + offs // PW
+        w = patch % patches_w * PW + offs % PW
+        acc = tl.zeros(total.shape, tl.float32)
+        for k in tl.static_range(9):
+            hk, wk = h + (k // 3 - 1), w + (k % 3 - 1)
+            x = tl.load(
+                x_lines + _position_offsets(hk, wk, width, stride_xr, UNIT, INTERLEAVED),
+                mask=_inside(hk, wk, height, width, mask_line, INTERLEAVED),
+                other=0.0,
+            ).to(tl.float32)
+            acc += along(taps[k], INTERLEAVED) * x
+            if k == 4:
+                total += x
+        tl.store(
+            v_lines + _position_offsets(h, w, width, stride_vr, UNIT, INTERLEAVED),
+            acc.to(v_ptr.dtype.element_ty),
+            mask=_inside(h, w, height, width, mask_line, INTERLEAVED),
+        )
+    at = (b.to(tl.int64) * groups + group) * channels + c
+    tl.store(sums_ptr + at, line_sum(total, INTERLEAVED), mask=mask_line)
+
+
+@triton.jit(do_not_specialize=["groups", "positions", "size"])
+def layer_rows_fwd_kernel(
+    sums_ptr,  # [B, groups, C]
+    wq_ptr,  # [size]
+    wk_ptr,  # [size]
+    mean_ptr,  # [B, C]
+    q_ptr,  # [B, C]
+    k_ptr,  # [B, C]
+    channels,
+    groups,
+    positions,
+    size,
+    HAS_QUERY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The pooled mean, and query and key from it; the means of neighbouring channels are added up once more."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < channels
+    q, k = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+    for i in range(size):
+        channel = c + i - size // 2
+        there = (channel >= 0) & (channel < channels)
+        acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        for first in range(0, groups, BLOCK_S):
+            part = first + tl.arange(0, BLOCK_S)
+            at = (b * groups + part)[:, None] * channels + channel[None, :]
+            mask = (part < groups)[:, None] & there[None, :]
+            acc += tl.load(sums_ptr + at, mask=mask, other=0.0)
+        # Rounded as it is stored: what the backward reads is what the filters saw.
+        mean = (tl.sum(acc, axis=0) / positions).to(mean_ptr.dtype.element_ty)
+        if i == size // 2:
+            tl.store(mean_ptr + b * channels + c, mean, mask=mask_c)
+        if HAS_QUERY:
+            q += tl.load(wq_ptr + i).to(tl.float32) * mean.to(tl.float32)
+        k += tl.load(wk_ptr + i).to(tl.float32) * mean.to(tl.float32)
+    if HAS_QUERY:
+        tl.store(q_ptr + b * channels + c, q.to(q_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(k_ptr + b * channels + c, k.to(k_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _turned(drow_ptr, filter_ptr, b, c, mask_line, channels, size):
+    """What a row's gradient `[B, C]` gives the mean through the filter that made the row, `[LINES]`."""
+    first = b.to(tl.int64) * channels
+    total = tl.zeros(c.shape, tl.float32)
+    for i in range(size):
+        channel = c - i + size // 2
+        there = mask_line & (channel >= 0) & (channel < channels)
+        drow = tl.load(drow_ptr + first + channel, mask=there, other=0.0).to(tl.float32)
+        total += tl.load(filter_ptr + i).to(tl.float32) * drow
+    return total
+
+
+@triton.jit
+def _filter_partials(
+    drow_ptr, mean_ptr, partial_ptr, block, blocks, batch, channels, size, BLOCK: tl.constexpr
+):
+    """`<drow, shifted mean>` over BLOCK elements of the batch, for every tap; partial sums `[size, blocks]`."""
+    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < batch.to(tl.int64) * channels
+    c = (offs % channels).to(tl.int32)
+    drow = tl.load(drow_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    for i in range(size):
+        shift = i - size // 2
+        there = mask & (c + shift >= 0) & (c + shift < channels)
+        mean = tl.load(mean_ptr + offs + shift, mask=there, other=0.0).to(tl.float32)
+        tl.store(partial_ptr + i * blocks + block, tl.sum(drow * mean, axis=0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "height",
+        "width",
+        "patches_w",
+        "groups",
+        "steps",
+        "size",
+        "tiles",
+        "blocks",
+    ]
+)
+def layer_producer_bwd_kernel(
+    dv_ptr,
+    x_ptr,
+    residual_ptr,
+    wv_ptr,  # [C, 3, 3]
+    dq_ptr,  # [B, C]
+    dk_ptr,  # [B, C]
+    wq_ptr,  # [size]
+    wk_ptr,  # [size]
+    mean_ptr,  # [B, C]
+    dx_ptr,
+    taps_ptr,  # [B, groups, 9, C]
+    filters_ptr,  # [2, size, blocks], of query and key
+    batch,
+    channels,
+    height,
+    width,
+    patches_w,
+    groups,
+    steps,
+    stride_gb,
+    stride_gr,
+    stride_xb,
+    stride_xr,
+    stride_rb,
+    stride_rr,
+    stride_db,
+    stride_dr,
+    size,
+    tiles,  # programs that work on maps; those after them on the gradients of the filters over the channels
+    blocks,
+    HAS_DV: tl.constexpr,
+    HAS_QUERY: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    NEED_X: tl.constexpr,
+    NEED_TAPS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < tiles:
+        group = pid % groups
+        b, c, mask_line = _lines_at(pid // groups, batch, channels, LINES, INTERLEAVED)
+        dv_lines = dv_ptr + _line_offsets(b, c, stride_gb, stride_gr, UNIT, INTERLEAVED)
+        x_lines = x_ptr + _line_offsets(b, c, stride_xb, stride_xr, UNIT, INTERLEAVED)
+        r_lines = residual_ptr + _line_offsets(b, c, stride_rb, stride_rr, UNIT, INTERLEAVED)
+        dx_lines = dx_ptr + _line_offsets(b, c, stride_db, stride_dr, UNIT, INTERLEAVED)
+        if INTERLEAVED:
+            zeros = tl.zeros([PH * PW, LINES], tl.float32)
+        else:
+            zeros = tl.zeros([LINES, PH * PW], tl.float32)
+        if NEED_X:
+            taps = _taps(wv_ptr, c, mask_line)
+            dmean = tl.zeros([LINES], tl.float32)
+            if HAS_QUERY:
+                dmean += _turned(dq_ptr, wq_ptr, b, c, mask_line, channels, size)
+            if HAS_KEY:
+                dmean += _turned(dk_ptr, wk_ptr, b, c, mask_line, channels, size)
+            dmean = along(dmean / (height.to(tl.float32) * width), INTERLEAVED)
+        sums = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
+        offs = tl.arange(0, PH * PW)
+        for patch in range(group * steps, group * steps + steps):
+            h = patch // patches_w * PH + offs // PW
+            w = patch % patches_w * PW + offs % PW
+            here = _inside(h, w, height, width, mask_line, INTERLEAVED)
+            if NEED_TAPS:
+                x_at = _position_offsets(h, w, width, stride_xr, UNIT, INTERLEAVED)
+                x = tl.load(x_lines + x_at, mask=here, other=0.0).to(tl.float32)
+            dx = zeros
+            if HAS_DV:
+                more = ()
+                for k in tl.static_range(9):
+                    # What went from here to the positions around, each by another tap.
+                    hk, wk = h - (k // 3 - 1), w - (k % 3 - 1)
+                    dv = tl.load(
+                        dv_lines + _position_offsets(hk, wk, width, stride_gr, UNIT, INTERLEAVED),
+                        mask=_inside(hk, wk, height, width, mask_line, INTERLEAVED),
+                        other=0.0,
+                    ).to(tl.float32)
+                    if NEED_X:
+                        dx += along(taps[k], INTERLEAVED) * dv
+                    if NEED_TAPS:
+                        more = more + (sums[k] + x * dv,)
+                if NEED_TAPS:
+                    sums = more
+            if NEED_X:
+                dx += dmean
+                if HAS_RESIDUAL:
+                    r_at = _position_offsets(h, w, width, stride_rr, UNIT, INTERLEAVED)
+                    dx += tl.load(r_lines + r_at, mask=here, other=0.0).to(tl.float32)
+                dx_at = _position_offsets(h, w, width, stride_dr, UNIT, INTERLEAVED)
+                tl.store(dx_lines + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=here)
+        if NEED_TAPS:
+            for k in tl.static_range(9):
+                at = ((b.to(tl.int64) * groups + group) * 9 + k) * channels + c
+                tl.store(taps_ptr + at, line_sum(sums[k], INTERLEAVED), mask=mask_line)
+    else:
+        block = pid - tiles
+        if HAS_QUERY:
+            _filter_partials(
+                dq_ptr, mean_ptr, filters_ptr, block, blocks, batch, channels, size, BLOCK
+            )
+        if HAS_KEY:
+            _filter_partials(
+                dk_ptr,
+                mean_ptr,
+                filters_ptr + size * blocks,
+                block,
+                blocks,
+                batch,
+                channels,
+                size,
+                BLOCK,
+            )
+
+
+@triton.jit(do_not_specialize=["parts", "size", "blocks", "tap_programs"])
+def layer_filters_bwd_kernel(
+    taps_ptr,  # [parts, 9, C]
+    filters_ptr,  # [2, size, blocks]
+    dwv_ptr,  # [C, 3, 3]
+    dwq_ptr,  # [size]
+    dwk_ptr,  # [size]
+    channels,
+    parts,
+    size,
+    blocks,
+    tap_programs,  # programs that add up partial sums of taps; after them one for each tap of query and key
+    HAS_QUERY: tl.constexpr,
+    HAS_KEY: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The partial sums of the filters' gradients added up."""
+    pid = tl.program_id(0)
+    if pid < tap_programs:
+        column = pid * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = column < 9 * channels
+        acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+        for first in range(0, parts, BLOCK_S):
+            part = first + tl.arange(0, BLOCK_S)
+            at = part.to(tl.int64)[:, None] * (9 * channels) + column[None, :]
+            acc += tl.load(taps_ptr + at, mask=(part < parts)[:, None] & mask_c[None, :], other=0.0)
+        sums = tl.sum(acc, axis=0).to(dwv_ptr.dtype.element_ty)
+        tl.store(dwv_ptr + column % channels * 9 + column // channels, sums, mask=mask_c)
+    else:
+        number = pid - tap_programs
+        offs = tl.arange(0, BLOCK_S * BLOCK_C)
+        row = tl.zeros([BLOCK_S * BLOCK_C], tl.float32)
+        for start in range(0, blocks, BLOCK_S * BLOCK_C):
+            block = start + offs
+            partial = filters_ptr + number.to(tl.int64) * blocks + block
+            row += tl.load(partial, mask=block < blocks, other=0.0)
+        total = tl.sum(row, axis=0)
+        if HAS_QUERY:
+            if number < size:
+                tl.store(dwq_ptr + number, total.to(dwq_ptr.dtype.element_ty))
+        if HAS_KEY:
+            if number >= size:
+                tl.store(dwk_ptr + number - size, total.to(dwk_ptr.dtype.element_ty))
