@@ -81,6 +81,7 @@ CASES = (
     Case(32, 256, 7, 1, 32, torch.bfloat16, False),
     Case(32, 256, 7, 4, 64, torch.bfloat16, False),
     Case(32, 37, 7, 37, 32, torch.bfloat16, True),
+    Case(2, 4, 1, 4, 2, torch.float32, False),  # strides of one are constants
 )
 
 
@@ -291,11 +292,8 @@ def compile_cases(cases: tuple[Case, ...], targets: tuple[str, ...]) -> list[Com
     for case in cases:
         seen = set()
         for launch in launches_of(case):
-            key = (
-                launch.kernel.fn.__name__,
-                str(sorted(launch.options.items())),
-                len(str(launch.args[1])),
-            )
+            types, constants, attributes = _signature(launch)
+            key = (launch.kernel.fn.__name__, str((types, constants, attributes)))
             if key in seen:
                 continue
             seen.add(key)

@@ -164,7 +164,8 @@ class QueryKeyValue(nn.Module):
 class LayerAttention(QueryKeyValue):
     """Retrieve from the feature maps of all layers of the stage so far.
 
-    On the CPU query, key, value and retrieval come from one call of the kernels, and so do all gradients.
+    On the CPU and with Triton query, key, value and retrieval come from one call of the kernels, and so do all
+    gradients.
 
     Equivalent PyTorch, with `keys` and `values` two growing lists of the stage::
 

@@ -12,8 +12,10 @@ from support.on_gpu import BACKENDS, DEVICE
 
 import ela_kernels as ek
 from ela_kernels.ops.layer_attention.kernels import kernels_of
+from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
 
 _FUNCTIONS = ("forward", "backward", "weights", "gather")
+_LAYER_FUNCTIONS = ("layer_forward", "layer_backward")
 
 
 @pytest.fixture(autouse=True)
@@ -50,21 +52,26 @@ def backend(request: pytest.FixtureRequest, gpu: None) -> Iterator[str]:
 
 @pytest.fixture
 def kernels_ran(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
-    """What the calls made so far ran on the kernels of `backend`: `forward`, `backward`, `weights` or `gather`."""
+    """What the calls made so far ran on the kernels of `backend`: `forward`, `backward`, `weights` or `gather`.
+
+    A whole layer in one call counts as its attention's.
+    """
     record: list[str] = []
-    module: Any = kernels_of(backend)
-    for function in _FUNCTIONS:
+
+    def spy(module: Any, function: str) -> None:
         original: Callable[..., Any] = getattr(module, function)
 
         @functools.wraps(original)
-        def recorded(
-            *args: Any,
-            _original: Callable[..., Any] = original,
-            _what: str = function,
-            **kwargs: Any,
-        ) -> Any:
-            record.append(_what)
-            return _original(*args, **kwargs)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            record.append(function.removeprefix("layer_"))
+            return original(*args, **kwargs)
 
         monkeypatch.setattr(module, function, recorded)
+
+    for function in _FUNCTIONS:
+        spy(kernels_of(backend), function)
+    layer: Any = layer_kernels_of(backend)
+    if layer is not None:
+        for function in _LAYER_FUNCTIONS:
+            spy(layer, function)
     return record

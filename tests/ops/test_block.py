@@ -6,6 +6,14 @@ import copy
 
 import pytest
 import torch
+from support.layer_stages import (
+    FORMS,
+    assert_as_close,
+    gradients,
+    make_blocks,
+    run_blocks,
+    step,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,47 +24,6 @@ pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled 
 
 # Both sides in float64: sums of up to a few thousand products through a few layers and norms, 1e-16 each.
 EXACT = {"rtol": 1e-8, "atol": 1e-9}
-FORMS = [torch.contiguous_format, torch.channels_last]
-
-
-def make_blocks(shape, depth=3, head_dim=None, dtype=torch.float64, form=FORMS[0], **options):
-    torch.manual_seed(2)
-    channels = shape[1]
-    blocks = nn.ModuleList(
-        ek.ELA(channels, head_dim or channels, **options) for _ in range(depth)
-    ).to(dtype)
-    for block in blocks:
-        if getattr(block.norm, "weight", None) is not None:
-            nn.init.normal_(block.norm.weight, 1.0, 0.5)
-            nn.init.normal_(block.norm.bias)
-    x = torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=form)
-    return blocks, x.requires_grad_()
-
-
-def run_blocks(blocks, x, through=lambda f, *a: f(*a)):
-    history, outs = ek.LayerHistory(), []
-    for block in blocks:
-        x = through(block, x, history)
-        outs.append(x)
-    return outs, history
-
-
-def gradients(loss, inputs, **kwargs):
-    found = torch.autograd.grad(loss, inputs, allow_unused=True, **kwargs)
-    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
-
-
-def step(blocks, x):
-    """Outputs, gradients and the blocks' buffers of a forward and backward pass on copies of the blocks."""
-    blocks = copy.deepcopy(blocks)
-    torch.manual_seed(5)  # of the drop path
-    outs, history = run_blocks(blocks, x)
-    loss = outs[-1].square().sum() + outs[0].sin().sum()
-    if history.kl is not None:
-        loss = loss + history.kl.sum() + history.weights.square().sum()
-    parameters = [p for p in blocks.parameters() if p.requires_grad]
-    buffers = [b.double() for b in blocks.buffers()]
-    return [*outs, *gradients(loss, [x, *parameters]), *buffers]
 
 
 @pytest.fixture
@@ -218,7 +185,6 @@ def test_what_is_not_passed_by(compare):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype, form):
-    """As close to float64 as ELA's own modules in that dtype are; the factor as in the tests of a layer."""
     blocks, x = make_blocks((4, 12, 9, 10), 3, 4, dtype, form)
     exact_blocks, exact_x = copy.deepcopy(blocks).double(), x.detach().double().requires_grad_()
 
@@ -229,10 +195,7 @@ def test_dtypes(dtype, form):
     with ek.use_backend("eager"):
         expected, plain = run(exact_blocks, exact_x), run(copy.deepcopy(blocks), x)
     found = run(blocks, x)
-    for a, b, exact in zip(found, plain, expected, strict=True):
-        scale = exact.norm() * torch.finfo(dtype).eps
-        assert a.dtype == dtype
-        assert (a.double() - exact).norm() <= 4 * (b.double() - exact).norm() + scale
+    assert_as_close(found, plain, expected, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from support.layer_stages import FORMS, assert_as_close, gradients, make_stage, run_stage
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,33 +18,6 @@ pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled 
 
 # Both sides in float64: sums of up to a few thousand products through a few layers, 1e-16 each.
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
-FORMS = [torch.contiguous_format, torch.channels_last]
-
-
-def make_stage(shape, depth=3, head_dim=None, dtype=torch.float64, form=torch.contiguous_format):
-    torch.manual_seed(1)
-    channels = shape[1]
-    layers = nn.ModuleList(
-        ek.LayerAttention(channels, head_dim or channels) for _ in range(depth)
-    ).to(dtype)
-    x = torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=form)
-    return layers, x.requires_grad_()
-
-
-def run_stage(layers, x, residual=True, skip=(), through=lambda f, *a: f(*a)):
-    history, outs = ek.LayerHistory(), []
-    for i, layer in enumerate(layers):
-        if i in skip:
-            layer.provide(x, history)
-            continue
-        x = through(layer, x, history, residual)
-        outs.append(x)
-    return outs, history
-
-
-def gradients(loss, inputs, **kwargs):
-    found = torch.autograd.grad(loss, inputs, allow_unused=True, **kwargs)
-    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
 
 
 @pytest.fixture
@@ -100,10 +74,6 @@ def test_outputs_and_gradients(compare, shape, head_dim, form, residual):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype, form):
-    """As close to float64 as the same modules without the kernels are.
-
-    Four times, since a filter's gradient is three numbers, sums of hundreds with cancellation, whose errors scatter.
-    """
     layers, x = make_stage((2, 12, 9, 10), 4, 4, dtype, form)
     exact_layers, exact_x = copy.deepcopy(layers).double(), x.detach().double().requires_grad_()
 
@@ -114,10 +84,7 @@ def test_dtypes(dtype, form):
     with ek.use_backend("eager"):
         expected, plain = run(exact_layers, exact_x), run(layers, x)
     found = run(layers, x)
-    for a, b, exact in zip(found, plain, expected, strict=True):
-        scale = exact.norm() * torch.finfo(dtype).eps
-        assert a.dtype == dtype
-        assert (a.double() - exact).norm() <= 4 * (b.double() - exact).norm() + scale
+    assert_as_close(found, plain, expected, dtype)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -34,11 +34,11 @@ def _lines_at(block, batch, channels, LINES: tl.constexpr, INTERLEAVED: tl.const
 @triton.jit
 def _line_offsets(b, c, batch_units, inner_units, UNIT: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Where lines begin in a map whose strides are given in units of UNIT elements, spread over a tile."""
-    first = b.to(tl.int64) * (batch_units.to(tl.int64) * UNIT)
+    first = b.to(tl.int64) * batch_units * UNIT
     if INTERLEAVED:
         first += c
     else:
-        first += c.to(tl.int64) * (inner_units.to(tl.int64) * UNIT)
+        first += c.to(tl.int64) * inner_units * UNIT
     return along(first, INTERLEAVED)
 
 
@@ -47,14 +47,32 @@ def _position_offsets(h, w, width, inner_units, UNIT: tl.constexpr, INTERLEAVED:
     """Where positions are in a line, spread over a tile."""
     at = h.to(tl.int64) * width + w
     if INTERLEAVED:
-        at *= inner_units.to(tl.int64) * UNIT
+        at = at * inner_units * UNIT
     return across(at, INTERLEAVED)
 
 
 @triton.jit
-def _inside(h, w, height, width, mask_line, INTERLEAVED: tl.constexpr):
-    there = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-    return across(there, INTERLEAVED) & along(mask_line, INTERLEAVED)
+def _shift(dh, dw, width, inner_units, UNIT: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """How far a neighbour is: one number for a whole tile, so that its pointers are made once and not for each tap."""
+    at = width.to(tl.int64) * dh + dw
+    if INTERLEAVED:
+        at = at * inner_units * UNIT
+    return at
+
+
+@triton.jit
+def _has(h, w, height, width, dh: tl.constexpr, dw: tl.constexpr):
+    """Which positions of a map have a neighbour `dh` below and `dw` to the right, each -1, 0 or 1."""
+    there = h < height
+    if dh < 0:
+        there = there & (h > 0)
+    if dh > 0:
+        there = there & (h < height - 1)
+    if dw < 0:
+        there = there & (w > 0)
+    if dw > 0:
+        there = there & (w < width - 1)
+    return there
 
 
 @triton.jit
@@ -105,22 +123,18 @@ def layer_producer_fwd_kernel(
     for patch in range(group * steps, group * steps + steps):
         h = patch // patches_w * PH + offs // PW
         w = patch % patches_w * PW + offs % PW
+        here = across((h < height) & (w < width), INTERLEAVED) & along(mask_line, INTERLEAVED)
+        x_at = x_lines + _position_offsets(h, w, width, stride_xr, UNIT, INTERLEAVED)
         acc = tl.zeros(total.shape, tl.float32)
         for k in tl.static_range(9):
-            hk, wk = h + (k // 3 - 1), w + (k % 3 - 1)
-            x = tl.load(
-                x_lines + _position_offsets(hk, wk, width, stride_xr, UNIT, INTERLEAVED),
-                mask=_inside(hk, wk, height, width, mask_line, INTERLEAVED),
-                other=0.0,
-            ).to(tl.float32)
+            shift = _shift(k // 3 - 1, k % 3 - 1, width, stride_xr, UNIT, INTERLEAVED)
+            there = across(_has(h, w, height, width, k // 3 - 1, k % 3 - 1), INTERLEAVED)
+            x = tl.load(x_at + shift, mask=here & there, other=0.0).to(tl.float32)
             acc += along(taps[k], INTERLEAVED) * x
             if k == 4:
                 total += x
-        tl.store(
-            v_lines + _position_offsets(h, w, width, stride_vr, UNIT, INTERLEAVED),
-            acc.to(v_ptr.dtype.element_ty),
-            mask=_inside(h, w, height, width, mask_line, INTERLEAVED),
-        )
+        v_at = v_lines + _position_offsets(h, w, width, stride_vr, UNIT, INTERLEAVED)
+        tl.store(v_at, acc.to(v_ptr.dtype.element_ty), mask=here)
     at = (b.to(tl.int64) * groups + group) * channels + c
     tl.store(sums_ptr + at, line_sum(total, INTERLEAVED), mask=mask_line)
 
@@ -279,21 +293,21 @@ def layer_producer_bwd_kernel(
         for patch in range(group * steps, group * steps + steps):
             h = patch // patches_w * PH + offs // PW
             w = patch % patches_w * PW + offs % PW
-            here = _inside(h, w, height, width, mask_line, INTERLEAVED)
+            here = across((h < height) & (w < width), INTERLEAVED)
+            here = here & along(mask_line, INTERLEAVED)
             if NEED_TAPS:
                 x_at = _position_offsets(h, w, width, stride_xr, UNIT, INTERLEAVED)
                 x = tl.load(x_lines + x_at, mask=here, other=0.0).to(tl.float32)
             dx = zeros
             if HAS_DV:
                 more = ()
+                dv_at = dv_lines + _position_offsets(h, w, width, stride_gr, UNIT, INTERLEAVED)
                 for k in tl.static_range(9):
                     # What went from here to the positions around, each by another tap.
-                    hk, wk = h - (k // 3 - 1), w - (k % 3 - 1)
-                    dv = tl.load(
-                        dv_lines + _position_offsets(hk, wk, width, stride_gr, UNIT, INTERLEAVED),
-                        mask=_inside(hk, wk, height, width, mask_line, INTERLEAVED),
-                        other=0.0,
-                    ).to(tl.float32)
+                    shift = _shift(1 - k // 3, 1 - k % 3, width, stride_gr, UNIT, INTERLEAVED)
+                    there = _has(h, w, height, width, 1 - k // 3, 1 - k % 3)
+                    there = here & across(there, INTERLEAVED)
+                    dv = tl.load(dv_at + shift, mask=there, other=0.0).to(tl.float32)
                     if NEED_X:
                         dx += along(taps[k], INTERLEAVED) * dv
                     if NEED_TAPS:

@@ -125,10 +125,11 @@ def tile_at(
 
 @triton.jit
 def offsets(sample, row, column, batch_units, row_units, UNIT: tl.constexpr):
-    """Offsets of a tile in a map whose strides are given in units of UNIT elements."""
-    return (
-        sample * (batch_units.to(tl.int64) * UNIT) + row * (row_units.to(tl.int64) * UNIT) + column
-    )
+    """Offsets of a tile in a map whose strides are given in units of UNIT elements.
+
+    Sample and row are wide already. A stride of one is a constant, which has no `to`.
+    """
+    return sample * batch_units * UNIT + row * row_units * UNIT + column
 
 
 @triton.jit

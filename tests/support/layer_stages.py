@@ -1,0 +1,85 @@
+"""Stages of layers and of whole blocks, as the kernels of a layer are tested on them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+import ela_kernels as ek
+
+FORMS = [torch.contiguous_format, torch.channels_last]
+
+
+def make_stage(shape, depth=3, head_dim=None, dtype=torch.float64, form=FORMS[0]):
+    torch.manual_seed(1)
+    channels = shape[1]
+    layers = nn.ModuleList(
+        ek.LayerAttention(channels, head_dim or channels) for _ in range(depth)
+    ).to(dtype)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=form)
+    return layers, x.requires_grad_()
+
+
+def run_stage(layers, x, residual=True, skip=(), through=lambda f, *a: f(*a)):
+    history, outs = ek.LayerHistory(), []
+    for i, layer in enumerate(layers):
+        if i in skip:
+            layer.provide(x, history)
+            continue
+        x = through(layer, x, history, residual)
+        outs.append(x)
+    return outs, history
+
+
+def make_blocks(shape, depth=3, head_dim=None, dtype=torch.float64, form=FORMS[0], **options):
+    torch.manual_seed(2)
+    channels = shape[1]
+    blocks = nn.ModuleList(
+        ek.ELA(channels, head_dim or channels, **options) for _ in range(depth)
+    ).to(dtype)
+    for block in blocks:
+        if getattr(block.norm, "weight", None) is not None:
+            nn.init.normal_(block.norm.weight, 1.0, 0.5)
+            nn.init.normal_(block.norm.bias)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=form)
+    return blocks, x.requires_grad_()
+
+
+def run_blocks(blocks, x, through=lambda f, *a: f(*a)):
+    history, outs = ek.LayerHistory(), []
+    for block in blocks:
+        x = through(block, x, history)
+        outs.append(x)
+    return outs, history
+
+
+def gradients(loss, inputs, **kwargs):
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, **kwargs)
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(found, inputs, strict=True)]
+
+
+def step(blocks, x):
+    """Outputs, gradients and the blocks' buffers of a forward and backward pass on copies of the blocks."""
+    blocks = copy.deepcopy(blocks)
+    torch.manual_seed(5)  # of the drop path
+    outs, history = run_blocks(blocks, x)
+    loss = outs[-1].square().sum() + outs[0].sin().sum()
+    if history.kl is not None:
+        loss = loss + history.kl.sum() + history.weights.square().sum()
+    parameters = [p for p in blocks.parameters() if p.requires_grad]
+    buffers = [b.double() for b in blocks.buffers()]
+    return [*outs, *gradients(loss, [x, *parameters]), *buffers]
+
+
+def assert_as_close(found, plain, exact, dtype, factor=4):
+    """`found` is as close to float64 as `plain`, what the same modules give in that dtype without the kernels.
+
+    Several times, since a filter's gradient is three numbers, sums of hundreds with cancellation, whose errors scatter.
+    """
+    for i, (a, b, truth) in enumerate(zip(found, plain, exact, strict=True)):
+        scale = truth.norm() * torch.finfo(dtype).eps
+        assert a.dtype == b.dtype, i
+        error, allowed = (a.double() - truth).norm(), factor * (b.double() - truth).norm() + scale
+        assert error <= allowed, f"{i}: {error:.3g} from float64, allowed is {allowed:.3g}"
