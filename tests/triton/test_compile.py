@@ -36,9 +36,9 @@ def compile_report(*arguments: str, timeout: int) -> str:
 def test_kernels_compile_for_hopper_without_spills():
     lines = compile_report("--quick", "--targets", "sm_90", timeout=300).splitlines()
     forms = [line for line in lines if "layer_attention_fwd_kernel" in line]
-    assert len(forms) == 2  # planar and interleaved
+    assert len(forms) == 6  # planar and interleaved: alone, with a residual, with statistics
     for line in lines:
-        if "_fwd_" in line or "_dots_" in line or "_gather_" in line:
+        if any(name in line for name in ("attention_fwd_", "_dots_", "_gather_")):
             maps = int(re.search(r"(\d+) x 128", line)[1]) if " x 128" in line else 0
             assert maps >= 16, f"narrow loads: {line}"  # four maps in groups of four vectors
 
@@ -51,8 +51,10 @@ def test_every_default_configuration_compiles_without_spills():
 def test_launches_are_recorded_and_not_made():
     case = triton_report.Case(2, 8, 4, 4, 3, torch.float32, False)
     kernels = [launch.kernel.fn.__name__ for launch in triton_report.launches_of(case)]
-    assert kernels.count("layer_attention_fwd_kernel") == 1
-    assert kernels.count("layer_attention_bwd_dots_kernel") == 2  # pull and push form
+    assert kernels.count("layer_attention_fwd_kernel") == 3  # alone, of a layer, of a block
+    assert kernels.count("layer_attention_bwd_dots_kernel") == 3  # pull and push form, of a layer
+    for name in ("producer_fwd", "producer_bwd", "norm_statistics", "norm_sums", "norm_fwd"):
+        assert f"layer_{name}_kernel" in kernels
 
 
 def test_what_is_read_from_compiled_text():
