@@ -151,7 +151,8 @@ def _call_layer(saved: Any, left: list[Any]) -> None:
     filters = Filters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype))
     before = saved.keys[:-1], saved.values[:-1], heads, saved.scale, weights
     layer.layer_forward(x, filters, *before, True)
-    layer.layer_forward(x, filters, *before, False, wants_statistics=True)
+    of_batch = Epilogue(None, None, None, None, 1e-5, True)
+    layer.layer_forward(x, filters, *before, False, of_batch)
     own = Attended(saved, x, None, None, weights, True)
     index, every = len(saved.keys) - 1, (True,) * 4
     layer.layer_backward(x, filters, q, heads, index, own, left, None, None, x, every)

@@ -12,6 +12,7 @@ from ela_kernels.ops.layer_attention.gpu import Retrieved, Strides, alike_maps
 from ela_kernels.ops.layer_attention.kernels import dense, new_row, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import (
     Attended,
+    Epilogue,
     Filters,
     LayerForward,
     LayerGradients,
@@ -74,7 +75,8 @@ def layer_forward(
     scale: float,
     prev_weights: Tensor | None,
     has_residual: bool,
-    wants_statistics: bool = False,
+    epilogue: Epilogue | None = None,
+    keeps_out: bool = True,
 ) -> LayerForward:
     """Query, key and value from `x` in two launches, and what the query retrieves in one or two more.
 
@@ -133,7 +135,7 @@ def layer_forward(
         prev_weights,
         False,
         x if has_residual else None,
-        wants_statistics,
+        epilogue is not None and epilogue.statistics is None,
     )
     statistics = None if moments is None else statistics_of(moments)
     return LayerForward(mean, q, k, v, out, weights, kl, statistics)
@@ -151,6 +153,7 @@ def layer_backward(
     dv: Tensor | None,
     residual: Tensor | None,
     needs: Sequence[bool],
+    pending: None = None,
 ) -> LayerGradients:
     """All gradients of the layer at `index`: its attention's, the gathered ones of key and value, and those before.
 

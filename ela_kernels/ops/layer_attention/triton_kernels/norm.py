@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ela_kernels.ops.layer_attention.gpu import Sizes, Strides, alike_maps, compact_strides
 from ela_kernels.ops.layer_attention.kernels import dense
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved, kernel_sizes
 from ela_kernels.ops.layer_attention.triton_kernels.launch import Moments, guard, units
 from ela_kernels.ops.layer_attention.triton_kernels.norm_kernels import (
@@ -91,10 +91,8 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
     return out
 
 
-def norm_backward(
-    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`(do, dgamma, dbeta)`; the last two None where the norm has no such parameter.
+def norm_backward(o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue) -> NormGradients:
+    """All of it at once: nothing is pending.
 
     Three launches with the batch's statistics, the sums first; two with given ones, or one without parameters.
     """
@@ -170,4 +168,4 @@ def norm_backward(
             )
         if is_moved:
             launch(False, True)
-    return do, dgamma, dbeta
+    return NormGradients(do, dgamma, dbeta)
