@@ -127,9 +127,10 @@ def tile_at(
 def offsets(sample, row, column, batch_units, row_units, UNIT: tl.constexpr):
     """Offsets of a tile in a map whose strides are given in units of UNIT elements.
 
-    Sample and row are wide already. A stride of one is a constant, which has no `to`.
+    A stride of one is a constant, which has no `to`: it is made wide by what it is multiplied with.
     """
-    return sample * batch_units * UNIT + row * row_units * UNIT + column
+    unit = tl.full([1, 1], UNIT, tl.int64)
+    return sample * (unit * batch_units) + row * (unit * row_units) + column
 
 
 @triton.jit
