@@ -216,7 +216,7 @@ class LayerAttention(QueryKeyValue):
         if (
             filters is not None
             and isinstance(history, LayerHistory)
-            and history.serves_layer(x, filters)
+            and history.serves_layer(x, filters, self)
         ):
             return history.attend_layer(
                 x, filters, heads=self.heads, residual=residual, caller=self
@@ -229,7 +229,7 @@ class LayerAttention(QueryKeyValue):
         """Give key and value of `x` to the later layers, and retrieve nothing."""
         self.check_input(x)
         filters = self.filters()
-        if filters is not None and history.serves_layer(x, filters):
+        if filters is not None and history.serves_layer(x, filters, self):
             history.provide_layer(x, filters, heads=self.heads, caller=self)
             return
         k, v = self.key_value(x)

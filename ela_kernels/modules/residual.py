@@ -31,7 +31,7 @@ def residual_block(
     if type(attn) is LayerAttention and may_pass_by(attn, norm, act, drop_path):
         attn.check_input(x)
         filters = attn.filters()
-        if filters is not None and fits(norm, x) and history.serves_layer(x, filters):
+        if filters is not None and fits(norm, x) and history.serves_layer(x, filters, attn):
             served, heads = filters, attn.heads
             return fused_block(
                 lambda epilogue: history.attend_block(

@@ -41,7 +41,7 @@ def compare(monkeypatch):
         found = run()
         assert len(made) == calls
         with monkeypatch.context() as patch:
-            patch.setattr(ek.LayerHistory, "serves_layer", lambda *a: False)
+            patch.setattr(ek.LayerHistory, "serves_layer", lambda *a, **k: False)
             made.clear()
             expected = run()
             assert not made

@@ -228,3 +228,39 @@ def test_mixed_memory_formats_where_strides_look_alike():
         return grads(sum(o.square().sum() for o in outs), all_inputs(layers, x))
 
     on_both(run)
+
+
+@pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("whole_layers", [False, True])
+@pytest.mark.parametrize(
+    "backends",
+    [
+        ("cpp", "eager", "cpp", "cpp"),
+        ("eager", "cpp", "cpp", "cpp"),
+        ("eager", "cpp", "eager", "cpp"),
+        ("cpp", "cpp", "eager", "eager"),
+    ],
+    ids="-".join,
+)
+def test_backends_that_change_within_a_stage(backends, whole_layers):
+    """A pair that eager PyTorch served has no node that gathers its gradient: what follows must not rely on one."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList(ek.LayerAttention(8, 4) for _ in backends).double()
+    x = torch.randn(2, 8, 5, 4, dtype=torch.float64, requires_grad=True)
+    given = torch.randn(2, 8, 5, 4, dtype=torch.float64, requires_grad=True)
+
+    def run(names):
+        history, y = ek.LayerHistory(), x
+        with torch.no_grad():  # its gradient comes from the later layers alone
+            history.provide(given.mean((2, 3)), given, heads=2)
+        for layer, name in zip(layers, names, strict=True):
+            with ek.use_backend(name):
+                if whole_layers:
+                    y = layer(y, history, residual=True)
+                else:
+                    q, k, v = layer.query_key_value(y)
+                    y = y + history.attend(q, k, v, heads=2)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, given, *layers.parameters()])]
+
+    for found, expected in zip(run(backends), run(["eager"] * 4), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)

@@ -138,10 +138,11 @@ class LayerHistory:
         prefix = self._enter(caller, (q, k, v))
         heads = self._check_pair(prefix, q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
-        kernels = self._kernels(q)
+        kernels = self._kernels(q, prefix)
         if kernels is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
-        pairs = prefix.pairs.extended(k, v)
+        is_linked = kernels is not None and torch.is_grad_enabled()
+        pairs = prefix.pairs.extended(k, v, is_linked=is_linked)
         if kernels is not None:
             link = self._link(pairs, heads, scale, channels_last, kernels)
             out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
@@ -168,10 +169,11 @@ class LayerHistory:
             k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
         heads = self._check_pair(prefix, k, k, v, heads, channels_last)
-        kernels = self._kernels(k)
+        kernels = self._kernels(k, prefix)
         if kernels is not None:
             k, v = resolved(k), resolved(v)
-        pairs = prefix.pairs.extended(k, v)
+        is_linked = kernels is not None and torch.is_grad_enabled()
+        pairs = prefix.pairs.extended(k, v, is_linked=is_linked)
         token = prefix.token
         if kernels is not None:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
@@ -179,7 +181,7 @@ class LayerHistory:
             token = provide_pull(k, v, token, link)
         self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
-    def serves_layer(self, x: Tensor, filters: Filters) -> bool:
+    def serves_layer(self, x: Tensor, filters: Filters, caller: Any = None) -> bool:
         """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`: the backend has kernels of a layer."""
         if needs_dispatcher(x) or is_autocast_on(x) or not x.numel():
             return False
@@ -188,7 +190,8 @@ class LayerHistory:
                 w.dtype != x.dtype or w.device != x.device or needs_dispatcher(w)
             ):
                 return False
-        return choose_layer_kernels(x, self.depth + 1) is not None
+        pairs = self._place_of(caller).pairs
+        return pairs.linked and choose_layer_kernels(x, len(pairs.keys) + 1) is not None
 
     def attend_layer(
         self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
@@ -254,7 +257,7 @@ class LayerHistory:
         path = prefix.pairs.next_path()
         keys, values = prefix.pairs.keys, prefix.pairs.values
         scale = checks.check_scale(None, x.shape[1] // heads)
-        served = choose_layer_kernels(x, len(keys) + 1)
+        served = choose_layer_kernels(x, len(keys) + 1) if prefix.pairs.linked else None
         if served is None:
             raise ValueError("x: no kernel of a whole layer serves it; ask serves_layer first")
         backend, layer = served
@@ -292,6 +295,11 @@ class LayerHistory:
         prev = None if p.weights is None else p.weights.detach()
         return layer_attention_weights(q.detach(), keys, heads, scale, prev)
 
+    def _place_of(self, caller: Any) -> Prefix:
+        """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""
+        found = self._found_by.get(caller) if self.recomputing and caller is not None else None
+        return found[0][0] if found else self._now
+
     def _enter(self, caller: Any, inputs: tuple[Tensor, ...]) -> Prefix:
         """The prefix that this layer extends: the present one, or its old one in a recomputation."""
         if not self.recomputing:
@@ -318,11 +326,14 @@ class LayerHistory:
         if not self.recomputing:
             self._now = prefix
 
-    def _kernels(self, q: Tensor) -> Kernels | None:
-        """Those that serve this layer; None where the functional op, with its push form, does."""
-        if needs_dispatcher(q):
+    def _kernels(self, q: Tensor, prefix: Prefix) -> Kernels | None:
+        """Those that serve this layer; None where the functional op, with its push form, does.
+
+        It does so too after a layer that it served: nothing would gather the gradient of that layer's pair.
+        """
+        if needs_dispatcher(q) or not prefix.pairs.linked:
             return None
-        return choose_kernels("layer_attention", q, self.depth + 1)
+        return choose_kernels("layer_attention", q, len(prefix.pairs.keys) + 1)
 
     def _check_pair(
         self, prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
@@ -361,5 +372,5 @@ class LayerHistory:
     def _link(
         self, pairs: Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels
     ) -> Link:
-        keys, values, path, _ = pairs
+        keys, values, path = pairs.keys, pairs.values, pairs.path
         return Link(path, keys, values, heads, scale, channels_last, kernels, self._record)

@@ -10,14 +10,24 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Keys and values held, each with a number of its own, and the versions that they were appended at."""
+    """Keys and values held, each with a number of its own, and the versions that they were appended at.
+
+    They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on.
+    """
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     path: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
+    linked: bool = True
 
-    def extended(self, key: Tensor, value: Tensor, path: tuple[int, ...] | None = None) -> Pairs:
+    def extended(
+        self,
+        key: Tensor,
+        value: Tensor,
+        path: tuple[int, ...] | None = None,
+        is_linked: bool = True,
+    ) -> Pairs:
         """With one more pair, whose place is the end of `path` where it has one already."""
         versions = self.versions
         # Neither path nor versions can be traced, and a compiled graph needs neither.
@@ -26,7 +36,8 @@ class Pairs(NamedTuple):
         else:
             versions = (*versions, _version(key, value))
             path = self.next_path() if path is None else path
-        return Pairs((*self.keys, key), (*self.values, value), path, versions)
+        linked = self.linked and (is_linked or not (key.requires_grad or value.requires_grad))
+        return Pairs((*self.keys, key), (*self.values, value), path, versions, linked)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))
