@@ -30,6 +30,7 @@ for step in range(40):
     loss = nn.functional.cross_entropy(net(images), labels)
     optimizer.zero_grad()
     loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1.0)  # unnormed pooled queries make attention sharp
     optimizer.step()
     ebqm.step()
     if step % 10 == 9:
