@@ -11,6 +11,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, has_hooks
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.autocast import layer_dtype
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 from ela_kernels.ops.light_layer_attention.layer import light_block, serves_light_layer
@@ -85,12 +86,15 @@ def may_pass_by(attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: Dro
 
 
 def fits(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels serve this norm on `x`; where they do not, PyTorch's own may have something to say."""
+    """Whether the kernels serve this norm on `x`; where they do not, PyTorch's own may have something to say.
+
+    They add to `x` in one dtype, which under autocast need not be that of `x`.
+    """
     assert isinstance(norm, nn.BatchNorm2d)
     # One number a channel has no variance.
     enough = x.shape[0] * x.shape[2] * x.shape[3] > 1
     given = norm.num_features == x.shape[1] and (norm.weight is None) == (norm.bias is None)
-    return given and (enough or not takes_batch(norm))
+    return given and (enough or not takes_batch(norm)) and x.dtype == layer_dtype(x)
 
 
 def takes_batch(norm: nn.BatchNorm2d) -> bool:

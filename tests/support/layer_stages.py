@@ -83,3 +83,26 @@ def assert_as_close(found, plain, exact, dtype, factor=4):
         assert a.dtype == b.dtype, i
         error, allowed = (a.double() - truth).norm(), factor * (b.double() - truth).norm() + scale
         assert error <= allowed, f"{i}: {error:.3g} from float64, allowed is {allowed:.3g}"
+
+
+def autocast_results(run, modules, x, dtype):
+    """Outputs, divergence, gradients and buffers under autocast: of the kernels, without them, and in float64 proper.
+
+    `run` is :func:`run_stage` or :func:`run_blocks`.
+    """
+
+    def results(modules, x, enabled):
+        modules = copy.deepcopy(modules)
+        with torch.autocast(x.device.type, dtype, enabled=enabled):
+            outs, history = run(modules, x)
+        loss = outs[-1].double().square().sum() + outs[0].double().sin().sum() + history.kl.sum()
+        inputs = [t for t in (x, *modules.parameters()) if t.requires_grad]
+        buffers = [b.double() for b in modules.buffers()]
+        return [*outs, history.weights, history.kl, *gradients(loss, inputs), *buffers]
+
+    found = results(modules, x, True)
+    with ek.use_backend("eager"):
+        plain = results(modules, x, True)
+        leaf = x.detach().double().requires_grad_(x.requires_grad)
+        exact = results(copy.deepcopy(modules).double(), leaf, False)
+    return found, plain, exact

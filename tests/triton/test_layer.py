@@ -9,6 +9,7 @@ import torch
 from support.layer_stages import (
     FORMS,
     assert_as_close,
+    autocast_results,
     gradients,
     make_blocks,
     make_stage,
@@ -310,6 +311,21 @@ def test_the_same_call_gives_the_same_bits(form):
     blocks, x = make_blocks((2, 6, 9, 7), 2, 3, torch.float32, form)
     for a, b in zip(step(blocks, x), step(blocks, x), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_autocast(dtype, form, calls):
+    """Float32 filters beside maps of autocast's dtype; a block around a float32 input takes PyTorch's own norm."""
+    for make, run in ((make_stage, run_stage), (make_blocks, run_blocks)):
+        modules, x = make((3, 6, 5, 6), 2, 3, torch.float32, form)
+        x = x.detach().to(dtype).requires_grad_()
+        found, plain, exact = autocast_results(run, modules, x, torch.float16)
+        assert_as_close(found, plain, exact, torch.float16)
+    in_layer = ["layer_forward"] * 2 + ["layer_backward"] * 2
+    in_block = ["layer_forward", "norm_forward"] * 2 + ["norm_backward", "layer_backward"] * 2
+    assert calls == in_layer + (in_layer if dtype == torch.float32 else in_block)
 
 
 def test_maps_without_elements_go_to_the_modules(calls):

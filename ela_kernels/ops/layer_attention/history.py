@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.autocast import as_autocast, fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.block import block_pull
 from ela_kernels.ops.layer_attention.interface import (
@@ -183,15 +184,15 @@ class LayerHistory:
 
     def serves_layer(self, x: Tensor, filters: Filters, caller: Any = None) -> bool:
         """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`: the backend has kernels of a layer."""
-        if needs_dispatcher(x) or is_autocast_on(x) or not x.numel():
+        if needs_dispatcher(x) or not x.numel():
             return False
         for w in filters:
             if w is not None and (
-                w.dtype != x.dtype or w.device != x.device or needs_dispatcher(w)
+                w.device != x.device or not fits_layer_dtype(w, x) or needs_dispatcher(w)
             ):
                 return False
-        pairs = self._place_of(caller).pairs
-        return pairs.linked and choose_layer_kernels(x, len(pairs.keys) + 1) is not None
+        pairs, dtype = self._place_of(caller).pairs, layer_dtype(x)
+        return pairs.linked and choose_layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
 
     def attend_layer(
         self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
@@ -206,6 +207,8 @@ class LayerHistory:
             out = history.attend(q, k, v, heads=heads)
             out = x + out if residual else out
 
+        Under autocast `x` and the filters are cast to its dtype, as a convolution casts them.
+
         Args:
             x: feature map `[B, C, H, W]`.
             filters: `wq` and `wk` `[1, 1, size]` with an odd size, `wv` `[C, 1, 3, 3]`, of x's dtype.
@@ -214,7 +217,7 @@ class LayerHistory:
             caller: the module that calls; needed under `torch.utils.checkpoint`.
 
         Returns:
-            `out`, like `x`.
+            `out`, like `x`; under autocast in its dtype.
 
         Raises:
             As :meth:`attend`.
@@ -222,6 +225,9 @@ class LayerHistory:
         Source:
             MRLA (arXiv 2302.03985), base form.
         """
+        if residual and x.dtype != layer_dtype(x):
+            return x + self.attend_layer(x, filters, heads=heads, caller=caller)
+        x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
         out, weights, kl, token, k, v = layer_pull(
             resolved(x), filters, prefix.weights, residual, prefix.token, link
@@ -235,9 +241,12 @@ class LayerHistory:
     ) -> tuple[Tensor, Tensor]:
         """A residual block, `x + mask * act(norm(attend_layer(x)))`, in one node; arguments as :meth:`attend_layer`.
 
+        Under autocast `x` has its dtype already.
+
         Returns:
             The block's output, like `x`, and mean and biased variance of each channel `[2, C]` that it was normed with.
         """
+        x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
         found, statistics = block_pull(
             resolved(x), filters, epilogue, prefix.weights, prefix.token, link
@@ -267,7 +276,8 @@ class LayerHistory:
 
     def provide_layer(self, x: Tensor, filters: Filters, *, heads: int, caller: Any = None) -> None:
         """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
-        prefix, heads, link = self._layer_link(x, filters._replace(wq=None), heads, caller)
+        x, filters = as_autocast(x, filters._replace(wq=None))
+        prefix, heads, link = self._layer_link(x, filters, heads, caller)
         token, k, v = provider_pull(resolved(x), filters, prefix.token, link)
         pairs = prefix.pairs.extended(k, v, link.path)
         self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))

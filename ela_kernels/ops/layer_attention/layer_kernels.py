@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from ela_kernels.backends.base import Request
@@ -172,14 +173,19 @@ def layer_kernels_of(backend: str) -> LayerKernels | None:
     )
 
 
-def choose_layer_kernels(x: Tensor, depth: int) -> tuple[str, LayerKernels] | None:
+def choose_layer_kernels(
+    x: Tensor, depth: int, dtype: torch.dtype | None = None
+) -> tuple[str, LayerKernels] | None:
     """The backend that serves a layer attention over `depth` maps like `x`, with its kernels of a whole layer.
+
+    In `dtype`, where `x` is to be cast to one.
 
     None where it has none.
 
     Raises:
         ValueError: the forced backend cannot serve it; the message holds its reasons.
     """
-    backend = choose_backend(Request("layer_attention", x.device, x.dtype, depth, False)).name
+    dtype = x.dtype if dtype is None else dtype
+    backend = choose_backend(Request("layer_attention", x.device, dtype, depth, False)).name
     kernels = layer_kernels_of(backend)
     return None if kernels is None else (backend, kernels)
