@@ -39,6 +39,23 @@ def cuda_only(gpu: None) -> None:
         pytest.skip("a dry run on the CPU, which has nothing of the kind")
 
 
+@pytest.fixture
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions and products in float32 proper, by the same algorithm every time."""
+    settings: list[tuple[Any, str, bool]] = [
+        (torch.backends.cudnn, "allow_tf32", False),
+        (torch.backends.cuda.matmul, "allow_tf32", False),
+        (torch.backends.cudnn, "deterministic", True),
+        (torch.backends.cudnn, "benchmark", False),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in settings]
+    for owner, name, value in settings:
+        setattr(owner, name, value)
+    yield
+    for (owner, name, _), value in zip(settings, before, strict=True):
+        setattr(owner, name, value)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, gpu: None) -> Iterator[str]:
     """Each GPU backend in turn, forced; skips one that is not available."""
@@ -56,22 +73,55 @@ def kernels_ran(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
 
     A whole layer in one call counts as its attention's.
     """
-    record: list[str] = []
+    spy = Spy(monkeypatch)
+    for function in _FUNCTIONS:
+        spy.on(kernels_of(backend), function, function)
+    layer: Any = layer_kernels_of(backend)
+    if layer is not None:
+        for function in _LAYER_FUNCTIONS:
+            spy.on(layer, function, function.removeprefix("layer_"))
+    return spy.record
 
-    def spy(module: Any, function: str) -> None:
+
+@pytest.fixture
+def layer_backend(backend: str) -> str:
+    """Each GPU backend in turn, of those that have kernels of a whole layer."""
+    if layer_kernels_of(backend) is None:
+        pytest.skip(
+            f"{backend} has no kernels of a whole layer; its modules run on those of the op"
+        )
+    return backend
+
+
+@pytest.fixture
+def layers_ran(monkeypatch: pytest.MonkeyPatch, layer_backend: str) -> list[str]:
+    """The calls of the kernels of a whole layer made so far: `layer_forward` or `layer_backward`."""
+    spy = Spy(monkeypatch)
+    for function in _LAYER_FUNCTIONS:
+        spy.on(layer_kernels_of(layer_backend), function, function)
+    return spy.record
+
+
+class Spy:
+    """Records calls of a module's functions, but not those that they make of each other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.record: list[str] = []
+        self._patch = monkeypatch
+        self._is_inside = False
+
+    def on(self, module: Any, function: str, name: str) -> None:
         original: Callable[..., Any] = getattr(module, function)
 
         @functools.wraps(original)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            record.append(function.removeprefix("layer_"))
-            return original(*args, **kwargs)
+            if self._is_inside:
+                return original(*args, **kwargs)
+            self.record.append(name)
+            self._is_inside = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._is_inside = False
 
-        monkeypatch.setattr(module, function, recorded)
-
-    for function in _FUNCTIONS:
-        spy(kernels_of(backend), function)
-    layer: Any = layer_kernels_of(backend)
-    if layer is not None:
-        for function in _LAYER_FUNCTIONS:
-            spy(layer, function)
-    return record
+        self._patch.setattr(module, function, recorded)

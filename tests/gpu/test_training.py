@@ -15,24 +15,7 @@ from torch import nn
 import ela_kernels as ek
 from ela_kernels.models import CifarResNet
 
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend")]
-
-
-@pytest.fixture(autouse=True)
-def exact_convolutions():
-    """Convolutions and products in float32 proper, by the same algorithm every time."""
-    settings = [
-        (torch.backends.cudnn, "allow_tf32", False),
-        (torch.backends.cuda.matmul, "allow_tf32", False),
-        (torch.backends.cudnn, "deterministic", True),
-        (torch.backends.cudnn, "benchmark", False),
-    ]
-    before = [getattr(owner, name) for owner, name, _ in settings]
-    for owner, name, value in settings:
-        setattr(owner, name, value)
-    yield
-    for (owner, name, _), value in zip(settings, before, strict=True):
-        setattr(owner, name, value)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend", "exact_convolutions")]
 
 
 def make_network(attention="ela"):
