@@ -35,7 +35,7 @@ SHAPES = [
 ]
 
 
-def float32_stage(make, shape, head_dim, form, depth=3):
+def float32_stage(make, shape, head_dim, form, depth=2):
     return make(shape, depth, head_dim, torch.float32, form)
 
 
@@ -43,7 +43,7 @@ def float32_stage(make, shape, head_dim, form, depth=3):
 @pytest.mark.parametrize(("shape", "head_dim"), SHAPES, ids=str)
 def test_a_stage(shape, head_dim, form, layers_ran, backend):
     assert_right(*float32_stage(make_stage, shape, head_dim, form), backend)
-    assert layers_ran == ["layer_forward"] * 3 + ["layer_backward"] * 3
+    assert layers_ran == ["layer_forward"] * 2 + ["layer_backward"] * 2
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -55,7 +55,7 @@ def test_a_stage_of_blocks(shape, head_dim, is_training, form, layers_ran, backe
         nn.init.uniform_(block.norm.running_mean, -1, 1)
         nn.init.uniform_(block.norm.running_var, 0.5, 2)
     assert_right(blocks.train(is_training), x, backend)
-    assert layers_ran == ["layer_forward"] * 3 + ["layer_backward"] * 3
+    assert layers_ran == ["layer_forward"] * 2 + ["layer_backward"] * 2
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -77,7 +77,7 @@ def test_autocast(make, dtype, form, layers_ran, backend):
     assert layers_ran == ["layer_forward"] * 3 + ["layer_backward"] * 3
 
 
-@pytest.mark.parametrize("depth", [1, 2, 5, 9, 33])
+@pytest.mark.parametrize("depth", [1, 3, 5, 33])
 def test_depths(depth, backend):
     assert_right(*make_stage((2, 8, 3, 5), depth, 4, torch.float32), backend)
 
@@ -98,7 +98,7 @@ def test_layers_that_only_provide(skip, form, layers_ran, backend):
     ids=str,
 )
 def test_beyond_blocks_and_grids(shape, head_dim, form, backend):
-    assert_right(*float32_stage(make_stage, shape, head_dim, form, depth=2), backend)
+    assert_right(*float32_stage(make_stage, shape, head_dim, form), backend)
 
 
 @pytest.mark.parametrize("size", [1, 3, 9])

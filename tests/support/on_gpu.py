@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +58,22 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in every bit, NaN and the sign of zero included."""
     integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
     return torch.equal(a.contiguous().view(integers), b.contiguous().view(integers))
+
+
+def captured(
+    step: Callable[[], list[Tensor]], warmup: int = 3
+) -> tuple[Callable[[], None], list[Tensor]]:
+    """`step` in a CUDA graph, after warm-up calls on a side stream: the replay, and the results that it writes."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph.replay, results
 
 
 class LeafStage:
