@@ -12,8 +12,11 @@ MapView = tuple[int, int, int]
 def is_interleaved(value: Tensor, channels_last: bool) -> bool:
     """True when the channels of a position lie together, False when the positions of a channel do.
 
-    A map in neither form (a spatial slice, say) gets the form of its shape; :func:`in_form` then copies it.
+    A map in neither form (a spatial slice, say) gets the form of its shape; :func:`in_form` then copies it. So does one
+    of a single channel, whatever its strides: a compact map made like it has that form too.
     """
+    if value.shape[-1 if channels_last else 1] == 1:
+        return channels_last
     if value.is_contiguous() or _inner_stride(value, channels_last, channels_last) is not None:
         return channels_last
     return (_inner_stride(value, channels_last, not channels_last) is not None) != channels_last
