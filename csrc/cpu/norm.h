@@ -32,6 +32,22 @@ inline void for_stat_blocks(const ImageShape& s, int threads, Planar planar, Int
   });
 }
 
+// Positions whose distances from one origin are summed. The first of them is an origin that may lie far from the
+// others, so there are few of them; after that it is the mean so far. Then what the sums cancel is small beside the
+// variance.
+inline int64_t stat_chunk(int64_t first, int64_t last, bool is_first) {
+  const int64_t length = is_first ? 32 : 1024;
+  return last - first < length ? last : first + length;
+}
+
+// Takes `more` positions into mean and squares of the `count` before them: distances from the mean before have the mean
+// `distance`, and `square` is the sum of their squared distances from that.
+template <class V, class A>
+inline void join_chunk(V* mean, V* squares, V distance, V square, A count, A more) {
+  *mean += distance * (more / (count + more));
+  *squares += square + distance * distance * (count * more / (count + more));
+}
+
 // Partial means and sums of squared distances from them, [2, B, blocks, C].
 template <class T>
 void statistics_kernel(const StatisticsParams& p, int threads) {
@@ -44,34 +60,43 @@ void statistics_kernel(const StatisticsParams& p, int threads) {
       s, threads,
       [&](int64_t b, int64_t c) {
         const T* o = planar_at<T>(p.o, b, c, 0);
-        // Distances from one of the values: sums of them cancel no more than the distances themselves do.
-        const A origin = load_one<T>(o, 0);
-        Vec<T> sum{}, square{};
-        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
-          Vec<T> d = load_n(o + i, n) - origin;
-          if (n < kLanes<T>) d = clear_after<T>(d, n);
-          sum += d;
-          square += d * d;
-        });
-        const A count = static_cast<A>(s.positions());
-        const A mean = sum_lanes<T>(sum) / count;
-        means[b * s.channels + c] = origin + mean;
-        squares[b * s.channels + c] = sum_lanes<T>(square) - count * mean * mean;
-      },
-      [&](int64_t b, int64_t block, int64_t first, int64_t last) {
-        const A count = static_cast<A>(last - first);
-        for_vectors<T>(s.channels, [&](int64_t c, int n) {
-          const Vec<T> origin = load_n(interleaved_at<T>(p.o, b, first, c), n);
+        A mean = load_one<T>(o, 0), total = 0;
+        for (int64_t first = 0, last; first < s.positions(); first = last) {
+          last = stat_chunk(first, s.positions(), first == 0);
           Vec<T> sum{}, square{};
-          for (int64_t position = first; position < last; ++position) {
-            const Vec<T> d = load_n(interleaved_at<T>(p.o, b, position, c), n) - origin;
+          for_vectors<T>(last - first, [&](int64_t i, int n) {
+            Vec<T> d = load_n(o + first + i, n) - mean;
+            if (n < kLanes<T>) d = clear_after<T>(d, n);
             sum += d;
             square += d * d;
+          });
+          const A more = static_cast<A>(last - first);
+          const A distance = sum_lanes<T>(sum) / more;
+          join_chunk(&mean, &total, distance, sum_lanes<T>(square) - more * distance * distance, static_cast<A>(first),
+                     more);
+        }
+        means[b * s.channels + c] = mean;
+        squares[b * s.channels + c] = total;
+      },
+      [&](int64_t b, int64_t block, int64_t begin, int64_t end) {
+        for_vectors<T>(s.channels, [&](int64_t c, int n) {
+          Vec<T> mean = load_n(interleaved_at<T>(p.o, b, begin, c), n), total{};
+          for (int64_t first = begin, last; first < end; first = last) {
+            last = stat_chunk(first, end, first == begin);
+            Vec<T> sum{}, square{};
+            for (int64_t position = first; position < last; ++position) {
+              const Vec<T> d = load_n(interleaved_at<T>(p.o, b, position, c), n) - mean;
+              sum += d;
+              square += d * d;
+            }
+            const A more = static_cast<A>(last - first);
+            const Vec<T> distance = sum / more;
+            join_chunk(&mean, &total, distance, square - more * distance * distance, static_cast<A>(first - begin),
+                       more);
           }
-          const Vec<T> mean = sum / count;
           const int64_t at = (b * blocks + block) * s.channels + c;
-          store_n(means + at, origin + mean, n);
-          store_n(squares + at, square - count * mean * mean, n);
+          store_n(means + at, mean, n);
+          store_n(squares + at, total, n);
         });
       });
 }
