@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -71,12 +72,22 @@ class ChannelFilter(nn.Conv1d):
 
 
 def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` runs anything but its forward."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what `kind` does: no hooks, and no forward of a subclass or of its own."""
+    return (
+        type(module).forward is kind.forward
+        and "forward" not in module.__dict__
+        and not has_hooks(module)
     )
 
 
@@ -122,27 +133,45 @@ class QueryKeyValue(nn.Module):
                 f"dim={self.dim}"
             )
 
-    def filters(self) -> Filters | None:
+    def filters(self, serves: Callable[[], bool]) -> Filters | None:
         """The parameters, for the kernels that serve a whole layer; None where a module may not be passed by.
 
-        That is one with hooks, or with another convolution than the published one.
+        That is one with hooks or a forward of its own, or with another convolution than the published one. A weight of
+        another shape than the layer's is PyTorch's to serve or to refuse.
+
+        Args:
+            serves: whether the kernels serve the call, parameters aside. Asked before a parametrized weight is read:
+                that works it out anew, and may change state (a spectral norm's vectors) or draw random numbers.
         """
-        wq, wk, wv = self.Wq, self.Wk, self.Wv
-        if has_hooks(wk) or has_hooks(wv) or (wq is not None and has_hooks(wq)):
-            return None
+        wq, wk, wv, kind = self.Wq, self.Wk, self.Wv, type(self)
         if not (
-            isinstance(wv, nn.Conv2d)
-            and isinstance(wk, ChannelFilter)
-            and (wq is None or (isinstance(wq, ChannelFilter) and wq.kernel_size == wk.kernel_size))
+            runs_as(wv, nn.Conv2d)
+            and type(wv)._conv_forward is nn.Conv2d._conv_forward
+            and runs_as(wk, ChannelFilter)
+            and (wq is None or runs_as(wq, ChannelFilter))
             and wv.kernel_size == (3, 3)
             and wv.stride == wv.dilation == (1, 1)
             and wv.padding == (1, 1)
             and wv.padding_mode == "zeros"
             and wv.groups == wv.in_channels == wv.out_channels
             and wv.bias is None
+            and kind.query_key is QueryKeyValue.query_key
+            and kind.key_value is QueryKeyValue.key_value
+            and kind.query_key_value is QueryKeyValue.query_key_value
         ):
             return None
-        return Filters(None if wq is None else wq.weight, wk.weight, wv.weight)
+        modules = (wk, wv) if wq is None else (wq, wk, wv)
+        if any("parametrizations" in m._modules for m in modules) and not serves():
+            return None
+        filters = Filters(None if wq is None else wq.weight, wk.weight, wv.weight)
+        sizes = (1, 1, self.kernel_size)
+        if (
+            filters.wv.shape != (self.dim, 1, 3, 3)
+            or filters.wk.shape != sizes
+            or (filters.wq is not None and filters.wq.shape != sizes)
+        ):
+            return None
+        return filters
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
@@ -212,15 +241,12 @@ class LayerAttention(QueryKeyValue):
             raise TypeError(
                 f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
             )
-        filters = self.filters()
-        if (
-            filters is not None
-            and isinstance(history, LayerHistory)
-            and history.serves_layer(x, filters, self)
-        ):
-            return history.attend_layer(
-                x, filters, heads=self.heads, residual=residual, caller=self
-            )
+        if isinstance(history, LayerHistory):
+            filters = self.filters(lambda: history.serves_layer(x, (), self))
+            if filters is not None and history.serves_layer(x, filters, self):
+                return history.attend_layer(
+                    x, filters, heads=self.heads, residual=residual, caller=self
+                )
         q, k, v = self.query_key_value(x)
         out = history.attend(q, k, v, heads=self.heads, caller=self)
         return x + out if residual else out
@@ -228,7 +254,7 @@ class LayerAttention(QueryKeyValue):
     def provide(self, x: Tensor, history: LayerHistory) -> None:
         """Give key and value of `x` to the later layers, and retrieve nothing."""
         self.check_input(x)
-        filters = self.filters()
+        filters = self.filters(lambda: history.serves_layer(x, (), self))
         if filters is not None and history.serves_layer(x, filters, self):
             history.provide_layer(x, filters, heads=self.heads, caller=self)
             return

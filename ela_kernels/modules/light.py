@@ -39,10 +39,10 @@ class LightLayerAttention(QueryKeyValue):
         super().__init__(dim, head_dim, kernel_size)
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
 
-    def light_filters(self) -> LightFilters | None:
+    def light_filters(self, x: Tensor, prev_out: Tensor) -> LightFilters | None:
         """The parameters, for the kernels that serve a whole layer; None where a module may not be passed by."""
-        filters = self.filters()
-        if filters is None or filters.wq is None:
+        filters = self.filters(lambda: serves_light_layer(x, (), prev_out))
+        if filters is None or filters.wq is None or self.lambda_t.shape != (self.dim, 1, 1):
             return None
         return LightFilters(filters.wq, filters.wk, filters.wv, self.lambda_t)
 
@@ -54,12 +54,8 @@ class LightLayerAttention(QueryKeyValue):
             prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`.
         """
         self.check_input(x)
-        filters = self.light_filters()
-        if (
-            filters is not None
-            and isinstance(prev_out, Tensor)
-            and serves_light_layer(x, filters, prev_out)
-        ):
+        filters = self.light_filters(x, prev_out) if isinstance(prev_out, Tensor) else None
+        if filters is not None and serves_light_layer(x, filters, prev_out):
             return light_layer(x, filters, prev_out, self.heads, self.head_dim**-0.5)
         q, k, v = self.query_key_value(x)
         if isinstance(prev_out, Tensor) and is_autocast_on(x):

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention, has_hooks
+from ela_kernels.modules.layer_attention import LayerAttention, runs_as
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.autocast import layer_dtype
+from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 from ela_kernels.ops.light_layer_attention.layer import light_block, serves_light_layer
+
+# Dtypes of a norm and of its input: beside half precision it may stay in float32.
+MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
 
 FusedBlock = Callable[[Epilogue], tuple[Tensor, Tensor]]
 """From what follows the retrieval to the block's output and the statistics that it was normed with."""
@@ -31,8 +35,10 @@ def residual_block(
     """`x + drop_path(act(norm(attn(x, history))))`, in one call of the kernels where they can serve all of it."""
     if type(attn) is LayerAttention and may_pass_by(attn, norm, act, drop_path):
         attn.check_input(x)
-        filters = attn.filters()
-        if filters is not None and fits(norm, x) and history.serves_layer(x, filters, attn):
+        layer, filters = attn, None
+        if fits(norm, x):
+            filters = attn.filters(lambda: history.serves_layer(x, (), layer))
+        if filters is not None and history.serves_layer(x, filters, attn):
             served, heads = filters, attn.heads
             return fused_block(
                 lambda epilogue: history.attend_block(
@@ -58,8 +64,8 @@ def light_residual_block(
     """`x + drop_path(act(norm(o)))` with `o = attn(x, prev_out)`, and `o`; in one call where the kernels can."""
     if type(attn) is LightLayerAttention and may_pass_by(attn, norm, act, drop_path):
         attn.check_input(x)
-        filters = attn.light_filters()
-        if filters is not None and fits(norm, x) and serves_light_layer(x, filters, prev_out):
+        filters = attn.light_filters(x, prev_out) if fits(norm, x) else None
+        if filters is not None and serves_light_layer(x, filters, prev_out):
             served, found = filters, []
 
             def run(epilogue: Epilogue) -> tuple[Tensor, Tensor]:
@@ -81,7 +87,8 @@ def may_pass_by(attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: Dro
     return (
         type(norm) is nn.BatchNorm2d
         and type(act) in (nn.ReLU, nn.Identity)
-        and not any(has_hooks(module) for module in (attn, norm, act, drop_path))
+        and type(drop_path) is DropPath
+        and all(runs_as(module, type(module)) for module in (attn, norm, act, drop_path))
     )
 
 
@@ -94,7 +101,31 @@ def fits(norm: nn.Module, x: Tensor) -> bool:
     # One number a channel has no variance.
     enough = x.shape[0] * x.shape[2] * x.shape[3] > 1
     given = norm.num_features == x.shape[1] and (norm.weight is None) == (norm.bias is None)
-    return given and (enough or not takes_batch(norm)) and x.dtype == layer_dtype(x)
+    return (
+        given
+        and x.dtype == layer_dtype(x)
+        and has_usual_parameters(norm, x)
+        and (enough or not takes_batch(norm))
+    )
+
+
+def has_usual_parameters(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+    """Whether parameters and running statistics are plain ones of a shape and dtype that PyTorch takes with `x`."""
+    given = [
+        t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None
+    ]
+    if (norm.running_mean is None) != (norm.running_var is None) or not norm.eps > 0:
+        return False
+    dtype = given[0].dtype if given else x.dtype
+    if dtype != x.dtype and (dtype, x.dtype) not in MIXED:
+        return False
+    return all(
+        t.dtype == dtype
+        and t.shape == (x.shape[1],)
+        and t.device == x.device
+        and not needs_dispatcher(t)
+        for t in given
+    )
 
 
 def takes_batch(norm: nn.BatchNorm2d) -> bool:
@@ -133,8 +164,6 @@ def fused_block(
 @torch.no_grad()
 def _track(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> None:
     """The variance unbiased; without momentum a cumulative mean."""
-    if norm.running_mean is None or norm.running_var is None:
-        return
     factor = norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
@@ -142,6 +171,8 @@ def _track(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> None:
             factor = 1.0 / float(norm.num_batches_tracked)
     if factor is None:
         factor = 0.0
+    if norm.running_mean is None or norm.running_var is None:
+        return
     mean, variance = statistics.to(norm.running_mean.dtype)
     norm.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
     norm.running_var.mul_(1 - factor).add_(variance, alpha=factor * count / (count - 1))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import ela_kernels as ek
+from ela_kernels.models.blocks import MRLALight, PreviousOutput
 
 FORMS = [torch.contiguous_format, torch.channels_last]
 
@@ -106,3 +107,39 @@ def autocast_results(run, modules, x, dtype):
         leaf = x.detach().double().requires_grad_(x.requires_grad)
         exact = results(copy.deepcopy(modules).double(), leaf, False)
     return found, plain, exact
+
+
+def make_light_blocks(shape, depth=3, head_dim=None, dtype=torch.float64, drop_path=0.0):
+    torch.manual_seed(2)
+    channels = shape[1]
+    blocks = nn.ModuleList(
+        MRLALight(ek.LightLayerAttention(channels, head_dim or channels), drop_path)
+        for _ in range(depth)
+    ).to(dtype)
+    for block in blocks:
+        nn.init.normal_(block.norm.weight, 1.0, 0.5)
+        nn.init.normal_(block.norm.bias)
+    return blocks, torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def light_step(blocks, x):
+    """As :func:`step`, of light blocks."""
+    blocks = copy.deepcopy(blocks)
+    torch.manual_seed(5)  # of the drop path
+    previous, outs, y = PreviousOutput(), [], x
+    for block in blocks:
+        y = block(y, previous)
+        outs.append(y)
+    loss = outs[-1].square().sum() + outs[0].sin().sum()
+    wanted = [t for t in (x, *blocks.parameters()) if t.requires_grad]
+    return [*outs, *gradients(loss, wanted), *(b.double() for b in blocks.buffers())]
+
+
+def layer_step(layers, x, residual=True, skip=()):
+    """Outputs, weights and gradients of a forward and backward pass."""
+    outs, history = run_stage(layers, x, residual, skip)
+    loss = outs[-1].square().sum() + outs[0].sin().sum() + history.weights.square().sum()
+    if history.kl is not None:
+        loss = loss + history.kl.sum()
+    wanted = [t for t in (x, *layers.parameters()) if t.requires_grad]
+    return [*outs, history.weights, *gradients(loss, wanted)]

@@ -61,7 +61,7 @@ def _workspace_elements(
 
 def _contiguous(filters: Filters) -> Filters:
     wq, wk, wv = filters
-    return Filters(None if wq is None else wq.contiguous(), wk.contiguous(), wv.contiguous())
+    return Filters(dense(wq), resolved(wk).contiguous(), resolved(wv).contiguous())
 
 
 def layer_forward(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention.addresses import maps
 from ela_kernels.ops.layer_attention.cpp import NO_MAP, new_map
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
-from ela_kernels.ops.layer_attention.kernels import address
+from ela_kernels.ops.layer_attention.kernels import address, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import MapView, is_interleaved, kernel_sizes
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
@@ -32,7 +32,7 @@ class NormCall(NamedTuple):
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype).contiguous()
+    return None if tensor is None else resolved(tensor.to(dtype)).contiguous()
 
 
 def norm_call(

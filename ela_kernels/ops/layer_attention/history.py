@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,6 +65,12 @@ class LayerHistory:
         self._found_by: dict[Any, list[tuple[Prefix, bool]]] = {}
         self._record = Record()
         self._made_in = graph_task()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Whole layers would pass by an `attend` or `provide` of a subclass: they do not serve one that has its own."""
+        super().__init_subclass__(**kwargs)
+        if {"attend", "provide"} & vars(cls).keys() and "serves_layer" not in vars(cls):
+            cls.serves_layer = lambda *_, **__: False  # type: ignore[method-assign]
 
     @property
     def depth(self) -> int:
@@ -182,7 +189,7 @@ class LayerHistory:
             token = provide_pull(k, v, token, link)
         self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
 
-    def serves_layer(self, x: Tensor, filters: Filters, caller: Any = None) -> bool:
+    def serves_layer(self, x: Tensor, filters: Sequence[Tensor | None], caller: Any = None) -> bool:
         """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`: the backend has kernels of a layer."""
         if needs_dispatcher(x) or not x.numel():
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ela_kernels.ops.light_layer_attention.cpp_layer import (
 )
 
 
-def serves_light_layer(x: Tensor, filters: LightFilters, prev: Tensor) -> bool:
+def serves_light_layer(x: Tensor, filters: Sequence[Tensor], prev: Tensor) -> bool:
     """Whether the functions below can serve these; they are the compiled CPU kernels."""
     tensors = (x, prev, *filters)
     if any(needs_dispatcher(t) or t.dtype != x.dtype or t.device != x.device for t in tensors):
