@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -145,8 +146,10 @@ def fused_block(
         statistics = torch.stack((norm.running_mean, norm.running_var)).to(
             accumulate_dtype(x.dtype)
         )
-    mask = drop_path.mask(x)
-    out, found = run(
+    mask, track = drop_path.mask(x), None
+    if norm.training and norm.track_running_stats:
+        track = partial(_track, norm, x.numel() // x.shape[1])
+    out, _ = run(
         Epilogue(
             norm.weight,
             norm.bias,
@@ -154,15 +157,14 @@ def fused_block(
             None if mask is None else mask.view(-1),
             norm.eps,
             isinstance(act, nn.ReLU),
+            track,
         )
     )
-    if norm.training and norm.track_running_stats:
-        _track(norm, found, x.numel() // x.shape[1])
     return out
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, statistics: Tensor, count: int) -> None:
+def _track(norm: nn.BatchNorm2d, count: int, statistics: Tensor) -> None:
     """The variance unbiased; without momentum a cumulative mean."""
     factor = norm.momentum
     if norm.num_batches_tracked is not None:

@@ -6,10 +6,13 @@ import copy
 
 import pytest
 import torch
-from support.layer_stages import FORMS, light_step, make_blocks, make_light_blocks, step
+from support.layer_stages import FORMS, gradients, light_step, make_blocks, make_light_blocks, step
 from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+import ela_kernels as ek
 from ela_kernels.backends.extension import extension
+from ela_kernels.models.blocks import PreviousOutput
 from ela_kernels.ops.layer_attention.cpp_layer import layer_forward
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
 
@@ -122,3 +125,22 @@ def test_statistics_with_a_value_far_from_the_others(form):
     # Sums of a thousand numbers in float32, joined; the mean beside the spread.
     assert ((r.statistics[0] - mean).abs() <= 1e-5 * variance.sqrt()).all()
     torch.testing.assert_close(r.statistics[1], variance.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+@pytest.mark.parametrize("make", [make_blocks, make_light_blocks])
+def test_a_checkpoint_tracks_twice(both_ways, make, stopping):
+    """As PyTorch's own norm does when it is recomputed, also where the recomputation stops at the block."""
+    blocks, x = make((4, 6, 4, 5), 3, 3, drop_path=0.3)
+
+    def run():
+        copies = copy.deepcopy(blocks)
+        torch.manual_seed(5)
+        shared, y = ek.LayerHistory() if make is make_blocks else PreviousOutput(), x
+        with set_checkpoint_early_stop(stopping):
+            for block in copies:
+                y = checkpoint(block, y, shared, use_reentrant=False)
+            found = gradients(y.square().sum(), [x, *copies.parameters()])
+        return [y, *found, *(b.double() for b in copies.buffers()), torch.rand(2)]
+
+    both_ways(run, **{"block" if make is make_blocks else "light_block": 6})

@@ -25,6 +25,7 @@ from ela_kernels.ops.layer_attention.reference import (
     layer_attention_backward_reference,
     layer_attention_reference,
 )
+from ela_kernels.ops.layer_attention.saved import save, unpacked
 
 _library = torch.library.Library("ela_kernels", "FRAGMENT")
 _library.define(
@@ -233,14 +234,14 @@ class _LayerAttention(torch.autograd.Function):
         out, weights, kl = kernels.forward(
             q, maps[:depth], maps[depth:], heads, scale, prev_weights, channels_last
         )
-        ctx.save_for_backward(q, prev_weights, weights, *maps)
+        save(ctx, q, prev_weights, weights, *maps)
         return out, weights, kl
 
     @staticmethod
     def backward(
         ctx: Any, dout: Tensor | None, dweights: Tensor | None, dkl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q, prev, weights, *maps = ctx.saved_tensors
+        q, prev, weights, *maps = unpacked(ctx)
         depth, heads, scale, channels_last = len(maps) // 2, ctx.heads, ctx.scale, ctx.channels_last
         if torch.is_grad_enabled():
             # A second derivative is wanted: the reference gives a first one that has it.

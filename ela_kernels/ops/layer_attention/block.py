@@ -26,6 +26,7 @@ from ela_kernels.ops.layer_attention.pull import (
     refuse_second_derivative,
     token_gradient,
 )
+from ela_kernels.ops.layer_attention.saved import save, unpacked
 
 NO_NORM_GRADIENTS = NormGradients(None, None, None)
 
@@ -59,9 +60,10 @@ class _Block(torch.autograd.Function):
         keep(ctx, link)
         ctx.token = token
         # Not the parameters, which are saved below: autograd checks their versions.
-        ctx.epilogue = epilogue._replace(gamma=None, beta=None)
+        ctx.epilogue = epilogue._replace(gamma=None, beta=None, track=None)
         r, statistics, out = _end(x, Filters(wq, wk, wv), prev_weights, epilogue, link, True)
-        ctx.save_for_backward(
+        save(
+            ctx,
             x,
             wq,
             wk,
@@ -94,7 +96,7 @@ class _Block(torch.autograd.Function):
         __: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, wq, wk, wv, gamma, beta, mean, q, weights, prev, o, statistics, *maps = ctx.saved_tensors
+        x, wq, wk, wv, gamma, beta, mean, q, weights, prev, o, statistics, *maps = unpacked(ctx)
         norm = NO_NORM_GRADIENTS
         if dout is not None:
             dout = in_form_of(maps[-1], dout, ctx.channels_last)
@@ -133,6 +135,8 @@ def _end(
     )
     statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
     assert statistics is not None
+    if epilogue.track is not None:
+        epilogue.track(statistics)
     if r.block is not None:
         return r, statistics, r.block
     assert r.out is not None

@@ -29,6 +29,7 @@ from ela_kernels.ops.layer_attention.pull import (
     refuse_second_derivative,
     token_gradient,
 )
+from ela_kernels.ops.layer_attention.saved import save, unpacked
 
 LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
 """out, weights, kl, token, key, value."""
@@ -97,8 +98,20 @@ class _Layer(torch.autograd.Function):
         keep(ctx, link)
         ctx.token, ctx.has_residual = token, has_residual
         r = _retrieve(x, Filters(wq, wk, wv), prev_weights, has_residual, link)
-        ctx.save_for_backward(
-            x, wq, wk, wv, r.mean, r.q, r.weights, prev_weights, *link.keys, r.k, *link.values, r.v
+        save(
+            ctx,
+            x,
+            wq,
+            wk,
+            wv,
+            r.mean,
+            r.q,
+            r.weights,
+            prev_weights,
+            *link.keys,
+            r.k,
+            *link.values,
+            r.v,
         )
         assert r.out is not None
         assert r.weights is not None
@@ -115,7 +128,7 @@ class _Layer(torch.autograd.Function):
         dv: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, wq, wk, wv, mean, q, weights, prev_weights, *maps = ctx.saved_tensors
+        x, wq, wk, wv, mean, q, weights, prev_weights, *maps = unpacked(ctx)
         if dout is not None:
             dout = in_form_of(maps[-1], dout, ctx.channels_last)
         own = attended(
@@ -135,7 +148,7 @@ class _Provider(torch.autograd.Function):
         keep(ctx, link)
         ctx.token = token
         r = _provide(x, Filters(None, wk, wv), link)
-        ctx.save_for_backward(x, wk, wv, r.mean)
+        save(ctx, x, wk, wv, r.mean)
         return x.new_empty(1), r.k, r.v
 
     @staticmethod
@@ -143,7 +156,7 @@ class _Provider(torch.autograd.Function):
         ctx: Any, _: Tensor | None, dk: Tensor | None, dv: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, wk, wv, mean = ctx.saved_tensors
+        x, wk, wv, mean = unpacked(ctx)
         need_x, need_wk, need_wv = ctx.needs_input_grad[:3]
         needs = (need_x, False, need_wk, need_wv)
         found = gradients(ctx, x, Filters(None, wk, wv), mean, None, dk, dv, None, needs)

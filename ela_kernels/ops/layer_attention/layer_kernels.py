@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -73,7 +73,8 @@ class Epilogue(NamedTuple):
     """What follows the retrieval in a residual block.
 
     `gamma` and `beta` `[C]` of the norm, None where it has none. `statistics`: mean and variance `[2, C]` to norm
-    with, None where those of the batch are to be taken. `mask`: a factor for each sample `[B]`, or None.
+    with, None where those of the batch are to be taken. `mask`: a factor for each sample `[B]`, or None. `track` is
+    given the statistics that were taken: inside the node, since a checkpoint that recomputes it may stop right there.
     """
 
     gamma: Tensor | None
@@ -82,6 +83,7 @@ class Epilogue(NamedTuple):
     mask: Tensor | None
     eps: float
     relu: bool
+    track: Callable[[Tensor], None] | None = None
 
 
 class NormGradients(NamedTuple):

@@ -20,6 +20,7 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention.kernels import Kernels, Retrieval, Saved, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import LayerKernels
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
+from ela_kernels.ops.layer_attention.saved import save, unpacked
 
 
 class Entry(NamedTuple):
@@ -167,7 +168,7 @@ class _Attend(torch.autograd.Function):
         out, weights, kl = link.kernels.forward(
             q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
         )
-        ctx.save_for_backward(q, weights, prev_weights, *link.keys, *link.values)
+        save(ctx, q, weights, prev_weights, *link.keys, *link.values)
         return out, weights, kl, q.new_empty(1)  # nobody reads a token: no kernel fills it
 
     @staticmethod
@@ -182,7 +183,7 @@ class _Attend(torch.autograd.Function):
         need_q, need_k, need_v, need_prev = ctx.needs_input_grad[:4]
         dq = dprev = None
         if dout is not None or dweights is not None or dkl is not None:
-            q, weights, prev_weights, *maps = ctx.saved_tensors
+            q, weights, prev_weights, *maps = unpacked(ctx)
             depth = len(maps) // 2
             values = maps[depth:]
             if dout is not None:

@@ -18,6 +18,7 @@ from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.pull import in_form_of
+from ela_kernels.ops.layer_attention.saved import save, unpacked
 from ela_kernels.ops.light_layer_attention.cpp_layer import (
     LightFilters,
     LightForward,
@@ -69,7 +70,7 @@ class _LightLayer(torch.autograd.Function):
         filters = LightFilters(wq, wk, wv, decay)
         r = light_layer_forward(x, filters, prev, heads, scale)
         # Not its own output, which the backward has no use for.
-        ctx.save_for_backward(x, *filters, prev, None, *r[1:6])
+        save(ctx, x, *filters, prev, None, *r[1:6])
         return r.out
 
     @staticmethod
@@ -77,7 +78,7 @@ class _LightLayer(torch.autograd.Function):
         _refuse_second_derivative()
         if dout is None:
             return (None,) * 8
-        x, filters, prev, kept = _kept(ctx.saved_tensors)
+        x, filters, prev, kept = _kept(unpacked(ctx))
         dout = in_form_of(kept.v, dout, False)
         needs = ctx.needs_input_grad[:6]
         found = light_layer_backward(
@@ -104,10 +105,10 @@ class _LightBlock(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.heads, ctx.scale = heads, scale
-        ctx.epilogue = epilogue._replace(gamma=None, beta=None)
+        ctx.epilogue = epilogue._replace(gamma=None, beta=None, track=None)
         filters = LightFilters(wq, wk, wv, decay)
         r, statistics, out = _end(x, filters, prev, epilogue, heads, scale)
-        ctx.save_for_backward(x, *filters, prev, r.out, *r[1:6], gamma, beta, statistics)
+        save(ctx, x, *filters, prev, r.out, *r[1:6], gamma, beta, statistics)
         ctx.mark_non_differentiable(statistics)
         return out, r.out, statistics
 
@@ -116,7 +117,7 @@ class _LightBlock(torch.autograd.Function):
         ctx: Any, dout: Tensor | None, dnext: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        *tensors, gamma, beta, statistics = ctx.saved_tensors
+        *tensors, gamma, beta, statistics = unpacked(ctx)
         x, filters, prev, kept = _kept(tuple(tensors))
         # The gradient of the light output: from the next layer, and from the norm.
         norm = NO_NORM_GRADIENTS
@@ -141,6 +142,8 @@ def _end(
     r = light_layer_forward(x, filters, prev, heads, scale, epilogue)
     statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
     assert statistics is not None
+    if epilogue.track is not None:
+        epilogue.track(statistics)
     assert r.block is not None
     return r, statistics, r.block
 
