@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 
 class Request(NamedTuple):
@@ -18,6 +19,19 @@ class Request(NamedTuple):
     dtype: torch.dtype
     depth: int
     needs_grad: bool
+    transformed: bool = False
+
+
+def is_transformed() -> bool:
+    """Whether PyTorch has to see every operation: `torch.func`, forward-mode derivatives, `torch.jit.trace`.
+
+    A kernel reads the memory of its tensors, and would leave out what belongs to them beside it.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class Backend:
@@ -29,6 +43,7 @@ class Backend:
     ops: frozenset[str] | None = None
     forward_only_ops: frozenset[str] = frozenset()
     max_depth: int | None = None
+    reads_memory = True
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine, or None when it can."""
@@ -52,6 +67,11 @@ class Backend:
         if self.max_depth is not None and request.depth > self.max_depth:
             reasons.append(
                 f"it serves up to {self.max_depth} layers in one history, and these are {request.depth}"
+            )
+        if request.transformed and self.reads_memory:
+            reasons.append(
+                "it has no rules for torch.func, for forward-mode derivatives and for torch.jit.trace: "
+                "call it outside of them"
             )
         if request.needs_grad and request.op in self.forward_only_ops:
             reasons.append(
@@ -81,6 +101,7 @@ class EagerBackend(Backend):
     """Plain PyTorch: the reference and the fallback. Serves every call, on any device."""
 
     name = "eager"
+    reads_memory = False
 
 
 HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})

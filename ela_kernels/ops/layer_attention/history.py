@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.base import is_transformed
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autocast import as_autocast, fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
@@ -198,6 +199,8 @@ class LayerHistory:
                 w.device != x.device or not fits_layer_dtype(w, x) or needs_dispatcher(w)
             ):
                 return False
+        if is_transformed():
+            return False
         pairs, dtype = self._place_of(caller).pairs, layer_dtype(x)
         return pairs.linked and choose_layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
 

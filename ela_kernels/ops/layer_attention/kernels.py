@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.base import Request
+from ela_kernels.backends.base import Request, is_transformed
 from ela_kernels.backends.dispatch import EAGER, choose_backend
 
 
@@ -125,7 +125,7 @@ def choose_kernels(op: str, q: Tensor, depth: int, needs_grad: bool = False) -> 
     Raises:
         ValueError: the forced backend cannot serve it; the message holds its reasons.
     """
-    backend = choose_backend(Request(op, q.device, q.dtype, depth, needs_grad))
+    backend = choose_backend(Request(op, q.device, q.dtype, depth, needs_grad, is_transformed()))
     return None if backend is EAGER else kernels_of(backend.name)
 
 

@@ -121,6 +121,11 @@ def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
 
     The gradient of a sum is expanded, for instance.
     """
+    if torch._C._functorch.is_legacy_batchedtensor(dout):
+        raise RuntimeError(
+            "layer attention: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
+            "have no memory for a kernel to read; use ela_kernels.use_backend('eager')"
+        )
     dout = resolved(dout)
     if dout.stride() == value.stride():
         return dout

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends import dispatch
-from ela_kernels.backends.base import Request
+from ela_kernels.backends.base import Request, is_transformed
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
 from ela_kernels.ops.layer_attention.cpp_layer import readable
@@ -33,7 +33,13 @@ def serves_light_layer(x: Tensor, filters: Sequence[Tensor], prev: Tensor) -> bo
     tensors = (x, prev, *filters)
     if any(needs_dispatcher(t) or t.dtype != x.dtype or t.device != x.device for t in tensors):
         return False
-    if x.device.type != "cpu" or is_autocast_on(x) or not x.numel() or prev.shape != x.shape:
+    if (
+        is_transformed()
+        or x.device.type != "cpu"
+        or is_autocast_on(x)
+        or not x.numel()
+        or prev.shape != x.shape
+    ):
         return False
     return dispatch.would_serve("cpp", Request("light_layer", x.device, x.dtype, 1, False))
 
