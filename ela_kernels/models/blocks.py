@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules import (
@@ -107,14 +108,27 @@ class PreviousOutput:
 
     def __init__(self) -> None:
         self._out: Tensor | None = None
-        self._found_by: dict[nn.Module, Tensor] = {}
+        # None without gradients: what no backward asks for is not kept alive.
+        self._found_by: dict[nn.Module, Tensor | None] = {}
         self._made_in = graph_task()
 
     def find(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """For `layer`: what it found in the forward pass, also when a checkpoint recomputes it later."""
+        """For `layer`: what it found in the forward pass, also when a checkpoint recomputes it later.
+
+        Raises:
+            RuntimeError: reentrant checkpointing.
+        """
         if not self._recomputing():
-            self._found_by[layer] = x if self._out is None else self._out
-        return self._found_by[layer]
+            found = x if self._out is None else self._out
+            self._found_by[layer] = found if torch.is_grad_enabled() else None
+            return found
+        kept = self._found_by.get(layer)
+        if kept is None:
+            raise RuntimeError(
+                "PreviousOutput: got reentrant checkpointing, which would lose the gradients between layers; allowed "
+                "is torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        return kept
 
     def leave(self, out: Tensor) -> None:
         if not self._recomputing():

@@ -144,3 +144,13 @@ def test_a_checkpoint_tracks_twice(both_ways, make, stopping):
         return [y, *found, *(b.double() for b in copies.buffers()), torch.rand(2)]
 
     both_ways(run, **{"block" if make is make_blocks else "light_block": 6})
+
+
+def test_reentrant_checkpointing_of_light_blocks_is_refused():
+    """It would lose the gradients between layers; silently, where the previous output came without one."""
+    blocks, x = make_light_blocks((2, 6, 4, 5), 2, 3)
+    previous, y = PreviousOutput(), x
+    for block in blocks:
+        y = checkpoint(block, y, previous, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        y.sum().backward()

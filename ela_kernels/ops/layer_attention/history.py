@@ -37,6 +37,11 @@ def graph_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
+def _never_recomputes() -> bool:
+    """True in inference mode: the weights of earlier layers need not stay. torch.compile cannot trace the question."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
 class LayerHistory:
     """Keys, values and weights of the layers of one stage in one forward pass.
 
@@ -323,7 +328,7 @@ class LayerHistory:
     def _enter(self, caller: Any, inputs: tuple[Tensor, ...]) -> Prefix:
         """The prefix that this layer extends: the present one, or its old one in a recomputation."""
         if not self.recomputing:
-            if caller is not None:
+            if caller is not None and not _never_recomputes():
                 self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
             return self._now
         found = self._found_by.get(caller, []) if caller is not None else []
