@@ -88,7 +88,12 @@ CASES = (
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Records the launches of the package's Triton backend instead of making them."""
-    from ela_kernels.ops.layer_attention.triton_kernels import launch, launch_backward, layer, norm
+    from ela_kernels.ops.layer_attention.triton_kernels import (
+        launch,
+        launch_backward,
+        norm,
+        producer,
+    )
 
     found: list[Launch] = []
 
@@ -101,7 +106,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     kernels = [
         (module, name, kernel)
-        for module in (launch, launch_backward, layer, norm)
+        for module in (launch, launch_backward, norm, producer)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]

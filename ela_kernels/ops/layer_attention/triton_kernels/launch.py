@@ -1,6 +1,6 @@
 """The glue to the Triton kernels: layouts, allocation and launches. Arguments are checked already.
 
-Here what all launches share, and the forward; the others are in `launch_backward.py`, `layer.py` and `norm.py`.
+Here what all launches share, and the forward; the others are in `launch_backward.py`, `producer.py` and `norm.py`.
 
 Every call launches on the current stream of the tensors' device, allocates before its launches and waits for nothing,
 so a step can be captured into a CUDA graph, once its kernels are compiled.

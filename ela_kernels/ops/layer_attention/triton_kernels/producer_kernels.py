@@ -5,8 +5,8 @@ same read; backward, the value's gradient, the map and the residual gradient rea
 once, with the sums for the filters' gradients from the same reads. Neighbours in space come from the caches.
 
 A program takes LINES planes (planar) or channels (interleaved), and one patch of PH x PW positions after the other.
-What it sums over its patches it adds up at their end and writes as a partial sum, `[B, groups, ...]`; a second launch
-adds those in a fixed order.
+What it sums over its patches it adds up at their end and writes as a partial sum, `[B, groups, ...]`; a second launch,
+of `row_kernels.py`, adds those in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ela_kernels.ops.layer_attention.triton_kernels.row_kernels import filter_partials, turned
 from ela_kernels.ops.layer_attention.triton_kernels.tiles import across, along, line_sum
 
 
@@ -139,78 +140,6 @@ def layer_producer_fwd_kernel(
     tl.store(sums_ptr + at, line_sum(total, INTERLEAVED), mask=mask_line)
 
 
-@triton.jit(do_not_specialize=["groups", "positions", "size"])
-def layer_rows_fwd_kernel(
-    sums_ptr,  # [B, groups, C]
-    wq_ptr,  # [size]
-    wk_ptr,  # [size]
-    mean_ptr,  # [B, C]
-    q_ptr,  # [B, C]
-    k_ptr,  # [B, C]
-    channels,
-    groups,
-    positions,
-    size,
-    HAS_QUERY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The pooled mean, and query and key from it; the means of neighbouring channels are added up once more."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = c < channels
-    q, k = tl.zeros([BLOCK_C], tl.float32), tl.zeros([BLOCK_C], tl.float32)
-    for i in range(size):
-        channel = c + i - size // 2
-        there = (channel >= 0) & (channel < channels)
-        acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for first in range(0, groups, BLOCK_S):
-            part = first + tl.arange(0, BLOCK_S)
-            at = (b * groups + part)[:, None] * channels + channel[None, :]
-            mask = (part < groups)[:, None] & there[None, :]
-            acc += tl.load(sums_ptr + at, mask=mask, other=0.0)
-        # Rounded as it is stored: what the backward reads is what the filters saw.
-        mean = (tl.sum(acc, axis=0) / positions).to(mean_ptr.dtype.element_ty)
-        if i == size // 2:
-            tl.store(mean_ptr + b * channels + c, mean, mask=mask_c)
-        if HAS_QUERY:
-            q += tl.load(wq_ptr + i).to(tl.float32) * mean.to(tl.float32)
-        k += tl.load(wk_ptr + i).to(tl.float32) * mean.to(tl.float32)
-    if HAS_QUERY:
-        tl.store(q_ptr + b * channels + c, q.to(q_ptr.dtype.element_ty), mask=mask_c)
-    tl.store(k_ptr + b * channels + c, k.to(k_ptr.dtype.element_ty), mask=mask_c)
-
-
-@triton.jit
-def _turned(drow_ptr, filter_ptr, b, c, mask_line, channels, size):
-    """What a row's gradient `[B, C]` gives the mean through the filter that made the row, `[LINES]`."""
-    first = b.to(tl.int64) * channels
-    total = tl.zeros(c.shape, tl.float32)
-    for i in range(size):
-        channel = c - i + size // 2
-        there = mask_line & (channel >= 0) & (channel < channels)
-        drow = tl.load(drow_ptr + first + channel, mask=there, other=0.0).to(tl.float32)
-        total += tl.load(filter_ptr + i).to(tl.float32) * drow
-    return total
-
-
-@triton.jit
-def _filter_partials(
-    drow_ptr, mean_ptr, partial_ptr, block, blocks, batch, channels, size, BLOCK: tl.constexpr
-):
-    """`<drow, shifted mean>` over BLOCK elements of the batch, for every tap; partial sums `[size, blocks]`."""
-    offs = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < batch.to(tl.int64) * channels
-    c = (offs % channels).to(tl.int32)
-    drow = tl.load(drow_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    for i in range(size):
-        shift = i - size // 2
-        there = mask & (c + shift >= 0) & (c + shift < channels)
-        mean = tl.load(mean_ptr + offs + shift, mask=there, other=0.0).to(tl.float32)
-        tl.store(partial_ptr + i * blocks + block, tl.sum(drow * mean, axis=0))
-
-
 @triton.jit(
     do_not_specialize=[
         "batch",
@@ -284,9 +213,9 @@ def layer_producer_bwd_kernel(
             taps = _taps(wv_ptr, c, mask_line)
             dmean = tl.zeros([LINES], tl.float32)
             if HAS_QUERY:
-                dmean += _turned(dq_ptr, wq_ptr, b, c, mask_line, channels, size)
+                dmean += turned(dq_ptr, wq_ptr, b, c, mask_line, channels, size)
             if HAS_KEY:
-                dmean += _turned(dk_ptr, wk_ptr, b, c, mask_line, channels, size)
+                dmean += turned(dk_ptr, wk_ptr, b, c, mask_line, channels, size)
             dmean = along(dmean / (height.to(tl.float32) * width), INTERLEAVED)
         sums = (zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros)
         offs = tl.arange(0, PH * PW)
@@ -328,11 +257,11 @@ def layer_producer_bwd_kernel(
     else:
         block = pid - tiles
         if HAS_QUERY:
-            _filter_partials(
+            filter_partials(
                 dq_ptr, mean_ptr, filters_ptr, block, blocks, batch, channels, size, BLOCK
             )
         if HAS_KEY:
-            _filter_partials(
+            filter_partials(
                 dk_ptr,
                 mean_ptr,
                 filters_ptr + size * blocks,
@@ -343,49 +272,3 @@ def layer_producer_bwd_kernel(
                 size,
                 BLOCK,
             )
-
-
-@triton.jit(do_not_specialize=["parts", "size", "blocks", "tap_programs"])
-def layer_filters_bwd_kernel(
-    taps_ptr,  # [parts, 9, C]
-    filters_ptr,  # [2, size, blocks]
-    dwv_ptr,  # [C, 3, 3]
-    dwq_ptr,  # [size]
-    dwk_ptr,  # [size]
-    channels,
-    parts,
-    size,
-    blocks,
-    tap_programs,  # programs that add up partial sums of taps; after them one for each tap of query and key
-    HAS_QUERY: tl.constexpr,
-    HAS_KEY: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """The partial sums of the filters' gradients added up."""
-    pid = tl.program_id(0)
-    if pid < tap_programs:
-        column = pid * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = column < 9 * channels
-        acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for first in range(0, parts, BLOCK_S):
-            part = first + tl.arange(0, BLOCK_S)
-            at = part.to(tl.int64)[:, None] * (9 * channels) + column[None, :]
-            acc += tl.load(taps_ptr + at, mask=(part < parts)[:, None] & mask_c[None, :], other=0.0)
-        sums = tl.sum(acc, axis=0).to(dwv_ptr.dtype.element_ty)
-        tl.store(dwv_ptr + column % channels * 9 + column // channels, sums, mask=mask_c)
-    else:
-        number = pid - tap_programs
-        offs = tl.arange(0, BLOCK_S * BLOCK_C)
-        row = tl.zeros([BLOCK_S * BLOCK_C], tl.float32)
-        for start in range(0, blocks, BLOCK_S * BLOCK_C):
-            block = start + offs
-            partial = filters_ptr + number.to(tl.int64) * blocks + block
-            row += tl.load(partial, mask=block < blocks, other=0.0)
-        total = tl.sum(row, axis=0)
-        if HAS_QUERY:
-            if number < size:
-                tl.store(dwq_ptr + number, total.to(dwq_ptr.dtype.element_ty))
-        if HAS_KEY:
-            if number >= size:
-                tl.store(dwk_ptr + number - size, total.to(dwk_ptr.dtype.element_ty))
