@@ -156,9 +156,14 @@ class LayerKernels(Protocol):
         """`x + mask * act(norm(o))`; asked for where :meth:`layer_forward` did not do it."""
 
     def norm_backward(
-        self, o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue
+        self,
+        o: Tensor,
+        dout: Tensor,
+        statistics: Tensor,
+        epilogue: Epilogue,
+        also: Tensor | None = None,
     ) -> NormGradients:
-        """The gradients of what :meth:`norm_forward` does, from that of its output."""
+        """The gradients of what :meth:`norm_forward` does, from that of its output; `also` is added to that of `o`."""
 
 
 _MODULES = {"cpp": "cpp_layer", "triton": "triton_kernels.layer"}

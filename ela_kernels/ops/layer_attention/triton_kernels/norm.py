@@ -91,8 +91,10 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
     return out
 
 
-def norm_backward(o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue) -> NormGradients:
-    """All of it at once: nothing is pending.
+def norm_backward(
+    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
+) -> NormGradients:
+    """All of it at once: nothing is pending. `also` is added to the gradient of `o`.
 
     Three launches with the batch's statistics, the sums first; two with given ones, or one without parameters.
     """
@@ -101,11 +103,14 @@ def norm_backward(o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogu
     (o,), o_strides = alike_maps((o,), False, interleaved)
     (dout,), dout_strides = alike_maps((dout,), False, interleaved)
     do, do_strides = empty_map(o, False, interleaved), compact_strides(sizes)
+    also_strides = do_strides
+    if also is not None:
+        (also,), also_strides = alike_maps((also,), False, interleaved)
     gamma, beta, mask = dense(epilogue.gamma), dense(epilogue.beta), dense(epilogue.mask)
     statistics = statistics.contiguous()
     dgamma = None if gamma is None else torch.empty_like(gamma)
     dbeta = None if beta is None else torch.empty_like(beta)
-    plan = _plan(sizes, (o_strides, dout_strides, do_strides), o.dtype)
+    plan = _plan(sizes, (o_strides, dout_strides, do_strides, also_strides), o.dtype)
     is_moved = epilogue.statistics is None
     has_sums = is_moved or gamma is not None or beta is not None
     channels = plan.channels
@@ -120,6 +125,7 @@ def norm_backward(o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogu
             o,
             dout,
             do,
+            dout if also is None else also,
             statistics,
             statistics if gamma is None else gamma,
             statistics if beta is None else beta,
@@ -130,6 +136,7 @@ def norm_backward(o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogu
             *units(plan, o_strides),
             *units(plan, dout_strides),
             *units(plan, do_strides),
+            *units(plan, also_strides),
             epilogue.eps,
             plan.parts,
             HAS_GAMMA=gamma is not None,
@@ -139,6 +146,7 @@ def norm_backward(o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogu
             SUMS=takes_sums,
             WRITES=writes,
             MOVED=is_moved,
+            HAS_ALSO=also is not None,
             INTERLEAVED=plan.interleaved,
             UNIT=plan.UNIT,
             ROWS=plan.ROWS,

@@ -175,6 +175,7 @@ def layer_norm_bwd_kernel(
     o_ptr,
     dout_ptr,
     do_ptr,
+    also_ptr,
     statistics_ptr,  # [2, C]
     gamma_ptr,  # [C]
     beta_ptr,  # [C]
@@ -194,6 +195,8 @@ def layer_norm_bwd_kernel(
     stride_gr,
     stride_db,
     stride_dr,
+    stride_ab,
+    stride_ar,
     eps,
     parts,
     HAS_GAMMA: tl.constexpr,
@@ -203,6 +206,7 @@ def layer_norm_bwd_kernel(
     SUMS: tl.constexpr,  # write partial sums of g and of g * (o - mean), g being the gradient at the norm's output
     WRITES: tl.constexpr,  # write the gradient of o
     MOVED: tl.constexpr,  # statistics are those of the batch, and move with o
+    HAS_ALSO: tl.constexpr,  # another gradient of o is added
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -256,9 +260,12 @@ def layer_norm_bwd_kernel(
             by_one = tl.load(moved_ptr + c, mask=mask_line, other=0.0)
             by_value = tl.load(moved_ptr + channels + c, mask=mask_line, other=0.0)
             g -= along(by_one, INTERLEAVED) + distance * along(by_value, INTERLEAVED)
-        do = (along(scale, INTERLEAVED) * g).to(do_ptr.dtype.element_ty)
+        do = along(scale, INTERLEAVED) * g
+        if HAS_ALSO:
+            a_offs = offsets(sample, row, column, stride_ab, stride_ar, UNIT)
+            do += tl.load(also_ptr + a_offs, mask=mask, other=0.0).to(tl.float32)
         d_offs = offsets(sample, row, column, stride_db, stride_dr, UNIT)
-        tl.store(do_ptr + d_offs, do, mask=mask)
+        tl.store(do_ptr + d_offs, do.to(do_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["parts", "count"])
