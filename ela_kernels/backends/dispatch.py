@@ -96,17 +96,27 @@ def choose_backend(request: Request) -> Backend:
     return _choose(_setting, request)
 
 
-def would_serve(name: str, request: Request) -> bool:
-    """Whether backend `name` may serve `request` under the present setting and can; never raises, and warns of nothing.
+def that_would_serve(names: tuple[str, ...], request: Request) -> str | None:
+    """The first of some backends that may serve `request` under the present setting and can, or None.
 
-    For kernels that do in one call what is otherwise done in several, which a forced backend serves still.
+    Never raises, and warns of nothing: for kernels that do in one call what is otherwise done in several, which a
+    forced backend serves still.
     """
-    return _setting in (name, "auto") and _can_serve(name, request)
+    return _that_would_serve(_setting, names, request)
 
 
 @functools.lru_cache(maxsize=4096)
-def _can_serve(name: str, request: Request) -> bool:
-    return not BACKENDS[name].automatic_reasons(request)
+def _that_would_serve(setting: str, names: tuple[str, ...], request: Request) -> str | None:
+    for name in names:
+        if setting == name:
+            reasons = BACKENDS[name].not_supported_reasons(request)
+        elif setting == "auto":
+            reasons = BACKENDS[name].automatic_reasons(request)
+        else:
+            continue
+        if not reasons:
+            return name
+    return None
 
 
 @functools.lru_cache(maxsize=4096)

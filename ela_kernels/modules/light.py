@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from ela_kernels.modules.layer_attention import QueryKeyValue
 from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.light_layer_attention import light_layer_attention
-from ela_kernels.ops.light_layer_attention.cpp_layer import LightFilters
-from ela_kernels.ops.light_layer_attention.layer import light_layer, serves_light_layer
+from ela_kernels.ops.light_layer_attention.layer import light_layer
+from ela_kernels.ops.light_layer_attention.light_kernels import LightFilters, choose_light_kernels
 
 
 class LightLayerAttention(QueryKeyValue):
     """Gate this layer's value and let the previous layer's output decay; needs no history.
 
-    On the CPU all of it comes from one call of the kernels, and so do all gradients.
+    Where the kernels serve it, one call of theirs makes all of it, and another all gradients.
 
     Equivalent PyTorch::
 
@@ -41,7 +41,7 @@ class LightLayerAttention(QueryKeyValue):
 
     def light_filters(self, x: Tensor, prev_out: Tensor) -> LightFilters | None:
         """The parameters, for the kernels that serve a whole layer; None where a module may not be passed by."""
-        filters = self.filters(lambda: serves_light_layer(x, (), prev_out))
+        filters = self.filters(lambda: choose_light_kernels(x, (), prev_out) is not None)
         if filters is None or filters.wq is None or self.lambda_t.shape != (self.dim, 1, 1):
             return None
         return LightFilters(filters.wq, filters.wk, filters.wv, self.lambda_t)
@@ -55,8 +55,10 @@ class LightLayerAttention(QueryKeyValue):
         """
         self.check_input(x)
         filters = self.light_filters(x, prev_out) if isinstance(prev_out, Tensor) else None
-        if filters is not None and serves_light_layer(x, filters, prev_out):
-            return light_layer(x, filters, prev_out, self.heads, self.head_dim**-0.5)
+        if filters is not None:
+            kernels = choose_light_kernels(x, filters, prev_out)
+            if kernels is not None:
+                return light_layer(kernels, x, filters, prev_out, self.heads, self.head_dim**-0.5)
         q, k, v = self.query_key_value(x)
         if isinstance(prev_out, Tensor) and is_autocast_on(x):
             # The stage's input need not have passed through an autocast operation.

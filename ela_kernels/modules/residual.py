@@ -16,7 +16,8 @@ from ela_kernels.ops.layer_attention.autocast import layer_dtype
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
-from ela_kernels.ops.light_layer_attention.layer import light_block, serves_light_layer
+from ela_kernels.ops.light_layer_attention.layer import light_block
+from ela_kernels.ops.light_layer_attention.light_kernels import choose_light_kernels
 
 # Dtypes of a norm and of its input: beside half precision it may stay in float32.
 MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
@@ -66,12 +67,13 @@ def light_residual_block(
     if type(attn) is LightLayerAttention and may_pass_by(attn, norm, act, drop_path):
         attn.check_input(x)
         filters = attn.light_filters(x, prev_out) if fits(norm, x) else None
-        if filters is not None and serves_light_layer(x, filters, prev_out):
+        kernels = None if filters is None else choose_light_kernels(x, filters, prev_out)
+        if filters is not None and kernels is not None:
             served, found = filters, []
 
             def run(epilogue: Epilogue) -> tuple[Tensor, Tensor]:
                 result, o, statistics = light_block(
-                    x, served, prev_out, epilogue, attn.heads, attn.head_dim**-0.5
+                    kernels, x, served, prev_out, epilogue, attn.heads, attn.head_dim**-0.5
                 )
                 found.append(o)
                 return result, statistics

@@ -7,19 +7,19 @@ import pickle
 
 import pytest
 import torch
+from support.light_layers import FORMS, block_step, layer_step, make_blocks, make_layer
 from torch import nn
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import build_model
-from ela_kernels.models.blocks import MRLALight, PreviousOutput
+from ela_kernels.models.blocks import PreviousOutput
 from ela_kernels.modules import light, residual
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
 # Both sides in float64: sums of up to a few thousand products through a few layers and norms, 1e-16 each.
 EXACT = {"rtol": 1e-8, "atol": 1e-9}
-FORMS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [
     ((2, 6, 1, 1), 2),
     ((2, 6, 3, 5), 2),
@@ -28,48 +28,6 @@ SHAPES = [
     ((5, 70, 17, 4), 14),
     ((1, 3, 56, 56), 3),
 ]
-
-
-def make_layer(shape, head_dim=None, dtype=torch.float64, form=FORMS[0]):
-    torch.manual_seed(4)
-    layer = ek.LightLayerAttention(shape[1], head_dim or shape[1]).to(dtype)
-    x, prev = (torch.randn(shape).to(dtype).contiguous(memory_format=form) for _ in range(2))
-    return layer, x.requires_grad_(), prev.requires_grad_()
-
-
-def layer_step(layer, x, prev):
-    """Output and gradients of one layer; None where there is none."""
-    out = layer(x, prev)
-    loss = (out.double() * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
-    inputs = [t for t in (x, prev, *layer.parameters()) if t.requires_grad]
-    return [out, *torch.autograd.grad(loss, inputs, allow_unused=True)]
-
-
-def make_blocks(shape, depth=3, head_dim=None, form=FORMS[0], drop_path=0.0):
-    torch.manual_seed(2)
-    size = head_dim or shape[1]
-    blocks = nn.ModuleList(
-        MRLALight(ek.LightLayerAttention(shape[1], size), drop_path) for _ in range(depth)
-    ).double()
-    for block in blocks:
-        nn.init.normal_(block.norm.weight, 1.0, 0.5)
-        nn.init.normal_(block.norm.bias)
-    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=form)
-    return blocks, x.requires_grad_()
-
-
-def block_step(blocks, x):
-    """Outputs, gradients and buffers of a forward and backward pass on copies of the blocks."""
-    blocks = copy.deepcopy(blocks)
-    torch.manual_seed(5)  # of the drop path
-    previous, outs = PreviousOutput(), []
-    for block in blocks:
-        x_in = x if not outs else outs[-1]
-        outs.append(block(x_in, previous))
-    loss = outs[-1].square().sum() + outs[0].sin().sum()
-    parameters = [p for p in blocks.parameters() if p.requires_grad]
-    grads = torch.autograd.grad(loss, [x, *parameters])
-    return [*outs, *grads, *(b.double() for b in blocks.buffers())]
 
 
 @pytest.fixture

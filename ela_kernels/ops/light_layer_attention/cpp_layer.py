@@ -3,71 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
-from ela_kernels.ops.layer_attention.cpp_norm import ImageSizes, NormCall, norm_call
+from ela_kernels.ops.layer_attention.cpp_norm import (
+    ImageSizes,
+    NormCall,
+    norm_backward,
+    norm_call,
+)
 from ela_kernels.ops.layer_attention.kernels import address, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
-    in_form,
     is_interleaved,
     kernel_sizes,
     view_in_form,
 )
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+from ela_kernels.ops.light_layer_attention.light_kernels import (
+    LightFilters,
+    LightForward,
+    LightGradients,
+    as_read_beside,
+)
 
-
-class LightFilters(NamedTuple):
-    """The parameters of a layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`."""
-
-    wq: Tensor
-    wk: Tensor
-    wv: Tensor
-    decay: Tensor
-
-
-class LightForward(NamedTuple):
-    """What a layer makes of its input; all but `out` and what follows the factors is kept for the backward.
-
-    `factors` `[2, B, C]` are what each channel takes of its value and of the previous output: gate and decay.
-    `statistics` `[2, C]` of `out` and the residual block's output `block` are there where there is an epilogue.
-    """
-
-    out: Tensor
-    mean: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    factors: Tensor
-    statistics: Tensor | None
-    block: Tensor | None = None
-
-
-class LightGradients(NamedTuple):
-    """Gradients of a layer's inputs; None where none was asked for."""
-
-    x: Tensor | None
-    wq: Tensor | None
-    wk: Tensor | None
-    wv: Tensor | None
-    decay: Tensor | None
-    prev: Tensor | None
+# No norm_forward: light_layer_forward() does all of a block.
+__all__ = ["light_layer_backward", "light_layer_forward", "norm_backward"]
 
 
 def _sizes(x: Tensor) -> ImageSizes:
     batch, channels, height, width = x.shape
     return batch, channels, height, width, int(is_interleaved(x, False))
-
-
-def as_read_beside(x: Tensor, other: Tensor) -> Tensor:
-    """`other` as the kernels read it beside `x`: itself, or a copy."""
-    return in_form(resolved(other), False, is_interleaved(x, False))
 
 
 def _view(tensor: Tensor, interleaved: int) -> MapView:
@@ -92,7 +62,10 @@ def light_layer_forward(
     scale: float,
     epilogue: Epilogue | None = None,
 ) -> LightForward:
-    """`gate * v + decay * prev` in one call; `x` and `prev` in one form that the kernels can read."""
+    """`gate * v + decay * prev` in one call, and all of a block; `x` and `prev` in one form that the kernels can read.
+
+    The factors `[2, B, C]` are what each channel takes of its value and of the previous output: gate and decay.
+    """
     sizes = _sizes(x)
     flat = kernel_sizes(x, heads, False, bool(sizes[4]))
     accumulate = accumulate_dtype(x.dtype)

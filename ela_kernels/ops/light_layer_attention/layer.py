@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ela_kernels.backends import dispatch
-from ela_kernels.backends.base import Request, is_transformed
-from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
-from ela_kernels.ops.layer_attention.cpp_layer import readable
-from ela_kernels.ops.layer_attention.cpp_norm import norm_backward
-from ela_kernels.ops.layer_attention.interface import is_autocast_on
-from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.pull import in_form_of
 from ela_kernels.ops.layer_attention.saved import save, unpacked
-from ela_kernels.ops.light_layer_attention.cpp_layer import (
+from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightFilters,
     LightForward,
+    LightKernels,
     as_read_beside,
-    light_layer_backward,
-    light_layer_forward,
+    readable,
 )
-
-
-def serves_light_layer(x: Tensor, filters: Sequence[Tensor], prev: Tensor) -> bool:
-    """Whether the functions below can serve these; they are the compiled CPU kernels."""
-    tensors = (x, prev, *filters)
-    if any(needs_dispatcher(t) or t.dtype != x.dtype or t.device != x.device for t in tensors):
-        return False
-    if (
-        is_transformed()
-        or x.device.type != "cpu"
-        or is_autocast_on(x)
-        or not x.numel()
-        or prev.shape != x.shape
-    ):
-        return False
-    return dispatch.would_serve("cpp", Request("light_layer", x.device, x.dtype, 1, False))
 
 
 def _refuse_second_derivative() -> None:
@@ -70,11 +46,12 @@ class _LightLayer(torch.autograd.Function):
         prev: Tensor,
         heads: int,
         scale: float,
+        kernels: LightKernels,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.heads, ctx.scale = heads, scale
+        ctx.heads, ctx.scale, ctx.kernels = heads, scale, kernels
         filters = LightFilters(wq, wk, wv, decay)
-        r = light_layer_forward(x, filters, prev, heads, scale)
+        r = kernels.light_layer_forward(x, filters, prev, heads, scale)
         # Not its own output, which the backward has no use for.
         save(ctx, x, *filters, prev, None, *r[1:6])
         return r.out
@@ -83,14 +60,14 @@ class _LightLayer(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         if dout is None:
-            return (None,) * 8
+            return (None,) * 9
         x, filters, prev, kept = _kept(unpacked(ctx))
         dout = in_form_of(kept.v, dout, False)
         needs = ctx.needs_input_grad[:6]
-        found = light_layer_backward(
+        found = ctx.kernels.light_layer_backward(
             x, filters, prev, ctx.heads, ctx.scale, kept, dout, None, needs
         )
-        return *found, None, None
+        return *found, None, None, None
 
 
 class _LightBlock(torch.autograd.Function):
@@ -108,12 +85,13 @@ class _LightBlock(torch.autograd.Function):
         epilogue: Epilogue,
         heads: int,
         scale: float,
+        kernels: LightKernels,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.heads, ctx.scale = heads, scale
+        ctx.heads, ctx.scale, ctx.kernels = heads, scale, kernels
         ctx.epilogue = epilogue._replace(gamma=None, beta=None, track=None)
         filters = LightFilters(wq, wk, wv, decay)
-        r, statistics, out = _end(x, filters, prev, epilogue, heads, scale)
+        r, statistics, out = _end(kernels, x, filters, prev, epilogue, heads, scale)
         save(ctx, x, *filters, prev, r.out, *r[1:6], gamma, beta, statistics)
         ctx.mark_non_differentiable(statistics)
         return out, r.out, statistics
@@ -131,31 +109,46 @@ class _LightBlock(torch.autograd.Function):
         if dout is not None:
             dout = in_form_of(kept.v, dout, False)
             epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
-            norm = norm_backward(kept.out, dout, statistics, epilogue, do)
+            norm = ctx.kernels.norm_backward(kept.out, dout, statistics, epilogue, do)
             do = norm.o
         if do is None:
-            return (None,) * 11
+            return (None,) * 12
         needs = ctx.needs_input_grad[:6]
-        found = light_layer_backward(
+        found = ctx.kernels.light_layer_backward(
             x, filters, prev, ctx.heads, ctx.scale, kept, do, dout, needs, norm.pending
         )
-        return *found, *of_parameters(norm, gamma, beta), None, None, None
+        return *found, *of_parameters(norm, gamma, beta), None, None, None, None
 
 
 def _end(
-    x: Tensor, filters: LightFilters, prev: Tensor, epilogue: Epilogue, heads: int, scale: float
+    kernels: LightKernels,
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    epilogue: Epilogue,
+    heads: int,
+    scale: float,
 ) -> tuple[LightForward, Tensor, Tensor]:
-    r = light_layer_forward(x, filters, prev, heads, scale, epilogue)
+    """The layer, the statistics that it is normed with, and the block's output."""
+    r = kernels.light_layer_forward(x, filters, prev, heads, scale, epilogue)
     statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
     assert statistics is not None
     if epilogue.track is not None:
         epilogue.track(statistics)
-    assert r.block is not None
-    return r, statistics, r.block
+    if r.block is not None:
+        return r, statistics, r.block
+    return r, statistics, kernels.norm_forward(r.out, x, statistics, epilogue)
 
 
-def light_layer(x: Tensor, filters: LightFilters, prev: Tensor, heads: int, scale: float) -> Tensor:
-    """What a light layer makes of `x` and the previous output, each `[B, C, H, W]`; see :func:`serves_light_layer`.
+def light_layer(
+    kernels: LightKernels,
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    heads: int,
+    scale: float,
+) -> Tensor:
+    """What a light layer makes of `x` and the previous output, each `[B, C, H, W]`; see :func:`choose_light_kernels`.
 
     Equivalent PyTorch::
 
@@ -164,25 +157,31 @@ def light_layer(x: Tensor, filters: LightFilters, prev: Tensor, heads: int, scal
         v = F.conv2d(x, wv, padding=1, groups=C)
         out = ek.light_layer_attention(q, k, v, prev, decay, heads, scale)
     """
-    x = readable(resolved(x))
+    x = readable(x)
     prev = as_read_beside(x, prev)
     if not torch.is_grad_enabled():
-        return light_layer_forward(x, filters, prev, heads, scale).out
-    out: Tensor = _LightLayer.apply(x, *filters, prev, heads, scale)
+        return kernels.light_layer_forward(x, filters, prev, heads, scale).out
+    out: Tensor = _LightLayer.apply(x, *filters, prev, heads, scale, kernels)
     return out
 
 
 def light_block(
-    x: Tensor, filters: LightFilters, prev: Tensor, epilogue: Epilogue, heads: int, scale: float
+    kernels: LightKernels,
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    epilogue: Epilogue,
+    heads: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`x + mask * act(norm(o))` of what :func:`light_layer` gives, o; and o; and the norm's statistics `[2, C]`."""
-    x = readable(resolved(x))
+    x = readable(x)
     prev = as_read_beside(x, prev)
     if not torch.is_grad_enabled():
-        r, statistics, out = _end(x, filters, prev, epilogue, heads, scale)
+        r, statistics, out = _end(kernels, x, filters, prev, epilogue, heads, scale)
         return out, r.out, statistics
     gamma, beta = epilogue.gamma, epilogue.beta
     found: tuple[Tensor, Tensor, Tensor] = _LightBlock.apply(
-        x, *filters, prev, gamma, beta, epilogue, heads, scale
+        x, *filters, prev, gamma, beta, epilogue, heads, scale, kernels
     )
     return found

@@ -1,0 +1,151 @@
+"""What the kernels of a whole light layer offer, and which backends have them.
+
+A module with the names of :class:`LightKernels`: `cpp_layer.py` or `triton_layer.py`. `layer.py` calls it from its
+autograd nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import Tensor
+
+from ela_kernels.backends import dispatch
+from ela_kernels.backends.base import Request, is_transformed
+from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.interface import is_autocast_on
+from ela_kernels.ops.layer_attention.kernels import resolved
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
+from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
+
+
+class LightFilters(NamedTuple):
+    """The parameters of a layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`."""
+
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    decay: Tensor
+
+
+class LightForward(NamedTuple):
+    """What a layer makes of its input; all but `out` and what follows the factors is kept for the backward.
+
+    `factors` are the gates as the backend's backward reads them. `statistics` `[2, C]` are mean and biased variance of
+    `out` for each channel, where an epilogue takes those of the batch. `block` is what a residual block makes of it,
+    where the kernels did that in the same call.
+    """
+
+    out: Tensor
+    mean: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    factors: Tensor
+    statistics: Tensor | None
+    block: Tensor | None = None
+
+
+class LightGradients(NamedTuple):
+    """Gradients of a layer's inputs; None where none was asked for."""
+
+    x: Tensor | None
+    wq: Tensor | None
+    wk: Tensor | None
+    wv: Tensor | None
+    decay: Tensor | None
+    prev: Tensor | None
+
+
+class LightKernels(Protocol):
+    """The four names that a backend's module has. Maps are in one form: `x` :func:`readable`, the others beside it."""
+
+    def light_layer_forward(
+        self,
+        x: Tensor,
+        filters: LightFilters,
+        prev: Tensor,
+        heads: int,
+        scale: float,
+        epilogue: Epilogue | None = None,
+    ) -> LightForward:
+        """Query, key and value from `x`, and `gate * v + decay * prev`.
+
+        Args:
+            epilogue: what follows in a residual block. Statistics of the batch are taken where it wants them; the rest
+                of it may be done here, or is left to :meth:`norm_forward`.
+        """
+
+    def light_layer_backward(
+        self,
+        x: Tensor,
+        filters: LightFilters,
+        prev: Tensor,
+        heads: int,
+        scale: float,
+        kept: LightForward,
+        dout: Tensor,
+        residual: Tensor | None,
+        needs: Sequence[bool],
+        pending: Any = None,
+    ) -> LightGradients:
+        """All gradients of a layer.
+
+        Args:
+            residual: what arrives at `x` past the layer, added to its gradient.
+            needs: of x, wq, wk, wv, decay, prev.
+            pending: what :meth:`norm_backward` left to do first.
+        """
+
+    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+        """As of :class:`~ela_kernels.ops.layer_attention.layer_kernels.LayerKernels`."""
+
+    def norm_backward(
+        self,
+        o: Tensor,
+        dout: Tensor,
+        statistics: Tensor,
+        epilogue: Epilogue,
+        also: Tensor | None = None,
+    ) -> NormGradients:
+        """As of :class:`~ela_kernels.ops.layer_attention.layer_kernels.LayerKernels`."""
+
+
+_MODULES = {"triton": "triton_layer", "cpp": "cpp_layer"}
+
+
+@functools.cache
+def light_kernels_of(backend: str) -> LightKernels:
+    """The kernels of a whole light layer of a backend that can run here; imported at their first use."""
+    module = importlib.import_module(f"ela_kernels.ops.light_layer_attention.{_MODULES[backend]}")
+    return cast(LightKernels, module)
+
+
+def choose_light_kernels(x: Tensor, filters: Sequence[Tensor], prev: Tensor) -> LightKernels | None:
+    """The kernels that serve a whole light layer under the present setting; None where PyTorch and the op do.
+
+    A forced backend that has no such kernels serves the layer still, in several calls.
+    """
+    tensors = (x, prev, *filters)
+    if any(needs_dispatcher(t) or t.dtype != x.dtype or t.device != x.device for t in tensors):
+        return None
+    if is_transformed() or is_autocast_on(x) or not x.numel() or prev.shape != x.shape:
+        return None
+    backend = dispatch.that_would_serve(
+        tuple(_MODULES), Request("light_layer", x.device, x.dtype, 1, False)
+    )
+    return None if backend is None else light_kernels_of(backend)
+
+
+def readable(x: Tensor) -> Tensor:
+    """`x` itself where the kernels can read it, else a compact copy."""
+    x = resolved(x)
+    return in_form(x, False, is_interleaved(x, False))
+
+
+def as_read_beside(x: Tensor, other: Tensor) -> Tensor:
+    """`other` as the kernels read it beside `x`: itself, or a copy."""
+    return in_form(resolved(other), False, is_interleaved(x, False))

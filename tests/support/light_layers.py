@@ -1,0 +1,55 @@
+"""Light layers and blocks of them, as their kernels are tested on them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+import ela_kernels as ek
+from ela_kernels.models.blocks import MRLALight, PreviousOutput
+
+FORMS = [torch.contiguous_format, torch.channels_last]
+
+
+def make_layer(shape, head_dim=None, dtype=torch.float64, form=FORMS[0]):
+    torch.manual_seed(4)
+    layer = ek.LightLayerAttention(shape[1], head_dim or shape[1]).to(dtype)
+    x, prev = (torch.randn(shape).to(dtype).contiguous(memory_format=form) for _ in range(2))
+    return layer, x.requires_grad_(), prev.requires_grad_()
+
+
+def layer_step(layer, x, prev):
+    """Output and gradients of one layer; None where there is none."""
+    out = layer(x, prev)
+    loss = (out.double() * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
+    inputs = [t for t in (x, prev, *layer.parameters()) if t.requires_grad]
+    return [out, *torch.autograd.grad(loss, inputs, allow_unused=True)]
+
+
+def make_blocks(shape, depth=3, head_dim=None, form=FORMS[0], drop_path=0.0, dtype=torch.float64):
+    torch.manual_seed(2)
+    size = head_dim or shape[1]
+    blocks = nn.ModuleList(
+        MRLALight(ek.LightLayerAttention(shape[1], size), drop_path) for _ in range(depth)
+    ).to(dtype)
+    for block in blocks:
+        nn.init.normal_(block.norm.weight, 1.0, 0.5)
+        nn.init.normal_(block.norm.bias)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype).contiguous(memory_format=form)
+    return blocks, x.requires_grad_()
+
+
+def block_step(blocks, x):
+    """Outputs, gradients and buffers of a forward and backward pass on copies of the blocks."""
+    blocks = copy.deepcopy(blocks)
+    torch.manual_seed(5)  # of the drop path
+    previous, outs = PreviousOutput(), []
+    for block in blocks:
+        x_in = x if not outs else outs[-1]
+        outs.append(block(x_in, previous))
+    loss = outs[-1].square().sum() + outs[0].sin().sum()
+    parameters = [p for p in blocks.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, [x, *parameters])
+    return [*outs, *grads, *(b.double() for b in blocks.buffers())]
