@@ -25,7 +25,7 @@ DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 # Options that name a form of a kernel in the table.
-_VARIANTS = ("PUSH", "HAS_RESIDUAL", "STATISTICS", "SUMS", "WRITES")
+_VARIANTS = ("PUSH", "HAS_RESIDUAL", "STATISTICS", "SUMS", "WRITES", "HAS_GATES", "HAS_ALSO")
 
 
 class Launch(NamedTuple):
@@ -94,6 +94,7 @@ def recorded() -> Iterator[list[Launch]]:
         norm,
         producer,
     )
+    from ela_kernels.ops.light_layer_attention import triton_layer
 
     found: list[Launch] = []
 
@@ -106,7 +107,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     kernels = [
         (module, name, kernel)
-        for module in (launch, launch_backward, norm, producer)
+        for module in (launch, launch_backward, norm, producer, triton_layer)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -120,7 +121,10 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches_of(case: Case) -> list[Launch]:
-    """Every launch of a layer of this depth: forward, weights, both forms of the backward, whole layer and block."""
+    """Every launch of a layer of this depth: forward, weights, both forms of the backward, whole layer and block.
+
+    And of a light layer, whose shape has no depth.
+    """
     from ela_kernels.ops.layer_attention import triton_kernels
     from ela_kernels.ops.layer_attention.kernels import Saved
 
@@ -142,6 +146,7 @@ def launches_of(case: Case) -> list[Launch]:
         left = triton_kernels.Retrieved(q, weights, weights, value, False)
         triton_kernels.gather([left] * T, 0, heads, False, True, True)
         _call_layer(saved, [left] * T)
+        _call_light_layer(value, q, heads, scale)
     return found
 
 
@@ -167,6 +172,25 @@ def _call_layer(saved: Any, left: list[Any]) -> None:
         epilogue = Epilogue(gamma, gamma, given, mask, 1e-5, True)
         layer.norm_forward(x, x, statistics, epilogue)
         layer.norm_backward(x, x, statistics, epilogue)
+
+
+def _call_light_layer(x: Any, q: Any, heads: int, scale: float) -> None:
+    """A light layer alone and in a block, forward and backward."""
+    from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
+    from ela_kernels.ops.light_layer_attention import triton_layer
+    from ela_kernels.ops.light_layer_attention.light_kernels import LightFilters, LightForward
+
+    channels, dtype = q.shape[1], q.dtype
+    row, decay = torch.empty(1, 1, 5, dtype=dtype), torch.empty(channels, 1, 1, dtype=dtype)
+    filters = LightFilters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype), decay)
+    for epilogue in (None, Epilogue(None, None, None, None, 1e-5, True)):
+        triton_layer.light_layer_forward(x, filters, x, heads, scale, epilogue)
+    kept = LightForward(x, q, q, q, x, torch.empty(len(x), heads), None)
+    every = (True,) * 6
+    triton_layer.light_layer_backward(x, filters, x, heads, scale, kept, x, x, every)
+    gamma, mask = torch.empty(channels, dtype=dtype), torch.empty(len(x), dtype=dtype)
+    epilogue = Epilogue(gamma, gamma, None, mask, 1e-5, True)
+    triton_layer.norm_backward(x, x, torch.empty(2, channels), epilogue, x)
 
 
 def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:

@@ -107,6 +107,7 @@ class TritonBackend(_GpuBackend):
     name = "triton"
     # The loop over the maps is unrolled when Triton compiles: 20 seconds at 128 layers, minutes at 256.
     max_depth = 128
+    ops = KERNEL_OPS | {"light_layer"}
     min_capability = (8, 0)
 
     @property

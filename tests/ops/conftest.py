@@ -65,7 +65,7 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         with monkeypatch.context() as patch:
             patch.setattr(ek.LayerHistory, "serves_layer", lambda *_, **__: False)
             for module in (light, residual):
-                patch.setattr(module, "serves_light_layer", lambda *_: False)
+                patch.setattr(module, "choose_light_kernels", lambda *_: None)
             made.clear()
             expected = outcome(run)
             assert not made

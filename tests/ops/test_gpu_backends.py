@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ela_kernels as ek
-from ela_kernels.backends import extension, gpu
+from ela_kernels.backends import dispatch, extension, gpu
 from ela_kernels.backends.base import Request
 from ela_kernels.backends.gpu import CudaBackend, TritonBackend, architecture_reason
 
@@ -73,6 +73,25 @@ def test_a_fitting_machine_is_served(gpu_machine, backend, dtype):
         assert backend.not_supported_reasons(request(dtype, op=op)) == []
         assert backend.automatic_reasons(request(dtype, op=op)) == []
     assert backend.not_supported_reasons(request(dtype, depth=backend.max_depth)) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "served"),
+    [("auto", "triton"), ("triton", "triton"), ("cuda", None), ("eager", None)],
+)
+def test_light_layers_are_triton_s_on_a_gpu(gpu_machine, setting, served):
+    """CUDA has no kernel for them: `auto` goes on to the next, and forced it serves the parts that it can."""
+    pytest.importorskip("triton")
+    dispatch._that_would_serve.cache_clear()
+    with ek.use_backend(setting):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            found = dispatch.that_would_serve(
+                ("triton", "cpp"), request(dtype, 1, op="light_layer")
+            )
+            assert found == served
+        double = request(torch.float64, 1, op="light_layer")
+        assert dispatch.that_would_serve(("triton", "cpp"), double) is None
+    dispatch._that_would_serve.cache_clear()
 
 
 @pytest.mark.parametrize("backend", [CudaBackend(), TritonBackend()], ids=lambda b: b.name)

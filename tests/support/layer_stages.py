@@ -143,3 +143,25 @@ def layer_step(layers, x, residual=True, skip=()):
         loss = loss + history.kl.sum()
     wanted = [t for t in (x, *layers.parameters()) if t.requires_grad]
     return [*outs, history.weights, *gradients(loss, wanted)]
+
+
+# Float32 against float64: sums of a few hundred products of order one and their gradients through at most five layers.
+TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
+
+
+def check(run, modules, x):
+    """`run(modules, x)` on the kernels gives what eager PyTorch gives in float64; in half precision as nearly as it."""
+    found = run(copy.deepcopy(modules), x)
+    with ek.use_backend("eager"):
+        plain = run(copy.deepcopy(modules), x)
+        exact_x = x.detach().double().requires_grad_(x.requires_grad)
+        exact = run(copy.deepcopy(modules).double(), exact_x)
+    if x.dtype == torch.float32:
+        for i, (a, b, truth) in enumerate(zip(found, plain, exact, strict=True)):
+            assert a.dtype == b.dtype, i
+            torch.testing.assert_close(
+                a.double(), truth, **TOLERANCE, msg=lambda m, i=i: f"{i}: {m}"
+            )
+    else:
+        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds.
+        assert_as_close(found, plain, exact, x.dtype, 32 if x.dtype == torch.bfloat16 else 4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ela_kernels as ek
+from ela_kernels.backends import dispatch
 from ela_kernels.backends.gpu import triton_problem
 
 COMPILES = torch.cuda.is_available()
@@ -18,6 +19,7 @@ if triton_problem() is None and not COMPILES:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     import ela_kernels.ops.layer_attention.triton_kernels
+    import ela_kernels.ops.light_layer_attention.triton_layer
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]
@@ -33,6 +35,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Itera
         pytest.skip("kernels are compiled on a machine with a GPU: tests/gpu runs them")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
+    dispatch._that_would_serve.cache_clear()  # a test elsewhere may have asked where nothing is interpreted
     with ek.use_backend("triton"):
         yield
 

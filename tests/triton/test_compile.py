@@ -41,6 +41,8 @@ def test_kernels_compile_for_hopper_without_spills():
         if any(name in line for name in ("attention_fwd_", "_dots_", "_gather_")):
             maps = int(re.search(r"(\d+) x 128", line)[1]) if " x 128" in line else 0
             assert maps >= 16, f"narrow loads: {line}"  # four maps in groups of four vectors
+        if any(name in line for name in ("light_layer_fwd_", "light_layer_bwd_kernel")):
+            assert re.search(r"(8|12) x 128", line), f"narrow loads: {line}"  # two and three maps
 
 
 @pytest.mark.slow
@@ -55,6 +57,11 @@ def test_launches_are_recorded_and_not_made():
     assert kernels.count("layer_attention_bwd_dots_kernel") == 3  # pull and push form, of a layer
     for name in ("producer_fwd", "producer_bwd", "norm_statistics", "norm_sums", "norm_fwd"):
         assert f"layer_{name}_kernel" in kernels
+    assert kernels.count("light_layer_fwd_kernel") == 2  # alone, of a block
+    for name in ("light_layer_bwd_kernel", "light_layer_bwd_rows_kernel"):
+        assert kernels.count(name) == 1
+    wide = triton_report.launches_of(case._replace(channels=512, head_dim=512, size=2))
+    assert "light_layer_gates_kernel" in [launch.kernel.fn.__name__ for launch in wide]
 
 
 def test_what_is_read_from_compiled_text():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from support.layer_stages import (
     FORMS,
     assert_as_close,
     autocast_results,
+    check,
     gradients,
     make_blocks,
     make_stage,
@@ -49,28 +48,6 @@ def calls(monkeypatch):
             kernels, name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
         )
     return made
-
-
-# Float32 against float64: sums of a few hundred products of order one and their gradients through at most five layers.
-TOLERANCE = {"rtol": 2e-4, "atol": 2e-5}
-
-
-def check(run, modules, x):
-    """`run(modules, x)` on the kernels gives what eager PyTorch gives in float64; in half precision as nearly as it."""
-    found = run(copy.deepcopy(modules), x)
-    with ek.use_backend("eager"):
-        plain = run(copy.deepcopy(modules), x)
-        exact_x = x.detach().double().requires_grad_(x.requires_grad)
-        exact = run(copy.deepcopy(modules).double(), exact_x)
-    if x.dtype == torch.float32:
-        for i, (a, b, truth) in enumerate(zip(found, plain, exact, strict=True)):
-            assert a.dtype == b.dtype, i
-            torch.testing.assert_close(
-                a.double(), truth, **TOLERANCE, msg=lambda m, i=i: f"{i}: {m}"
-            )
-    else:
-        # Triton's interpreter cuts float32 to bfloat16 where a GPU rounds.
-        assert_as_close(found, plain, exact, x.dtype, 32 if x.dtype == torch.bfloat16 else 4)
 
 
 def layer_step(residual=True, skip=(), losses=("out", "first", "kl", "weights")):

@@ -114,6 +114,18 @@ def produce(x: Tensor, filters: Filters) -> Produced:
     return Produced(mean, q, k, v)
 
 
+class Light(NamedTuple):
+    """What a light layer has besides.
+
+    The value's gradient is its output's, given in place of it, times `gates` `[B, G]`. That of the decay, where it is
+    wanted, is the sum of each sample's part of it, `decays` `[B, C]`.
+    """
+
+    gates: Tensor
+    ddecay: Tensor | None
+    decays: Tensor | None
+
+
 def producer_backward(
     x: Tensor,
     filters: Filters,
@@ -123,6 +135,7 @@ def producer_backward(
     dv: Tensor | None,
     residual: Tensor | None,
     needs: Sequence[bool],
+    light: Light | None = None,
 ) -> ProducerGradients:
     """What query, key and value send back to `x` and to the filters, in two launches."""
     need_x, need_wq, need_wk, need_wv = needs
@@ -172,6 +185,7 @@ def producer_backward(
                 wk if wq is None else wq,
                 wk,
                 mean,
+                mean if light is None else light.gates,
                 x if dx is None else dx,
                 taps,
                 filter_sums,
@@ -181,9 +195,11 @@ def producer_backward(
                 *_units(plan, residual_strides),
                 *_units(plan, compact),
                 size,
+                1 if light is None else mean.numel() // light.gates.numel(),
                 tiles,
                 blocks,
                 HAS_DV=dv is not None,
+                HAS_GATES=light is not None and dv is not None,
                 HAS_QUERY=dq is not None,
                 HAS_KEY=dk is not None,
                 HAS_RESIDUAL=residual is not None,
@@ -198,18 +214,27 @@ def producer_backward(
                 num_warps=NUM_WARPS,
             )
         tap_programs = -(-9 * channels // _TAP_COLUMNS) if takes_wv else 0
-        if tap_programs + filter_programs:
-            layer_filters_bwd_kernel[(tap_programs + (2 * size if filter_programs else 0),)](
+        ddecay = decays = None
+        if light is not None:
+            _, ddecay, decays = light
+        decay_programs = 0 if ddecay is None else -(-channels // _TAP_COLUMNS)
+        programs = tap_programs + decay_programs + (2 * size if filter_programs else 0)
+        if programs:
+            layer_filters_bwd_kernel[(programs,)](
                 taps,
                 filter_sums,
                 mean if dwv is None else dwv,
                 mean if dwq is None else dwq,
                 mean if dwk is None else dwk,
+                filter_sums if decays is None else decays,
+                mean if ddecay is None else ddecay,
                 channels,
                 parts,
                 size,
                 blocks,
+                batch,
                 tap_programs,
+                decay_programs,
                 HAS_QUERY=takes_wq,
                 HAS_KEY=takes_wk,
                 BLOCK_S=_TAP_PARTS,

@@ -86,6 +86,15 @@ def _taps(wv_ptr, c, mask_line):
     return taps
 
 
+@triton.jit
+def _times(taps, factor):
+    """Each channel's filter times a number."""
+    scaled = ()
+    for k in tl.static_range(9):
+        scaled = scaled + (taps[k] * factor,)
+    return scaled
+
+
 @triton.jit(do_not_specialize=["batch", "height", "width", "patches_w", "groups", "steps"])
 def layer_producer_fwd_kernel(
     x_ptr,
@@ -149,6 +158,7 @@ def layer_producer_fwd_kernel(
         "groups",
         "steps",
         "size",
+        "head_dim",
         "tiles",
         "blocks",
     ]
@@ -163,6 +173,7 @@ def layer_producer_bwd_kernel(
     wq_ptr,  # [size]
     wk_ptr,  # [size]
     mean_ptr,  # [B, C]
+    gates_ptr,  # [B, G], a factor of dv
     dx_ptr,
     taps_ptr,  # [B, groups, 9, C]
     filters_ptr,  # [2, size, blocks], of query and key
@@ -182,9 +193,11 @@ def layer_producer_bwd_kernel(
     stride_db,
     stride_dr,
     size,
+    head_dim,
     tiles,  # programs that work on maps; those after them on the gradients of the filters over the channels
     blocks,
     HAS_DV: tl.constexpr,
+    HAS_GATES: tl.constexpr,
     HAS_QUERY: tl.constexpr,
     HAS_KEY: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -209,8 +222,12 @@ def layer_producer_bwd_kernel(
             zeros = tl.zeros([PH * PW, LINES], tl.float32)
         else:
             zeros = tl.zeros([LINES, PH * PW], tl.float32)
+        if HAS_GATES:
+            gate = tl.load(gates_ptr + (b * channels + c) // head_dim, mask=mask_line, other=0.0)
         if NEED_X:
             taps = _taps(wv_ptr, c, mask_line)
+            if HAS_GATES:
+                taps = _times(taps, gate)
             dmean = tl.zeros([LINES], tl.float32)
             if HAS_QUERY:
                 dmean += turned(dq_ptr, wq_ptr, b, c, mask_line, channels, size)
@@ -253,7 +270,10 @@ def layer_producer_bwd_kernel(
         if NEED_TAPS:
             for k in tl.static_range(9):
                 at = ((b.to(tl.int64) * groups + group) * 9 + k) * channels + c
-                tl.store(taps_ptr + at, line_sum(sums[k], INTERLEAVED), mask=mask_line)
+                total = line_sum(sums[k], INTERLEAVED)
+                if HAS_GATES:
+                    total *= gate
+                tl.store(taps_ptr + at, total, mask=mask_line)
     else:
         block = pid - tiles
         if HAS_QUERY:

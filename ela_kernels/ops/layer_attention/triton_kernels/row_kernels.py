@@ -81,18 +81,36 @@ def filter_partials(
         tl.store(partial_ptr + i * blocks + block, tl.sum(drow * mean, axis=0))
 
 
-@triton.jit(do_not_specialize=["parts", "size", "blocks", "tap_programs"])
+@triton.jit
+def _column_sums(ptr, column, rows, columns, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sums of some columns of a matrix `[rows, columns]`."""
+    acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    for first in range(0, rows, BLOCK_S):
+        row = first + tl.arange(0, BLOCK_S)
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        acc += tl.load(ptr + at, mask=mask, other=0.0)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit(
+    do_not_specialize=["parts", "size", "blocks", "batch", "tap_programs", "decay_programs"]
+)
 def layer_filters_bwd_kernel(
     taps_ptr,  # [parts, 9, C]
     filters_ptr,  # [2, size, blocks]
     dwv_ptr,  # [C, 3, 3]
     dwq_ptr,  # [size]
     dwk_ptr,  # [size]
+    decay_ptr,  # [B, C], of a light layer
+    ddecay_ptr,  # [C]
     channels,
     parts,
     size,
     blocks,
-    tap_programs,  # programs that add up partial sums of taps; after them one for each tap of query and key
+    batch,
+    tap_programs,  # programs that add up partial sums of taps
+    decay_programs,  # after them, programs for the decay; and then one for each tap of query and key
     HAS_QUERY: tl.constexpr,
     HAS_KEY: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -102,16 +120,18 @@ def layer_filters_bwd_kernel(
     pid = tl.program_id(0)
     if pid < tap_programs:
         column = pid * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = column < 9 * channels
-        acc = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-        for first in range(0, parts, BLOCK_S):
-            part = first + tl.arange(0, BLOCK_S)
-            at = part.to(tl.int64)[:, None] * (9 * channels) + column[None, :]
-            acc += tl.load(taps_ptr + at, mask=(part < parts)[:, None] & mask_c[None, :], other=0.0)
-        sums = tl.sum(acc, axis=0).to(dwv_ptr.dtype.element_ty)
-        tl.store(dwv_ptr + column % channels * 9 + column // channels, sums, mask=mask_c)
+        sums = _column_sums(taps_ptr, column, parts, 9 * channels, BLOCK_S, BLOCK_C)
+        tl.store(
+            dwv_ptr + column % channels * 9 + column // channels,
+            sums.to(dwv_ptr.dtype.element_ty),
+            mask=column < 9 * channels,
+        )
+    elif pid < tap_programs + decay_programs:
+        c = (pid - tap_programs) * BLOCK_C + tl.arange(0, BLOCK_C)
+        sums = _column_sums(decay_ptr, c, batch, channels, BLOCK_S, BLOCK_C)
+        tl.store(ddecay_ptr + c, sums.to(ddecay_ptr.dtype.element_ty), mask=c < channels)
     else:
-        number = pid - tap_programs
+        number = pid - tap_programs - decay_programs
         offs = tl.arange(0, BLOCK_S * BLOCK_C)
         row = tl.zeros([BLOCK_S * BLOCK_C], tl.float32)
         for start in range(0, blocks, BLOCK_S * BLOCK_C):

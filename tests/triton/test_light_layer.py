@@ -1,0 +1,288 @@
+"""The Triton kernels of a whole light layer and of a block around it against the modules without them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.layer_stages import assert_as_close, check, gradients
+from support.light_layers import FORMS, block_step, make_blocks, make_layer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import ela_kernels as ek
+from ela_kernels.backends.extension import extension
+from ela_kernels.models.blocks import PreviousOutput
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
+from ela_kernels.ops.light_layer_attention.light_kernels import (
+    choose_light_kernels,
+    light_kernels_of,
+)
+
+# One head, heads of one channel, channels that are few and more than a strip; positions that are one and several.
+SHAPES = [
+    ((1, 1, 1, 1), 1),
+    ((2, 6, 1, 1), 2),
+    ((3, 6, 3, 5), 6),
+    ((1, 37, 7, 7), 1),
+    ((1, 6, 9, 33), 3),
+    ((1, 70, 2, 5), 14),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the Triton kernels of a light layer were called for, in order."""
+    kernels = light_kernels_of("triton")
+    made = []
+    for name in ("light_layer_forward", "light_layer_backward", "norm_forward", "norm_backward"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
+        )
+    return made
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are the light form's own, as they are launched."""
+    module = light_kernels_of("triton")
+    names = []
+
+    class Counted:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name in [name for name in vars(module) if name.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Counted(name, getattr(module, name)))
+    return names
+
+
+class WithPrevious(nn.Module):
+    """A layer and the previous output, so that they are copied and cast together."""
+
+    def __init__(self, layer, prev):
+        super().__init__()
+        self.layer = layer
+        self.prev = nn.Parameter(prev.detach(), prev.requires_grad)
+
+    def forward(self, x):
+        return self.layer(x, self.prev)
+
+
+def layer_step(module, x):
+    out = module(x)
+    loss = (out.float() * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
+    return [out, *gradients(loss, [t for t in (x, *module.parameters()) if t.requires_grad])]
+
+
+def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_step):
+    layer, x, prev = make_layer(shape, head_dim, dtype, form)
+    check(step, WithPrevious(layer, prev), x)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shape", "head_dim"), SHAPES, ids=str)
+def test_a_layer(shape, head_dim, form, calls):
+    check_layer(shape, head_dim, form=form)
+    assert calls == ["light_layer_forward", "light_layer_backward"]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype, form):
+    check_layer((2, 12, 3, 6), 4, dtype, form)
+
+    def block(blocks, x):
+        previous, out = PreviousOutput(), x
+        for each in blocks:
+            out = each(out, previous)
+        return [out, *gradients(out.float().square().sum(), [x, *blocks.parameters()])]
+
+    blocks, x = make_blocks((2, 8, 3, 4), 2, 4, form, dtype=dtype)
+    found = block(copy.deepcopy(blocks), x)
+    with ek.use_backend("eager"):
+        plain = block(copy.deepcopy(blocks), x)
+        exact = block(copy.deepcopy(blocks).double(), x.detach().double().requires_grad_())
+    assert_as_close(found, plain, exact, dtype, 32 if dtype == torch.bfloat16 else 4)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_channels_in_several_programs(form):
+    """More parts of a channel than a program adds up at once, and tiles that begin within a head."""
+    check_layer((1, 3, 17, 18), 3, form=form)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_wide_heads_have_their_gates_made_first(form, launched):
+    check_layer((1, 310, 1, 1), 310, form=form)
+    assert launched == [
+        "light_layer_gates_kernel",
+        "light_layer_fwd_kernel",
+        "light_layer_bwd_kernel",
+        "light_layer_bwd_rows_kernel",
+    ]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(
+    "frozen", ["x", "prev", "Wq", "Wk", "Wv", "lambda_t", "all but Wv", "all but lambda_t", "all"]
+)
+def test_what_needs_no_gradient(frozen, launched):
+    layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32)
+    module = WithPrevious(layer, prev)
+    names = [name for name, _ in module.named_parameters()]
+    if frozen == "x":
+        x = x.detach()
+    elif frozen.startswith("all"):
+        only = frozen.removeprefix("all").removeprefix(" but ") or "nothing"
+        kept = [name for name in names if only in name]
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name in kept)
+        x = x.detach() if kept else x
+    else:
+        (name,) = (name for name in names if frozen in name)
+        module.get_parameter(name).requires_grad_(False)
+    check(layer_step, module, x)
+    if frozen == "all but Wv":  # the output's gradient and the gates are all that its own needs
+        assert launched == ["light_layer_fwd_kernel"]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("shape", "head_dim"), [((2, 6, 3, 5), 6), ((1, 9, 7, 7), 3)], ids=str)
+def test_blocks(shape, head_dim, training, form, calls):
+    """Each block's light output has two gradients: from the norm, and from the next layer."""
+    blocks, x = make_blocks(shape, 2, head_dim, form, dtype=torch.float32)
+    for block in blocks:
+        nn.init.uniform_(block.norm.running_mean, -1, 1)
+        nn.init.uniform_(block.norm.running_var, 0.5, 2)
+    blocks.train(training)
+    check(block_step, blocks, x)
+    forward = ["light_layer_forward", "norm_forward"]
+    assert calls == 2 * forward + 2 * ["norm_backward", "light_layer_backward"]
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_block_without_parameters_of_the_norm():
+    blocks, x = make_blocks((2, 6, 3, 4), 2, 3, dtype=torch.float32)
+    for block in blocks:
+        block.norm = nn.BatchNorm2d(6, affine=False)
+    for training in (True, False):
+        check(block_step, blocks.train(training), x)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_dropped_samples():
+    blocks, x = make_blocks((4, 6, 2, 3), 2, 3, drop_path=0.4, dtype=torch.float32)
+    found = block_step(blocks, x)
+    with ek.use_backend("eager"):  # in the same dtype: another draws other samples
+        expected = block_step(blocks, x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("reaches", [("block",), ("o",), ("o", "block")], ids=str)
+def test_gradients_that_reach_one_output_of_a_block(reaches, calls):
+    def run(blocks, x):
+        previous = PreviousOutput()
+        found = {"block": blocks[0](x, previous), "o": previous.find(blocks[0], x)}
+        found["o"] = previous._out
+        loss = sum(found[name].sin().sum() for name in reaches)
+        return [*found.values(), *gradients(loss, [x, *blocks.parameters()])]
+
+    check(run, *make_blocks((2, 6, 3, 4), 1, 3, dtype=torch.float32))
+    assert ("norm_backward" in calls) == ("block" in reaches)
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_checkpointing(calls):
+    def run(blocks, x):
+        previous, out = PreviousOutput(), x
+        for block in blocks:
+            out = checkpoint(block, out, previous, use_reentrant=False)
+        return [out, *gradients(out.square().sum(), [x, *blocks.parameters()])]
+
+    check(run, *make_blocks((2, 6, 3, 4), 2, 3, dtype=torch.float32))
+    assert calls.count("light_layer_forward") == 4
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_maps_laid_out_otherwise():
+    """A slice as input, a previous output of the other form, and gradients that are expanded or transposed."""
+    layer, _, prev = make_layer((2, 8, 4, 5), 4, torch.float32, FORMS[1])
+    wide = torch.randn(2, 11, 4, 5, requires_grad=True)
+
+    def run(module, wide):
+        out = module(wide[:, 1:9])
+        first = out.transpose(2, 3).contiguous().square().sum()
+        inputs = [wide, *module.parameters()]
+        return [*gradients(first, inputs, retain_graph=True), *gradients(out.sum(), inputs)]
+
+    check(run, WithPrevious(layer, prev), wide)
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode, calls):
+    def run(blocks, x):
+        with mode():
+            return [blocks.eval()[0](x, PreviousOutput())]
+
+    blocks, x = make_blocks((2, 6, 3, 4), 1, 3, dtype=torch.float32)
+    check(run, blocks, x.detach())
+    assert calls == ["light_layer_forward", "norm_forward"]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_same_call_gives_the_same_bits(form):
+    blocks, x = make_blocks((1, 6, 5, 7), 1, 3, form, dtype=torch.float32)
+    for a, b in zip(block_step(blocks, x), block_step(blocks, x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_gate_at_both_ends():
+    """Scores beyond what an exponential of float32 holds: the gate is 0 or 1, and no NaN."""
+    kernels = light_kernels_of("triton")
+    layer, _, prev = make_layer((2, 2, 2, 2), 1, torch.float32)
+    ones, center = torch.ones(1, 1, 1), torch.zeros(2, 1, 3, 3)
+    center[:, :, 1, 1] = 1.0
+    filters = layer.light_filters()._replace(wq=ones, wk=-ones, wv=center)
+    x = torch.full((2, 2, 2, 2), 20.0)
+    epilogue = Epilogue(None, None, torch.ones(2, 2), None, 1e-5, True)
+    for key, gate in ((-ones, 0.0), (ones, 1.0)):
+        r = kernels.light_layer_forward(x, filters._replace(wk=key), prev, 2, 1.0, epilogue)
+        assert r.block is None
+        torch.testing.assert_close(r.factors, torch.full((2, 2), gate), rtol=0, atol=1e-30)
+        torch.testing.assert_close(r.out, gate * x + filters.decay * prev)
+
+
+def test_which_kernels_serve(monkeypatch):
+    layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32)
+    filters = layer.light_filters()
+    triton = light_kernels_of("triton")
+    assert choose_light_kernels(x, filters, prev) is triton
+    for backend in ("eager", "cuda"):  # forced; the second has none, and serves what it can
+        with ek.use_backend(backend):
+            assert choose_light_kernels(x, filters, prev) is None
+    if extension() is not None:
+        for backend in ("auto", "cpp"):  # on the CPU Triton is never taken of itself
+            with ek.use_backend(backend):
+                assert choose_light_kernels(x, filters, prev) is light_kernels_of("cpp")
+    double, doubled = layer.double().light_filters(), x.double()
+    assert choose_light_kernels(doubled, double, prev.double()) is None
+    with torch.autocast("cpu"):
+        assert choose_light_kernels(x, filters, prev) is None
+    assert choose_light_kernels(x[:0], filters, prev[:0]) is None
+    assert choose_light_kernels(x, filters, prev[:, :, :1]) is None
