@@ -84,7 +84,7 @@ class Plan:
             return [
                 source
                 for source in found
-                if source.relative_to(self.root) != Path("csrc/binding/cuda.cpp")
+                if source.parent.name != "binding" or not source.name.startswith("cuda")
             ]
         return found + source_files(self.root, "csrc/cuda/*.cu")
 

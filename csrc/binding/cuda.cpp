@@ -2,11 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "binding/cuda_views.h"
 #include "cuda/device_query.h"
 #include "cuda/layer_attention.h"
 #include "cuda/plan.h"
@@ -52,77 +50,17 @@ py::tuple cuda_increment(int device, int value) {
   return py::make_tuple(code, result);
 }
 
-using ela::DType;
-using ela::MapView;
-using ela::Shape;
 using ela::cuda::BackwardCall;
-using ela::cuda::ColumnList;
 using ela::cuda::ForwardCall;
 using ela::cuda::GatherCall;
 using ela::cuda::Kernels;
-using ela::cuda::MapList;
-using ela::cuda::RowList;
-using ela::cuda::Target;
 using ela::cuda::WeightsCall;
-
-using Ints = std::vector<int64_t>;
-using Sizes = std::array<int64_t, 5>;    // B, C, G, N, interleaved
-using Strides = std::array<int64_t, 2>;  // batch, inner
-using View = std::array<int64_t, 3>;     // address, batch stride, inner stride; address 0 = absent
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-template <class T = void>
-T* address(int64_t x) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(x));
-}
-
-// Addresses of tensors. Lists that go to a kernel are checked against its depth here, before anything is copied.
-std::vector<const void*> addresses(const Ints& list) {
-  require(list.size() <= ela::cuda::kMaxDepth, "more tensors than the CUDA kernels' greatest depth");
-  std::vector<const void*> out;
-  out.reserve(list.size());
-  for (const int64_t x : list) out.push_back(address(x));
-  return out;
-}
-
-int64_t length(const std::vector<const void*>& list) { return static_cast<int64_t>(list.size()); }
-
-Shape shape_of(const Sizes& s) {
-  require(s[0] >= 1 && s[3] >= 1 && s[2] >= 1 && s[1] >= s[2] && s[1] % s[2] == 0,
-          "sizes: heads must divide channels, and no size may be zero");
-  return {s[0], s[1], s[2], s[3], s[4] != 0};
-}
-
-DType checked_dtype(int dtype) {
-  require(dtype >= 0 && dtype < ela::kDTypes, "dtype: unknown code");
-  return static_cast<DType>(dtype);
-}
+using namespace ela::cuda::binding;
 
 const Kernels& kernels_for(int dtype) {
   const Kernels* kernels = ela::cuda::kernels_for(checked_dtype(dtype));
   require(kernels != nullptr, "dtype: not served by the CUDA kernels");
   return *kernels;
-}
-
-MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
-
-WeightsCall weights_call(const Sizes& sizes, double scale, int64_t query, int64_t query_stride,
-                         const std::vector<const void*>& keys, int64_t key_stride, int64_t prev, int64_t prev_depth,
-                         int64_t weights, int64_t kl) {
-  require(!keys.empty(), "keys: at least one");
-  require(prev == 0 || (prev_depth >= 1 && prev_depth <= length(keys)), "depth: previous weights too long");
-  return {shape_of(sizes),
-          static_cast<float>(scale),
-          address(query),
-          query_stride,
-          {keys.data(), length(keys), key_stride},
-          address<float>(prev),
-          prev == 0 ? 0 : prev_depth,
-          address<float>(weights),
-          prev == 0 ? nullptr : address<float>(kl)};
 }
 
 int cuda_weights(int device, int64_t stream, int dtype, const Sizes& sizes, double scale, int64_t query,
@@ -214,8 +152,7 @@ int cuda_gather(int device, int64_t stream, int dtype, const Sizes& sizes, const
 }
 
 int64_t cuda_backward_workspace(int dtype, const Sizes& sizes, int64_t depth) {
-  const int64_t element_size = checked_dtype(dtype) == DType::kFloat32 ? 4 : 2;
-  return ela::cuda::backward_workspace(shape_of(sizes), element_size, depth);
+  return ela::cuda::backward_workspace(shape_of(sizes), element_size(dtype), depth);
 }
 
 }  // namespace

@@ -53,8 +53,8 @@ def sources_of(module: str) -> list[Path]:
     kernels = sorted(
         set((ROOT / "csrc" / "cuda").glob("*.cu")) - {ROOT / "csrc/cuda/device_query.cu"}
     )
-    binding = ROOT / "csrc" / "binding" / "cuda.cpp"
-    return [*runtime, STAND_IN / "device_query.cpp", STAND_IN / "module.cpp", binding, *kernels]
+    bindings = sorted((ROOT / "csrc" / "binding").glob("cuda*.cpp"))
+    return [*runtime, STAND_IN / "device_query.cpp", STAND_IN / "module.cpp", *bindings, *kernels]
 
 
 SANITIZE = "-fsanitize=address,undefined"
@@ -232,6 +232,15 @@ def kernels_on_cpu() -> Iterator[Any]:
         with ek.use_backend("cuda"):
             yield kernels
     dispatch._choose.cache_clear()  # it remembers that this backend served tensors on the CPU
+
+
+def instances(prefix: str) -> set[str]:
+    """Every instance of a kernel template that the sources have, as the linker knows them, by how its name begins."""
+    library = build(KERNELS, is_sanitized())
+    symbols = subprocess.run(
+        ["nm", "-C", "--defined-only", library], capture_output=True, text=True, check=True
+    )
+    return set(re.findall(rf" [TWt] (void ela::cuda::{prefix}\w+_kernel<.*)", symbols.stdout))
 
 
 def launched(kernels: Any) -> list[str]:

@@ -1,0 +1,79 @@
+// What the bindings of the CUDA kernels share: tensors as addresses, sizes and strides, checked for what a kernel could
+// not bear.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda/layer_attention.h"
+#include "cuda/parameter.h"
+
+namespace ela::cuda::binding {
+
+using Ints = std::vector<int64_t>;
+using Sizes = std::array<int64_t, 5>;    // B, C, G, N, interleaved
+using Strides = std::array<int64_t, 2>;  // batch, inner
+using View = std::array<int64_t, 3>;     // address, batch stride, inner stride; address 0 = absent
+
+inline void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+template <class T = void>
+inline T* address(int64_t x) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(x));
+}
+
+// Addresses of tensors. Lists that go to a kernel are checked against its depth here, before anything is copied.
+inline std::vector<const void*> addresses(const Ints& list) {
+  require(list.size() <= ela::cuda::kMaxDepth, "more tensors than the CUDA kernels' greatest depth");
+  std::vector<const void*> out;
+  out.reserve(list.size());
+  for (const int64_t x : list) out.push_back(address(x));
+  return out;
+}
+
+inline int64_t length(const std::vector<const void*>& list) { return static_cast<int64_t>(list.size()); }
+
+inline Shape shape_of(const Sizes& s) {
+  require(s[0] >= 1 && s[3] >= 1 && s[2] >= 1 && s[1] >= s[2] && s[1] % s[2] == 0,
+          "sizes: heads must divide channels, and no size may be zero");
+  return {s[0], s[1], s[2], s[3], s[4] != 0};
+}
+
+inline DType checked_dtype(int dtype) {
+  require(dtype >= 0 && dtype < ela::kDTypes, "dtype: unknown code");
+  return static_cast<DType>(dtype);
+}
+
+inline int64_t element_size(int dtype) { return checked_dtype(dtype) == DType::kFloat32 ? 4 : 2; }
+
+using Small = std::array<int64_t, 2>;  // a parameter: address, and dtype; address 0 = absent
+
+inline Parameter parameter(const Small& given) {
+  const DType dtype = checked_dtype(static_cast<int>(given[1]));
+  require(dtype != DType::kFloat64, "dtype: no parameters in float64");
+  return {address(given[0]), dtype};
+}
+
+inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
+
+inline WeightsCall weights_call(const Sizes& sizes, double scale, int64_t query, int64_t query_stride,
+                                const std::vector<const void*>& keys, int64_t key_stride, int64_t prev,
+                                int64_t prev_depth, int64_t weights, int64_t kl) {
+  require(!keys.empty(), "keys: at least one");
+  require(prev == 0 || (prev_depth >= 1 && prev_depth <= length(keys)), "depth: previous weights too long");
+  return {shape_of(sizes),
+          static_cast<float>(scale),
+          address(query),
+          query_stride,
+          {keys.data(), length(keys), key_stride},
+          address<float>(prev),
+          prev == 0 ? 0 : prev_depth,
+          address<float>(weights),
+          prev == 0 ? nullptr : address<float>(kl)};
+}
+
+}  // namespace ela::cuda::binding
