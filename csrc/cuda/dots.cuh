@@ -54,14 +54,6 @@ __device__ inline float dot_vectors(const Raw<T, kVec> (&x)[kUnroll], const Raw<
   return sum;
 }
 
-template <class T, int kVec, int kUnroll>
-__device__ inline void load_vectors(const T* map, int64_t stride, int left, Raw<T, kVec> (&x)[kUnroll]) {
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    if (u < left) x[u] = load_vector<T, kVec>(map + u * stride);
-  }
-}
-
 template <class T, int kVec, int kUnroll, class Params>
 __device__ inline void load_values(const Params& p, int j, int64_t offset, int64_t stride, int left,
                                    Raw<T, kVec> (&step)[kDotsMaps][kUnroll]) {

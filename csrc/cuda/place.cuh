@@ -88,4 +88,13 @@ __device__ inline void heads_of_vector(const Place& p, const Heads& heads, int h
   for (int i = 0; i < kHeads; ++i) head[i] = smaller((p.channel + i) / head_dim - heads.first, heads.count - 1);
 }
 
+// The first `left` of a thread's next vectors, or all of them.
+template <class T, int kVec, int kUnroll>
+__device__ inline void load_vectors(const T* map, int64_t stride, int left, Raw<T, kVec> (&x)[kUnroll]) {
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    if (u < left) x[u] = load_vector<T, kVec>(map + u * stride);
+  }
+}
+
 }  // namespace ela::cuda

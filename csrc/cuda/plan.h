@@ -138,11 +138,11 @@ inline Grid plan_planar(const Shape& s, bool gapless, int64_t vec, int unroll, b
   return g;
 }
 
-// `least_positions` of a block, 0 where its keys are to decide.
-// `shared_floats(across)`: how many floats of shared memory a depth costs in a block of strips that wide.
+// `least_positions` of a block, 0 where its keys are to decide, and as many as are wanted where that leaves enough
+// blocks. `shared_floats(across)`: how many floats of shared memory a depth costs in a block of strips that wide.
 template <class SharedFloats>
 inline Grid plan_interleaved(const Shape& s, int64_t vec, int unroll, int64_t depth, int64_t least_positions,
-                             const SharedFloats& shared_floats) {
+                             const SharedFloats& shared_floats, int64_t wanted_positions = 0) {
   Grid g = {};
   g.interleaved = true;
   g.channels = static_cast<int>(s.channels);
@@ -162,7 +162,9 @@ inline Grid plan_interleaved(const Shape& s, int64_t vec, int unroll, int64_t de
   const int64_t steps = ceil_quotient(g.length, along);
   const int64_t strip = across * vec;
   const int64_t scored = strip < s.head_dim() ? s.head_dim() : strip;  // channels whose keys the block reads
-  const int64_t wanted = ceil_quotient(kScoreShare * scored, strip * along);
+  const int64_t for_scores = ceil_quotient(kScoreShare * scored, strip * along);
+  const int64_t for_caller = ceil_quotient(wanted_positions, along);
+  const int64_t wanted = for_caller > for_scores ? for_caller : for_scores;
   const Share share = {unroll, ceil_quotient(least_positions, along), least_positions == 0 ? wanted : 1};
   const int64_t per_thread = choose_per_thread(s.batch * strips, steps, share);
   g.across_log2 = log2_of(across);
