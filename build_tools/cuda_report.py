@@ -56,6 +56,9 @@ MAP_KERNELS = (
     "layer_attention_fwd",
     "layer_attention_bwd_dots",
     "layer_attention_bwd_gather",
+    "layer_attend_fwd",
+    "layer_norm_fwd",
+    "layer_norm_bwd",
 )
 """Kernels that read maps; their second template argument is the number of elements in a vector."""
 
@@ -313,6 +316,8 @@ left` is the dynamic shared memory that each of these blocks may then have befor
 the innermost loop that reads most bytes. Template arguments: the element type; for kernels that read maps the
 elements of a vector (1: addresses or strides off 16 bytes), then whether vectors span heads (`fwd`, `bwd_gather`) or
 the gradients of values are written in the same pass (`bwd_dots`); last the depth that the parameters have room for.
+`layer_attend_fwd` has before the depth whether moments of the output are taken; `layer_norm_bwd` has whether sums are
+taken, and whether the gradient is written.
 `bwd_dots` with `true` reads one weight a map in its main loop beside the maps."""
 
 

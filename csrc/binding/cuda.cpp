@@ -157,6 +157,7 @@ int64_t cuda_backward_workspace(int dtype, const Sizes& sizes, int64_t depth) {
 
 }  // namespace
 
+void bind_cuda_attend(py::module_& module);
 void bind_cuda_norm(py::module_& module);
 
 void bind_cuda(py::module_& module) {
@@ -173,5 +174,6 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_backward", &cuda_backward);
   module.def("cuda_gather", &cuda_gather);
   module.def("cuda_backward_workspace", &cuda_backward_workspace);
+  bind_cuda_attend(module);
   bind_cuda_norm(module);
 }

@@ -6,6 +6,7 @@
 // are computed; then kForwardMaps maps are read side by side.
 #pragma once
 
+#include "cuda/moments.cuh"
 #include "cuda/place.cuh"
 #include "cuda/scores.cuh"
 
@@ -19,6 +20,7 @@ struct ForwardParams {
   void* out_ptr;  // as the values
   AttentionParams<kMaxDepth> attention;
   const void* map_ptr[kMaxDepth];  // values, [B, C, N] or [B, N, C]
+  static constexpr bool kMoments = false;
   __device__ int sources() const { return attention.depth; }
 };
 
@@ -45,6 +47,7 @@ struct GatherParams {
   const float* weight_ptr[kMaxDepth];  // a column of [B, G, t]
   int weight_stride[kMaxDepth];
   GatherKeyParams<kMaxDepth> key;
+  static constexpr bool kMoments = false;
   __device__ int sources() const { return source_count; }
 };
 
@@ -153,6 +156,7 @@ __device__ inline void aggregate_block(const Params& p, unsigned item) {
   prepare_weights<T>(p, place, heads, weights);
   int head[kHeadEach ? kVec : 1];
   heads_of_vector(place, heads, p.grid.head_dim, head);
+  [[maybe_unused]] Observed<kVec> observed = {};
   for (int left = place.count; left > 0; left -= kUnroll) {
     float sum[kUnroll][kVec] = {};
     for (int j = 0; j < p.sources(); j += kForwardMaps) {
@@ -169,10 +173,19 @@ __device__ inline void aggregate_block(const Params& p, unsigned item) {
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (u < left) store_vector<T, kVec>(out + u * out_stride, sum[u]);
+      if (u >= left) continue;
+      if constexpr (Params::kMoments) {
+        // What will be read is what is rounded.
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) sum[u][e] = to_float(from_float<T>(sum[u][e]));
+        if (u == 0 && left == place.count) observed.start(sum[0], p.grid.interleaved);
+        observed.see(sum[u]);
+      }
+      store_vector<T, kVec>(out + u * out_stride, sum[u]);
     }
     out += kUnroll * out_stride;
   }
+  if constexpr (Params::kMoments) write_moments<kVec>(p, place, observed, weights + p.scratch_at);
 }
 
 template <class T, int kVec, bool kHeadEach, class Params>

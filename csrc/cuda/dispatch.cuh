@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cuda/aggregate.cuh"
+#include "cuda/attend_plan.h"
 #include "cuda/dots.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tail.cuh"
@@ -54,26 +55,6 @@ int weights(const Target& target, const WeightsCall& c) {
   return finish(launch_weights<T, kMaxDepth>(c, target.stream));
 }
 
-// The shape of a launch that aggregates maps: the same for the forward and the gather.
-struct AggregatePlan {
-  Grid grid;
-  int64_t shared_bytes;
-};
-
-template <int kVec>
-AggregatePlan plan_aggregate(const Shape& s, bool gapless, int64_t depth) {
-  AggregatePlan plan;
-  const auto heads = [&](int64_t across) { return heads_touched(s, across * kVec); };
-  if (s.interleaved) {
-    plan.grid = plan_interleaved(s, kVec, kForwardUnroll<kVec>, depth, 0, heads);
-    plan.shared_bytes = 4 * depth * heads(int64_t{1} << plan.grid.across_log2);
-  } else {
-    plan.grid = plan_planar(s, gapless, kVec, kForwardUnroll<kVec>, true);
-    plan.shared_bytes = 4 * depth * heads_touched(s, (kBlock >> plan.grid.across_log2) * plan.grid.row_channels);
-  }
-  return plan;
-}
-
 template <class Params>
 void fill_maps(Params& p, const AggregatePlan& plan, const MapList& maps, const MapView& out) {
   p.grid = plan.grid;
@@ -87,7 +68,7 @@ void fill_maps(Params& p, const AggregatePlan& plan, const MapList& maps, const 
 
 template <class T, int kVec, bool kHeadEach, int kMax>
 cudaError_t launch_forward(const ForwardCall& c, bool gapless, void* stream) {
-  const AggregatePlan plan = plan_aggregate<kVec>(c.attention.shape, gapless, c.values.count);
+  const AggregatePlan plan = plan_aggregate(c.attention.shape, gapless, kVec, c.values.count);
   if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   ForwardParams<kMax> p;
   fill_maps(p, plan, c.values, c.out);
@@ -144,7 +125,7 @@ cudaError_t launch_gather_key(const GatherCall& c, void* stream) {
 
 template <class T, int kVec, bool kHeadEach, int kMax>
 cudaError_t launch_gather(const GatherCall& c, bool gapless, void* stream) {
-  const AggregatePlan plan = plan_aggregate<kVec>(c.shape, gapless, c.douts.count);
+  const AggregatePlan plan = plan_aggregate(c.shape, gapless, kVec, c.douts.count);
   if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   GatherParams<kMax> p;
   fill_maps(p, plan, c.douts, c.dvalue);

@@ -25,9 +25,14 @@ struct AttentionParams {
   const void* key_ptr[kMaxDepth];  // [B, C]
 };
 
+// Query and every key are where the parameters say; else `query` and `key`, of the block's heads in shared memory, are
+// the query and the last key.
+struct StoredRows {};
+
 // scores[j * count + i] = scale * <q, k_j> of head first + i, heads counted over all samples. Ends without a barrier.
-template <class T, int kMaxDepth>
-__device__ inline void block_scores(const AttentionParams<kMaxDepth>& p, int64_t first, int count, float* scores) {
+template <class T, int kMaxDepth, class Rows = StoredRows>
+__device__ inline void block_scores(const AttentionParams<kMaxDepth>& p, int64_t first, int count, float* scores,
+                                    const Rows& rows = {}) {
   const int lanes = 1 << p.lanes_log2;
   const int lane = threadIdx.x & (lanes - 1);
   const int dots = count * p.depth;
@@ -41,10 +46,22 @@ __device__ inline void block_scores(const AttentionParams<kMaxDepth>& p, int64_t
       const int64_t item = first + (dot - j * count);
       const int64_t b = item / p.heads;
       const int64_t c = (item - b * p.heads) * p.head_dim;
-      const T* query = static_cast<const T*>(p.query_ptr) + b * p.query_batch + c;
       const T* key = static_cast<const T*>(p.key_ptr[j]) + b * p.key_batch + c;
+      if constexpr (std::is_same_v<Rows, StoredRows>) {
+        const T* query = static_cast<const T*>(p.query_ptr) + b * p.query_batch + c;
 #pragma unroll 4
-      for (int i = lane; i < p.head_dim; i += lanes) sum += load_scalar(query + i) * load_scalar(key + i);
+        for (int i = lane; i < p.head_dim; i += lanes) sum += load_scalar(query + i) * load_scalar(key + i);
+      } else {
+        const float* query = rows.query + (dot - j * count) * p.head_dim;
+        const float* own = rows.key + (dot - j * count) * p.head_dim;
+        if (j == p.depth - 1) {
+#pragma unroll 1
+          for (int i = lane; i < p.head_dim; i += lanes) sum += query[i] * own[i];
+        } else {
+#pragma unroll 2
+          for (int i = lane; i < p.head_dim; i += lanes) sum += query[i] * load_scalar(key + i);
+        }
+      }
     }
     sum = sum_lanes(sum, lanes);
     if (dot < dots && lane == 0) scores[dot] = p.scale * sum;
@@ -67,13 +84,12 @@ __device__ inline float shift_scores(float* scores, int stride, int depth) {
   return logf(sum_warp(sum));
 }
 
-// weights[j * count + i] of the heads first + i in shared memory, for every thread to read. Those that `owns(i)` names
-// are written out, with their divergence. The logarithm of a weight is its score less the log-sum-exp, never the
-// logarithm of a rounded weight.
-template <class T, int kMaxDepth, class Owns>
-__device__ inline void block_weights(const AttentionParams<kMaxDepth>& p, int64_t first, int count, float* weights,
+// From the scores of the heads first + i, in shared memory and not waited for, to weights[j * count + i] in their
+// place, for every thread to read. Those that `owns(i)` names are written out, with their divergence. The logarithm of
+// a weight is its score less the log-sum-exp, never the logarithm of a rounded weight.
+template <int kMaxDepth, class Owns>
+__device__ inline void block_softmax(const AttentionParams<kMaxDepth>& p, int64_t first, int count, float* weights,
                                      const Owns& owns) {
-  block_scores<T>(p, first, count, weights);
   __syncthreads();
   const int lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x / kWarp; i < count; i += kWarps) {
@@ -98,6 +114,14 @@ __device__ inline void block_weights(const AttentionParams<kMaxDepth>& p, int64_
     }
   }
   __syncthreads();
+}
+
+// Scores and what block_softmax makes of them, from rows in memory.
+template <class T, int kMaxDepth, class Owns>
+__device__ inline void block_weights(const AttentionParams<kMaxDepth>& p, int64_t first, int count, float* weights,
+                                     const Owns& owns) {
+  block_scores<T>(p, first, count, weights);
+  block_softmax(p, first, count, weights, owns);
 }
 
 }  // namespace ela::cuda
