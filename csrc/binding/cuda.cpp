@@ -159,6 +159,7 @@ int64_t cuda_backward_workspace(int dtype, const Sizes& sizes, int64_t depth) {
 
 void bind_cuda_attend(py::module_& module);
 void bind_cuda_norm(py::module_& module);
+void bind_cuda_producer(py::module_& module);
 
 void bind_cuda(py::module_& module) {
   module.def("cuda_devices", &cuda_devices,
@@ -176,4 +177,5 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_backward_workspace", &cuda_backward_workspace);
   bind_cuda_attend(module);
   bind_cuda_norm(module);
+  bind_cuda_producer(module);
 }
