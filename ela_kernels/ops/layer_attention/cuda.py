@@ -165,8 +165,12 @@ def backward(
     need_prev: bool,
     need_keys: Sequence[bool] = (),
     need_values: Sequence[bool] = (),
+    into: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of scores, query and previous weights, and in the push form of every key and value."""
+    """Gradients of scores, query and previous weights, and in the push form of every key and value.
+
+    `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
+    """
     q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
     last = values[-1]
     depth = len(values)
@@ -179,6 +183,8 @@ def backward(
     new = new_gradients(
         saved, dout is not None, dkl is not None, need_q, need_prev, need_keys, need_values
     )
+    if into is not None:
+        new = new._replace(dscores=into)
     dweights, dkl, prev_weights = dense(dweights), dense(dkl), dense(prev_weights)
     dout_view, value_strides, dvalue_strides = _NO_MAP, (0, 0), (0, 0)
     dvalue_addresses: list[int] = []
