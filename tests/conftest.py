@@ -29,8 +29,10 @@ sys.path.append(str(Path(__file__).resolve().parent))
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.extension import extension, extension_problem
-from ela_kernels.ops.layer_attention import autograd, block, cpp_layer, interface, layer
+from ela_kernels.ops.layer_attention import autograd, block, interface, layer
 from ela_kernels.ops.layer_attention.kernels import kernels_of
+from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
+from ela_kernels.ops.layer_attention.pull import Link
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+def _backend_in(arguments: tuple[Any, ...]) -> str | None:
+    """Whose kernels of a whole layer are among the arguments of a call."""
+    links = [a for a in arguments if isinstance(a, Link) and a.layer is not None]
+    # cpp_layer, cuda_layer or triton_kernels.layer
+    return links[0].layer.__name__.split("layer_attention.")[1].split("_")[0] if links else None
+
+
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the calls made so far ran: the backend, and `forward`, `backward`, `weights` or `gather`."""
@@ -83,7 +92,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         @functools.wraps(original)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            record.append(what)
+            record.append(what.format(backend=_backend_in(args)))
             return original(*args, **kwargs)
 
         monkeypatch.setattr(module, function, recorded)
@@ -91,10 +100,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for backend in ("cpp", "cuda"):
         for function in ("forward", "backward", "weights", "gather"):
             spy(kernels_of(backend), function, f"{backend} {function}")
-    spy(block, "_end", "cpp block")
-    spy(layer, "_retrieve", "cpp layer")
-    spy(layer, "_provide", "cpp layer")
-    spy(cpp_layer, "layer_backward", "cpp layer backward")
+    spy(block, "_end", "{backend} block")
+    spy(layer, "_retrieve", "{backend} layer")
+    spy(layer, "_provide", "{backend} layer")
+    for backend in ("cpp", "cuda"):
+        spy(layer_kernels_of(backend), "layer_backward", f"{backend} layer backward")
     spy(interface, "log_weights_reference", "eager weights")
     for module in (autograd, interface):
         spy(module, "layer_attention_reference", "eager forward")

@@ -1,7 +1,7 @@
 """What the kernels of a whole layer and of a whole residual block offer, and which backends have them.
 
-A module with the names of :class:`LayerKernels`: `cpp_layer.py` or `triton_kernels/layer.py`. `layer.py` and `block.py`
-call it from their autograd nodes.
+A module with the names of :class:`LayerKernels`: `cpp_layer.py`, `cuda_layer.py` or `triton_kernels/layer.py`.
+`layer.py` and `block.py` call it from their autograd nodes.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class LayerKernels(Protocol):
         """The gradients of what :meth:`norm_forward` does, from that of its output; `also` is added to that of `o`."""
 
 
-_MODULES = {"cpp": "cpp_layer", "triton": "triton_kernels.layer"}
+_MODULES = {"cpp": "cpp_layer", "cuda": "cuda_layer", "triton": "triton_kernels.layer"}
 
 
 @functools.cache
