@@ -18,6 +18,10 @@ def test_every_kernel_runs(ran, training):
     assert ran.count("cpp weights") == 2 * 2
     assert ran.count("cpp backward") == (2 * 3 if training else 0)
     assert ran.count("cpp gather") == (2 if training else 0)
+    # Two stages of layers, each after one that only provides, and two of blocks.
+    assert ran.count("cpp layer") == 2 * (1 + 2)
+    assert ran.count("cpp block") == 2 * 2
+    assert ran.count("cpp layer backward") == (2 * (1 + 2 + 2) if training else 0)
     assert not [what for what in ran if what.startswith("eager")]
 
 

@@ -9,6 +9,8 @@ import torch
 
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.interface import layer_attention, layer_attention_weights
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
+from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 
 def warmup(
@@ -26,7 +28,8 @@ def warmup(
     Triton compiles a kernel at the first call of its kind and CUDA loads one at its first launch; both keep a
     first training step waiting, and neither may happen inside a CUDA graph. This makes the calls once: each
     depth up to `depth`, with and without previous weights, the functional form and :class:`LayerHistory`, the
-    weights-only pass, and with `training` the backward of each. Where eager PyTorch serves, nothing is lost.
+    weights-only pass, for feature maps `[B, C, H, W]` whole layers and residual blocks too, and with `training` the
+    backward of each. Where eager PyTorch serves, nothing is lost.
 
     Args:
         shapes: shape of a value in each stage, `[B, C, *spatial]`, or `[B, *spatial, C]` with `channels_last`.
@@ -60,16 +63,14 @@ def warmup(
             raise ValueError(
                 f"head_dim: got {head_dim}; allowed is a divisor of the {channels} channels of {tuple(shape)}"
             )
+        value = torch.zeros(tuple(shape), dtype=dtype, device=device).contiguous(
+            memory_format=memory_format
+        )
+        heads = channels // head_dim
         with torch.set_grad_enabled(training):
-            _run_stage(
-                torch.zeros(tuple(shape), dtype=dtype, device=device).contiguous(
-                    memory_format=memory_format
-                ),
-                depth,
-                channels // head_dim,
-                channels_last,
-                training,
-            )
+            _run_stage(value, depth, heads, channels_last, training)
+            if value.dim() == 4 and not channels_last:
+                _run_layers(value.detach(), depth, heads, training)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -102,3 +103,26 @@ def _run_stage(
                 r.out.backward(torch.zeros_like(r.out))
     if training:
         torch.autograd.backward(outs, [torch.zeros_like(value)] * depth)
+
+
+def _run_layers(x: torch.Tensor, depth: int, heads: int, training: bool) -> None:
+    """Stages of whole layers, with and without the residual and one that only provides, and of blocks."""
+    channels = x.shape[1]
+    x.requires_grad_(training)
+    wq, wk = (x.new_zeros((1, 1, 3), requires_grad=training) for _ in range(2))
+    filters = Filters(wq, wk, x.new_zeros((channels, 1, 3, 3), requires_grad=training))
+    if not LayerHistory().serves_layer(x, filters):
+        return
+    statistics = torch.ones((2, channels), dtype=accumulate_dtype(x.dtype), device=x.device)
+    gamma, beta = (x.new_ones(channels, requires_grad=training) for _ in range(2))
+    # A block's norm takes the statistics of the batch, or running ones.
+    for given in (None, statistics):
+        epilogue = Epilogue(gamma, beta, given, None, 1e-5, True)
+        of_layers, of_blocks = LayerHistory(), LayerHistory()
+        of_layers.provide_layer(x, filters, heads=heads)
+        outs = []
+        for _ in range(depth):
+            outs.append(of_layers.attend_layer(x, filters, heads=heads, residual=given is not None))
+            outs.append(of_blocks.attend_block(x, filters, epilogue, heads=heads)[0])
+        if training:
+            torch.autograd.backward(outs, [torch.zeros_like(x)] * len(outs))
