@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "binding/views.h"
+#include "binding/cuda_views.h"
 #include "cuda/producer.h"
 #include "cuda/producer_plan.h"
 
@@ -10,12 +10,8 @@ namespace py = pybind11;
 
 namespace {
 
-using ela::DType;
 using ela::ImageShape;
-using ela::binding::address;
-using ela::binding::map;
-using ela::binding::require;
-using ela::binding::View;
+using namespace ela::cuda::binding;
 
 using ImageSizes = std::array<int64_t, 5>;  // B, C, H, W, interleaved
 
@@ -23,51 +19,49 @@ ImageShape image_of(const ImageSizes& s) {
   require(s[0] >= 1 && s[1] >= 1 && s[2] >= 1 && s[3] >= 1, "sizes: none may be zero");
   require(s[1] < ela::cuda::kMaxChannels && s[2] < ela::cuda::kMaxSide && s[3] < ela::cuda::kMaxSide,
           "sizes: more than the CUDA kernels count");
-  return ela::binding::image_shape_of(s);
+  return {s[0], s[1], s[2], s[3], s[4] != 0};
 }
 
 const ela::cuda::ProducerKernels& kernels_for(int dtype) {
-  const auto* kernels = ela::cuda::producer_kernels_for(static_cast<DType>(ela::binding::checked_dtype(dtype)));
+  const auto* kernels = ela::cuda::producer_kernels_for(checked_dtype(dtype));
   require(kernels != nullptr, "dtype: not served by the CUDA kernels");
   return *kernels;
 }
 
-int64_t bytes_of(int dtype) { return ela::binding::checked_dtype(dtype) == static_cast<int>(DType::kFloat32) ? 4 : 2; }
-
 int64_t producer_groups(int dtype, const ImageSizes& sizes) {
-  return ela::cuda::producer_groups(image_of(sizes), bytes_of(dtype));
+  return ela::cuda::producer_groups(image_of(sizes), element_size(dtype));
 }
 
 int64_t producer_workspace(int dtype, const ImageSizes& sizes, int64_t filter_size) {
-  return ela::cuda::producer_workspace(image_of(sizes), bytes_of(dtype), filter_size);
+  return ela::cuda::producer_workspace(image_of(sizes), element_size(dtype), filter_size);
 }
 
-int producer_forward(int device, int64_t stream, int dtype, const ImageSizes& sizes, const View& x, int64_t wv,
+int producer_forward(int device, int64_t stream, int dtype, const ImageSizes& sizes, const View& x, const Small& wv,
                      const View& v, int64_t sums) {
   const auto& kernels = kernels_for(dtype);
-  require(x[0] != 0 && wv != 0 && v[0] != 0 && sums != 0, "x, wv, v and sums: no address");
-  const ela::cuda::ProducerCall call = {image_of(sizes), map(x), address(wv), map(v),
-                                        static_cast<float*>(address(sums))};
+  require(x[0] != 0 && wv[0] != 0 && v[0] != 0 && sums != 0, "x, wv, v and sums: no address");
+  const ela::cuda::ProducerCall call = {image_of(sizes), map(x), parameter(wv), map(v), address<float>(sums)};
   py::gil_scoped_release unlocked;
   return kernels.forward({device, address(stream)}, call);
 }
 
 // An address of 0 leaves a gradient out.
 int producer_backward(int device, int64_t stream, int dtype, const ImageSizes& sizes, int64_t filter_size,
-                      const View& dv, const View& x, const View& residual, int64_t wq, int64_t wk, int64_t wv,
-                      int64_t dquery, int64_t dkey, int64_t mean, const View& dx, int64_t dwq, int64_t dwk, int64_t dwv,
-                      int64_t workspace) {
+                      const View& dv, const View& x, const View& residual, const Small& wq, const Small& wk,
+                      const Small& wv, int64_t dquery, int64_t dkey, int64_t mean, const View& dx, int64_t dwq,
+                      int64_t dwk, int64_t dwv, int64_t workspace) {
   const auto& kernels = kernels_for(dtype);
   require(filter_size >= 1 && filter_size <= ela::cuda::kMaxFilterSize, "filter_size: not one of a filter");
-  require(x[0] != 0 && wk != 0 && wv != 0 && mean != 0, "x, wk, wv and mean: no address");
-  require((dquery == 0 || wq != 0) && (dwq == 0 || dquery != 0) && (dwk == 0 || dkey != 0) && (dwv == 0 || dv[0] != 0),
-          "gradients of filters: they need that of what the filter made");
+  require(x[0] != 0 && wk[0] != 0 && wv[0] != 0 && mean != 0, "x, wk, wv and mean: no address");
+  require(
+      (dquery == 0 || wq[0] != 0) && (dwq == 0 || dquery != 0) && (dwk == 0 || dkey != 0) && (dwv == 0 || dv[0] != 0),
+      "gradients of filters: they need that of what the filter made");
   require((dwq == 0 && dwk == 0 && dwv == 0) || workspace != 0, "gradients of filters: they need a workspace");
   const ela::cuda::ProducerBackwardCall call = {
-      image_of(sizes), filter_size,  map(dv),         map(x),
-      map(residual),   address(wv),  address(dquery), address(dkey),
-      address(wq),     address(wk),  address(mean),   map(dx),
-      address(dwv),    address(dwq), address(dwk),    static_cast<float*>(address(workspace))};
+      image_of(sizes), filter_size,   map(dv),         map(x),
+      map(residual),   parameter(wv), address(dquery), address(dkey),
+      parameter(wq),   parameter(wk), address(mean),   map(dx),
+      address(dwv),    address(dwq),  address(dwk),    address<float>(workspace)};
   py::gil_scoped_release unlocked;
   return kernels.backward({device, address(stream)}, call);
 }

@@ -12,9 +12,9 @@ constexpr int kForwardBlocks = 4;  // of a multiprocessor: 64 registers a thread
 struct ProducerParams {
   ProducerGrid grid;
   MapView x, v;
-  const void* wv_ptr;  // [C, 3, 3]
-  float* sums_ptr;     // [B, groups, C]
-  int outer_bytes;     // of a tile with neighbours, in shared memory
+  Parameter wv;     // [C, 3, 3]
+  float* sums_ptr;  // [B, groups, C]
+  int outer_bytes;  // of a tile with neighbours, in shared memory
 };
 
 // Walks down `rows` rows of a column of x: calls store(v) for one after the other and returns the sum of the column.
@@ -64,7 +64,7 @@ __device__ inline void produce_tile(const ProducerParams& p, unsigned item, floa
   const Tile t = tile_of(g, item);
   const int64_t sample = t.first_sample;
   load_box<T, kVec>(g, t, t.outer, p.x, sample, x_tile);
-  load_taps<T>(t, p.wv_ptr, taps);
+  load_taps(t, p.wv, taps);
   if (threadIdx.x == 0) x_tile[-1] = from_float<T>(0);
   const int x_phase = phase_of<kVec>(g, t, t.outer, sample, p.x.batch);
   const int v_phase = phase_of<kVec>(g, t, t.inner, sample, p.v.batch);

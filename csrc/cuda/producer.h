@@ -7,6 +7,7 @@
 
 #include "cpu/params.h"
 #include "cuda/layer_attention.h"
+#include "cuda/parameter.h"
 
 namespace ela::cuda {
 
@@ -14,20 +15,20 @@ namespace ela::cuda {
 struct ProducerCall {
   ImageShape shape;
   MapView x;
-  const void* wv;  // [C, 3, 3]
+  Parameter wv;  // [C, 3, 3]
   MapView v;
   float* sums;  // [B, groups, C], see producer_groups()
 };
 
 // What value, query and key send back to x and to the filters. Gradients that arrive may be null, and every output too;
-// those of a filter need the gradient that reaches them.
+// those of a filter need the gradient that reaches them, and have its dtype.
 struct ProducerBackwardCall {
   ImageShape shape;
   int64_t filter_size;
   MapView dv, x, residual;    // residual: added to dx
-  const void* wv;             // [C, 3, 3]
+  Parameter wv;               // [C, 3, 3]
   const void *dquery, *dkey;  // [B, C]
-  const void *wq, *wk;        // [filter_size]; wq only with dquery
+  Parameter wq, wk;           // [filter_size]; wq only with dquery
   const void* mean;           // [B, C]
   MapView dx;
   void *dwv, *dwq, *dwk;  // as the filters

@@ -10,9 +10,7 @@
 
 namespace ela::cuda {
 
-// Of a multiprocessor: 80 registers a thread; more where places of single elements have to be computed.
-template <int kVec>
-constexpr int kBackwardBlocks = kVec == 1 ? 3 : 4;
+constexpr int kBackwardBlocks = 3;  // of a multiprocessor: 80 registers a thread
 
 struct ProducerBackwardParams {
   ProducerGrid grid;
@@ -24,9 +22,9 @@ struct ProducerBackwardParams {
   int64_t phase_batch;           // see TileAlignment
   float positions;               // of a map
   bool wants_wq, wants_wk;
-  const void* wv_ptr;                 // [C, 3, 3]
+  Parameter wv;                       // [C, 3, 3]
   const void *dquery_ptr, *dkey_ptr;  // [B, C] or null
-  const void *wq_ptr, *wk_ptr;        // [filter_size]
+  Parameter wq, wk;                   // [filter_size]
   const void* mean_ptr;               // [B, C]
   float* taps_ptr;                    // [parts, 9, C] or null
   float* filters_ptr;                 // [2, filter_size, chunks]
@@ -51,14 +49,14 @@ int64_t producer_backward_shared_bytes(const ProducerGrid& g) {
 
 // What a row's gradient [B, C] gives the mean of one channel through the filter that made the row.
 template <class T>
-__device__ inline float turned(const void* drow, const void* filter, int64_t sample, int channel, int channels,
+__device__ inline float turned(const void* drow, const Parameter& filter, int64_t sample, int channel, int channels,
                                int size) {
   const T* row = static_cast<const T*>(drow) + sample * channels;
   float sum = 0;
 #pragma unroll 1
   for (int i = 0; i < size; ++i) {
     const int at = channel - i + size / 2;
-    if (at >= 0 && at < channels) sum += load_scalar(static_cast<const T*>(filter) + i) * load_scalar(row + at);
+    if (at >= 0 && at < channels) sum += load_parameter(filter, i) * load_scalar(row + at);
   }
   return sum;
 }
@@ -118,7 +116,7 @@ __device__ inline void produce_back_tile(const ProducerBackwardParams& p, unsign
   T* dv_tile = reinterpret_cast<T*>(memory);
   T* x_tile = reinterpret_cast<T*>(memory + p.outer_bytes);
   T* dx_tile = reinterpret_cast<T*>(memory + p.outer_bytes + p.inner_bytes);
-  load_taps<T>(t, p.wv_ptr, taps);
+  load_taps(t, p.wv, taps);
   float sums[kTaps] = {};
   for (int i = 0; i < t.samples; ++i) {
     const int64_t sample = t.first_sample + i;
@@ -130,9 +128,8 @@ __device__ inline void produce_back_tile(const ProducerBackwardParams& p, unsign
       for (int line = threadIdx.x; line < t.lines; line += kBlock) {
         const int channel = t.first_line + line;
         float sum = 0;
-        if (p.dquery_ptr != nullptr)
-          sum += turned<T>(p.dquery_ptr, p.wq_ptr, sample, channel, g.channels, p.filter_size);
-        if (p.dkey_ptr != nullptr) sum += turned<T>(p.dkey_ptr, p.wk_ptr, sample, channel, g.channels, p.filter_size);
+        if (p.dquery_ptr != nullptr) sum += turned<T>(p.dquery_ptr, p.wq, sample, channel, g.channels, p.filter_size);
+        if (p.dkey_ptr != nullptr) sum += turned<T>(p.dkey_ptr, p.wk, sample, channel, g.channels, p.filter_size);
         means[line] = sum / p.positions;
       }
     }
@@ -214,7 +211,7 @@ __device__ inline void filter_partials(const ProducerBackwardParams& p, const vo
 }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kBlock, kBackwardBlocks<kVec>)
+__global__ void __launch_bounds__(kBlock, kBackwardBlocks)
     layer_producer_bwd_kernel(const __grid_constant__ ProducerBackwardParams p) {
   ELA_DYNAMIC_SHARED(unsigned char, memory);
   for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) {
@@ -227,50 +224,6 @@ __global__ void __launch_bounds__(kBlock, kBackwardBlocks<kVec>)
     if (chunk >= p.chunks) continue;
     if (p.wants_wq) filter_partials<T>(p, p.dquery_ptr, chunk, p.filters_ptr);
     if (p.wants_wk) filter_partials<T>(p, p.dkey_ptr, chunk, p.filters_ptr + p.filter_size * p.chunks);
-  }
-}
-
-struct FiltersBackwardParams {
-  int64_t column_items, items;  // blocks that add up columns of the taps' partial sums, and all
-  int64_t parts, chunks;
-  int channels, filter_size;
-  const float* taps_ptr;     // [parts, 9, C]
-  const float* filters_ptr;  // [2, filter_size, chunks]
-  void* dwv_ptr;             // [C, 3, 3]
-  void *dwq_ptr, *dwk_ptr;   // [filter_size] or null
-};
-
-template <class T>
-__global__ void __launch_bounds__(kBlock) layer_filters_bwd_kernel(const __grid_constant__ FiltersBackwardParams p) {
-  ELA_DYNAMIC_SHARED(float, sums);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t columns = int64_t{kTaps} * p.channels;
-  for (int64_t item = blockIdx.x; item < p.items; item += gridDim.x) {
-    float sum = 0;
-    if (item < p.column_items) {
-      const int64_t column = item * kWarp + lane;
-      if (column < columns) {
-#pragma unroll 4
-        for (int64_t part = warp; part < p.parts; part += kWarps) sum += p.taps_ptr[part * columns + column];
-      }
-      sums[threadIdx.x] = sum;
-      __syncthreads();
-      if (warp == 0 && column < columns) {
-        for (int w = 1; w < kWarps; ++w) sum += sums[w * kWarp + lane];
-        const int64_t tap = column / p.channels;
-        static_cast<T*>(p.dwv_ptr)[(column - tap * p.channels) * kTaps + tap] = from_float<T>(sum);
-      }
-      __syncthreads();
-      continue;
-    }
-    const int64_t row = (item - p.column_items) * kWarps + warp;
-    if (row >= 2 * p.filter_size) continue;
-    void* out = row < p.filter_size ? p.dwq_ptr : p.dwk_ptr;
-    if (out == nullptr) continue;
-#pragma unroll 4
-    for (int64_t chunk = lane; chunk < p.chunks; chunk += kWarp) sum += p.filters_ptr[row * p.chunks + chunk];
-    sum = sum_warp(sum);
-    if (lane == 0) static_cast<T*>(out)[row % p.filter_size] = from_float<T>(sum);
   }
 }
 

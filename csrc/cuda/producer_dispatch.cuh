@@ -6,6 +6,7 @@
 #include "cuda/producer.cuh"
 #include "cuda/producer.h"
 #include "cuda/producer_backward.cuh"
+#include "cuda/producer_filters.h"
 
 namespace ela::cuda {
 
@@ -60,7 +61,7 @@ int producer_forward(const Target& target, const ProducerCall& c) {
   if (p.grid.items > kMaxItems) return finish(cudaErrorInvalidConfiguration);
   p.x = c.x;
   p.v = c.v;
-  p.wv_ptr = c.wv;
+  p.wv = c.wv;
   p.sums_ptr = c.sums;
   p.outer_bytes = static_cast<int>(tile_bytes<T>(p.grid.outer_elements()));
   TileAlignment alignment(c.shape, p.grid, kVec);
@@ -90,11 +91,11 @@ cudaError_t launch_tiles(const ProducerBackwardCall& c, const ProducerPartials& 
   p.outer_bytes = static_cast<int>(backward_outer_bytes<T>(grid));
   p.inner_bytes = static_cast<int>(tile_bytes<T>(grid.inner_elements()));
   p.positions = static_cast<float>(c.shape.positions());
-  p.wv_ptr = c.wv;
+  p.wv = c.wv;
   p.dquery_ptr = c.dquery;
   p.dkey_ptr = c.dkey;
-  p.wq_ptr = c.wq;
-  p.wk_ptr = c.wk;
+  p.wq = c.wq;
+  p.wk = c.wk;
   p.mean_ptr = c.mean;
   p.taps_ptr = c.dwv == nullptr ? nullptr : c.workspace;
   p.filters_ptr = c.workspace + partials.taps(c.shape.channels);
@@ -105,28 +106,10 @@ cudaError_t launch_tiles(const ProducerBackwardCall& c, const ProducerPartials& 
   return launch(kernel, p, p.items, producer_backward_shared_bytes<T>(grid), stream);
 }
 
-template <class T>
-cudaError_t launch_filters(const ProducerBackwardCall& c, const ProducerPartials& partials, void* stream) {
-  FiltersBackwardParams p;
-  const bool has_rows = c.dwq != nullptr || c.dwk != nullptr;
-  p.column_items = c.dwv == nullptr ? 0 : ceil_div<int64_t>(kTaps * c.shape.channels, kWarp);
-  p.items = p.column_items + (has_rows ? ceil_div<int64_t>(2 * c.filter_size, kWarps) : 0);
-  p.parts = partials.parts;
-  p.chunks = partials.chunks;
-  p.channels = static_cast<int>(c.shape.channels);
-  p.filter_size = static_cast<int>(c.filter_size);
-  p.taps_ptr = c.workspace;
-  p.filters_ptr = c.workspace + partials.taps(c.shape.channels);
-  p.dwv_ptr = c.dwv;
-  p.dwq_ptr = c.dwq;
-  p.dwk_ptr = c.dwk;
-  return launch(&layer_filters_bwd_kernel<T>, p, p.items, 4 * kBlock, stream);
-}
-
 inline bool is_valid(const ProducerBackwardCall& c) {
   const bool wants_filters = c.dwv != nullptr || c.dwq != nullptr || c.dwk != nullptr;
   return is_valid(c.shape) && c.filter_size >= 1 && c.filter_size <= kMaxFilterSize &&
-         (c.dquery == nullptr || c.wq != nullptr) && (c.dkey == nullptr || c.wk != nullptr) &&
+         (c.dquery == nullptr || c.wq.data != nullptr) && (c.dkey == nullptr || c.wk.data != nullptr) &&
          (c.dwv == nullptr || c.dv.data != nullptr) && (c.dwq == nullptr || c.dquery != nullptr) &&
          (c.dwk == nullptr || c.dkey != nullptr) && (!wants_filters || c.workspace != nullptr);
 }
@@ -142,7 +125,7 @@ int producer_backward(const Target& target, const ProducerBackwardCall& c) {
   const ProducerPartials partials = producer_partials(grid);
   const cudaError_t code = launch_tiles<T>(c, partials, grid, target.stream);
   if (code != cudaSuccess || !wants_filters) return finish(code);
-  return finish(launch_filters<T>(c, partials, target.stream));
+  return finish(launch_filter_sums(c, partials, target.stream));
 }
 
 template <class T>

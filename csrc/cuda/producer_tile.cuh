@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
+#include "cuda/parameter.cuh"
 #include "cuda/producer_plan.h"
 
 namespace ela::cuda {
@@ -208,11 +209,10 @@ __device__ inline void store_box(const ProducerGrid& g, const Tile& t, const Box
 }
 
 // The taps of a tile's lines as float32, in the order of the filters.
-template <class T>
-__device__ inline void load_taps(const Tile& t, const void* wv, float* taps) {
-  const T* first = static_cast<const T*>(wv) + int64_t{t.first_line} * kTaps;
+__device__ inline void load_taps(const Tile& t, const Parameter& wv, float* taps) {
+  const int64_t first = int64_t{t.first_line} * kTaps;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < t.lines * kTaps; i += kBlock) taps[i] = load_scalar(first + i);
+  for (int i = threadIdx.x; i < t.lines * kTaps; i += kBlock) taps[i] = load_parameter(wv, first + i);
 }
 
 // The columns that a thread walks down, one after the other: all of one line.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention import cuda
+from ela_kernels.ops.layer_attention.cuda_norm import parameter, parameter_view
 from ela_kernels.ops.layer_attention.gpu import map_view
 from ela_kernels.ops.layer_attention.kernels import address, dense, new_row
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
@@ -57,6 +58,12 @@ def _new_map(x: Tensor, interleaved: bool) -> tuple[Tensor, MapView]:
     return new, view
 
 
+def _readable(filter_: Tensor) -> Tensor:
+    found = parameter(filter_)
+    assert found is not None
+    return found
+
+
 def _view(tensor: Tensor | None, interleaved: bool) -> tuple[Tensor | None, MapView]:
     return (None, _NO_MAP) if tensor is None else map_view(tensor, False, interleaved)
 
@@ -67,14 +74,14 @@ def produce(x: Tensor, wv: Tensor) -> tuple[Tensor, Tensor]:
     interleaved = bool(sizes[4])
     dtype = cuda._DTYPE_CODES[x.dtype]
     x, x_view = map_view(x, False, interleaved)
-    wv = wv.contiguous()
+    wv = _readable(wv)
     v, v_view = _new_map(x, interleaved)
     sums = torch.empty(
         (sizes[0], _groups(dtype, sizes), sizes[1]), dtype=torch.float32, device=x.device
     )
     cuda._launched(
         cuda._kernels().cuda_producer_forward(
-            *cuda._device(x), dtype, sizes, x_view, wv.data_ptr(), v_view, sums.data_ptr()
+            *cuda._device(x), dtype, sizes, x_view, parameter_view(wv), v_view, sums.data_ptr()
         )
     )
     return v, sums
@@ -101,9 +108,7 @@ def produce_backward(
     sizes = _image_sizes(x)
     interleaved = bool(sizes[4])
     dtype = cuda._DTYPE_CODES[x.dtype]
-    wq, wk, wv = (dense(w) for w in filters)
-    assert wk is not None
-    assert wv is not None
+    wq, wk, wv = parameter(filters.wq), _readable(filters.wk), _readable(filters.wv)
     dq, dk = dense(dq), dense(dk)
     x, x_view = map_view(x, False, interleaved)
     dv, dv_view = _view(dv, interleaved)
@@ -131,9 +136,9 @@ def produce_backward(
                 dv_view,
                 x_view,
                 residual_view,
-                address(wq),
-                wk.data_ptr(),
-                wv.data_ptr(),
+                parameter_view(wq),
+                parameter_view(wk),
+                parameter_view(wv),
                 address(dq),
                 address(dk),
                 mean.data_ptr(),
