@@ -59,6 +59,8 @@ MAP_KERNELS = (
     "layer_attend_fwd",
     "layer_norm_fwd",
     "layer_norm_bwd",
+    "layer_producer_fwd",
+    "layer_producer_bwd",
 )
 """Kernels that read maps; their second template argument is the number of elements in a vector."""
 
