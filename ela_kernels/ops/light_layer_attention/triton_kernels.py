@@ -120,10 +120,6 @@ def light_layer_fwd_kernel(
         COLS,
         INTERLEAVED,
     )
-    v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
-    v = tl.load(v_ptr + v_offs, mask=mask, other=0.0)
-    prev_offs = offsets(sample, row, column, stride_pb, stride_pr, UNIT)
-    prev = tl.load(prev_ptr + prev_offs, mask=mask, other=0.0)
     if not HAS_GATES:
         head_dim = channels // heads
         if INTERLEAVED:
@@ -136,6 +132,10 @@ def light_layer_fwd_kernel(
         # Every program writes the gates of its heads, all the same bits, and reads them back by line.
         _write_gates(q_ptr, k_ptr, gates_ptr, own, mask_own, head_dim, scale, HEADS, BLOCK_D)
         tl.debug_barrier()
+    v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
+    v = tl.load(v_ptr + v_offs, mask=mask, other=0.0)
+    prev_offs = offsets(sample, row, column, stride_pb, stride_pr, UNIT)
+    prev = tl.load(prev_ptr + prev_offs, mask=mask, other=0.0)
     gate = tl.load(gates_ptr + item, mask=mask_line, other=0.0)
     decay = _decay_of(decay_ptr, place, mask_line, channels, chunks, INTERLEAVED)
     acc = along(gate, INTERLEAVED) * v.to(tl.float32)
