@@ -177,6 +177,12 @@ def _track(norm: nn.BatchNorm2d, count: int, statistics: Tensor) -> None:
         factor = 0.0
     if norm.running_mean is None or norm.running_var is None:
         return
-    mean, variance = statistics.to(norm.running_mean.dtype)
-    norm.running_mean.mul_(1 - factor).add_(mean, alpha=factor)
-    norm.running_var.mul_(1 - factor).add_(variance, alpha=factor * count / (count - 1))
+    mean, variance = statistics
+    for running, found, weight in (
+        (norm.running_mean, mean, factor),
+        (norm.running_var, variance, factor * count / (count - 1)),
+    ):
+        if running.dtype == found.dtype:
+            running.mul_(1 - factor).add_(found, alpha=weight)
+        else:  # in half precision, rounded once
+            running.copy_((1 - factor) * running.to(found.dtype) + weight * found)

@@ -7,6 +7,7 @@ than 1e-10.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 import ela_kernels as ek
 from ela_kernels.modules import ConcatHistory, ConcatLayerAttention
+from ela_kernels.ops.layer_attention import cpp_layer
+from ela_kernels.ops.light_layer_attention import layer as light_layer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILTERS = ("Wq", "Wk", "Wv")
@@ -51,9 +54,27 @@ def check_gradients(x: Tensor, layers: list[nn.Module], data: dict[str, np.ndarr
             close(getattr(layer, f).weight.grad, data[f"grad_{f}_{i}"], f"grad_{f}_{i}")
 
 
+@pytest.fixture
+def whole_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the kernels of whole layers were called for: a golden number proves them only where they ran."""
+    made: list[str] = []
+
+    def counted(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (made.append(name), real(*a, **k))[1])
+
+    for name in ("layer_forward", "layer_backward"):
+        counted(cpp_layer, name)
+    for name in ("light_layer_forward", "light_layer_backward"):
+        counted(light_layer, name)
+    return made
+
+
 @pytest.mark.parametrize("name", ["mrla_base", "mrla_base_channelwise"])
 @pytest.mark.parametrize("form", ["fused", "concatenating"])
-def test_base_layers_give_the_published_numbers(name: str, form: str, backend: str) -> None:
+def test_base_layers_give_the_published_numbers(
+    name: str, form: str, backend: str, whole_layers: list[str]
+) -> None:
     data = load(name)
     cls, history = {
         "fused": (ek.LayerAttention, ek.LayerHistory()),
@@ -74,9 +95,11 @@ def test_base_layers_give_the_published_numbers(name: str, form: str, backend: s
     close(y, data["y"], "y")
     (y * torch.from_numpy(data["cotangent"])).sum().backward()
     check_gradients(x, layers, data)
+    fused = len(layers) if form == "fused" and backend == "cpp" else 0
+    assert whole_layers == ["layer_forward"] * fused + ["layer_backward"] * fused
 
 
-def test_light_layers_give_the_published_numbers() -> None:
+def test_light_layers_give_the_published_numbers(backend: str, whole_layers: list[str]) -> None:
     data = load("mrla_light")
     layers = made(ek.LightLayerAttention, data)
     x = torch.from_numpy(data["x"]).requires_grad_()
@@ -90,3 +113,5 @@ def test_light_layers_give_the_published_numbers() -> None:
     check_gradients(x, layers, data)
     for i, layer in enumerate(layers):
         close(layer.lambda_t.grad, data[f"grad_lambda_{i}"], f"grad_lambda_{i}")
+    fused = len(layers) if backend == "cpp" else 0
+    assert whole_layers == ["light_layer_forward"] * fused + ["light_layer_backward"] * fused

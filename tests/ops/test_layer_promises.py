@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from support.layer_stages import (
     FORMS,
+    gradients,
     layer_step,
     light_step,
     make_blocks,
     make_light_blocks,
     make_stage,
+    run_blocks,
     run_stage,
     step,
 )
@@ -201,3 +204,60 @@ def test_a_parametrized_weight_is_read_once(both_ways):
     check(blocks, lambda m: [b(x, ek.LayerHistory()) for b in m], {"block": 2})
     check(odd, lambda m: [b(x, ek.LayerHistory()) for b in m], {"layer": 1})
     check(light, lambda m: [b.attn(x, x) for b in m], {"light_layer": 2})
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("channels", "size"), [(1, 5), (3, 9), (4, 31)])
+def test_filters_longer_than_the_channels(both_ways, channels, size, form):
+    x = random(2, channels, 3, 4).contiguous(memory_format=form).requires_grad_()
+    layers = nn.ModuleList(ek.LayerAttention(channels, 1, size) for _ in range(2)).double()
+    both_ways(lambda: layer_step(layers, x), layer=2)
+    light = ek.LightLayerAttention(channels, 1, size).double()
+    both_ways(lambda: [light(x, x.sin()), *gradients(light(x, x.sin()).sum(), [x])], light_layer=2)
+
+
+def test_a_deep_history(both_ways):
+    layers, x = make_stage((1, 4, 3, 3), 160, 2)
+    both_ways(lambda: layer_step(layers, x, residual=False), layer=160)
+
+
+def test_backends_in_turn(both_ways):
+    """Layers of one history on kernels and in eager PyTorch, and a backward under another setting than the forward."""
+    blocks, x = make_blocks((2, 6, 4, 5), 4, 3)
+
+    def run(settings):
+        copies, history, y = copy.deepcopy(blocks), ek.LayerHistory(), x
+        for block, setting in zip(copies, settings, strict=False):
+            with ek.use_backend(setting):
+                y = block(y, history)
+        with ek.use_backend(settings[-1]):
+            return [y, *gradients(y.square().sum(), [x, *copies.parameters()])]
+
+    expected = run(["eager"] * 5)
+    for settings, served in (
+        (("cpp", "auto", "cpp", "cpp", "eager"), 4),
+        (("cpp", "cpp", "eager", "cpp", "cpp"), 2),
+        (("eager", "cpp", "cpp", "cpp", "cpp"), 0),
+    ):
+        found = both_ways(lambda s=settings: run(s), block=served)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_stages_in_several_threads_at_once():
+    """Histories share nothing: each thread gets the bits that it gets alone."""
+    torch.set_num_threads(2)
+    blocks, x = make_blocks((4, 12, 40, 40), 3, 4, torch.float32)
+    blocks.eval()
+
+    def run(factor):
+        y = (factor * x.detach()).requires_grad_()
+        out = run_blocks(blocks, y)[0][-1]
+        return [out, *torch.autograd.grad(out.square().sum(), [y, *blocks.parameters()])]
+
+    factors = [1.0, 2.0, 3.0, 4.0]
+    alone = [run(factor) for factor in factors]
+    with ThreadPoolExecutor(len(factors)) as pool:
+        for _ in range(3):
+            for found, expected in zip(pool.map(run, factors), alone, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

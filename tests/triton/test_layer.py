@@ -309,3 +309,20 @@ def test_maps_without_elements_go_to_the_modules(calls):
     layers, x = make_stage((0, 6, 3, 4), 2, 3, torch.float32)
     assert run_stage(layers, x)[0][-1].shape == x.shape
     assert not calls
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("first", ["cpp", "triton"])
+def test_kernels_of_two_backends_do_not_meet(first):
+    """What one leaves for the layers before it the other cannot read."""
+    if ek.backend_status()["cpp"] != "available":
+        pytest.skip("needs the compiled kernels")
+    layers, x = make_stage((2, 6, 3, 4), 2, 3, torch.float32)
+    history, y = ek.LayerHistory(), x
+    for layer, backend in zip(
+        layers, (first, "cpp" if first == "triton" else "triton"), strict=True
+    ):
+        with ek.use_backend(backend):
+            y = layer(y, history)
+    with pytest.raises(RuntimeError, match="kernels of different backends"):
+        y.sum().backward()

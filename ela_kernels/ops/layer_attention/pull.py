@@ -43,7 +43,13 @@ class Record:
             self._passes[task] = []
             # A pass over a part of the graph never reaches the first layer: forget it when it ends.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
-        self._passes[task].append(retrieval)
+        entries = self._passes[task]
+        if entries and type(entries[0].left) is not type(retrieval.left):
+            raise RuntimeError(
+                "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
+                "allowed is one backend for the layers of a history, and eager PyTorch beside it"
+            )
+        entries.append(retrieval)
 
     def _end(self, task: int) -> None:
         self._passes.pop(task, None)
