@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build, test and measure on a GPU, in one command of less than nine minutes:
 #
-#   bash benchmarks/run_gpu.sh OUT_DIR [--seconds N] [--steps "build tests sanitizer floor ..."] [--smoke]
+#   bash benchmarks/run_gpu.sh OUT_DIR [--seconds N] [--steps "build tests sanitizer layers ..."] [--smoke]
 #
 # Needs a Python with PyTorch for the device (PYTHON=... names another than python3), and for the CUDA kernels nvcc,
 # ninja, pybind11 and setuptools; without them the Triton kernels alone are measured. What is missing is said and left
@@ -10,7 +10,7 @@
 # tests and tiny shapes on the CPU, and builds nothing: to see that the script itself runs.
 set -uo pipefail
 
-ALL_STEPS="build tests sanitizer floor stages compiled memory divergence overhead rivals"
+ALL_STEPS="build tests sanitizer layers networks floor pieces stages memory divergence overhead rivals compiled layers_compiled"
 
 usage() {
   sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
@@ -97,7 +97,7 @@ say "${device#* }, compute capability $capability, $seconds s"
 if wanted build && [ "$smoke" = 0 ]; then
   export TORCH_CUDA_ARCH_LIST="$capability"
   # The kernels are copied next to the sources, from where all the steps below import them.
-  if ELA_KERNELS_BUILD=cuda limited 200 60 "$python" setup.py --quiet build_ext --inplace >>"$log" 2>&1; then
+  if ELA_KERNELS_BUILD=cuda limited 150 60 "$python" setup.py --quiet build_ext --inplace >>"$log" 2>&1; then
     say "built with CUDA for $capability"
   else
     step_failed "build with CUDA" $?
@@ -110,26 +110,55 @@ if wanted build && [ "$smoke" = 0 ]; then
 fi
 limited 60 0 "$python" -m ela_kernels info 2>&1 | tee -a "$log"
 
+# Triton compiles at a kernel's first call, on one core: beside the tests all that is measured is compiled ahead on the
+# others, into the caches on disk where the processes below find it.
+measured=""
+for part in $steps; do case "$part" in build | tests) ;; *) measured="$measured $part" ;; esac; done
+size=()
+[ "$smoke" = 1 ] && size=(--smoke)
+cores="$(nproc 2>/dev/null || echo 4)"
+warming=""
+if [ -n "$measured" ]; then
+  # shellcheck disable=SC2086 # the parts are words
+  limited 170 150 "$python" -m benchmarks.gpu.warm --workers $(((cores + 1) / 3)) --parts $measured "${where[@]}" \
+    "${size[@]}" >"$out/warm.part" 2>&1 &
+  warming=$!
+fi
+
+finish_warming() {
+  [ -n "$warming" ] || return 0
+  local code=0
+  wait "$warming" || code=$?
+  tail -n 25 "$out/warm.part" >>"$log" 2>/dev/null
+  if [ "$code" = 0 ]; then say "$(tail -n 1 "$out/warm.part")"; else say "compiling ahead: cut off, with code $code"; fi
+  rm -f "$out/warm.part"
+  warming=""
+}
+
 if wanted tests && ! "$python" -c "import pytest" 2>>"$log"; then
   say "tests: skipped, there is no pytest"
+  finish_warming
 elif wanted tests; then
   workers=()
-  if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
+  if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then workers=(-n $(((2 * cores + 2) / 3))); fi
   # The tests that take much memory, or count it, run alone.
   code=0
-  limited 170 200 "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=15 "${selection[@]}" \
+  limited 170 220 "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=15 "${selection[@]}" \
     "${workers[@]}" >"$out/tests.log" 2>&1 || code=$?
-  limited 60 190 "$python" -m pytest -q -m gpu -p no:cacheprovider "${alone[@]}" >>"$out/tests.log" 2>&1 || code=$?
+  finish_warming
+  limited 70 200 "$python" -m pytest -q -m gpu -p no:cacheprovider "${alone[@]}" >>"$out/tests.log" 2>&1 || code=$?
   say "tests: $(grep -E '^[0-9]+ (passed|failed|skipped)|^=+ .*(passed|failed|error).* =+$|no tests ran' "$out/tests.log" |
     tr '\n' ';')"
-  grep -E '^(FAILED|ERROR)' "$out/tests.log" | head -n 20 | tee -a "$log"
+  # With the error's first words: a short reply must be enough to see what is wrong.
+  grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-300 | head -n 40 | tee -a "$log"
   [ "$code" = 0 ] || step_failed tests "$code"
 fi
+finish_warming
 
 sanitize() { # TOOL CAP
   local code=0 found="$out/sanitizer.part"
   # Every tensor an allocation of its own: the allocator's pool would hide what is beyond a tensor's end.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$2" 180 compute-sanitizer --tool "$1" --error-exitcode 77 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$2" 170 compute-sanitizer --tool "$1" --error-exitcode 77 \
     "$python" -m benchmarks.gpu.exercise "${where[@]}" >"$found" 2>&1 || code=$?
   tail -n 60 "$found" >>"$log" 2>/dev/null
   if grep -qiE "device not supported|unable to (find|load)|failed to initialize|not supported on" "$found" 2>/dev/null; then
@@ -150,42 +179,42 @@ sanitize() { # TOOL CAP
 if wanted sanitizer; then
   PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
   if command -v compute-sanitizer >/dev/null 2>&1; then
-    sanitize memcheck 60
-    sanitize racecheck 50
+    sanitize memcheck 45
+    sanitize racecheck 35
   else
     say "compute-sanitizer: skipped, there is none on the PATH"
   fi
 fi
 
 # Most important first: a part that finds no time left is left out, and what was measured before it stays.
-measure() { # PART SECONDS
-  wanted "$1" || return 0
-  local code=0 part="$1" most="$2" left
-  left=$((seconds - SECONDS - 30))
+measure() { # SECONDS PART...: so many seconds for each; the parts share a process
+  local most="$1" code=0 left parts=()
+  shift
+  for part in "$@"; do if wanted "$part"; then parts+=("$part"); fi; done
+  [ "${#parts[@]}" -gt 0 ] || return 0
+  left=$(((seconds - SECONDS - 30) / ${#parts[@]}))
   [ "$left" -lt "$most" ] && most="$left"
   if [ "$most" -lt 3 ]; then
-    say "$part: no time left"
+    say "${parts[*]}: no time left"
     return 0
   fi
-  limited $((most + 15)) 15 "$python" -m benchmarks.gpu.run "$part" --out "$out" --seconds "$most" \
+  limited $((most * ${#parts[@]} + 15)) 15 "$python" -m benchmarks.gpu.run "${parts[@]}" --out "$out" --seconds "$most" \
     "${where[@]}" "${size[@]}" 2>&1 | tee -a "$log"
   code="${PIPESTATUS[0]}"
   case "$code" in
-    0) say "$part: measured" ;;
-    124 | 137) say "$part: cut off at its time limit; what it had measured is kept" ;;
-    *) step_failed "$part" "$code" ;;
+    0) say "${parts[*]}: measured" ;;
+    124 | 137) say "${parts[*]}: cut off at its time limit; what it had measured is kept" ;;
+    *) step_failed "${parts[*]}" "$code" ;;
   esac
 }
 
-size=()
-[ "$smoke" = 1 ] && size=(--smoke)
-measure floor 75
-measure stages 90
-measure memory 12
-measure divergence 20
-measure overhead 8
-measure compiled 90
-measure rivals 25
+measure 35 layers
+measure 35 networks
+measure 35 floor
+measure 15 pieces
+measure 30 stages
+measure 7 memory divergence overhead rivals
+measure 30 compiled layers_compiled
 
 say "done${failed:+; failed:$failed}"
 limited 30 0 "$python" -m benchmarks.gpu.run report --out "$out" 2>>"$log"

@@ -14,17 +14,20 @@ import pytest
 import torch
 
 import ela_kernels as ek
-from benchmarks.gpu import floor, run, stages
-from benchmarks.gpu.footprint import OPS, least_bytes
+from benchmarks.gpu import floor, layers, run, stages
+from benchmarks.gpu.footprint import OPS, PIECES, least_bytes
 from benchmarks.gpu.ops import LayerOps, check_operation, tolerance
 from benchmarks.gpu.report import Target, backward_percent, target_table, targets, text_report
 from benchmarks.gpu.setting import make_setting
 from benchmarks.gpu.shapes import (
     COMPILED_CASES,
+    COMPILED_LAYER_CASES,
     DIVERGENCE_CASES,
     FLOOR_CASES,
     INTERLEAVED,
+    LAYER_CASES,
     MEMORY_CASES,
+    PIECE_CASES,
     STAGE_CASES,
     Case,
 )
@@ -67,7 +70,16 @@ def test_least_bytes_by_hand() -> None:
 
 
 def test_cases_are_what_the_results_are_read_for() -> None:
-    for cases in (FLOOR_CASES, STAGE_CASES, COMPILED_CASES, MEMORY_CASES, DIVERGENCE_CASES):
+    for cases in (
+        FLOOR_CASES,
+        STAGE_CASES,
+        COMPILED_CASES,
+        MEMORY_CASES,
+        DIVERGENCE_CASES,
+        LAYER_CASES,
+        COMPILED_LAYER_CASES,
+        PIECE_CASES,
+    ):
         assert len({case.name for case in cases}) == len(cases)
     assert {case.shape.depth for case in STAGE_CASES} == {3, 6, 12, 23}
     assert {case.dtype for case in STAGE_CASES} == {torch.float32, torch.bfloat16}
@@ -151,10 +163,10 @@ def test_a_wrong_stage_is_not_timed(monkeypatch: pytest.MonkeyPatch, refusals: l
 
 @needs_cpp
 def test_a_dry_run_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = [part for part in run.PARTS if part != "compiled"]
-    for part in parts:
-        code = run.main([part, "--out", str(tmp_path), "--device", "cpu", "--smoke"])
-        assert code == 0
+    parts = [part for part in run.PARTS if "compiled" not in part]
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke"]
+    assert run.main([parts[0], *arguments]) == 0
+    assert run.main([*parts[1:], *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["parts"]) == parts
     for part in parts:
@@ -168,6 +180,14 @@ def test_a_dry_run_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert ms["rounds"] == len(ms["samples"]) == 3
     stage = results["parts"]["stages"]["cases"]["3x2x16x6x8 bfloat16 channels_last"]
     assert stage["over"]["cpp"]["eager"]["of_medians"] > 0
+    for kind in layers.KINDS:
+        whole = results["parts"]["layers"]["cases"][f"3x2x16x6x8 bfloat16 channels_last {kind}"]
+        assert whole["over"]["cpp"]["eager"]["of_medians"] > 0
+    pieces_of = results["parts"]["pieces"]["cases"]["3x2x16x6x8 float32 channels_first"]["ops"]
+    assert list(pieces_of) == list(PIECES)
+    assert pieces_of["producer backward"]["backends"]["cpp"]["percent_of_copy"] > 0
+    (network,) = results["parts"]["networks"]["cases"].values()
+    assert {"ela cpp", "mrla cpp", "ela cpp in a graph"} <= set(network["over_plain"])
     assert results["machine"]["smoke"]
     capsys.readouterr()
     assert run.main(["report", "--out", str(tmp_path)]) == 0
@@ -336,20 +356,27 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
 @needs_bash
 @needs_cpp
 def test_a_dry_run_of_everything_in_the_script_but_the_build(tmp_path: Path) -> None:
-    steps = "rivals overhead divergence memory compiled stages floor sanitizer tests"
+    steps = (
+        "rivals overhead divergence memory compiled layers_compiled networks pieces layers stages "
+        "floor sanitizer tests"
+    )
     done = script(str(tmp_path), "--smoke", "--steps", steps)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.iterdir())) <= 8
     results = json.loads((tmp_path / "results.json").read_text())
     # Whatever the order in which they are named: the most important first.
     assert list(results["parts"]) == [
+        "layers",
+        "networks",
         "floor",
+        "pieces",
         "stages",
         "memory",
         "divergence",
         "overhead",
-        "compiled",
         "rivals",
+        "compiled",
+        "layers_compiled",
     ]
     assert all(not part.get("refused") for part in results["parts"].values())
     assert " passed" in (tmp_path / "tests.log").read_text()

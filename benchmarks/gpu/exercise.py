@@ -1,4 +1,7 @@
-"""Every kernel a few times on small odd shapes, for a sanitizer to watch: `compute-sanitizer python -m ...exercise`."""
+"""Every kernel a few times on small odd shapes, for a sanitizer to watch: `compute-sanitizer python -m ...exercise`.
+
+Under a sanitizer every allocation is one of its own, and kernels run many times slower: few and small calls.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ import ela_kernels as ek
 from benchmarks.gpu.setting import make_setting
 
 # Heads that straddle blocks, lengths that no vector divides, a map of one position, a deeper history.
-_SHAPES = ((4, 2, 12, 7, 5, 3), (2, 1, 37, 9, 1, 37), (2, 3, 16, 1, 1, 2), (9, 1, 8, 16, 16, 1))
+_SHAPES = ((3, 2, 12, 7, 5, 3), (2, 1, 37, 9, 1, 37), (2, 3, 16, 1, 1, 2), (9, 1, 8, 16, 16, 1))
+# Triton compiles anew for every depth, dtype and format, which takes longer than all the rest.
+_COUNTS = {"triton": 1}
 
 
 def exercise(backend: str, device: torch.device) -> int:
@@ -18,7 +23,7 @@ def exercise(backend: str, device: torch.device) -> int:
     count = 0
     with ek.use_backend(backend):
         for dtype in (torch.float32, torch.bfloat16):
-            for depth, batch, channels, rows, columns, heads in _SHAPES:
+            for depth, batch, channels, rows, columns, heads in _SHAPES[: _COUNTS.get(backend)]:
                 for layout in (torch.contiguous_format, torch.channels_last):
                     leaves = [
                         torch.randn(size, device=device)
@@ -50,8 +55,30 @@ def exercise(backend: str, device: torch.device) -> int:
                     found.out.float().sum().backward()
                     with torch.no_grad():
                         ek.layer_attention_weights(queries[-1], keys, heads)
+                    count += _exercise_modules(values[:2], channels // heads)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return count
+
+
+def _exercise_modules(maps: list[torch.Tensor], head_dim: int) -> int:
+    """A layer with the residual, a block with norm and dropped samples, a layer that only provides, a light layer."""
+    x = maps[0].detach().requires_grad_()
+    channels, count = x.shape[1], 0
+    first, last = (ek.LayerAttention(channels, head_dim).to(x.device, x.dtype) for _ in range(2))
+    block = ek.ELA(channels, head_dim, drop_path=0.5).to(x.device, x.dtype)
+    light = ek.LightLayerAttention(channels, head_dim).to(x.device, x.dtype)
+    for is_training in (True, False):
+        history = ek.LayerHistory()
+        y = first(x, history, residual=True)
+        if is_training and x.shape[0] * x.shape[2] * x.shape[3] > 1:
+            y = block(y, history)
+        last.provide(y, history)
+        y = block.eval()(y, history)
+        y = light(y, x)
+        y.float().square().sum().backward()
+        block.train()
+        count += 4
     return count
 
 

@@ -89,10 +89,10 @@ def _measure_case(
             with refusing(f"{case.name}: {backend} {op}", refused):
                 error = check_operation(sets[0], op, backend)
                 operations = [s.operation(op, backend) for s in sets]
-                contenders[backend] = graphed(partial(_run_all, operations, calls), setting.device)
+                contenders[backend] = graphed(partial(run_all, operations, calls), setting.device)
                 errors[backend] = error
         seconds = take_turns(contenders, setting.device, setting.rounds, min(0.5, budget.left / 4))
-        found["ops"][op] = _report_op(
+        found["ops"][op] = report_op(
             seconds, least_bytes(op, case, depth), len(sets) * calls, copy_bytes, errors
         )
     return found
@@ -106,7 +106,7 @@ def _calls(op: str, case: Case, depth: int, sets: int) -> int:
     )
 
 
-def _run_all(operations: list[Contender], calls: int) -> list[object]:
+def run_all(operations: list[Contender], calls: int) -> list[object]:
     """Every set's operation, all results alive at once so that each is written to memory of its own."""
     results: list[object] = []
     for _ in range(calls):
@@ -114,7 +114,7 @@ def _run_all(operations: list[Contender], calls: int) -> list[object]:
     return results
 
 
-def _report_op(
+def report_op(
     seconds: dict[str, list[float]],
     bytes_least: int,
     calls: int,

@@ -11,6 +11,15 @@ weights (B * G * T float32 numbers) of a layer that retrieves from T layers:
     push         dots, and writes T values' and T keys' gradients                      (2 T + 1) M + (2 T + 2) R + 2 W
     weights      reads T keys and the query; writes the weights                                     (T + 1) R + W
 
+And of a whole layer's pieces, F being the filters:
+
+    producer           reads x and the filters; writes value, key and the spatial mean              2 M + 2 R + F
+    producer backward  reads x, the gradients of value and key, the mean and the filters; writes the gradients of x
+                       and of the filters                                                         3 M + 2 R + 2 F
+    epilogue           reads what was retrieved, x and the norm's vectors; writes the block's output  3 M + 4 C * 4
+    epilogue backward  reads what was retrieved and the output's gradient, for the sums that the norm's backward needs
+                       first; then both again, and writes the gradient of what was retrieved          5 M + 6 C * 4
+
 Partial sums that a kernel writes for itself are not in it: they are its own affair.
 """
 
@@ -37,3 +46,21 @@ def least_bytes(op: str, case: Case, depth: int) -> int:
         "weights": (t + 1) * row + weights,
     }
     return counts[op]
+
+
+PIECES = ("producer", "producer backward", "epilogue", "epilogue backward")
+
+
+def piece_bytes(piece: str, case: Case, filter_size: int) -> int:
+    """Bytes that a piece of a whole layer must move; `filter_size` of the convolution over the channels."""
+    one_map, element = case.map_bytes, case.dtype.itemsize
+    row = case.shape.batch * case.shape.channels * element
+    filters = (9 * case.shape.channels + filter_size) * element
+    vector = 4 * case.shape.channels
+    counts = {
+        "producer": 2 * one_map + 2 * row + filters,
+        "producer backward": 3 * one_map + 2 * row + 2 * filters,
+        "epilogue": 3 * one_map + 4 * vector,
+        "epilogue backward": 5 * one_map + 6 * vector,
+    }
+    return counts[piece]

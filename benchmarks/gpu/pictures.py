@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from benchmarks.gpu.footprint import PIECES
+
 _OPS = ("forward", "dots", "gather", "push")
 
 
@@ -18,13 +20,18 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     """`floor.png`, `stages.png` and `others.png`, those that there are numbers for."""
     parts = results["parts"]
     floor = parts.get("floor", {}).get("cases", {})
-    if floor:
-        _save(folder / "floor.png", [(_floor_axis(op), floor) for op in _OPS])
+    pieces = parts.get("pieces", {}).get("cases", {})
+    panels = [(_floor_axis(op), floor) for op in _OPS if floor]
+    panels += [(_floor_axis(piece), pieces) for piece in PIECES if pieces]
+    if panels:
+        _save(folder / "floor.png", panels)
     stages = [
         (_stage_axis(part), parts[part]["cases"])
-        for part in ("stages", "compiled")
+        for part in ("layers", "stages", "compiled", "layers_compiled")
         if parts.get(part, {}).get("cases")
     ]
+    networks = parts.get("networks", {}).get("cases", {})
+    stages += [(_network_axis, networks)] if networks else []
     if stages:
         _save(folder / "stages.png", stages)
     others: list[tuple[Callable[..., None], dict[str, Any]]] = []
@@ -60,7 +67,8 @@ def _bars(axis: Any, labels: list[str], series: dict[str, list[float | None]], t
         fontsize=6,
     )
     axis.set_ylabel(title)
-    axis.legend(fontsize=7)
+    if series:
+        axis.legend(fontsize=7)
 
 
 def _names(cases: dict[str, Any], key: Callable[[Any], dict[str, Any]]) -> list[str]:
@@ -80,8 +88,8 @@ def _floor_axis(op: str) -> Callable[..., None]:
             for name in _names(cases, backends)
         }
         _bars(axis, list(cases), series, f"{op}, % of copy bandwidth")
-        if op == "forward":
-            axis.axhline(90, linestyle="--", linewidth=0.8)
+        if op == "forward" or op in PIECES:
+            axis.axhline(90 if op == "forward" else 85, linestyle="--", linewidth=0.8)
 
     return axis_of
 
@@ -98,6 +106,14 @@ def _stage_axis(part: str) -> Callable[..., None]:
         axis.set_yscale("log")
 
     return axis_of
+
+
+def _network_axis(axis: Any, cases: dict[str, Any]) -> None:
+    def timed(case: Any) -> dict[str, Any]:
+        return {n: c["ms"]["median"] for n, c in case["contenders"].items()}
+
+    series = {name: [timed(c).get(name) for c in cases.values()] for name in _names(cases, timed)}
+    _bars(axis, list(cases), series, "a training step, ms")
 
 
 def _memory_axis(axis: Any, cases: dict[str, Any]) -> None:

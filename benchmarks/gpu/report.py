@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.gpu.footprint import PIECES
+from benchmarks.gpu.networks import SKIPPING
 from benchmarks.gpu.stages import COMPILED, EAGER
 from benchmarks.report import table
 from benchmarks.shapes import parse_shape
 
 Results = dict[str, Any]
 CUDA, TRITON = "cuda", "triton"
+_STAGE_PARTS = ("layers", "stages", "compiled", "layers_compiled")
 
 
 class Target(NamedTuple):
@@ -72,6 +75,9 @@ def _targets(results: Results) -> Iterator[Target]:
     for backend in _backends(results):
         yield from _floor_targets(results, backend)
         yield from _stage_targets(results, backend)
+        yield from _piece_targets(results, backend)
+        yield from _layer_targets(results, backend)
+        yield from _network_targets(results, backend)
         memory = [
             (case["contenders"][backend]["maps"] - 2 * case["depth"], name)
             for name, case in _cases(results, "memory").items()
@@ -100,11 +106,17 @@ def _backends(results: Results) -> list[str]:
         for op in case["ops"].values()
         for backend in op["backends"]
     }
+    found |= {b for part in _STAGE_PARTS for c in _cases(results, part).values() for b in c["over"]}
     found |= {
-        b
-        for part in ("stages", "compiled")
-        for c in _cases(results, part).values()
-        for b in c["over"]
+        name.split()[1]
+        for case in _cases(results, "networks").values()
+        for name in case["over_plain"]
+    }
+    found |= {
+        backend
+        for case in _cases(results, "pieces").values()
+        for op in case["ops"].values()
+        for backend in op["backends"]
     }
     found |= {b for c in _cases(results, "memory").values() for b in c["contenders"] if b != EAGER}
     found |= {b for c in _cases(results, "divergence").values() for b in c}
@@ -166,6 +178,38 @@ def _stage_targets(results: Results, backend: str) -> Iterator[Target]:
     yield from _worst(what, compiled, 2.5, True)
 
 
+def _piece_targets(results: Results, backend: str) -> Iterator[Target]:
+    """Of the maps beyond the cache, forward and backward of what makes key and value, and of a block's end."""
+    for piece in PIECES:
+        numbers = []
+        for name, case in _cases(results, "pieces").items():
+            found = case["ops"].get(piece, {}).get("backends", {})
+            if case["exceeds_cache"] and backend in found:
+                numbers.append((found[backend]["percent_of_copy"], name))
+        yield from _worst(f"{backend}: {piece}, % of copy bandwidth", numbers, 85.0, True)
+
+
+def _layer_targets(results: Results, backend: str) -> Iterator[Target]:
+    for part, baseline, bound in (("layers", EAGER, 4.0), ("layers_compiled", COMPILED, 2.0)):
+        over = [
+            (case["over"][backend][baseline]["of_medians"], name)
+            for name, case in _cases(results, part).items()
+            if baseline in case["over"].get(backend, {})
+        ]
+        other = "eager" if baseline == EAGER else "torch.compile"
+        yield from _worst(f"{backend}: whole layer, times faster than {other}", over, bound, True)
+
+
+def _network_targets(results: Results, backend: str) -> Iterator[Target]:
+    numbers = [
+        (case["over_plain"][f"{SKIPPING} {backend}"]["of_medians"], name)
+        for name, case in _cases(results, "networks").items()
+        if name.startswith("resnet50 ") and f"{SKIPPING} {backend}" in case["over_plain"]
+    ]
+    what = f"{backend}: ELA's training step, of the plain network's"
+    yield from _worst(what, numbers, 1.25, False)
+
+
 def text_report(results: Results) -> str:
     """All tables, the one of the targets last."""
     machine = results.get("machine", {})
@@ -174,7 +218,14 @@ def text_report(results: Results) -> str:
         f"{machine.get('date')}",
         "",
     ]
-    for section in (_floor_lines, _stage_lines, _memory_lines, _small_lines, _rival_lines):
+    for section in (
+        _floor_lines,
+        _stage_lines,
+        _network_lines,
+        _memory_lines,
+        _small_lines,
+        _rival_lines,
+    ):
         lines += section(results)
     lines += _refused_lines(results)
     return "\n".join(lines) + "\n" + target_table(results)
@@ -196,23 +247,47 @@ def _refused_lines(results: Results) -> list[str]:
 
 
 def _floor_lines(results: Results) -> list[str]:
+    lines = []
+    for part in ("floor", "pieces"):
+        rows = []
+        for name, case in _cases(results, part).items():
+            for op, found in case["ops"].items():
+                cells = [
+                    f"{backend} {n['ms']['median']:.4f} ms, {n['percent_of_copy']:.0f} %"
+                    for backend, n in found["backends"].items()
+                ]
+                rows.append([name, op, f"{found['copy_gb_per_s']:.0f}", " / ".join(cells)])
+        if rows:
+            head = [f"{part}: % of copy bandwidth", "", "copy GB/s", "each backend"]
+            lines += [*table(head, rows), ""]
+        for backend in results["parts"].get(part, {}).get("without", []):
+            lines += [f"{part}: {backend} has no kernels of a whole layer", ""]
+    return lines
+
+
+def _network_lines(results: Results) -> list[str]:
     rows = []
-    for name, case in _cases(results, "floor").items():
-        for op, found in case["ops"].items():
-            cells = [
-                f"{n['ms']['median']:.4f} ms, {n['percent_of_copy']:.0f} %"
-                for n in found["backends"].values()
-            ]
-            rows.append([name, op, f"{found['copy_gb_per_s']:.0f}", " / ".join(cells)])
+    for name, case in _cases(results, "networks").items():
+        for contender, found in case["contenders"].items():
+            ms = found["ms"]
+            over = case["over_plain"].get(contender)
+            rows.append(
+                [
+                    name,
+                    contender,
+                    f"{ms['median']:.3f} [{ms['q1']:.3f}, {ms['q3']:.3f}]",
+                    "1" if over is None else f"{over['of_medians']:.2f}",
+                ]
+            )
     if not rows:
         return []
-    head = ["floor: % of copy bandwidth", "", "copy GB/s", " / ".join(_backends(results))]
+    head = ["networks: a training step, bfloat16 autocast, channels_last", "", "ms", "of plain"]
     return [*table(head, rows), ""]
 
 
 def _stage_lines(results: Results) -> list[str]:
     lines = []
-    for part in ("stages", "compiled"):
+    for part in _STAGE_PARTS:
         rows = []
         for name, case in _cases(results, part).items():
             for contender, found in case["contenders"].items():

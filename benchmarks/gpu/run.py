@@ -1,6 +1,7 @@
-"""One part of the GPU benchmarks in one process, added to OUT/results.json; or the tables of what is there.
+"""Parts of the GPU benchmarks in one process, added to OUT/results.json; or the tables of what is there.
 
 python -m benchmarks.gpu.run floor --out OUT --seconds 60
+python -m benchmarks.gpu.run memory divergence --out OUT --seconds 8
 python -m benchmarks.gpu.run report --out OUT
 """
 
@@ -11,11 +12,22 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import divergence, floor, memory, overhead, rivals, stages
+from benchmarks.gpu import (
+    divergence,
+    floor,
+    layers,
+    memory,
+    networks,
+    overhead,
+    pieces,
+    rivals,
+    stages,
+)
 from benchmarks.gpu.floor import Save
 from benchmarks.gpu.report import write_pictures, write_report
 from benchmarks.gpu.setting import Setting, describe, make_setting
@@ -23,8 +35,12 @@ from benchmarks.gpu.timing import Budget
 
 PARTS: dict[str, Callable[[Setting, Budget, Save], None]] = {
     "floor": floor.measure,
+    "layers": layers.measure,
+    "networks": networks.measure,
+    "pieces": pieces.measure,
     "stages": stages.measure,
     "compiled": stages.measure_compiled,
+    "layers_compiled": layers.measure_compiled,
     "memory": memory.measure,
     "divergence": divergence.measure,
     "overhead": overhead.measure,
@@ -71,9 +87,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("part", choices=[*PARTS, "report"])
+    parser.add_argument("parts", nargs="+", choices=[*PARTS, "report"], metavar="part")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long it may take")
+    parser.add_argument("--seconds", type=float, default=60.0, help="about how long each may take")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs="+", choices=["cuda", "triton", "cpp"])
     parser.add_argument(
@@ -86,19 +102,26 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one part, or write the tables and pictures and print the tables."""
+    """Run parts, or write the tables and pictures and print the tables; 1 where a part could not be run."""
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.part == "report":
-        results = read_results(args.out)
-        print(write_report(results, args.out), flush=True)
-        write_pictures(results, args.out)
-        return 0
-    setting = make_setting(args.device, args.backends, args.smoke)
-    if not setting.backends:
-        print(f"{args.part}: none of our backends can run here", file=sys.stderr)
-    run_part(args.part, args.out, args.seconds, setting)
-    return 0
+    failed = []
+    for part in args.parts:
+        if part == "report":
+            results = read_results(args.out)
+            print(write_report(results, args.out), flush=True)
+            write_pictures(results, args.out)
+            continue
+        setting = make_setting(args.device, args.backends, args.smoke)
+        if not setting.backends:
+            print(f"{part}: none of our backends can run here", file=sys.stderr)
+        try:
+            run_part(part, args.out, args.seconds, setting)
+        except Exception:
+            traceback.print_exc()
+            print(f"{part}: FAILED; what it had measured is kept", file=sys.stderr)
+            failed.append(part)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

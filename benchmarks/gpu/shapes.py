@@ -115,3 +115,22 @@ DIVERGENCE_CASES = [
     *_variants([LARGE[0], SMALL[0]], *_ALL[:2]),
     *_variants([SMALL[1], SMALL[2], TINY[0]], _ALL[0]),
 ]
+
+# Whole layers, and blocks with norm and activation, each case both.
+LAYER_CASES = [
+    *_variants([LARGE[0]], _ALL[0]),
+    *_variants([SMALL[0]], _ALL[0]),
+    *_variants([LARGE[0]], _ALL[2]),
+    *_variants([SMALL[1]], _ALL[0]),
+    *_variants([StageShape(3, 32, 256, 56, 16), LARGE[1]], _ALL[0]),
+    *_variants([SMALL[1]], _ALL[2]),
+    *_variants([LARGE[0]], _ALL[1]),
+    *_variants([SMALL[2], LARGE[-1]], _ALL[0]),
+]
+COMPILED_LAYER_CASES = _variants([LARGE[0], SMALL[1]], _ALL[0])
+# The pieces of a layer alone: its depth does not matter.
+PIECE_CASES = [
+    *_variants([LARGE[2], LARGE[0]], _ALL[0], _ALL[2]),
+    *_variants([LARGE[2]], _ALL[1], _ALL[3]),
+    *_variants([LARGE[-1]], _ALL[0], _ALL[2]),
+]
