@@ -13,7 +13,7 @@ from support.oracle import assert_matches
 from torch import nn
 
 import ela_kernels as ek
-from ela_kernels.models import CifarResNet
+from ela_kernels.models import CifarResNet, build_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("backend", "exact_convolutions")]
 
@@ -121,6 +121,53 @@ def test_a_network_under_autocast_runs_the_kernels(dtype, kernels_ran, backend):
     assert all(p.grad.isfinite().all() for p in network.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("attention", ["ela", "mrla", "mrla_light"])
+def test_a_bottleneck_network_in_channels_last_and_autocast(attention, backend):
+    """As ImageNet networks are trained; every map stays in channels_last and in bfloat16."""
+    torch.manual_seed(5)
+    network = build_model("resnet50", attention=attention, num_classes=10)
+    network = network.to(DEVICE, memory_format=torch.channels_last).train()
+    if attention == "ela":
+        for stage in network.attentions:
+            for i, layer in enumerate(stage):
+                layer.skipped = i % 3 == 2
+    images = torch.randn(4, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, 10, (4,), device=DEVICE)
+    seen = []
+    for stage in network.attentions:
+        for layer in stage:
+            layer.register_forward_hook(lambda module, args, out: seen.append(out))
+
+    def loss(network):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return nn.functional.cross_entropy(network(images).float(), labels)
+
+    twin = copy.deepcopy(network)
+    found = loss(network)
+    found.backward()
+    assert len(seen) == 16
+    for out in seen:
+        assert out.dtype == torch.bfloat16
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    for name, p in network.named_parameters():
+        assert p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()), name
+    with ek.use_backend("eager"):
+        expected = loss(twin)
+    # Fifty layers of bfloat16 with batch norms of a few images: within some roundings of each other.
+    assert abs(found.item() - expected.item()) <= 0.05 * abs(expected.item())
+
+
+def test_a_bottleneck_network_runs_the_kernels_of_whole_layers(layers_ran):
+    network = build_model("resnet50", attention="ela", num_classes=10).to(DEVICE).train()
+    for stage in network.attentions:
+        stage[2].skipped = True
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        scores = network(torch.randn(2, 3, 32, 32, device=DEVICE))
+    scores.float().logsumexp(1).sum().backward()
+    # The pair of a stage's last layer is nobody's: where that only provides, nothing comes back to it.
+    assert layers_ran == ["layer_forward"] * 16 + ["layer_backward"] * 14
+
+
 @pytest.mark.usefixtures("cuda_only")
 def test_loss_scaling_in_float16(kernels_ran):
     network = make_network()
@@ -200,3 +247,28 @@ def test_a_compiled_stage_of_modules(kernels_ran, backend):
     assert kernels_ran == ["forward"] * 6
     # The convolutions are compiled to other sums of nine products in float32, three layers deep.
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cuda_only")
+def test_compiled_blocks_train(kernels_ran, backend):
+    torch.compiler.reset()
+    torch.manual_seed(3)
+    blocks = nn.ModuleList(ek.ELA(16, head_dim=8) for _ in range(3)).to(DEVICE).eval()
+    x = torch.randn(2, 16, 6, 5, device=DEVICE, requires_grad=True)
+
+    def stage(x):
+        history = ek.LayerHistory()
+        for block in blocks:
+            x = block(x, history)
+        return x
+
+    def step(forward):
+        out = forward(x)
+        return [out, *torch.autograd.grad(out.square().sum(), [x, *blocks.parameters()])]
+
+    expected = step(stage)
+    kernels_ran.clear()
+    found = step(torch.compile(stage, fullgraph=True))
+    assert kernels_ran.count("forward") == kernels_ran.count("backward") == 3
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).norm() <= 1e-3 * b.norm() + 1e-5
