@@ -90,31 +90,18 @@ void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int6
   kernel(p, threads);
 }
 
-// The pull form's second half: a layer's dkey from (query, dscores) and its dvalue from (dout, weights) of the layers
-// that retrieved it. An address of 0 leaves that one out.
-void gather(int dtype, const std::array<int64_t, 5>& sizes, const Ints& queries, const Ints& query_strides,
-            const Ints& score_columns, const Ints& score_strides, int64_t dkey, const Ints& douts,
-            const Ints& dout_strides, const Ints& weight_columns, const Ints& weight_strides,
-            const std::array<int64_t, 3>& dvalue, int64_t workspace, int threads) {
+// The pull form's second half, of the layer at `index`: its dkey from (query, dscores) and its dvalue from (dout,
+// weights) of the layers that retrieved it (see Source). An address of 0 leaves that one out.
+void gather(int dtype, const std::array<int64_t, 5>& sizes, std::string_view sources, int64_t index, int64_t dkey,
+            const View& dvalue, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
-  const std::vector<RowView> query_views = rows(queries, query_strides);
-  const std::vector<ColumnView> score_views = columns(score_columns, score_strides);
-  const std::vector<MapView> dout_views = maps(douts, dout_strides);
-  const std::vector<ColumnView> weight_views = columns(weight_columns, weight_strides);
-  require(dkey == 0 || query_views.size() == score_views.size(), "queries: one column each");
-  require(dvalue[0] == 0 || (!dout_views.empty() && dout_views.size() == weight_views.size()),
-          "douts: one column of weights each, at least one");
-  const GatherKeyParams key = {shape, static_cast<int64_t>(query_views.size()), query_views.data(), score_views.data(),
+  const auto [queries, scores, douts, weights] = source_views(sources, index, element_size(checked_dtype(dtype)));
+  require(dvalue[0] == 0 || !douts.empty(), "douts: at least one");
+  const GatherKeyParams key = {shape, static_cast<int64_t>(queries.size()), queries.data(), scores.data(),
                                row(dkey, shape.channels)};
-  const AggregateParams value = {shape,
-                                 static_cast<int64_t>(dout_views.size()),
-                                 dout_views.data(),
-                                 weight_views.data(),
-                                 map(dvalue),
-                                 address(workspace),
-                                 {}};
+  const AggregateParams value = {
+      shape, static_cast<int64_t>(douts.size()), douts.data(), weights.data(), map(dvalue), address(workspace), {}};
   const ela::Kernels& k = ela::kernels();
-  checked_dtype(dtype);
   py::gil_scoped_release unlocked;
   if (dkey != 0) k.gather_key[dtype](key, threads);
   if (dvalue[0] != 0) k.aggregate[dtype](value, threads);

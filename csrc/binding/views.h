@@ -2,8 +2,10 @@
 #pragma once
 
 #include <array>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -31,22 +33,47 @@ inline std::vector<MapView> maps(const Ints& addresses, const Ints& strides) {
   return out;
 }
 
-template <class View>
-inline std::vector<View> one_stride_each(const Ints& addresses, const Ints& strides) {
+inline std::vector<RowView> rows(const Ints& addresses, const Ints& strides) {
   const size_t step = strides.size() == 1 ? 0 : 1;
   require(strides.size() == (step == 0 ? 1 : addresses.size()) || addresses.empty(), "strides: one for each tensor");
-  std::vector<View> out;
+  std::vector<RowView> out;
   out.reserve(addresses.size());
   for (size_t i = 0; i < addresses.size(); ++i) out.push_back({address(addresses[i]), strides[i * step]});
   return out;
 }
 
-inline std::vector<RowView> rows(const Ints& addresses, const Ints& strides) {
-  return one_stride_each<RowView>(addresses, strides);
-}
+// What the backward of one later layer left, as Python packs it: query, score gradients [B, G, depth], the gradient of
+// its output (data 0 where there is none) and its weights [B, G, depth].
+struct Source {
+  int64_t query, query_stride, scores, depth, dout, dout_batch, dout_inner, weights;
+};
 
-inline std::vector<ColumnView> columns(const Ints& addresses, const Ints& strides) {
-  return one_stride_each<ColumnView>(addresses, strides);
+// The same for the kernels, which want one column of the scores and weights.
+struct SourceViews {
+  std::vector<RowView> queries;
+  std::vector<ColumnView> scores;
+  std::vector<MapView> douts;
+  std::vector<ColumnView> weights;
+};
+
+inline SourceViews source_views(std::string_view packed, int64_t index, size_t size) {
+  require(packed.size() % sizeof(Source) == 0, "sources: eight numbers each");
+  const size_t count = packed.size() / sizeof(Source);
+  SourceViews views;
+  views.queries.reserve(count + 1), views.scores.reserve(count + 1);
+  views.douts.reserve(count + 1), views.weights.reserve(count + 1);
+  for (size_t i = 0; i < count; ++i) {
+    Source s;
+    std::memcpy(&s, packed.data() + i * sizeof(Source), sizeof(Source));
+    require(index >= 0 && index < s.depth, "index: must be of a layer that each source retrieved");
+    const int64_t column = index * static_cast<int64_t>(size);
+    views.queries.push_back({address(s.query), s.query_stride});
+    views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth});
+    if (s.dout == 0) continue;
+    views.douts.push_back({address(s.dout), s.dout_batch, s.dout_inner});
+    views.weights.push_back({static_cast<char*>(address(s.weights)) + column, s.depth});
+  }
+  return views;
 }
 
 // B, C, G, N, interleaved

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention, runs_as
+from ela_kernels.modules.layer_attention import LayerAttention, has_hooks, runs_as
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.autocast import layer_dtype
@@ -92,6 +92,7 @@ def may_pass_by(attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: Dro
         and type(act) in (nn.ReLU, nn.Identity)
         and type(drop_path) is DropPath
         and all(runs_as(module, type(module)) for module in (attn, norm, act, drop_path))
+        and not has_hooks(attn, norm, act, drop_path)
     )
 
 

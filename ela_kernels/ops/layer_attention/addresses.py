@@ -22,7 +22,8 @@ def row(tensor: Tensor) -> tuple[int, int, Tensor]:
     if channel != 1 and tensor.shape[1] != 1:
         tensor = tensor.contiguous()
         batch = tensor.stride(0)
-    return _addresses((tensor,))[0], batch, tensor
+    where = tensor.data_ptr()
+    return where if where else _addresses((tensor,))[0], batch, tensor
 
 
 def rows(tensors: Sequence[Tensor]) -> Table:
@@ -32,6 +33,17 @@ def rows(tensors: Sequence[Tensor]) -> Table:
         return _addresses(tensors), [strides[0]], []
     copies = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
     return _addresses(copies), [t.stride(0) for t in copies], copies
+
+
+def one_map(
+    tensor: Tensor, channels_last: bool, interleaved: bool
+) -> tuple[tuple[int, int, int], Tensor]:
+    """The kernel's view of one map, and the tensor that must live until the kernel has run."""
+    view = view_in_form(tensor, channels_last, interleaved)
+    if view is None or view[0] == 0:
+        (where,), strides, copies = maps((tensor,), channels_last, interleaved)
+        return (where, strides[0], strides[1]), copies[0] if copies else tensor
+    return view, tensor
 
 
 def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> Table:
@@ -49,14 +61,11 @@ def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> T
 
 
 def _alike(tensors: Sequence[Tensor], strides: tuple[int, ...]) -> bool:
-    for tensor in tensors:  # noqa: SIM110 - all() over a generator takes twice as long
-        if tensor.stride() != strides:
-            return False
-    return True
+    return [*map(Tensor.stride, tensors)].count(strides) == len(tensors)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    addresses = [t.data_ptr() for t in tensors]
+    addresses = [*map(Tensor.data_ptr, tensors)]
     if 0 in addresses and any(t.numel() and t.data_ptr() == 0 for t in tensors):
         raise ValueError(
             "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "

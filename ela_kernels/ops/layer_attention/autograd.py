@@ -205,11 +205,14 @@ def _differentiable_gradients(
     return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
 
 
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
 def needs_dispatcher(q: Tensor) -> bool:
     """True where a call has to be seen by PyTorch: tracing, fake tensors, subclasses, dispatch modes."""
     return (
         torch.compiler.is_compiling()
-        or type(q) not in (Tensor, torch.nn.Parameter)
+        or type(q) not in PLAIN_TENSORS
         or torch._C._len_torch_dispatch_stack() > 0
     )
 

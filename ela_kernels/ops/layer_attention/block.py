@@ -20,9 +20,11 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
 )
 from ela_kernels.ops.layer_attention.pull import (
     Link,
+    applied,
     in_form_of,
     keep,
     layer_kernels,
+    new_token,
     refuse_second_derivative,
     token_gradient,
 )
@@ -82,7 +84,7 @@ class _Block(torch.autograd.Function):
             r.v,
         )
         ctx.mark_non_differentiable(statistics)
-        return out, r.weights, r.kl, x.new_empty(1), r.k, r.v, statistics
+        return out, r.weights, r.kl, new_token(token, x), r.k, r.v, statistics
 
     @staticmethod
     def backward(
@@ -158,7 +160,7 @@ def block_pull(
         assert r.weights is not None
         return (out, r.weights, r.kl, token, r.k, r.v), statistics
     gamma, beta = epilogue.gamma, epilogue.beta
-    out, weights, kl, own, k, v, statistics = _Block.apply(
-        x, *filters, gamma, beta, prev_weights, epilogue, token, link
+    out, weights, kl, own, k, v, statistics = applied(
+        _Block, x, *filters, gamma, beta, prev_weights, epilogue, token, link
     )
     return (out, weights, kl, own if own.requires_grad else token, k, v), statistics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ela_kernels.ops.layer_attention.kernels import (
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
+    in_form,
     is_interleaved,
     kernel_sizes,
     view_in_form,
@@ -222,35 +224,50 @@ def backward(
 
 
 class Retrieved:
-    """What one layer's backward leaves for the layers that it retrieved from, with the addresses that they will need.
+    """What one layer's backward leaves for the layers that it retrieved from, and the addresses that they will need.
 
-    `dout` must be in the form of the values already. The tensors live as long as this does, so addresses stay true.
+    The tensors live as long as this does, so addresses stay true.
     """
 
-    __slots__ = (
-        "depth",
-        "dout",
-        "dout_version",
-        "dout_view",
-        "dscores",
-        "interleaved",
-        "q",
-        "query",
-        "weights",
-    )
+    __slots__ = ("dout", "dout_version", "dscores", "interleaved", "packed", "q", "weights")
 
     def __init__(
         self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
     ) -> None:
-        self.q, self.dout = q, dout
-        self.depth = weights.shape[2]
-        self.weights, self.dscores = (weights, weights.data_ptr()), (dscores, dscores.data_ptr())
-        self.query = row(q)
-        self.dout_view, self.dout_version, self.interleaved = NO_MAP, 0, False
+        self.weights, self.dscores, self.dout = weights, dscores, dout
+        self.dout_version, self.interleaved = 0, None
+        where, stride, self.q = row(q)
+        view = None
         if dout is not None:
-            self.interleaved = is_interleaved(dout, channels_last)
-            self.dout_view = view_in_form(dout, channels_last, self.interleaved) or NO_MAP
             self.dout_version = dout._version
+            self.interleaved = is_interleaved(dout, channels_last)
+            view = view_in_form(dout, channels_last, self.interleaved)
+        self.packed = _pack(
+            where,
+            stride,
+            dscores.data_ptr(),
+            weights.shape[2],
+            *(view or NO_MAP),
+            weights.data_ptr(),
+        )
+
+
+# One source of a gradient, as the extension takes many of them at once (struct Source in csrc/binding/views.h).
+_pack = struct.Struct("8q").pack
+
+
+def packed_sources(
+    retrieved: Sequence[Retrieved], channels_last: bool, interleaved: bool
+) -> tuple[bytes, list[Retrieved]]:
+    """`retrieved` as the extension takes it, output gradients in the given form; and what must live until then."""
+    alike = [r.packed for r in retrieved if r.interleaved is interleaved or r.dout is None]
+    if len(alike) == len(retrieved):
+        return b"".join(alike), []
+    copies = []
+    for r in retrieved:
+        dout = None if r.dout is None else in_form(r.dout, channels_last, interleaved)
+        copies.append(Retrieved(r.q, r.weights, r.dscores, dout, channels_last))
+    return b"".join([c.packed for c in copies]), copies
 
 
 def gather(
@@ -266,48 +283,31 @@ def gather(
     `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`.
     """
     q = retrieved[0].q
-    with_dout = [r for r in retrieved if r.dout is not None]
-    need_value = need_value and bool(with_dout)
+    like = next((r.dout for r in retrieved if r.dout is not None), None)
+    need_value = need_value and like is not None
     if not need_key and not need_value:
         return None, None
-    size = retrieved[0].weights[0].element_size()
     dkey = new_row(q) if need_key else None
     sizes: Sizes = (*q.shape, heads, 1, 0)
-    douts: list[int] = []
-    dout_strides: list[int] = []
-    copies: list[Tensor] = []
-    dvalue, dvalue_view, workspace, elements = None, NO_MAP, None, q.numel()
+    dvalue, dvalue_view, workspace, elements, interleaved = None, NO_MAP, None, q.numel(), False
     if need_value:
-        like = with_dout[0].dout
         assert like is not None
-        interleaved = with_dout[0].interleaved
+        interleaved = is_interleaved(like, channels_last)
         sizes = kernel_sizes(like, heads, channels_last, interleaved)
-        strides = with_dout[0].dout_view[1:]
-        # The strides alone do not tell the form: with as many positions as channels they look alike.
-        if all(r.dout_view[1:] == strides and r.interleaved == interleaved for r in with_dout):
-            douts, dout_strides = [r.dout_view[0] for r in with_dout], [*strides]
-        else:
-            maps_given = [r.dout for r in with_dout if r.dout is not None]
-            douts, dout_strides, copies = maps(maps_given, channels_last, interleaved)
         dvalue, dvalue_view = new_map(like, sizes, channels_last)
-        accumulate = retrieved[0].weights[0].dtype
-        workspace = _workspace(_aggregate_workspace(sizes, len(douts)), accumulate)
+        accumulate = retrieved[0].weights.dtype
+        workspace = _workspace(_aggregate_workspace(sizes, len(retrieved)), accumulate)
         elements = dvalue.numel()
+    sources, keeps = packed_sources(retrieved, channels_last, interleaved)
     kernels().gather(
         DTYPE_CODES[q.dtype],
         sizes,
-        [r.query[0] for r in retrieved],
-        [r.query[1] for r in retrieved],
-        [r.dscores[1] + index * size for r in retrieved],
-        [r.depth for r in retrieved],
+        sources,
+        index,
         address(dkey),
-        douts,
-        dout_strides,
-        [r.weights[1] + index * size for r in with_dout],
-        [r.depth for r in with_dout],
         dvalue_view,
         address(workspace),
         thread_count(elements * len(retrieved)),
     )
-    del copies
+    del keeps
     return dkey, dvalue

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.addresses import maps, rows
+from ela_kernels.ops.layer_attention.addresses import maps, one_map, rows
 from ela_kernels.ops.layer_attention.cpp import (
     DTYPE_CODES,
     NO_MAP,
     Retrieved,
-    new_map,
+    packed_sources,
     thread_count,
 )
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
 from ela_kernels.ops.layer_attention.cpp_norm import ImageSizes, NormCall, norm_backward, norm_call
-from ela_kernels.ops.layer_attention.kernels import address, dense, new_row, resolved
+from ela_kernels.ops.layer_attention.kernels import address, dense, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import (
     Attended,
     Epilogue,
@@ -28,9 +29,9 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
 )
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
+    empty_map,
     in_form,
     is_interleaved,
-    kernel_sizes,
     view_in_form,
 )
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
@@ -44,19 +45,70 @@ def readable(x: Tensor) -> Tensor:
     return in_form(x, False, is_interleaved(x, False))
 
 
-def _image(x: Tensor) -> tuple[ImageSizes, MapView]:
-    interleaved = is_interleaved(x, False)
-    view = view_in_form(x, False, interleaved)
-    assert view is not None  # readable() made it so
-    batch, channels, height, width = x.shape
-    return (batch, channels, height, width, int(interleaved)), view
+class Plan:
+    """What all layers over maps of one shape and layout have in common, worked out once.
+
+    Some of it are templates, never written: `torch.empty_like` takes half the time of `torch.empty`.
+    """
+
+    __slots__ = (
+        "_weights",
+        "call",
+        "divergence",
+        "elements",
+        "interleaved",
+        "keeps_strides",
+        "made",
+        "norm_sizes",
+        "row",
+        "statistics",
+    )
+
+    def __init__(self, x: Tensor, heads: int, filter_size: int) -> None:
+        """`x` on the meta device: nothing but its shape, strides and dtype is asked for."""
+        self.interleaved = is_interleaved(x, False)
+        view = view_in_form(x, False, self.interleaved)
+        assert view is not None  # readable() made it so
+        batch, channels, height, width = x.shape
+        self.norm_sizes: ImageSizes = (batch, channels, height, width, int(self.interleaved))
+        self.elements = x.numel()
+        self.keeps_strides = torch.empty_like(x).stride() == x.stride()
+        positions = height * width
+        compact = (channels * positions, channels if self.interleaved else positions)
+        self.made = view[1:] if self.keeps_strides else compact
+        self.call = compiled().LayerPlan(
+            DTYPE_CODES[x.dtype], self.norm_sizes, heads, filter_size, view[1:], self.made
+        )
+        dtype = accumulate_dtype(x.dtype)
+        self.row = torch.empty((batch, channels), dtype=x.dtype, device="cpu")
+        self.divergence = torch.empty((batch, heads), dtype=dtype, device="cpu")
+        self.statistics = torch.empty((2, channels), dtype=dtype, device="cpu")
+        self._weights: list[Tensor] = []
+
+    def new_map(self, x: Tensor) -> Tensor:
+        return torch.empty_like(x) if self.keeps_strides else empty_map(x, False, self.interleaved)
+
+    def new_weights(self, depth: int) -> Tensor:
+        """`[B, G, depth]`, unwritten."""
+        while len(self._weights) < depth:
+            sizes = (*self.divergence.shape, len(self._weights) + 1)
+            self._weights.append(torch.empty(sizes, dtype=self.divergence.dtype, device="cpu"))
+        return torch.empty_like(self._weights[depth - 1])
+
+    def map_view(self, tensor: Tensor) -> tuple[MapView, Tensor]:
+        """As the extension takes it, and what must live until the kernel has run."""
+        return one_map(tensor, False, self.interleaved)
 
 
-@functools.lru_cache(maxsize=4096)
-def _workspace_elements(
-    sizes: ImageSizes, heads: int, filter_size: int, depth: int, sources: int, threads: int
-) -> int:
-    return int(compiled().layer_workspace(sizes, heads, filter_size, depth, sources, threads))
+@functools.lru_cache(maxsize=256)
+def _plan_of(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, heads: int, filter_size: int
+) -> Plan:
+    return Plan(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), heads, filter_size)
+
+
+def _plan(x: Tensor, heads: int, filter_size: int) -> Plan:
+    return _plan_of(x.shape, x.stride(), x.dtype, heads, filter_size)
 
 
 def _contiguous(filters: Filters) -> Filters:
@@ -80,47 +132,33 @@ def layer_forward(
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
-    sizes, view = _image(x)
-    interleaved = bool(sizes[4])
-    flat = kernel_sizes(x, heads, False, interleaved)
-    accumulate = accumulate_dtype(x.dtype)
     wq, wk, wv = _contiguous(filters)
+    plan = _plan(x, heads, wk.numel())
     retrieves = wq is not None
     depth = len(keys) + 1
-    v, _ = new_map(x, flat, False)
-    mean, k = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
+    v, mean, k = plan.new_map(x), torch.empty_like(plan.row), torch.empty_like(plan.row)
     q = out = weights = kl = statistics = block = norm = None
-    out_view = NO_MAP
     if retrieves:
-        q = x.new_empty(x.shape[:2])
-        out, out_view = new_map(x, flat, False)
-        weights = torch.empty((flat[0], heads, depth), dtype=accumulate)
+        q, out, weights = torch.empty_like(plan.row), plan.new_map(x), plan.new_weights(depth)
         prev_weights = dense(prev_weights)
         if prev_weights is not None:
-            kl = torch.empty((flat[0], heads), dtype=accumulate)
+            kl = torch.empty_like(plan.divergence)
         if epilogue is not None:
-            block, block_view = out, out_view
             given = epilogue.statistics
             if given is None:
-                statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate)
-            if keeps_out:
-                block, block_view = new_map(x, flat, False)
-            norm = norm_call((out_view, view, block_view, NO_MAP), sizes, given, epilogue)
+                statistics = given = torch.empty_like(plan.statistics)
+            block = plan.new_map(x) if keeps_out else out
+            x_view, out_view = plan.map_view(x)[0], (out.data_ptr(), *plan.made)
+            views = (out_view, x_view, (block.data_ptr(), *plan.made), NO_MAP)
+            norm = norm_call(views, plan.norm_sizes, given, epilogue)
     key_addresses, key_strides, key_copies = rows((*keys, k))
-    value_addresses, value_strides, value_copies = maps((*values, v), False, interleaved)
-    threads = thread_count(x.numel() * depth)
-    size = wk.numel()
-    elements = _workspace_elements(sizes, heads, size, depth, 0, threads)
-    workspace = torch.empty(elements, dtype=accumulate)
+    value_addresses, value_strides, value_copies = maps((*values, v), False, plan.interleaved)
     compiled().layer(
-        DTYPE_CODES[x.dtype],
-        sizes,
-        heads,
+        plan.call,
         scale,
-        view,
+        x.data_ptr(),
         address(wq),
         wk.data_ptr(),
-        size,
         wv.data_ptr(),
         mean.data_ptr(),
         address(q),
@@ -132,13 +170,12 @@ def layer_forward(
         0 if prev_weights is None else prev_weights.shape[2],
         address(weights),
         address(kl),
-        out_view,
+        address(out),
         has_residual,
         address(statistics),
         0 if statistics is None else statistics[1].data_ptr(),
         None if norm is None else norm.arguments,
-        workspace.data_ptr(),
-        threads,
+        thread_count(plan.elements * depth),
     )
     del key_copies, value_copies, norm
     return LayerForward(mean, q, k, v, out, weights, kl, statistics, block)
@@ -168,81 +205,49 @@ def layer_backward(
         needs: of x, wq, wk, wv.
     """
     need_x, need_wq, need_wk, need_wv = needs
-    sizes, view = _image(x)
-    interleaved = bool(sizes[4])
-    accumulate = accumulate_dtype(x.dtype)
-    size = 8 if accumulate == torch.float64 else 4
-    one = torch.ones(1, dtype=accumulate) if dk is not None or dv is not None else None
     wq, wk, wv = _contiguous(filters)
-
-    queries = [r.query[0] for r in retrieved]
-    query_strides = [r.query[1] for r in retrieved]
-    score_columns = [r.dscores[1] + index * size for r in retrieved]
-    score_strides = [r.depth for r in retrieved]
-    if dk is not None:  # one more source, with a weight of one
-        dk = dense(dk)
-        queries.append(address(dk))
-        query_strides.append(mean.shape[1])
-        score_columns.append(address(one))
-        score_strides.append(0)
-    dkey = new_row(mean) if queries and (need_x or need_wk) else None
-
-    with_dout = [r for r in retrieved if r.dout is not None]
-    given = [r.dout for r in with_dout if r.dout is not None]
-    weight_columns = [r.weights[1] + index * size for r in with_dout]
-    weight_strides = [r.depth for r in with_dout]
+    plan = _plan(x, heads, wk.numel())
+    sources, copies = packed_sources(retrieved, False, plan.interleaved)
+    keeps: list[Any] = [copies]
+    wants_key = (need_x or need_wk) and (bool(retrieved) or dk is not None)
+    dk, dv_view = dense(dk), NO_MAP
     if dv is not None:
-        given.append(resolved(dv))
-        weight_columns.append(address(one))
-        weight_strides.append(0)
-    douts, dout_strides, copies = maps(given, False, interleaved) if given else ([], [], [])
+        dv_view, dv = plan.map_view(resolved(dv))
 
     keys: list[int] = []
     key_strides: list[int] = []
     values: list[int] = []
     value_strides: list[int] = []
     dout_view = NO_MAP
-    query = weights = dscores = dweights = dkl = prev = dprev = dq = None
-    scale, depth = 1.0, 0
+    query = weights = dscores = dweights = dkl = prev = dprev = None
+    scale, depth, wants_query = 1.0, 0, False
     if own is not None:
         saved = own.saved
         query, weights, dscores, scale = saved.q, saved.weights, own.dscores, saved.scale
         depth = len(saved.keys)
         keys, key_strides, key_copies = rows(saved.keys)
-        copies += key_copies
+        keeps.append(key_copies)
         dweights, dkl, prev = dense(own.dweights), dense(own.dkl), dense(saved.prev_weights)
         if own.need_prev and dkl is not None and prev is not None:
             dprev = torch.empty_like(prev)
-        dq = new_row(mean) if need_x or need_wq else None
+        wants_query = need_x or need_wq
         if own.dout is not None:
-            values, value_strides, value_copies = maps(saved.values, False, interleaved)
-            (dout_address,), dout_own_strides, dout_copies = maps((own.dout,), False, interleaved)
-            dout_view = (dout_address, dout_own_strides[0], dout_own_strides[1])
-            copies += value_copies + dout_copies
+            values, value_strides, value_copies = maps(saved.values, False, plan.interleaved)
+            dout_view, dout = plan.map_view(own.dout)
+            keeps += (value_copies, dout)
 
     residual_view = NO_MAP
     if residual is not None:
-        (residual_address,), residual_strides, residual_copies = maps(
-            (residual,), False, interleaved
-        )
-        residual_view = (residual_address, residual_strides[0], residual_strides[1])
-        copies += residual_copies
-    dx, dx_view = None, NO_MAP
-    if need_x:
-        dx, dx_view = new_map(x, kernel_sizes(x, heads, False, interleaved), False)
+        residual_view, residual = plan.map_view(residual)
+    dx = plan.new_map(x) if need_x else None
     dwq = torch.empty_like(wq) if need_wq and wq is not None else None
     dwk = torch.empty_like(wk) if need_wk else None
     dwv = torch.empty_like(wv) if need_wv else None
-    has_rows = dq is not None or dkey is not None
-    dmean = torch.empty(mean.shape, dtype=accumulate) if has_rows else None
-    threads = thread_count(x.numel() * (depth + len(douts) + 1))
-    elements = _workspace_elements(sizes, heads, wk.numel(), depth, len(douts), threads)
-    workspace = torch.empty(elements, dtype=accumulate)
+    has_rows = wants_query or wants_key
     compiled().layer_backward(
-        DTYPE_CODES[x.dtype],
-        sizes,
-        heads,
+        plan.call,
         scale,
+        index,
         own is not None,
         address(query),
         keys,
@@ -257,34 +262,26 @@ def layer_backward(
         address(dkl),
         address(dscores),
         address(dprev),
-        view,
+        x.data_ptr(),
         address(wq),
         wk.data_ptr(),
-        wk.numel(),
         wv.data_ptr(),
         mean.data_ptr(),
-        queries,
-        query_strides,
-        score_columns,
-        score_strides,
-        douts,
-        dout_strides,
-        weight_columns,
-        weight_strides,
+        sources,
+        address(dk),
+        dv_view,
         residual_view,
-        address(dq),
-        address(dkey),
-        address(dmean),
-        dx_view,
+        wants_query,
+        wants_key,
+        address(dx),
         address(dwq) if has_rows else 0,
         address(dwk) if has_rows else 0,
         address(dwv),
         None if pending is None else pending.arguments,
         pending is not None and pending.batch_statistics,
-        workspace.data_ptr(),
-        threads,
+        thread_count(plan.elements * (depth + len(retrieved) + 1)),
     )
-    del copies
+    del keeps
     if not has_rows:
         dwq, dwk = (None if d is None else d.zero_() for d in (dwq, dwk))
     return LayerGradients(dx, dwq, dwk, dwv, dprev)

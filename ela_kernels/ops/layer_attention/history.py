@@ -11,7 +11,7 @@ from torch import Tensor
 from ela_kernels.backends.base import is_transformed
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autocast import as_autocast, fits_layer_dtype, layer_dtype
-from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.ops.layer_attention.autograd import PLAIN_TENSORS, needs_dispatcher
 from ela_kernels.ops.layer_attention.block import block_pull
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
@@ -199,14 +199,18 @@ class LayerHistory:
         """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`: the backend has kernels of a layer."""
         if needs_dispatcher(x) or not x.numel():
             return False
+        dtype, device = layer_dtype(x), x.device
         for w in filters:
+            # Of what needs a dispatcher only a class of its own can differ from x.
             if w is not None and (
-                w.device != x.device or not fits_layer_dtype(w, x) or needs_dispatcher(w)
+                w.device != device
+                or type(w) not in PLAIN_TENSORS
+                or (w.dtype is not dtype and not fits_layer_dtype(w, x))
             ):
                 return False
         if is_transformed():
             return False
-        pairs, dtype = self._place_of(caller).pairs, layer_dtype(x)
+        pairs = self._place_of(caller).pairs
         return pairs.linked and choose_layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
 
     def attend_layer(

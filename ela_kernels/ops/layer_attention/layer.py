@@ -22,10 +22,12 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
 from ela_kernels.ops.layer_attention.pull import (
     Entry,
     Link,
+    applied,
     in_form_of,
     keep,
     layer_kernels,
     left_by_later_layers,
+    new_token,
     refuse_second_derivative,
     token_gradient,
 )
@@ -115,7 +117,7 @@ class _Layer(torch.autograd.Function):
         )
         assert r.out is not None
         assert r.weights is not None
-        return r.out, r.weights, r.kl, x.new_empty(1), r.k, r.v
+        return r.out, r.weights, r.kl, new_token(token, x), r.k, r.v
 
     @staticmethod
     def backward(
@@ -149,7 +151,7 @@ class _Provider(torch.autograd.Function):
         ctx.token = token
         r = _provide(x, Filters(None, wk, wv), link)
         save(ctx, x, wk, wv, r.mean)
-        return x.new_empty(1), r.k, r.v
+        return new_token(token, x), r.k, r.v
 
     @staticmethod
     def backward(
@@ -192,7 +194,9 @@ def layer_pull(
         assert r.out is not None
         assert r.weights is not None
         return r.out, r.weights, r.kl, token, r.k, r.v
-    out, weights, kl, own, k, v = _Layer.apply(x, *filters, prev_weights, has_residual, token, link)
+    out, weights, kl, own, k, v = applied(
+        _Layer, x, *filters, prev_weights, has_residual, token, link
+    )
     return out, weights, kl, own if own.requires_grad else token, k, v
 
 
@@ -204,5 +208,5 @@ def provider_pull(
     if not torch.is_grad_enabled():
         r = _provide(x, filters._replace(wq=None), link)
         return token, r.k, r.v
-    own, k, v = _Provider.apply(x, filters.wk, filters.wv, token, link)
+    own, k, v = applied(_Provider, x, filters.wk, filters.wv, token, link)
     return own if own.requires_grad else token, k, v

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,6 +28,15 @@ def is_interleaved(value: Tensor, channels_last: bool) -> bool:
 def _inner_stride(value: Tensor, channels_last: bool, interleaved: bool) -> int | None:
     """Channel stride (planar) or position stride (interleaved); None when the map is not in that form."""
     shape, strides = value.shape, value.stride()
+    try:
+        return _cached_inner_stride(shape, strides, channels_last, interleaved)
+    except TypeError:  # symbolic sizes cannot be looked up
+        return _inner_stride_of(shape, strides, channels_last, interleaved)
+
+
+def _inner_stride_of(
+    shape: Sequence[int], strides: Sequence[int], channels_last: bool, interleaved: bool
+) -> int | None:
     channel = len(shape) - 1 if channels_last else 1
     position_stride = None
     expected = None
@@ -43,6 +55,10 @@ def _inner_stride(value: Tensor, channels_last: bool, interleaved: bool) -> int 
     if position_stride not in (None, 1):
         return None
     return strides[channel] if shape[channel] != 1 else (expected or 1)
+
+
+# Asked for several maps of every layer and step; a process meets few shapes.
+_cached_inner_stride = functools.lru_cache(maxsize=4096)(_inner_stride_of)
 
 
 def view_in_form(value: Tensor, channels_last: bool, interleaved: bool) -> MapView | None:

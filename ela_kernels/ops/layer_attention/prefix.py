@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from operator import add, attrgetter
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 
 class Pairs(NamedTuple):
-    """Keys and values held, each with a number of its own, and the versions that they were appended at.
+    """Keys and values held, each pair with a number of its own, and the versions that they were appended at.
 
     They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on.
     """
@@ -29,29 +30,35 @@ class Pairs(NamedTuple):
         is_linked: bool = True,
     ) -> Pairs:
         """With one more pair, whose place is the end of `path` where it has one already."""
-        versions = self.versions
+        keys, values, old_path, versions, linked = self
         # Neither path nor versions can be traced, and a compiled graph needs neither.
         if torch.compiler.is_compiling():
-            path = self.path
+            path, version = old_path, -1
         else:
-            versions = (*versions, _version(key, value))
             path = self.next_path() if path is None else path
-        linked = self.linked and (is_linked or not (key.requires_grad or value.requires_grad))
-        return Pairs((*self.keys, key), (*self.values, value), path, versions, linked)
+            version = _version(key, value)
+        linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
+        return Pairs((*keys, key), (*values, value), path, (*versions, version), linked)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))
 
     def changed(self) -> int | None:
         """The first layer whose key or value was changed in place since it was appended; None if none was."""
-        if self.versions:
-            for j, version in enumerate(self.versions):
-                if version >= 0 and self.keys[j]._version + self.values[j]._version != version:
-                    return j
+        versions = self.versions
+        if -1 not in versions:
+            # Asked at every layer about all before it, so without a loop in Python.
+            found = map(add, map(_version_of, self.keys), map(_version_of, self.values))
+            if tuple(found) == versions:
+                return None
+        for j, version in enumerate(versions):
+            if version >= 0 and _version(self.keys[j], self.values[j]) != version:
+                return j
         return None
 
 
 _serials = itertools.count(1)
+_version_of = attrgetter("_version")
 
 
 def _version(key: Tensor, value: Tensor) -> int:

@@ -39,11 +39,11 @@ class Record:
 
     def add(self, retrieval: Entry) -> None:
         task = torch._C._current_graph_task_id()
-        if task not in self._passes:
-            self._passes[task] = []
+        entries = self._passes.get(task)
+        if entries is None:
+            entries = self._passes[task] = []
             # A pass over a part of the graph never reaches the first layer: forget it when it ends.
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
-        entries = self._passes[task]
         if entries and type(entries[0].left) is not type(retrieval.left):
             raise RuntimeError(
                 "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
@@ -163,6 +163,18 @@ def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
     return None
 
 
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`, by the shorter way that it takes itself where no transform of `torch.func` is active."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def new_token(token: Tensor | None, like: Tensor) -> Tensor:
+    """A token for the next layer. Nobody reads it, so no kernel fills it."""
+    return like.new_empty(1) if token is None else torch.empty_like(token)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -180,7 +192,7 @@ class _Attend(torch.autograd.Function):
             q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
         )
         save(ctx, q, weights, prev_weights, *link.keys, *link.values)
-        return out, weights, kl, q.new_empty(1)  # nobody reads a token: no kernel fills it
+        return out, weights, kl, new_token(token, q)
 
     @staticmethod
     def backward(
@@ -222,7 +234,7 @@ class _Provide(torch.autograd.Function):
     def forward(ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor:
         keep(ctx, link)
         ctx.token = token
-        return k.new_empty(1)
+        return new_token(token, k)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -240,7 +252,7 @@ def attend_pull(
             q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
         )
         return out, weights, kl, token
-    out, weights, kl, own = _Attend.apply(q, k, v, prev_weights, token, link)
+    out, weights, kl, own = applied(_Attend, q, k, v, prev_weights, token, link)
     return out, weights, kl, own if own.requires_grad else token
 
 
@@ -248,5 +260,5 @@ def provide_pull(k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tens
     """The token after a layer that gives its pair and retrieves nothing."""
     if not torch.is_grad_enabled():
         return token
-    own = _Provide.apply(k, v, token, link)
+    own = applied(_Provide, k, v, token, link)
     return own if own.requires_grad else token
