@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -124,21 +125,31 @@ def check_ops(stage: StageOfOps) -> float:
     return worst
 
 
-def measure_floor(shape: StageShape, rounds: int) -> dict[str, Any]:
-    """Times of the op's phases and of the read probes, summed over the depths of a stage.
+class Phased(Protocol):
+    """A stage whose phases can be timed at every depth, each against the maps that it must touch."""
+
+    shape: StageShape
+
+    def phase(self, name: str, t: int) -> Contender:
+        """One phase at one depth, as something to time."""
+
+    def footprint(self, name: str, t: int) -> list[Tensor]:
+        """The maps that a phase at depth t must read or write, each once."""
+
+
+def against_probes(stage: Phased, names: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Times of phases and of the read probes, summed over the depths of a stage.
 
     At every depth all probes and the phase take turns. `percent_of_probe` is the probe's time over the phase's: 100
-    when the phase takes no longer than reading the maps that it touches, the written one included.
+    when the phase takes no longer than reading the maps that it touches, the written ones included.
     """
-    stage = StageOfOps(shape)
-    error = check_ops(stage)
+    shape = stage.shape
     probes = read_probes()
-    report: dict[str, Any] = {"largest_error": error, "phases": {}}
-    totals: dict[str, list[float]] = {}
-    for name in PHASES:
+    report: dict[str, Any] = {}
+    for name in names:
         sums: dict[str, list[float]] = {}
         best = [0.0] * rounds
-        maps = 0
+        least_bytes = 0
         depths = {}
         for t in range(1, shape.depth + 1):
             footprint = stage.footprint(name, t)
@@ -150,26 +161,39 @@ def measure_floor(shape: StageShape, rounds: int) -> dict[str, Any]:
             for contender, times in seconds.items():
                 so_far = sums.setdefault(contender, [0.0] * rounds)
                 sums[contender] = [a + b for a, b in zip(so_far, times, strict=True)]
-            maps += len(footprint)
+            least_bytes += sum(m.numel() * m.element_size() for m in footprint)
             depths[t] = {c: 1e3 * statistics.median(times) for c, times in seconds.items()}
-        least_bytes = maps * shape.map_elements * stage.written.element_size()
-        totals[name], totals[f"{name} probe"] = sums["op"], best
-        report["phases"][name] = {
+        op, probe = statistics.median(sums["op"]), statistics.median(best)
+        report[name] = {
             "least_bytes": least_bytes,
             "op": summarize(sums["op"])._asdict(),
-            "op_gb_per_s": least_bytes / statistics.median(sums["op"]) / 1e9,
+            "op_gb_per_s": least_bytes / op / 1e9,
             "probes": {p: summarize(sums[p])._asdict() for p in probes},
-            "probe_gb_per_s": least_bytes / statistics.median(best) / 1e9,
-            "percent_of_probe": 100 * statistics.median(best) / statistics.median(sums["op"]),
+            "probe_gb_per_s": least_bytes / probe / 1e9,
+            "percent_of_probe": 100 * probe / op,
             "median_ms_by_depth": depths,
         }
-    report["forward_percent_of_probe"] = report["phases"]["forward"]["percent_of_probe"]
-    backward, probe = (
-        statistics.median(totals[f"dots{kind}"]) + statistics.median(totals[f"gather{kind}"])
-        for kind in ("", " probe")
-    )
-    report["backward_percent_of_probe"] = 100 * probe / backward
     return report
+
+
+def percent_of_probe(phases: dict[str, Any], names: Sequence[str]) -> float:
+    """Of some phases together."""
+    op = sum(phases[name]["op"]["median"] for name in names)
+    least = sum(phases[name]["least_bytes"] / phases[name]["probe_gb_per_s"] for name in names)
+    return 100 * least / 1e6 / op
+
+
+def measure_floor(shape: StageShape, rounds: int) -> dict[str, Any]:
+    """Times of the op's phases and of the read probes, as :func:`against_probes`."""
+    stage = StageOfOps(shape)
+    error = check_ops(stage)
+    phases = against_probes(stage, PHASES, rounds)
+    return {
+        "largest_error": error,
+        "phases": phases,
+        "forward_percent_of_probe": phases["forward"]["percent_of_probe"],
+        "backward_percent_of_probe": percent_of_probe(phases, ("dots", "gather")),
+    }
 
 
 def measure_divergence(shape: StageShape, rounds: int) -> dict[str, Any]:

@@ -70,6 +70,10 @@ def _targets(results: Results) -> Iterator[Target]:
         forward, backward = (floor[f"{name}_percent_of_probe"] for name in ("forward", "backward"))
         yield Target("op forward, % of read probe", shape, forward, 80.0, True)
         yield Target("op backward, % of read probe", shape, backward, 75.0, True)
+    for shape, floor in results["layer_floor"].items():
+        if parse_shape(shape).depth >= 6:
+            value = floor["percent_of_probe"]
+            yield Target("whole layer, % of read probe", shape, value, 75.0, True)
     for shape, memory in results["memory"].items():
         limit = 2.0 * parse_shape(shape).depth + 4
         yield Target("peak memory, maps", shape, memory["layer"]["maps"], limit, False)
@@ -129,15 +133,18 @@ def text_report(results: Results) -> str:
         lines += [*table(["network", "a step", "over plain"], rows), ""]
     if results["floor"]:
         lines += ["Op against the read probe (GB/s of the least bytes)", ""]
-        rows = []
-        for shape, floor in results["floor"].items():
-            cells = [
-                f"{p['percent_of_probe']:.0f} % ({p['op_gb_per_s']:.1f} of {p['probe_gb_per_s']:.1f})"
-                for p in floor["phases"].values()
-            ]
-            backward = f"{floor['backward_percent_of_probe']:.0f} %"
-            rows.append([str(parse_shape(shape)), *cells, backward])
+        rows = [
+            [*_against_probe(shape, floor), f"{floor['backward_percent_of_probe']:.0f} %"]
+            for shape, floor in results["floor"].items()
+        ]
         lines += [*table(["", "forward", "dots", "gather", "dots + gather"], rows), ""]
+    if results["layer_floor"]:
+        lines += ["Whole layer against the read probe (GB/s of the least bytes)", ""]
+        rows = [
+            [*_against_probe(shape, floor), f"{floor['percent_of_probe']:.0f} %"]
+            for shape, floor in results["layer_floor"].items()
+        ]
+        lines += [*table(["", "forward", "backward", "both"], rows), ""]
     if results["memory"]:
         lines += ["Peak memory of a stage in maps: tensors (resident)", ""]
         names = list(next(iter(results["memory"].values())))
@@ -172,6 +179,15 @@ _PASSES = ("forward", "backward", "both")
 
 def _time(ms: dict[str, float]) -> str:
     return f"{ms['median']:.1f} [{ms['q1']:.1f}, {ms['q3']:.1f}]"
+
+
+def _against_probe(shape: str, floor: dict[str, Any]) -> list[str]:
+    """A row's first cells: the stage, and each phase."""
+    cells = [
+        f"{p['percent_of_probe']:.0f} % ({p['op_gb_per_s']:.1f} of {p['probe_gb_per_s']:.1f})"
+        for p in floor["phases"].values()
+    ]
+    return [str(parse_shape(shape)), *cells]
 
 
 def _maps(memory: dict[str, Any]) -> str:

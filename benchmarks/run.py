@@ -34,6 +34,7 @@ FULL_ROUNDS = {
     "stages": 15,
     "blocks": 15,
     "floor": 15,
+    "layer_floor": 15,
     "divergence": 60,
     "overhead": 400,
     "networks": 11,
@@ -42,6 +43,7 @@ QUICK_ROUNDS = {
     "stages": 5,
     "blocks": 5,
     "floor": 5,
+    "layer_floor": 5,
     "divergence": 15,
     "overhead": 60,
     "networks": 3,
@@ -70,7 +72,13 @@ class Run:
             for i, shape in enumerate(self.shapes):
                 parts = ["stages"]
                 if setting == KEPT:
-                    parts += ["blocks", "floor", "divergence", *(ONCE if i == 0 else ())]
+                    parts += [
+                        "blocks",
+                        "floor",
+                        "layer_floor",
+                        "divergence",
+                        *(ONCE if i == 0 else ()),
+                    ]
                 parts = [part for part in parts if part in self.parts]
                 if not parts:
                     continue

@@ -17,13 +17,23 @@ import torch
 
 from benchmarks.blocks import measure_blocks
 from benchmarks.floor import measure_divergence, measure_floor
+from benchmarks.layer_floor import measure_layer_floor
 from benchmarks.memory import measure_memory
 from benchmarks.networks import measure_networks
 from benchmarks.overhead import measure_overhead
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import measure_stage
 
-PARTS = ("stages", "blocks", "floor", "divergence", "memory", "overhead", "networks")
+PARTS = (
+    "stages",
+    "blocks",
+    "floor",
+    "layer_floor",
+    "divergence",
+    "memory",
+    "overhead",
+    "networks",
+)
 # Whose numbers do not depend on the shape.
 ONCE = ("overhead", "networks")
 
@@ -42,7 +52,12 @@ def measure(
         return measure_memory(shape, contenders)
     if part == "overhead":
         return measure_overhead(rounds[part])
-    return {"floor": measure_floor, "divergence": measure_divergence}[part](shape, rounds[part])
+    with_rounds = {
+        "floor": measure_floor,
+        "layer_floor": measure_layer_floor,
+        "divergence": measure_divergence,
+    }
+    return with_rounds[part](shape, rounds[part])
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import ela_kernels as ek
 from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import MALLOC_SETTINGS, process_environment
+from benchmarks.layer_floor import StageOfLayers, check_layers
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
 from benchmarks.networks import measure_networks
@@ -46,6 +47,14 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
             assert 0 < contender["ms"]["q1"] <= contender["ms"]["median"] <= contender["ms"]["q3"]
     phases = results["floor"][SHAPE.name]["phases"]
     assert [p["least_bytes"] for p in phases.values()] == [9 * SHAPE.map_elements * 4] * 3
+    # Depth 3: forward (1 + 2) + (2 + 2) + (3 + 2) maps; backward 3 + 3 at every depth.
+    directions = results["layer_floor"][SHAPE.name]["phases"]
+    least = {name: d["least_bytes"] for name, d in directions.items()}
+    assert least == {
+        "forward": 12 * SHAPE.map_elements * 4,
+        "backward": 18 * SHAPE.map_elements * 4,
+    }
+    assert results["layer_floor"][SHAPE.name]["percent_of_probe"] > 0
     assert set(results["memory"][SHAPE.name]) == {EAGER, LAYER, PULL, PUSH}
     assert results["memory"][SHAPE.name][PULL]["maps"] > 2 * SHAPE.depth - 1
     assert math.isfinite(results["divergence"][SHAPE.name]["percent_of_forward"])
@@ -57,6 +66,7 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     assert results["machine"]["threads"] == 1
     table = (tmp_path / "tables.md").read_text()
     assert "peak memory, maps" in table
+    assert "Whole layer against the read probe" in table
     assert table == done.stdout.removesuffix("\n")
 
 
@@ -89,6 +99,16 @@ def test_a_wrong_contender_is_not_timed(broken: str) -> None:
     forward = {"output": wrong_output, "gradient": wrong_gradient}[broken]
     with pytest.raises(WrongResultError, match=broken):
         check_forms(stage, {"broken": forward})
+
+
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="times the cpp backend")
+def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = StageOfLayers(SHAPE)
+    assert 0 < check_layers(stage) < 2e-5
+    right = stage.backward
+    monkeypatch.setattr(stage, "backward", lambda t: right(t)._replace(wk=1.001 * right(t).wk))
+    with pytest.raises(RuntimeError, match="dwk is"):
+        check_layers(stage)
 
 
 def test_contenders_take_turns() -> None:
