@@ -150,7 +150,9 @@ class QueryKeyValue(nn.Module):
         """
         if torch.compiler.is_compiling():
             return None  # a compiled graph is made of PyTorch's own pieces
-        children = self._modules  # not self.Wq and so on, which take ten times as long
+        children: dict[str, Any] = (
+            self._modules
+        )  # not self.Wq and so on, which take ten times as long
         wq, wk, wv = children["Wq"], children["Wk"], children["Wv"]
         kind = type(self)
         modules = (wk, wv) if wq is None else (wq, wk, wv)

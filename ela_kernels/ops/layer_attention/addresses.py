@@ -11,9 +11,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.layout import in_form, view_in_form
+from ela_kernels.ops.layer_attention.prefix import Alike
 
 Table = tuple[list[int], list[int], list[Tensor]]
 """Addresses, strides (one set for all, or one for each), and copies that must live until the kernel has run."""
+
+NO_TABLE: Table = ([], [], [])
 
 
 def row(tensor: Tensor) -> tuple[int, int, Tensor]:
@@ -23,16 +26,16 @@ def row(tensor: Tensor) -> tuple[int, int, Tensor]:
         tensor = tensor.contiguous()
         batch = tensor.stride(0)
     where = tensor.data_ptr()
-    return where if where else _addresses((tensor,))[0], batch, tensor
+    return where if where else addresses((tensor,))[0], batch, tensor
 
 
 def rows(tensors: Sequence[Tensor]) -> Table:
     """Queries or keys `[B, C]`: the stride is that of the batch; channels must be contiguous, or are made so."""
     strides = tensors[0].stride()
     if strides[1] == 1 and _alike(tensors, strides):
-        return _addresses(tensors), [strides[0]], []
+        return addresses(tensors), [strides[0]], []
     copies = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
-    return _addresses(copies), [t.stride(0) for t in copies], copies
+    return addresses(copies), [t.stride(0) for t in copies], copies
 
 
 def one_map(
@@ -50,25 +53,27 @@ def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> T
     """Feature maps of one shape: strides are those of the batch, and of channel (planar) or position (interleaved)."""
     first = view_in_form(tensors[0], channels_last, interleaved)
     if first is not None and _alike(tensors, tensors[0].stride()):
-        return _addresses(tensors), [first[1], first[2]], []
+        return addresses(tensors), [first[1], first[2]], []
     copies = [in_form(t, channels_last, interleaved) for t in tensors]
     table: list[int] = []
     for copy in copies:
         view = view_in_form(copy, channels_last, interleaved)
         assert view is not None  # in_form made it so
         table += view[1:]
-    return _addresses(copies), table, copies
+    return addresses(copies), table, copies
 
 
 def _alike(tensors: Sequence[Tensor], strides: tuple[int, ...]) -> bool:
+    if type(tensors) is Alike:
+        return True
     return [*map(Tensor.stride, tensors)].count(strides) == len(tensors)
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    addresses = [*map(Tensor.data_ptr, tensors)]
-    if 0 in addresses and any(t.numel() and t.data_ptr() == 0 for t in tensors):
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    found = [*map(Tensor.data_ptr, tensors)]
+    if 0 in found and any(t.numel() and t.data_ptr() == 0 for t in tensors):
         raise ValueError(
             "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "
             "kernels read memory. Use ela_kernels.use_backend('eager') there"
         )
-    return addresses
+    return found

@@ -28,7 +28,11 @@ from ela_kernels.ops.layer_attention.pull import (
     refuse_second_derivative,
     token_gradient,
 )
-from ela_kernels.ops.layer_attention.saved import save, unpacked
+from ela_kernels.ops.layer_attention.saved import (
+    release_pairs,
+    save_with_pairs,
+    unpacked_with_pairs,
+)
 
 NO_NORM_GRADIENTS = NormGradients(None, None, None)
 
@@ -64,8 +68,11 @@ class _Block(torch.autograd.Function):
         # Not the parameters, which are saved below: autograd checks their versions.
         ctx.epilogue = epilogue._replace(gamma=None, beta=None, track=None)
         r, statistics, out = _end(x, Filters(wq, wk, wv), prev_weights, epilogue, link, True)
-        save(
+        save_with_pairs(
             ctx,
+            link,
+            r.k,
+            r.v,
             x,
             wq,
             wk,
@@ -78,10 +85,6 @@ class _Block(torch.autograd.Function):
             prev_weights,
             r.out,
             statistics,
-            *link.keys,
-            r.k,
-            *link.values,
-            r.v,
         )
         ctx.mark_non_differentiable(statistics)
         return out, r.weights, r.kl, new_token(token, x), r.k, r.v, statistics
@@ -98,16 +101,17 @@ class _Block(torch.autograd.Function):
         __: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, wq, wk, wv, gamma, beta, mean, q, weights, prev, o, statistics, *maps = unpacked(ctx)
+        tensors, keys, values = unpacked_with_pairs(ctx)
+        x, wq, wk, wv, gamma, beta, mean, q, weights, prev, o, statistics = tensors
         norm = NO_NORM_GRADIENTS
         if dout is not None:
-            dout = in_form_of(maps[-1], dout, ctx.channels_last)
+            dout = in_form_of(values[-1], dout, ctx.channels_last)
             epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
             norm = ctx.layer.norm_backward(o, dout, statistics, epilogue)
-        own = attended(ctx, q, maps, prev, weights, norm.o, dweights, dkl, ctx.needs_input_grad[6])
-        needs = ctx.needs_input_grad[:4]
-        filters = Filters(wq, wk, wv)
-        found = gradients(ctx, x, filters, mean, own, dk, dv, dout, needs, norm.pending)
+        needs, filters = ctx.needs_input_grad, Filters(wq, wk, wv)
+        own = attended(ctx, q, keys, values, prev, weights, norm.o, dweights, dkl, needs[6])
+        found = gradients(ctx, x, filters, mean, own, dk, dv, dout, needs[:4], norm.pending)
+        release_pairs(ctx)
         *inputs, dprev = found
         dgamma, dbeta = of_parameters(norm, gamma, beta)
         return *inputs, dgamma, dbeta, dprev, None, token_gradient(ctx, ctx.token), None

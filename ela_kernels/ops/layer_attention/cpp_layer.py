@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.addresses import maps, one_map, rows
+from ela_kernels.ops.layer_attention.addresses import (
+    NO_TABLE,
+    Table,
+    addresses,
+    maps,
+    one_map,
+    rows,
+)
 from ela_kernels.ops.layer_attention.cpp import (
     DTYPE_CODES,
     NO_MAP,
@@ -34,6 +41,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     view_in_form,
 )
+from ela_kernels.ops.layer_attention.prefix import Alike, with_one_more
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 # No norm_forward: layer_forward() does all of a block.
@@ -95,6 +103,15 @@ class Plan:
             self._weights.append(torch.empty(sizes, dtype=self.divergence.dtype, device="cpu"))
         return torch.empty_like(self._weights[depth - 1])
 
+    def tables(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Table, Table]:
+        """Of keys and values of a history, the last of which were made for this plan."""
+        if type(keys) is Alike and type(values) is Alike:
+            return (
+                (addresses(keys), [self.row.stride(0)], []),
+                (addresses(values), [*self.made], []),
+            )
+        return rows(keys), maps(values, False, self.interleaved)
+
     def map_view(self, tensor: Tensor) -> tuple[MapView, Tensor]:
         """As the extension takes it, and what must live until the kernel has run."""
         return one_map(tensor, False, self.interleaved)
@@ -151,8 +168,7 @@ def layer_forward(
             x_view, out_view = plan.map_view(x)[0], (out.data_ptr(), *plan.made)
             views = (out_view, x_view, (block.data_ptr(), *plan.made), NO_MAP)
             norm = norm_call(views, plan.norm_sizes, given, epilogue)
-    key_addresses, key_strides, key_copies = rows((*keys, k))
-    value_addresses, value_strides, value_copies = maps((*values, v), False, plan.interleaved)
+    key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
     compiled().layer(
         plan.call,
         scale,
@@ -162,10 +178,10 @@ def layer_forward(
         wv.data_ptr(),
         mean.data_ptr(),
         address(q),
-        key_addresses,
-        key_strides,
-        value_addresses,
-        value_strides,
+        key_table[0],
+        key_table[1],
+        value_table[0],
+        value_table[1],
         address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
         address(weights),
@@ -177,7 +193,7 @@ def layer_forward(
         None if norm is None else norm.arguments,
         thread_count(plan.elements * depth),
     )
-    del key_copies, value_copies, norm
+    del key_table, value_table, norm
     return LayerForward(mean, q, k, v, out, weights, kl, statistics, block)
 
 
@@ -214,10 +230,7 @@ def layer_backward(
     if dv is not None:
         dv_view, dv = plan.map_view(resolved(dv))
 
-    keys: list[int] = []
-    key_strides: list[int] = []
-    values: list[int] = []
-    value_strides: list[int] = []
+    key_table = value_table = NO_TABLE
     dout_view = NO_MAP
     query = weights = dscores = dweights = dkl = prev = dprev = None
     scale, depth, wants_query = 1.0, 0, False
@@ -225,16 +238,14 @@ def layer_backward(
         saved = own.saved
         query, weights, dscores, scale = saved.q, saved.weights, own.dscores, saved.scale
         depth = len(saved.keys)
-        keys, key_strides, key_copies = rows(saved.keys)
-        keeps.append(key_copies)
+        key_table, value_table = plan.tables(saved.keys, saved.values)
         dweights, dkl, prev = dense(own.dweights), dense(own.dkl), dense(saved.prev_weights)
         if own.need_prev and dkl is not None and prev is not None:
             dprev = torch.empty_like(prev)
         wants_query = need_x or need_wq
         if own.dout is not None:
-            values, value_strides, value_copies = maps(saved.values, False, plan.interleaved)
             dout_view, dout = plan.map_view(own.dout)
-            keeps += (value_copies, dout)
+            keeps.append(dout)
 
     residual_view = NO_MAP
     if residual is not None:
@@ -250,10 +261,10 @@ def layer_backward(
         index,
         own is not None,
         address(query),
-        keys,
-        key_strides,
-        values,
-        value_strides,
+        key_table[0],
+        key_table[1],
+        value_table[0],
+        value_table[1],
         address(prev),
         0 if prev is None else prev.shape[2],
         address(weights),
@@ -281,7 +292,7 @@ def layer_backward(
         pending is not None and pending.batch_statistics,
         thread_count(plan.elements * (depth + len(retrieved) + 1)),
     )
-    del keeps
+    del keeps, key_table, value_table
     if not has_rows:
         dwq, dwk = (None if d is None else d.zero_() for d in (dwq, dwk))
     return LayerGradients(dx, dwq, dwk, dwv, dprev)

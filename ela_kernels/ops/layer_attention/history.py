@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ela_kernels.ops.layer_attention.kernels import (
     resolved,
 )
 from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, choose_layer_kernels
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, LayerChoice
 from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 
@@ -71,6 +72,7 @@ class LayerHistory:
         self._found_by: dict[Any, list[tuple[Prefix, bool]]] = {}
         self._record = Record()
         self._made_in = graph_task()
+        self._layer_kernels = LayerChoice()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Whole layers would pass by an `attend` or `provide` of a subclass: they do not serve one that has its own."""
@@ -211,7 +213,7 @@ class LayerHistory:
         if is_transformed():
             return False
         pairs = self._place_of(caller).pairs
-        return pairs.linked and choose_layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
+        return pairs.linked and self._layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
 
     def attend_layer(
         self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
@@ -279,18 +281,19 @@ class LayerHistory:
         self, x: Tensor, filters: Filters, heads: int, caller: Any
     ) -> tuple[Prefix, int, Link]:
         """Where a layer is in the history, its heads, and the pairs before it."""
-        prefix = self._enter(caller, (x, *(w for w in filters if w is not None)))
-        heads = checks.check_heads(heads, x.shape[1])
+        prefix = self._enter(caller, (x, *filters))
+        pairs = prefix.pairs
+        channels = x.shape[1]
+        if type(heads) is not int or heads != prefix.heads:  # the same number is checked already
+            heads = checks.check_heads(heads, channels)
         self._check_against_held(prefix, x, heads)
-        path = prefix.pairs.next_path()
-        keys, values = prefix.pairs.keys, prefix.pairs.values
-        scale = checks.check_scale(None, x.shape[1] // heads)
-        served = choose_layer_kernels(x, len(keys) + 1) if prefix.pairs.linked else None
+        scale = 1.0 / math.sqrt(channels // heads)
+        keys, values = pairs.keys, pairs.values
+        served = self._layer_kernels(x, len(keys) + 1) if pairs.linked else None
         if served is None:
             raise ValueError("x: no kernel of a whole layer serves it; ask serves_layer first")
-        backend, layer = served
-        kernels = kernels_of(backend)
-        link = Link(path, keys, values, heads, scale, False, kernels, self._record, layer)
+        path, kernels, layer = pairs.next_path(), kernels_of(served[0]), served[1]
+        link = Link(path, keys, values, heads, scale, False, kernels, self._record, layer, pairs)
         return prefix, heads, link
 
     def provide_layer(self, x: Tensor, filters: Filters, *, heads: int, caller: Any = None) -> None:
@@ -329,7 +332,7 @@ class LayerHistory:
         found = self._found_by.get(caller) if self.recomputing and caller is not None else None
         return found[0][0] if found else self._now
 
-    def _enter(self, caller: Any, inputs: tuple[Tensor, ...]) -> Prefix:
+    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...]) -> Prefix:
         """The prefix that this layer extends: the present one, or its old one in a recomputation."""
         if not self.recomputing:
             if caller is not None and not _never_recomputes():
@@ -343,7 +346,8 @@ class LayerHistory:
                 "torch.utils.checkpoint pass caller=<the module>, and use each layer once for each history"
             )
         prefix, had_grad = found[0]
-        if not had_grad and torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        wants_grad = any(x is not None and x.requires_grad for x in inputs)
+        if wants_grad and not had_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "LayerHistory: got reentrant checkpointing, which would lose the gradients between layers; allowed is "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"

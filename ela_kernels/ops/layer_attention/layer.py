@@ -7,6 +7,7 @@ no kernel serves reads them as autograd inputs, and what it sends back is added.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,13 @@ from ela_kernels.ops.layer_attention.pull import (
     refuse_second_derivative,
     token_gradient,
 )
-from ela_kernels.ops.layer_attention.saved import save, unpacked
+from ela_kernels.ops.layer_attention.saved import (
+    release_pairs,
+    save,
+    save_with_pairs,
+    unpacked,
+    unpacked_with_pairs,
+)
 
 LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor]
 """out, weights, kl, token, key, value."""
@@ -40,7 +47,8 @@ LayerOutput = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor
 def attended(
     ctx: Any,
     q: Tensor,
-    maps: list[Tensor],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
     prev_weights: Tensor | None,
     weights: Tensor,
     dout: Tensor | None,
@@ -50,11 +58,10 @@ def attended(
 ) -> Attended | None:
     """The layer's own attention for its backward, and into the record what the layers before it will need.
 
-    None where no gradient arrives through it. `maps` are keys and values, its own last.
+    None where no gradient arrives through it. The last key and value are its own.
     """
     if dout is None and dweights is None and dkl is None:
         return None
-    keys, values = maps[: len(maps) // 2], maps[len(maps) // 2 :]
     saved = Saved(q, keys, values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last)
     dscores = torch.empty_like(weights)
     left = ctx.kernels.Retrieved(q, weights, dscores, dout, ctx.channels_last)
@@ -100,21 +107,7 @@ class _Layer(torch.autograd.Function):
         keep(ctx, link)
         ctx.token, ctx.has_residual = token, has_residual
         r = _retrieve(x, Filters(wq, wk, wv), prev_weights, has_residual, link)
-        save(
-            ctx,
-            x,
-            wq,
-            wk,
-            wv,
-            r.mean,
-            r.q,
-            r.weights,
-            prev_weights,
-            *link.keys,
-            r.k,
-            *link.values,
-            r.v,
-        )
+        save_with_pairs(ctx, link, r.k, r.v, x, wq, wk, wv, r.mean, r.q, r.weights, prev_weights)
         assert r.out is not None
         assert r.weights is not None
         return r.out, r.weights, r.kl, new_token(token, x), r.k, r.v
@@ -130,15 +123,14 @@ class _Layer(torch.autograd.Function):
         dv: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        x, wq, wk, wv, mean, q, weights, prev_weights, *maps = unpacked(ctx)
+        (x, wq, wk, wv, mean, q, weights, prev), keys, values = unpacked_with_pairs(ctx)
         if dout is not None:
-            dout = in_form_of(maps[-1], dout, ctx.channels_last)
-        own = attended(
-            ctx, q, maps, prev_weights, weights, dout, dweights, dkl, ctx.needs_input_grad[4]
-        )
+            dout = in_form_of(values[-1], dout, ctx.channels_last)
+        needs = ctx.needs_input_grad
+        own = attended(ctx, q, keys, values, prev, weights, dout, dweights, dkl, needs[4])
         residual = dout if ctx.has_residual else None
-        needs = ctx.needs_input_grad[:4]
-        found = gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, residual, needs)
+        found = gradients(ctx, x, Filters(wq, wk, wv), mean, own, dk, dv, residual, needs[:4])
+        release_pairs(ctx)
         return *found, None, token_gradient(ctx, ctx.token), None
 
 

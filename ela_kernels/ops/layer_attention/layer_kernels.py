@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.base import Request
-from ela_kernels.backends.dispatch import choose_backend
+from ela_kernels.backends.dispatch import choose_backend, current_setting
 from ela_kernels.ops.layer_attention.kernels import Saved
 
 
@@ -196,3 +196,23 @@ def choose_layer_kernels(
     backend = choose_backend(Request("layer_attention", x.device, dtype, depth, False)).name
     kernels = layer_kernels_of(backend)
     return None if kernels is None else (backend, kernels)
+
+
+class LayerChoice:
+    """:func:`choose_layer_kernels` with its last answer kept, since every layer asks twice."""
+
+    __slots__ = ("_found", "_request")
+
+    def __init__(self) -> None:
+        self._request: Any = None
+        self._found: tuple[str, LayerKernels] | None = None
+
+    def __call__(
+        self, x: Tensor, depth: int, dtype: torch.dtype | None = None
+    ) -> tuple[str, LayerKernels] | None:
+        dtype = x.dtype if dtype is None else dtype
+        request = (current_setting(), dtype, x.device, depth)
+        if self._request != request:
+            self._found = choose_layer_kernels(x, depth, dtype)
+            self._request = request
+        return self._found

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from operator import add, attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Alike(tuple[Tensor, ...]):
+    """Tensors that have one set of strides, which then need not be asked of each at every layer."""
+
+    __slots__ = ()
+
+
+def with_one_more(tensors: Sequence[Tensor], tensor: Tensor) -> tuple[Tensor, ...]:
+    """`tensors` and `tensor`, :class:`Alike` where all of them are known to be."""
+    is_alike = not tensors or (type(tensors) is Alike and tensors[0].stride() == tensor.stride())
+    return Alike((*tensors, tensor)) if is_alike else (*tensors, tensor)
 
 
 class Pairs(NamedTuple):
@@ -34,11 +47,13 @@ class Pairs(NamedTuple):
         # Neither path nor versions can be traced, and a compiled graph needs neither.
         if torch.compiler.is_compiling():
             path, version = old_path, -1
+            keys, values = (*keys, key), (*values, value)
         else:
             path = self.next_path() if path is None else path
             version = _version(key, value)
+            keys, values = with_one_more(keys, key), with_one_more(values, value)
         linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
-        return Pairs((*keys, key), (*values, value), path, (*versions, version), linked)
+        return Pairs(keys, values, path, (*versions, version), linked)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))

@@ -20,6 +20,7 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention.kernels import Kernels, Retrieval, Saved, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import LayerKernels
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
+from ela_kernels.ops.layer_attention.prefix import Pairs
 from ela_kernels.ops.layer_attention.saved import save, unpacked
 
 
@@ -79,7 +80,7 @@ class Record:
 
 
 class Link(NamedTuple):
-    """One layer's place in its history, its own pair last."""
+    """One layer's place in its history, its own pair last; for a whole layer, which makes its own, those before it."""
 
     path: tuple[int, ...]
     keys: Sequence[Tensor]
@@ -90,6 +91,7 @@ class Link(NamedTuple):
     kernels: Kernels
     record: Record
     layer: LayerKernels | None = None
+    before: Pairs | None = None
 
 
 def layer_kernels(link: Link) -> LayerKernels:

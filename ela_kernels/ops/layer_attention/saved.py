@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
+from ela_kernels.ops.layer_attention.prefix import Pairs, with_one_more
+
+if TYPE_CHECKING:
+    from ela_kernels.ops.layer_attention.pull import Link
+
+# Not in every version of PyTorch. Without them, all goes through autograd, and is checked.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
 class _AsSaved(NamedTuple):
@@ -18,11 +27,15 @@ class _AsSaved(NamedTuple):
     interleaved: bool
 
 
+def _may_have_hooks() -> bool:
+    return _top_hooks is None or _top_hooks(True) is not None
+
+
 def save(ctx: Any, *tensors: Tensor | None) -> None:
     """As `ctx.save_for_backward`; where hooks are set, with what :func:`unpacked` needs to check them."""
     ctx.save_for_backward(*tensors)
     ctx.as_saved = None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if _may_have_hooks():
         ctx.as_saved = [
             None
             if t is None
@@ -54,3 +67,57 @@ def _checked(tensor: Tensor, a: _AsSaved) -> Tensor:
     tensor = resolved(tensor)
     # In the memory format that it had, as the others have it beside which it is read.
     return in_form(tensor, False, a.interleaved) if tensor.dim() == 4 else tensor.contiguous()
+
+
+def save_with_pairs(
+    ctx: Any, link: Link, key: Tensor, value: Tensor, *tensors: Tensor | None
+) -> None:
+    """Save a whole layer's `tensors`, and the keys and values up to its own, for :func:`unpacked_with_pairs`.
+
+    Those before it are kept as the history holds them, and autograd's work is done for them: looking at their versions,
+    and letting go of them once they have served. It would take them one by one, 2T at every layer. But hooks on saved
+    tensors, as checkpoints and offloading set them, have to see them.
+    """
+    before = link.before
+    ctx.count, ctx.before = len(tensors), None
+    ctx.holds = before is not None and _keeps_graph is not None and not _may_have_hooks()
+    if ctx.holds:
+        ctx.before = before
+        save(ctx, *tensors, key, value)
+    else:
+        save(ctx, *tensors, *link.keys, key, *link.values, value)
+
+
+def unpacked_with_pairs(
+    ctx: Any,
+) -> tuple[Sequence[Any], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What :func:`save_with_pairs` was given: the tensors, all keys, all values.
+
+    Raises:
+        RuntimeError: as :func:`unpacked`, and what autograd raises for tensors that it saved itself: one of them was
+            changed in place, or is freed.
+    """
+    found = unpacked(ctx)
+    tensors, maps = found[: ctx.count], found[ctx.count :]
+    if not ctx.holds:
+        depth = len(maps) // 2
+        return tensors, maps[:depth], maps[depth:]
+    before: Pairs | None = ctx.before
+    if before is None:
+        raise RuntimeError(
+            "LayerHistory: a second backward through a layer whose keys and values are freed; allowed is "
+            "retain_graph=True in the first"
+        )
+    changed = before.changed()
+    if changed is not None:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: the key "
+            f"or value of layer {changed} of a LayerHistory"
+        )
+    return tensors, with_one_more(before.keys, maps[0]), with_one_more(before.values, maps[1])
+
+
+def release_pairs(ctx: Any) -> None:
+    """Let go of the keys and values before the layer, unless the graph is retained."""
+    if ctx.holds and _keeps_graph is not None and not _keeps_graph():
+        ctx.before = None
