@@ -150,7 +150,7 @@ __device__ inline void norm_backward_block(const NormBackwardParams& p, unsigned
   const int64_t also_stride = place.stride(p.also_inner);
   const int64_t gradient_stride = place.stride(p.gradient_inner);
   int64_t also_offset = place.start(p.also_batch, p.also_inner);
-  int64_t gradient_offset = place.start(p.gradient_batch, p.gradient_inner);
+  T* gradient = static_cast<T*>(p.gradient_ptr) + place.start(p.gradient_batch, p.gradient_inner);
   const NormAt<kVec> at = norm_at<kVec>(p.norm, place);
   [[maybe_unused]] float by_one[kVec] = {}, by_value[kVec] = {};
   if (kWrites && p.moved_ptr != nullptr) {
@@ -184,18 +184,20 @@ __device__ inline void norm_backward_block(const NormBackwardParams& p, unsigned
         if constexpr (kWrites) b[e] = at.scale[e] * (b[e] - (by_one[e] + distance * by_value[e]));
       }
       if constexpr (kWrites) {
+        Raw<T, kVec> raw_also = {};
         if (p.also_ptr != nullptr) {
-          unpack<T, kVec>(load_vector<T, kVec>(static_cast<const T*>(p.also_ptr) + also_offset + u * also_stride), a);
-#pragma unroll
-          for (int e = 0; e < kVec; ++e) b[e] += a[e];
+          raw_also = load_vector<T, kVec>(static_cast<const T*>(p.also_ptr) + also_offset + u * also_stride);
         }
-        store_vector<T, kVec>(static_cast<T*>(p.gradient_ptr) + gradient_offset + u * gradient_stride, b);
+        unpack<T, kVec>(raw_also, a);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) b[e] += a[e];
+        store_vector<T, kVec>(gradient + u * gradient_stride, b);
       }
     }
     o += kUnroll * o_stride;
     dout += kUnroll * dout_stride;
     also_offset += kUnroll * also_stride;
-    gradient_offset += kUnroll * gradient_stride;
+    gradient += kUnroll * gradient_stride;
   }
   if constexpr (kSums) write_norm_sums<kVec>(p, place, sum, product, shared);
 }
