@@ -116,11 +116,12 @@ measured=""
 for part in $steps; do case "$part" in build | tests) ;; *) measured="$measured $part" ;; esac; done
 size=()
 [ "$smoke" = 1 ] && size=(--smoke)
-cores="$(nproc 2>/dev/null || echo 4)"
+# Without the variables set above, which nproc heeds.
+cores="$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 4)"
 warming=""
 if [ -n "$measured" ]; then
   # shellcheck disable=SC2086 # the parts are words
-  limited 170 150 "$python" -m benchmarks.gpu.warm --workers $(((cores + 1) / 3)) --parts $measured "${where[@]}" \
+  limited 170 150 "$python" -m benchmarks.gpu.warm --workers $(((cores + 2) / 3)) --parts $measured "${where[@]}" \
     "${size[@]}" >"$out/warm.part" 2>&1 &
   warming=$!
 fi
@@ -140,7 +141,9 @@ if wanted tests && ! "$python" -c "import pytest" 2>>"$log"; then
   finish_warming
 elif wanted tests; then
   workers=()
-  if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then workers=(-n $(((2 * cores + 2) / 3))); fi
+  if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then
+    workers=(-n $(((2 * cores + 2) / 3)) --dist worksteal)
+  fi
   # The tests that take much memory, or count it, run alone.
   code=0
   limited 170 220 "$python" -m pytest -q -m gpu -p no:cacheprovider --durations=15 "${selection[@]}" \
@@ -150,7 +153,8 @@ elif wanted tests; then
   say "tests: $(grep -E '^[0-9]+ (passed|failed|skipped)|^=+ .*(passed|failed|error).* =+$|no tests ran' "$out/tests.log" |
     tr '\n' ';')"
   # With the error's first words: a short reply must be enough to see what is wrong.
-  grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-300 | head -n 40 | tee -a "$log"
+  grep -E '^(FAILED|ERROR)' "$out/tests.log" | cut -c1-300 | head -n 30 | tee -a "$log"
+  grep -E '^E  ' "$out/tests.log" | cut -c1-200 | sort | uniq -c | sort -rn | head -n 15 | tee -a "$log"
   [ "$code" = 0 ] || step_failed tests "$code"
 fi
 finish_warming

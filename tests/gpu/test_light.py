@@ -78,8 +78,8 @@ def test_autocast(dtype, backend):
 def test_the_same_step_gives_the_same_bits(backend):
     blocks, x = make_blocks((8, 32, 28, 28), 8, torch.bfloat16, FORMS[0])
     first, again = (
-        assert_right(blocks, x, backend, block_step, factor=8),
-        assert_right(blocks, x, backend, block_step, factor=8),
+        assert_right(blocks, x, backend, block_step),
+        assert_right(blocks, x, backend, block_step),
     )
     for kind, want in first.items():
         assert torch.equal(again[kind], want), kind
