@@ -11,7 +11,7 @@ from support.layer_stages import make_stage, run_stage
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention import pull
+from ela_kernels.ops.layer_attention import saved
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
@@ -21,10 +21,10 @@ WAYS = ["held", "through autograd"]
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """With what newer versions of PyTorch offer, and without."""
-    if request.param == "held" and (pull._top_hooks is None or pull._keeps_graph is None):
+    if request.param == "held" and (saved._top_hooks is None or saved._keeps_graph is None):
         pytest.skip("this version of PyTorch cannot tell whether a graph is retained")
     if request.param != "held":
-        monkeypatch.setattr(pull, "_keeps_graph", None)
+        monkeypatch.setattr(saved, "_keeps_graph", None)
     return request.param
 
 
