@@ -152,7 +152,7 @@ class LayerHistory:
         if is_autocast_on(q):
             q, k, v = autocast_inputs(q, k, v)
         prefix = self._enter(caller, (q, k, v))
-        heads = self._check_pair(prefix, q, k, v, heads, channels_last)
+        heads = prefix.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
         kernels = self._kernels(q, prefix)
         if kernels is not None:
@@ -184,7 +184,7 @@ class LayerHistory:
         if is_autocast_on(k):
             k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
-        heads = self._check_pair(prefix, k, k, v, heads, channels_last)
+        heads = prefix.check_pair(k, k, v, heads, channels_last)
         kernels = self._kernels(k, prefix)
         if kernels is not None:
             k, v = resolved(k), resolved(v)
@@ -286,7 +286,7 @@ class LayerHistory:
         channels = x.shape[1]
         if type(heads) is not int or heads != prefix.heads:  # the same number is checked already
             heads = checks.check_heads(heads, channels)
-        self._check_against_held(prefix, x, heads)
+        prefix.check_fits(x, heads)
         scale = 1.0 / math.sqrt(channels // heads)
         keys, values = pairs.keys, pairs.values
         served = self._layer_kernels(x, len(keys) + 1) if pairs.linked else None
@@ -367,40 +367,6 @@ class LayerHistory:
         if needs_dispatcher(q) or not prefix.pairs.linked:
             return None
         return choose_kernels("layer_attention", q, len(prefix.pairs.keys) + 1)
-
-    def _check_pair(
-        self, prefix: Prefix, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool
-    ) -> int:
-        """The heads, after the checks against q and against what is held."""
-        checks.check_tensor("k", k)
-        checks.check_like("k", k, q)
-        if k.shape != q.shape:
-            raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
-        checks.check_map("v", v, q, channels_last)
-        heads = checks.check_heads(heads, q.shape[1])
-        self._check_against_held(prefix, v, heads)
-        return heads
-
-    def _check_against_held(self, prefix: Prefix, v: Tensor, heads: int) -> None:
-        if not prefix.pairs.keys:
-            return
-        first = prefix.pairs.values[0]
-        if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
-            raise ValueError(
-                f"v: got shape {list(v.shape)}, {v.dtype} on {v.device}; allowed is what the history holds, "
-                f"{list(first.shape)}, {first.dtype} on {first.device}. Make a new LayerHistory for each stage and "
-                "forward pass"
-            )
-        if heads != prefix.heads:
-            raise ValueError(
-                f"heads: got {heads}; allowed is {prefix.heads}, as the layers before it in this history"
-            )
-        changed = prefix.pairs.changed()
-        if changed is not None:
-            raise RuntimeError(
-                f"history: the key or value of layer {changed} was changed in place after it was appended; allowed is "
-                "an out-of-place operation, or a clone given to the history"
-            )
 
     def _link(
         self, pairs: Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ela_kernels.ops.layer_attention import checks
+
 
 class Alike(tuple[Tensor, ...]):
     """Tensors that have one set of strides, which then need not be asked of each at every layer."""
@@ -97,3 +99,36 @@ class Prefix:
     ) -> None:
         self.pairs, self.position, self.heads = pairs, position, heads
         self.weights, self.kl, self.token = weights, kl, token
+
+    def check_pair(self, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool) -> int:
+        """The heads, after the checks against q and against what is held."""
+        checks.check_tensor("k", k)
+        checks.check_like("k", k, q)
+        if k.shape != q.shape:
+            raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
+        checks.check_map("v", v, q, channels_last)
+        heads = checks.check_heads(heads, q.shape[1])
+        self.check_fits(v, heads)
+        return heads
+
+    def check_fits(self, v: Tensor, heads: int) -> None:
+        """Refuse a value or heads that differ from those held, and a pair that was changed since."""
+        if not self.pairs.keys:
+            return
+        first = self.pairs.values[0]
+        if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
+            raise ValueError(
+                f"v: got shape {list(v.shape)}, {v.dtype} on {v.device}; allowed is what the history holds, "
+                f"{list(first.shape)}, {first.dtype} on {first.device}. Make a new LayerHistory for each stage and "
+                "forward pass"
+            )
+        if heads != self.heads:
+            raise ValueError(
+                f"heads: got {heads}; allowed is {self.heads}, as the layers before it in this history"
+            )
+        changed = self.pairs.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"history: the key or value of layer {changed} was changed in place after it was appended; allowed is "
+                "an out-of-place operation, or a clone given to the history"
+            )
