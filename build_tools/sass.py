@@ -33,7 +33,10 @@ def read_functions(text: str) -> dict[str, list[Instruction]]:
 
 
 def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
-    """Positions that may come next. Calls are taken to return, and barriers of divergence to fall through."""
+    """Positions that may come next. Calls are taken to return, and barriers of divergence to fall through.
+
+    A call under a condition may also be a jump that never returns: ptxas leaves loops by one on some architectures.
+    """
     position = {instruction.address: i for i, instruction in enumerate(instructions)}
     found: list[list[int]] = []
     for i, (_, predicate, opcode, operands) in enumerate(instructions):
@@ -43,6 +46,9 @@ def _successors(instructions: Sequence[Instruction]) -> list[list[int]]:
             targets = re.findall(r"0x([0-9a-f]+)", operands)
             conditional = predicate or ".DIV" in opcode or re.search(r"\bU?P\d", operands)
             found.append([position[int(targets[-1], 16)], *(following if conditional else [])])
+        elif name == "CALL" and ".REL" in opcode and predicate:
+            targets = [int(x, 16) for x in re.findall(r"0x([0-9a-f]+)", operands)]
+            found.append([*following, *(position[x] for x in targets[-1:] if x in position)])
         elif name in ("EXIT", "RET") and not predicate:
             found.append([])
         else:

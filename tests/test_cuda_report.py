@@ -143,6 +143,23 @@ def test_a_part_of_a_loop_that_lies_elsewhere_belongs_to_it():
     assert widths(main_loop(instructions), ["LDG"]) == {128: 1, 32: 1}
 
 
+def test_a_loop_that_is_left_by_a_call_under_a_condition():
+    """Else the outer loop would not hold the inner one, and would itself be an innermost one."""
+    text = f"""
+\t\tFunction : {FORWARD}
+        /*0000*/                   MOV R0, RZ ;
+        /*0010*/                   LDG.E R4, desc[UR6][R4.64] ;
+        /*0020*/                   LDG.E.128 R4, desc[UR6][R4.64] ;
+        /*0030*/              @!P0 CALL.REL.NOINC 0x50 ;
+        /*0040*/                   BRA 0x20 ;
+        /*0050*/               @P1 BRA 0x10 ;
+        /*0060*/                   EXIT ;
+"""
+    instructions = read_functions(text)[FORWARD]
+    assert len(natural_loops(instructions)) == 2
+    assert [addresses(loop) for loop in innermost_loops(instructions)] == [[0x20, 0x30, 0x40]]
+
+
 def test_no_loop():
     assert natural_loops([]) == []
     assert main_loop(read_functions(SASS.replace("@!P0 BRA", "@!P0 EXIT"))[FORWARD]) == ()
