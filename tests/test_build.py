@@ -139,6 +139,7 @@ def source_tree(tmp_path: Path) -> Path:
     for name in (
         "binding/module.cpp",
         "binding/cuda.cpp",
+        "binding/cuda_norm.cpp",
         "cpu/op_baseline.cpp",
         "cpu/op_avx2.cpp",
         "cpu/op_avx512.cpp",
