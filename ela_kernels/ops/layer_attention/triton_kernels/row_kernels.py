@@ -28,8 +28,8 @@ def layer_rows_fwd_kernel(
     """The pooled mean, and query and key from it; the means of neighbouring channels are added up once more.
 
     A launch of its own. The attention's programs could make the rows of their heads themselves, but every tile of a
-    head would do it again, by far more tiles than heads. Compiled for compute capability 9.0, 3 to 8 taps and one sum a
-    channel, with heads of 16 and 32: 18 to 32 % more instructions planar and twice the barriers; 66 to 79 % more
+    head would do it again, by far more tiles than heads. Compiled for compute capability 9.0, up to eight taps and one
+    sum a channel, heads of 16: 25 to 39 % more instructions planar and up to twice the barriers; 66 to 79 % more
     interleaved, where 62 registers become 96 and a tile reads its 128 channels' sums for every tap. And interleaved
     maps have up to dozens of sums a channel.
     """
