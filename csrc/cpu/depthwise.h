@@ -73,22 +73,81 @@ inline void store_one(void* p, int64_t i, Acc<T> x) {
 }
 
 // A column of vectors of a plane: which lanes there are, and which of them have a neighbour to either side.
+//
+// Where parts of vectors are dear, whole ones are loaded instead in all rows but the first or last, since what lies
+// beyond the lanes is still of this plane, and the other lanes are cleared; a part is stored together with what is
+// there behind it. Measured with AVX2 at 2 GHz, in cache: a plane of 14 x 14 took 459 ns by parts and takes 279 so in
+// float, 1118 and 480 in float16, whose parts are copies of a run-time length.
+template <class T>
 struct Columns {
   int64_t w;
   int count, left_begin, right_end;
+  bool inside;                     // nothing to clear in any row
+  int64_t whole_begin, whole_end;  // the rows in which whole vectors may be loaded and stored
+  Bits<T> before, center, after;   // the lanes to keep of them
 };
 
 template <class T>
-inline Columns columns_at(int64_t w, int64_t width) {
+inline Columns<T> columns_at(int64_t w, int64_t height, int64_t width) {
   const int64_t left = width - w;
   const int count = static_cast<int>(left < kLanes<T> ? left : kLanes<T>);
-  return {w, count, w == 0 ? 1 : 0, left > count ? count : count - 1};
+  const int left_begin = w == 0 ? 1 : 0, right_end = left > count ? count : count - 1;
+  // From the first row on from which the vector to the right would end behind the plane. (A division takes longer.)
+  int64_t whole_end = height + 1;
+  for (int64_t covered = 0; covered < w + 1 + kLanes<T>; covered += width) --whole_end;
+  return {w,
+          count,
+          left_begin,
+          right_end,
+          left_begin == 0 && right_end == kLanes<T>,
+          kPartsAreCheap ? height : left_begin,
+          whole_end,
+          lane_bits<T>(left_begin, count),
+          lane_bits<T>(0, count),
+          lane_bits<T>(0, right_end)};
 }
 
 template <class T>
-inline Triple<T> plane_triple(const T* row, const Columns& c) {
-  const T* at = row + c.w;
-  return {load_lanes(at - 1, c.left_begin, c.count), load_n(at, c.count), load_lanes(at + 1, 0, c.right_end)};
+inline bool is_whole(const Columns<T>& c, int64_t r) {
+  return r >= c.whole_begin && r < c.whole_end;
+}
+
+template <bool kInside, class T, class D>
+inline Triple<D> plane_triple(const D* plane, int64_t r, int64_t width, const Columns<T>& c) {
+  const D* at = plane + r * width + c.w;
+  if (kInside) return {load_n(at - 1, kLanes<T>), load_n(at, kLanes<T>), load_n(at + 1, kLanes<T>)};
+  if (!is_whole(c, r)) {
+    return {load_lanes(at - 1, c.left_begin, c.count), load_n(at, c.count), load_lanes(at + 1, 0, c.right_end)};
+  }
+  return {keep<T>(load_n(at - 1, kLanes<T>), c.before), keep<T>(load_n(at, kLanes<T>), c.center),
+          keep<T>(load_n(at + 1, kLanes<T>), c.after)};
+}
+
+template <bool kInside, class T>
+inline Vec<T> plane_center(const T* plane, int64_t r, int64_t width, const Columns<T>& c) {
+  const T* at = plane + r * width + c.w;
+  if (kInside) return load_n(at, kLanes<T>);
+  return is_whole(c, r) ? keep<T>(load_n(at, kLanes<T>), c.center) : load_n(at, c.count);
+}
+
+// What lies behind the part is of a column that is stored already, or of the next row of this one, to be stored next.
+template <bool kInside, class T>
+inline void store_plane(T* plane, int64_t r, int64_t width, const Columns<T>& c, Vec<T> x) {
+  T* at = plane + r * width + c.w;
+  if (kInside || c.count == kLanes<T>) {
+    store_n(at, x, kLanes<T>);
+  } else if (is_whole(c, r)) {
+    store_n(at, merge<T>(x, load_n(at, kLanes<T>), c.center), kLanes<T>);
+  } else {
+    store_n(at, x, c.count);
+  }
+}
+
+template <bool kInside, class T>
+inline Vec<T> convolve_column(const T* x, const Vec<T>* tap, T* v, int64_t height, int64_t width, const Columns<T>& c) {
+  return convolve_line<T>(
+      tap, height, [&](int64_t r) { return plane_triple<kInside>(x, r, width, c); },
+      [&](int64_t r, Vec<T> out) { store_plane<kInside>(v, r, width, c, out); });
 }
 
 // v = x convolved; returns the sum over the plane.
@@ -96,12 +155,29 @@ template <class T>
 inline Acc<T> convolve_plane(const T* x, const Vec<T>* tap, T* v, int64_t height, int64_t width) {
   Vec<T> sum{};
   for (int64_t w = 0; w < width; w += kLanes<T>) {
-    const Columns c = columns_at<T>(w, width);
-    sum += convolve_line<T>(
-        tap, height, [&](int64_t r) { return plane_triple(x + r * width, c); },
-        [&](int64_t r, Vec<T> out) { store_n(v + r * width + w, out, c.count); });
+    const Columns<T> c = columns_at<T>(w, height, width);
+    sum += c.inside ? convolve_column<true>(x, tap, v, height, width, c)
+                    : convolve_column<false>(x, tap, v, height, width, c);
   }
   return sum_lanes<T>(sum);
+}
+
+template <bool kInside, bool kWantsTaps, class T, class D>
+inline void convolve_column_backward(const D* dv, const T* x, const Vec<T>* tap, Vec<T> offset, const T* residual,
+                                     T* dx, Vec<T>* sums, int64_t height, int64_t width, const Columns<T>& c) {
+  convolve_line_backward<kWantsTaps, T>(
+      tap, offset, height,
+      [&](int64_t r) {
+        const Triple<D> t = plane_triple<kInside>(dv, r, width, c);
+        return Triple<T>{t.before, t.center, t.after};
+      },
+      [&](int64_t r) { return plane_center<kInside>(x, r, width, c); },
+      [&](int64_t r, Vec<T> out) {
+        if (dx == nullptr) return;
+        if (residual != nullptr) out += plane_center<kInside>(residual, r, width, c);
+        store_plane<kInside>(dx, r, width, c, out);
+      },
+      sums);
 }
 
 // dv comes in its own type, or in the accumulation type where it was just gathered. `residual` is added to dx where it
@@ -110,21 +186,14 @@ template <bool kWantsTaps, class T, class D>
 inline void convolve_plane_backward(const D* dv, const T* x, const Vec<T>* tap, Acc<T> offset, const T* residual, T* dx,
                                     Acc<T>* dtaps, int64_t height, int64_t width) {
   Vec<T> sums[kTaps] = {};
+  const Vec<T> offsets = broadcast<T>(offset);
   for (int64_t w = 0; w < width; w += kLanes<T>) {
-    const Columns c = columns_at<T>(w, width);
-    convolve_line_backward<kWantsTaps, T>(
-        tap, broadcast<T>(offset), height,
-        [&](int64_t r) {
-          const Triple<D> t = plane_triple(dv + r * width, c);
-          return Triple<T>{t.before, t.center, t.after};
-        },
-        [&](int64_t r) { return load_n(x + r * width + w, c.count); },
-        [&](int64_t r, Vec<T> out) {
-          if (dx == nullptr) return;
-          if (residual != nullptr) out += load_n(residual + r * width + w, c.count);
-          store_n(dx + r * width + w, out, c.count);
-        },
-        sums);
+    const Columns<T> c = columns_at<T>(w, height, width);
+    if (c.inside) {
+      convolve_column_backward<true, kWantsTaps>(dv, x, tap, offsets, residual, dx, sums, height, width, c);
+    } else {
+      convolve_column_backward<false, kWantsTaps>(dv, x, tap, offsets, residual, dx, sums, height, width, c);
+    }
   }
   if (!kWantsTaps) return;
   for (int i = 0; i < kTaps; ++i) dtaps[i] = sum_lanes<T>(sums[i]);
