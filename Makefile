@@ -8,6 +8,8 @@ TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.0)
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14)
 BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
+# Test files side by side, a process for each core.
+PYTEST_WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick --out results/bench
 REPORT_ARGS ?=
@@ -52,7 +54,7 @@ demo: $(INSTALLED) ## train on handwritten digits, side by side, in about five m
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
 
 test: $(INSTALLED) ## run the tests that need no GPU and are not slow
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 slow: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -154,7 +155,7 @@ def source_tree(tmp_path: Path) -> Path:
 
 def variable_of(text: str, name: str, source: str | None = None) -> list[str]:
     """A variable's words: at the top of the file, or under the edge that builds from `source`."""
-    lines = text.replace("$\n", "").splitlines()
+    lines = re.sub(r"\$\n *", "", text).splitlines()
     if source is not None:
         start = next(
             i for i, line in enumerate(lines) if line.startswith("build") and source in line

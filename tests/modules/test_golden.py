@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ela_kernels as ek
 from ela_kernels.modules import ConcatHistory, ConcatLayerAttention
 from ela_kernels.ops.layer_attention import cpp_layer
-from ela_kernels.ops.light_layer_attention import layer as light_layer
+from ela_kernels.ops.light_layer_attention import cpp_layer as cpp_light_layer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILTERS = ("Wq", "Wk", "Wv")
@@ -66,7 +66,7 @@ def whole_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("layer_forward", "layer_backward"):
         counted(cpp_layer, name)
     for name in ("light_layer_forward", "light_layer_backward"):
-        counted(light_layer, name)
+        counted(cpp_light_layer, name)
     return made
 
 

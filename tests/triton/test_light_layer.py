@@ -258,7 +258,7 @@ def test_a_gate_at_both_ends():
     layer, _, prev = make_layer((2, 2, 2, 2), 1, torch.float32)
     ones, center = torch.ones(1, 1, 1), torch.zeros(2, 1, 3, 3)
     center[:, :, 1, 1] = 1.0
-    filters = layer.light_filters()._replace(wq=ones, wk=-ones, wv=center)
+    filters = layer.light_filters(prev, prev)._replace(wq=ones, wk=-ones, wv=center)
     x = torch.full((2, 2, 2, 2), 20.0)
     epilogue = Epilogue(None, None, torch.ones(2, 2), None, 1e-5, True)
     for key, gate in ((-ones, 0.0), (ones, 1.0)):
@@ -270,7 +270,7 @@ def test_a_gate_at_both_ends():
 
 def test_which_kernels_serve(monkeypatch):
     layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32)
-    filters = layer.light_filters()
+    filters = layer.light_filters(x, prev)
     triton = light_kernels_of("triton")
     assert choose_light_kernels(x, filters, prev) is triton
     for backend in ("eager", "cuda"):  # forced; the second has none, and serves what it can
@@ -280,7 +280,7 @@ def test_which_kernels_serve(monkeypatch):
         for backend in ("auto", "cpp"):  # on the CPU Triton is never taken of itself
             with ek.use_backend(backend):
                 assert choose_light_kernels(x, filters, prev) is light_kernels_of("cpp")
-    double, doubled = layer.double().light_filters(), x.double()
+    double, doubled = layer.double().light_filters(x, prev), x.double()
     assert choose_light_kernels(doubled, double, prev.double()) is None
     with torch.autocast("cpu"):
         assert choose_light_kernels(x, filters, prev) is None
