@@ -71,7 +71,7 @@ void aggregate_planar(const AggregateParams& p, int threads) {
   for (int64_t j = 0; j < p.sources; ++j) gapless = gapless && is_gapless(s, p.maps[j]);
   const RowPlan plan = plan_rows(s, gapless);
   const int64_t per_head = plan.rows * plan.chunks;
-  for_samples(s, s.heads * per_head, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.heads * per_head, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sum[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / per_head;
@@ -101,7 +101,7 @@ template <class T, class Column>
 void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expanded, int threads) {
   using A = Acc<T>;
   const int64_t head_dim = s.head_dim();
-  for_samples(s, sources, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, sources, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const ColumnView view = column(item % sources);
       const A* weights = static_cast<const A*>(view.data) + item / sources * s.heads * view.stride;
@@ -128,7 +128,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   const int64_t strips = ceil_div(s.channels, strip);
   const int64_t rows = kChunk / strip;
   const int64_t blocks = ceil_div(s.positions, rows);
-  for_samples(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (blocks * strips);

@@ -82,7 +82,7 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
   }
   const RowPlan plan = plan_rows(s, gapless);
   const int64_t units = plan.rows * plan.chunks;
-  for_samples(s, s.heads * q.blocks, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.heads * q.blocks, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A buffer[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / q.blocks;
@@ -156,7 +156,7 @@ void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partia
   const int64_t depth = p.forward.depth;
   const int64_t rows = interleaved_rows(s);
   const int64_t head_dim = s.head_dim();
-  for_samples(s, q.blocks, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, q.blocks, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sum[kStrip];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / q.blocks;
@@ -217,7 +217,7 @@ void backward_kernel(const BackwardParams& p, int threads) {
       dots_planar<T>(p, q, partials, threads);
     }
   }
-  for_samples(s, s.heads, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       double* total = totals + item * f.depth;
       const A* start = partials + item / s.heads * q.batch + item % s.heads * q.head;

@@ -202,7 +202,7 @@ inline void convolve_plane_backward(const D* dv, const T* x, const Vec<T>* tap, 
 template <class T>
 void depthwise_planar(const DepthwiseParams& p, int threads) {
   const ImageShape& s = p.shape;
-  for_samples(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / s.channels, c = item % s.channels;
       Vec<T> tap[kTaps];
@@ -226,7 +226,7 @@ struct ImageItem {
 template <int64_t kStrip, class Body>
 inline void for_strips(const ImageShape& s, int threads, Body body) {
   const int64_t blocks = ceil_div(s.height, kRowsAtOnce), strips = ceil_div(s.channels, kStrip);
-  for_samples(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       ImageItem at;
       at.b = item / (blocks * strips);
@@ -292,7 +292,7 @@ void depthwise_interleaved(const DepthwiseParams& p, int threads) {
     }
   });
   const int64_t blocks = ceil_div(s.height, kRowsAtOnce);
-  for_samples(s, 1, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       for_vectors<T>(s.channels, [&](int64_t c, int n) {
         Vec<T> sum{};

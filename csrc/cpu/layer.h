@@ -15,20 +15,29 @@ inline Vec<T> filtered(const T* row, const void* filter, int64_t c, int n, int64
   return sum;
 }
 
+// Calls body(b, c, n) for the vectors of the rows [B, C] of a part.
+template <class T, class Body>
+inline void for_rows(const Shape& s, int threads, Body body) {
+  for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t b = begin / s.channels, first = begin % s.channels;
+      const int64_t count = s.channels - first < end - begin ? s.channels - first : end - begin;
+      for_vectors<T>(count, [&](int64_t i, int n) { body(b, first + i, n); });
+      begin += count;
+    }
+  });
+}
+
 template <class T>
 void channel_filters_kernel(const ChannelFilterParams& p, int threads) {
   const int64_t channels = p.shape.channels;
-  for_samples(p.shape, 1, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      const T* mean = static_cast<const T*>(p.mean) + b * channels;
-      for_vectors<T>(channels, [&](int64_t c, int n) {
-        const int64_t at = b * channels + c;
-        if (p.query != nullptr) {
-          store_n(static_cast<T*>(p.query) + at, filtered<false>(mean, p.wq, c, n, channels, p.size), n);
-        }
-        store_n(static_cast<T*>(p.key) + at, filtered<false>(mean, p.wk, c, n, channels, p.size), n);
-      });
+  for_rows<T>(p.shape, threads, [&](int64_t b, int64_t c, int n) {
+    const T* mean = static_cast<const T*>(p.mean) + b * channels;
+    const int64_t at = b * channels + c;
+    if (p.query != nullptr) {
+      store_n(static_cast<T*>(p.query) + at, filtered<false>(mean, p.wq, c, n, channels, p.size), n);
     }
+    store_n(static_cast<T*>(p.key) + at, filtered<false>(mean, p.wk, c, n, channels, p.size), n);
   });
 }
 
@@ -42,26 +51,36 @@ inline void filter_gradient(const T* drow, const T* mean, int64_t channels, int6
   }
 }
 
-// Partial gradients of the filters [2, B, size].
+// dmean, of the channels of a part.
 template <class T>
-void channel_filters_backward_kernel(const ChannelFilterBackwardParams& p, int threads) {
-  using A = Acc<T>;
+void mean_gradient_kernel(const ChannelFilterBackwardParams& p, int threads) {
   const ChannelFilterParams& f = p.forward;
   const int64_t channels = f.shape.channels;
   const void* drows[2] = {p.dquery, p.dkey};
   const void* filters[2] = {f.wq, f.wk};
-  for_samples(f.shape, 1, threads, [&](int64_t begin, int64_t end) {
+  for_rows<T>(f.shape, threads, [&](int64_t b, int64_t c, int n) {
+    Vec<T> sum{};
+    for (int k = 0; k < 2; ++k) {
+      if (drows[k] == nullptr) continue;
+      sum += filtered<true>(static_cast<const T*>(drows[k]) + b * channels, filters[k], c, n, channels, f.size);
+    }
+    store_n(static_cast<Acc<T>*>(p.dmean) + b * channels + c, sum, n);
+  });
+}
+
+// Partial gradients of the filters [2, B, size], of whole samples.
+template <class T>
+void filter_gradients_kernel(const ChannelFilterBackwardParams& p, int threads) {
+  const ChannelFilterParams& f = p.forward;
+  const int64_t channels = f.shape.channels;
+  const void* drows[2] = {p.dquery, p.dkey};
+  for_part(f.shape, 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      A* dmean = static_cast<A*>(p.dmean) + b * channels;
-      for (int64_t c = 0; c < channels; ++c) dmean[c] = 0;
       for (int k = 0; k < 2; ++k) {
         if (drows[k] == nullptr) continue;
-        const T* drow = static_cast<const T*>(drows[k]) + b * channels;
-        for_vectors<T>(channels, [&](int64_t c, int n) {
-          store_n(dmean + c, load_n(dmean + c, n) + filtered<true>(drow, filters[k], c, n, channels, f.size), n);
-        });
-        A* partial = static_cast<A*>(p.workspace) + (k * f.shape.batch + b) * f.size;
-        filter_gradient(drow, static_cast<const T*>(f.mean) + b * channels, channels, f.size, partial);
+        Acc<T>* partial = static_cast<Acc<T>*>(p.workspace) + (k * f.shape.batch + b) * f.size;
+        filter_gradient(static_cast<const T*>(drows[k]) + b * channels, static_cast<const T*>(f.mean) + b * channels,
+                        channels, f.size, partial);
       }
     }
   });
@@ -85,15 +104,14 @@ void reduce_filters(const ChannelFilterBackwardParams& p) {
   }
 }
 
-// One plane of dv: sum_m column_m * map_m.
+// `length` elements of dv from the plane of a channel on, all of one head: sum_m column_m * map_m.
 template <class T>
-inline void gather_plane(const GatherConvolveParams& p, int64_t b, int64_t c, Acc<T>* plane) {
+inline void gather_planes(const GatherConvolveParams& p, int64_t b, int64_t c, int64_t length, Acc<T>* planes) {
   using A = Acc<T>;
-  const int64_t positions = p.shape.positions();
   const int64_t head = b * p.heads + c / (p.shape.channels / p.heads);
-  for (int64_t i = 0; p.sources == 0 && i < positions; ++i) plane[i] = 0;
-  for (int64_t offset = 0; p.sources != 0 && offset < positions; offset += kChunk) {
-    const int64_t count = positions - offset < kChunk ? positions - offset : kChunk;
+  for (int64_t i = 0; p.sources == 0 && i < length; ++i) planes[i] = 0;
+  for (int64_t offset = 0; p.sources != 0 && offset < length; offset += kChunk) {
+    const int64_t count = length - offset < kChunk ? length - offset : kChunk;
     for (int64_t j = 0; j < p.sources; j += kStreams) {
       const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
       const T* source[kStreams];
@@ -102,22 +120,36 @@ inline void gather_plane(const GatherConvolveParams& p, int64_t b, int64_t c, Ac
         source[i] = planar_at<T>(p.maps[j + i], b, c, offset);
         factor[i] = static_cast<const A*>(p.columns[j + i].data)[head * p.columns[j + i].stride];
       }
-      add_some<T>(some, plane + offset, source, factor, count, j == 0, nullptr, nullptr);
+      add_some<T>(some, planes + offset, source, factor, count, j == 0, nullptr, nullptr);
     }
   }
 }
+
+// Planes that are gathered at once, as far as they follow each other in memory: several, where they are small.
+inline int64_t planes_at_once(const ImageShape& s) { return s.positions() < kChunk ? kChunk / s.positions() : 1; }
 
 template <bool kWantsTaps, class T>
 void gather_convolve_planar(const GatherConvolveParams& p, int threads) {
   using A = Acc<T>;
   const ImageShape& s = p.shape;
-  A* partials = static_cast<A*>(p.workspace);           // [B, C, 9]
-  A* planes = partials + s.batch * s.channels * kTaps;  // one for each thread
-  for_samples(s, s.channels, threads, [&](int64_t begin, int64_t end) {
-    A* plane = planes + thread_index() * s.positions();
+  A* partials = static_cast<A*>(p.workspace);            // [B, C, 9]
+  A* buffers = partials + s.batch * s.channels * kTaps;  // one for each thread
+  const int64_t head_dim = s.channels / p.heads;
+  int64_t at_once = planes_at_once(s);
+  for (int64_t j = 0; j < p.sources; ++j) at_once = p.maps[j].inner == s.positions() ? at_once : 1;
+  for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+    A* planes = buffers + thread_index() * planes_at_once(s) * s.positions();
+    int64_t gathered = begin, first = begin;  // the planes [first, gathered) are in `planes`
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / s.channels, c = item % s.channels;
-      gather_plane<T>(p, b, c, plane);
+      if (item == gathered) {
+        const int64_t of_head = head_dim - c % head_dim;
+        int64_t count = of_head < at_once ? of_head : at_once;
+        if (count > end - item) count = end - item;
+        gather_planes<T>(p, b, c, count * s.positions(), planes);
+        first = item, gathered = item + count;
+      }
+      const A* plane = planes + (item - first) * s.positions();
       Vec<T> tap[kTaps];
       for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, c * kTaps + i));
       const A offset = p.dmean == nullptr ? 0 : static_cast<const A*>(p.dmean)[item] / static_cast<A>(s.positions());
@@ -166,7 +198,7 @@ void gather_convolve_interleaved(const GatherConvolveParams& p, int threads) {
   A* partials = static_cast<A*>(p.workspace);                     // [B, blocks of rows, 9, C], in the order of dtaps
   A* weights = partials + s.batch * blocks * kTaps * s.channels;  // [B, sources, C]
   A* buffers = weights + s.batch * p.sources * s.channels;        // one for each thread
-  const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.samples};
+  const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.part};
   expand_columns<T>(flat, p.sources, [&](int64_t j) { return p.columns[j]; }, weights, threads);
   for_strips<kGatherChannels>(s, threads, [&](const ImageItem& at) {
     A* rows = buffers + thread_index() * gathered_rows_size(s);
@@ -237,18 +269,51 @@ void reduce_taps(const GatherConvolveParams& p, int threads) {
 }
 
 inline int64_t gather_convolve_workspace(const ImageShape& s, int64_t sources, int threads) {
-  if (!s.interleaved) return s.batch * s.channels * kTaps + threads * s.positions();
+  if (!s.interleaved) return s.batch * s.channels * kTaps + threads * planes_at_once(s) * s.positions();
   return s.channels * (kTaps * s.batch * ceil_div(s.height, kRowsAtOnce) + s.batch * sources) +
          threads * gathered_rows_size(s);
 }
 
-// Calls body(samples, threads): one sample after the other on each thread where there are enough of them, so that what
-// one kernel writes is still in cache when the next reads it; else the whole batch, each kernel on all threads.
-template <class Body>
-inline void by_sample(int64_t batch, int threads, Body body) {
-  if (batch % threads != 0 && batch < 4 * threads) return body(Samples{}, threads);
-  parallel_for(batch, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) body(Samples{b, 1}, 1);
+// What goes through all kernels of a layer before the next part does. The filters over the channel axis reach over some
+// neighbours: what is pooled runs `ahead` of the heads by as many channels, and what takes the gradient of the pooled
+// vector stays `behind`. The last part of a sample ends it.
+struct LayerPart {
+  Part heads, ahead, behind, sample;
+  bool ends_sample;
+};
+
+// Bytes of one map in a part of a layer. Measured with 512 KiB of second-level cache: see benchmarks/README.md.
+constexpr int64_t kPartBytes = 128 * 1024;
+
+// Calls body(part, threads): one part after the other on each thread where there are enough samples for that, so that
+// what one kernel writes is still in cache when the next reads it; else the whole batch, each kernel on all threads.
+template <class T, class Body>
+inline void by_part(const ImageShape& s, int64_t heads, int64_t filter_size, int threads, Body body) {
+  if (s.batch % threads != 0 && s.batch < 4 * threads) return body(LayerPart{{}, {}, {}, {}, true}, threads);
+  const int64_t head_dim = s.channels / heads, reach = filter_size / 2;
+  // Interleaved channels lie side by side in memory, and a few of them at a time would be read in pieces.
+  int64_t group = s.interleaved ? heads : kPartBytes / (head_dim * s.positions() * static_cast<int64_t>(sizeof(T)));
+  if (group < 1) group = 1;
+  if (group > heads) group = heads;
+  parallel_for(s.batch, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Part sample = {b, 1, 1};
+      int64_t ahead = 0, behind = 0;  // channels that are done
+      for (int64_t g = 0; g < heads; g += group) {
+        const bool is_last = g + group >= heads;
+        const int64_t to = (g + group) * head_dim;
+        const int64_t next_ahead = to + reach < s.channels ? to + reach : s.channels;
+        const int64_t next_behind = is_last ? s.channels : to - reach > behind ? to - reach : behind;
+        LayerPart part = {sample, sample, sample, sample, is_last};
+        if (group < heads) {
+          part.heads = {b * heads + g, is_last ? heads - g : group, heads};
+          part.ahead = {b * s.channels + ahead, next_ahead - ahead, s.channels};
+          part.behind = {b * s.channels + behind, next_behind - behind, s.channels};
+        }
+        body(part, 1);
+        ahead = next_ahead, behind = next_behind;
+      }
+    }
   });
 }
 
@@ -257,19 +322,19 @@ void layer_kernel(const LayerParams& p, int threads) {
   const ImageShape& image = p.depthwise.shape;
   if (image.interleaved) prepare_taps<T>(image, p.depthwise.taps, static_cast<Acc<T>*>(p.rows));
   if (p.is_block && !p.wants_statistics) prepare_norm<T>(p.norm);
-  by_sample(image.batch, threads, [&](Samples samples, int some) {
+  by_part<T>(image, p.filters.shape.heads, p.filters.size, threads, [&](const LayerPart& at, int some) {
     LayerParams part = p;
     part.depthwise.rows = p.rows;
-    part.depthwise.shape.samples = part.filters.shape.samples = samples;
-    part.weights.shape.samples = part.aggregate.shape.samples = samples;
+    part.depthwise.shape.part = at.ahead;
+    part.filters.shape.part = part.weights.shape.part = part.aggregate.shape.part = at.heads;
+    part.statistics.shape.part = at.heads;
     depthwise_kernel<T>(part.depthwise, some);
     channel_filters_kernel<T>(part.filters, some);
     if (!p.retrieves) return;
     weights_kernel<T>(part.weights, some);
     aggregate_kernel<T>(part.aggregate, some);
-    part.statistics.shape.samples = samples;
     if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
-    if (p.is_block && !p.wants_statistics) norm_part<T>(p.norm, samples, some, norm_kernel<T>);
+    if (p.is_block && !p.wants_statistics) norm_part(p.norm, at.heads, some, norm_kernel<T>);
   });
   if (!p.wants_statistics) return;
   join_statistics<T>(p.statistics);
@@ -285,16 +350,20 @@ void layer_backward_kernel(const LayerBackwardParams& p, int threads) {
   const bool has_maps = p.convolve.dx.data != nullptr || p.convolve.dtaps != nullptr;
   if (image.interleaved) prepare_taps<T>(image, p.convolve.taps, static_cast<Acc<T>*>(p.rows));
   if (p.is_block) prepare_norm_backward<T>(p.norm, threads);
-  by_sample(image.batch, threads, [&](Samples samples, int some) {
-    if (p.is_block) norm_part<T>(p.norm, samples, some, norm_backward_kernel<T>);
+  by_part<T>(image, p.key.shape.heads, p.filters.forward.size, threads, [&](const LayerPart& at, int some) {
+    if (p.is_block) norm_part(p.norm, at.heads, some, norm_backward_kernel<T>);
     LayerBackwardParams part = p;
     part.convolve.rows = p.rows;
-    part.attention.forward.shape.samples = part.key.shape.samples = samples;
-    part.filters.forward.shape.samples = part.convolve.shape.samples = samples;
+    part.attention.forward.shape.part = part.key.shape.part = at.heads;
+    part.filters.forward.shape.part = part.convolve.shape.part = at.behind;
     if (p.attends) backward_kernel<T>(part.attention, some);
     if (p.key.dkey.data != nullptr) gather_key_kernel<T>(part.key, some);
-    if (has_mean) channel_filters_backward_kernel<T>(part.filters, some);
+    if (has_mean) mean_gradient_kernel<T>(part.filters, some);
     if (has_maps) gather_convolve_kernel<T>(part.convolve, some);
+    if (has_mean && at.ends_sample) {
+      part.filters.forward.shape.part = at.sample;
+      filter_gradients_kernel<T>(part.filters, some);
+    }
   });
   if (has_mean) reduce_filters<T>(p.filters);
   if (has_maps) reduce_taps<T>(p.convolve, threads);

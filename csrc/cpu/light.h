@@ -9,11 +9,11 @@
 
 // One head a channel.
 inline Shape by_channel(const ImageShape& s) {
-  return {s.batch, s.channels, s.channels, s.positions(), s.interleaved, s.samples};
+  return {s.batch, s.channels, s.channels, s.positions(), s.interleaved, s.part};
 }
 
 inline Shape by_head(const LightParams& p) {
-  return {p.shape.batch, p.shape.channels, p.heads, p.shape.positions(), p.shape.interleaved, p.shape.samples};
+  return {p.shape.batch, p.shape.channels, p.heads, p.shape.positions(), p.shape.interleaved, p.shape.part};
 }
 
 template <class T>
@@ -31,7 +31,7 @@ void light_factors_kernel(const LightParams& p, int threads) {
   using A = Acc<T>;
   const Shape s = by_head(p);
   const int64_t head_dim = s.head_dim();
-  for_samples(s, s.heads, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t at = item * head_dim;
       const T *q = static_cast<const T*>(p.query) + at, *k = static_cast<const T*>(p.key) + at;
@@ -60,17 +60,18 @@ void light_layer_kernel(const LightParams& p, int threads) {
   if (image.interleaved) prepare_taps<T>(image, p.taps, rows);
   const bool wants_statistics = p.mean_out != nullptr;
   if (p.is_block && !wants_statistics) prepare_norm<T>(p.norm);
-  by_sample(image.batch, threads, [&](Samples samples, int some) {
+  by_part<T>(image, p.heads, p.filter_size, threads, [&](const LayerPart& at, int some) {
     LightParams part = p;
-    part.shape.samples = samples;
+    part.shape.part = at.ahead;
     depthwise_kernel<T>({part.shape, p.x, p.taps, p.v, p.mean, rows, for_depthwise}, some);
+    part.shape.part = at.heads;
     channel_filters_kernel<T>(light_filters(part), some);
     light_factors_kernel<T>(part, some);
     aggregate_kernel<T>({by_channel(part.shape), 2, sources, columns, p.out, for_aggregate, {}}, some);
     StatisticsParams of_part = statistics;
-    of_part.shape.samples = samples;
+    of_part.shape.part = at.heads;
     if (wants_statistics) statistics_kernel<T>(of_part, some);
-    if (p.is_block && !wants_statistics) norm_part<T>(p.norm, samples, some, norm_kernel<T>);
+    if (p.is_block && !wants_statistics) norm_part(p.norm, at.heads, some, norm_kernel<T>);
   });
   if (!wants_statistics) return;
   join_statistics<T>(statistics);
@@ -86,7 +87,7 @@ void light_rows_kernel(const LightParams& p, const Partials& q, const Acc<T>* pa
   using A = Acc<T>;
   const Shape s = by_head(p);
   const int64_t head_dim = s.head_dim();
-  for_samples(s, s.heads, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / s.heads, at = item * head_dim;
       double dgate = 0;
@@ -137,20 +138,24 @@ void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
   const bool has_maps = p.dx.data != nullptr || p.dtaps != nullptr;
   if (image.interleaved) prepare_taps<T>(image, f.taps, rows);
   if (f.is_block) prepare_norm_backward<T>(f.norm, threads);
-  by_sample(image.batch, threads, [&](Samples samples, int some) {
-    if (f.is_block) norm_part<T>(f.norm, samples, some, norm_backward_kernel<T>);
+  by_part<T>(image, f.heads, f.filter_size, threads, [&](const LayerPart& at, int some) {
+    if (f.is_block) norm_part(f.norm, at.heads, some, norm_backward_kernel<T>);
     LightParams part = f;
-    part.shape.samples = samples;
+    part.shape.part = at.heads;
     BackwardParams part_dots = dots;
     part_dots.forward.shape = by_channel(part.shape);
     image.interleaved ? dots_interleaved<T>(part_dots, q, partials, nullptr, some)
                       : dots_planar<T>(part_dots, q, partials, some);
     light_rows_kernel<T>(part, q, partials, dquery, dkey, ddecay, some);
     ChannelFilterBackwardParams part_filters = filters;
-    part_filters.forward.shape.samples = samples;
-    channel_filters_backward_kernel<T>(part_filters, some);
+    part_filters.forward.shape.part = at.behind;
+    mean_gradient_kernel<T>(part_filters, some);
+    if (at.ends_sample) {
+      part_filters.forward.shape.part = at.sample;
+      filter_gradients_kernel<T>(part_filters, some);
+    }
     GatherConvolveParams part_convolve = convolve;
-    part_convolve.shape.samples = samples;
+    part_convolve.shape.part = at.behind;
     if (has_maps) gather_convolve_kernel<T>(part_convolve, some);
     if (p.dprev.data == nullptr) return;
     aggregate_kernel<T>({by_channel(part.shape), 1, &p.dout, &decay, p.dprev, for_aggregate, {}}, some);

@@ -19,7 +19,7 @@ inline int64_t stat_count(const ImageShape& s, int64_t block) {
 template <class Planar, class Interleaved>
 inline void for_stat_blocks(const ImageShape& s, int threads, Planar planar, Interleaved interleaved) {
   const int64_t blocks = stat_blocks(s);
-  for_samples(s, s.interleaved ? blocks : s.channels, threads, [&](int64_t begin, int64_t end) {
+  for_part(s, s.interleaved ? blocks : s.channels, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       if (s.interleaved) {
         const int64_t block = item % blocks;
@@ -297,12 +297,11 @@ void norm_backward_kernel(const NormParams& p, int threads) {
       });
 }
 
-// The parts of a batch that are wanted; the factors are prepared.
-template <class T, class Kernel>
-inline void norm_part(const NormParams& p, Samples samples, int threads, Kernel kernel) {
-  NormParams part = p;
-  part.shape.samples = samples;
-  kernel(part, threads);
+// A part of the batch; the factors are prepared.
+template <class Kernel>
+inline void norm_part(NormParams p, Part part, int threads, Kernel kernel) {
+  p.shape.part = part;
+  kernel(p, threads);
 }
 
 // Before the backward of any part.

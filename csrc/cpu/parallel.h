@@ -30,10 +30,12 @@ inline void parallel_for(int64_t items, int threads, Body body) {
   if (items > 0) body(static_cast<int64_t>(0), items);
 }
 
-// The same over the samples of `shape` that are wanted: items are numbered through the whole batch.
+// The same over the part of `shape` that is wanted: of `items_each` for every sample, numbered through the batch. A
+// part in heads or channels is one of a multiple of as many items.
 template <class AnyShape, class Body>
-inline void for_samples(const AnyShape& shape, int64_t items_each, int threads, Body body) {
-  const int64_t count = shape.samples.count < 0 ? shape.batch : shape.samples.count;
-  const int64_t first = shape.samples.first * items_each;
-  parallel_for(count * items_each, threads, [&](int64_t begin, int64_t end) { body(first + begin, first + end); });
+inline void for_part(const AnyShape& shape, int64_t items_each, int threads, Body body) {
+  const Part& part = shape.part;
+  const int64_t count = part.count < 0 ? shape.batch * items_each : part.count * items_each / part.each;
+  const int64_t first = part.first * items_each / part.each;
+  parallel_for(count, threads, [&](int64_t begin, int64_t end) { body(first + begin, first + end); });
 }

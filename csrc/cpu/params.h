@@ -8,10 +8,11 @@ namespace ela {
 enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 constexpr int kDTypes = 4;
 
-// Which samples of a batch a kernel works on; all of them unless a count is given. Whole layers are computed a few
-// samples at a time, so that a map is still in cache when the next kernel reads it.
-struct Samples {
-  int64_t first = 0, count = -1;
+// The part of a batch that a kernel works on: `count` samples from `first`, or as many of the heads or channels of
+// planar maps, `each` to a sample and numbered through the batch. All of it unless a count is given. Whole layers are
+// computed part by part, so that what one kernel writes is still in cache when the next reads it.
+struct Part {
+  int64_t first = 0, count = -1, each = 1;
 };
 
 // B x C x N elements. Planar: the N positions of a channel are contiguous. Interleaved: the C channels of a
@@ -19,7 +20,7 @@ struct Samples {
 struct Shape {
   int64_t batch, channels, heads, positions;
   bool interleaved;
-  Samples samples = {};
+  Part part = {};
   int64_t head_dim() const { return channels / heads; }
 };
 
@@ -93,7 +94,7 @@ struct GatherKeyParams {
 struct ImageShape {
   int64_t batch, channels, height, width;
   bool interleaved;
-  Samples samples = {};
+  Part part = {};
   int64_t positions() const { return height * width; }
 };
 

@@ -39,7 +39,7 @@ inline Acc<T> shifted_scores(const WeightsParams& p, int64_t b, int64_t g, Acc<T
 template <class T>
 void weights_kernel(const WeightsParams& p, int threads) {
   using A = Acc<T>;
-  for_samples(p.shape, p.shape.heads, threads, [&](int64_t begin, int64_t end) {
+  for_part(p.shape, p.shape.heads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       A* weights = static_cast<A*>(p.weights) + item * p.depth;
       const A log_sum = shifted_scores<T>(p, item / p.shape.heads, item % p.shape.heads, weights);
@@ -118,7 +118,7 @@ template <class T>
 void gather_key_kernel(const GatherKeyParams& p, int threads) {
   using A = Acc<T>;
   const int64_t head_dim = p.shape.head_dim();
-  for_samples(p.shape, p.shape.heads, threads, [&](int64_t begin, int64_t end) {
+  for_part(p.shape, p.shape.heads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / p.shape.heads;
       const int64_t c = item % p.shape.heads * head_dim;
