@@ -212,15 +212,24 @@ template <>
 struct Memory<double> : CopiedParts<double> {};
 #endif
 
+// The sum of all lanes, by halving: fewer roundings than one lane after the other.
+template <class A, int kBytes>
+struct Lanes {
+  typedef A Vector __attribute__((vector_size(kBytes)));
+  static A sum(Vector v) {
+    if constexpr (kBytes == 2 * sizeof(A)) {
+      return v[0] + v[1];
+    } else {
+      using Half = Lanes<A, kBytes / 2>;
+      typename Half::Vector half[2];
+      __builtin_memcpy(half, &v, sizeof(v));
+      return Half::sum(half[0] + half[1]);
+    }
+  }
+};
 template <class T>
 inline Acc<T> sum_lanes(Vec<T> v) {
-  // Halving pairs: fewer roundings than one lane after the other.
-  Acc<T> lanes[kLanes<T>];
-  __builtin_memcpy(lanes, &v, sizeof(v));
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+  return Lanes<Acc<T>, ELA_VECTOR_BYTES>::sum(v);
 }
 
 // `x` with zeros in lanes n and after.
