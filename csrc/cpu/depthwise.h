@@ -12,14 +12,13 @@ void depthwise_planar(const DepthwiseParams& p, int threads) {
   for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A buffer[kIsWide<T> ? 1 : kWidenedPlane];
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / s.channels, c = item % s.channels;
       Vec<T> tap[kTaps];
-      for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, c * kTaps + i));
-      const T* x = planar_at<T>(p.x, b, c, 0);
-      T* v = const_cast<T*>(planar_at<T>(p.v, b, c, 0));
+      for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, item % s.channels * kTaps + i));
+      const Plane<const T> x = plane_at<T>(p.x, s.channels, item, end);
+      const Plane<T> v = written_plane_at<T>(p.v, s.channels, item, end);
       const A sum = s.positions() > kWidenedPlane
-                        ? convolve_plane(x, tap, v, s.height, s.width)
-                        : convolve_plane(widened(x, buffer, s.positions()), tap, v, s.height, s.width);
+                        ? convolve_plane<T>(x.data, x, tap, v, s.height, s.width)
+                        : convolve_plane<T>(widened(x.data, buffer, s.positions()), x, tap, v, s.height, s.width);
       store_one<T>(p.mean, item, sum / static_cast<A>(s.positions()));
     }
   });

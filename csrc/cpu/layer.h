@@ -150,14 +150,15 @@ void gather_convolve_planar(const GatherConvolveParams& p, int threads) {
         first = item, gathered = item + count;
       }
       const A* plane = planes + (item - first) * s.positions();
-      const T* x = kWantsTaps ? planar_at<T>(p.x, b, c, 0) : nullptr;
-      if (kWantsTaps) correlate_plane<T>(plane, x, partials + item * kTaps, s.height, s.width);
+      if (kWantsTaps) {
+        correlate_plane<T>(plane, plane_at<T>(p.x, s.channels, item, end), partials + item * kTaps, s.height, s.width);
+      }
       if (p.dx.data == nullptr) continue;
       Vec<T> tap[kTaps];
       for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, c * kTaps + i));
       const A offset = p.dmean == nullptr ? 0 : static_cast<const A*>(p.dmean)[item] / static_cast<A>(s.positions());
       const T* residual = p.residual.data == nullptr ? nullptr : planar_at<T>(p.residual, b, c, 0);
-      convolve_plane_turned<T>(plane, tap, offset, residual, const_cast<T*>(planar_at<T>(p.dx, b, c, 0)), s.height,
+      convolve_plane_turned<T>(plane, tap, offset, residual, written_plane_at<T>(p.dx, s.channels, item, end), s.height,
                                s.width);
     }
   });

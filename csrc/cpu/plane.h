@@ -62,20 +62,28 @@ inline void for_columns(int64_t height, int64_t width, Body body) {
   body(WholeColumn<T, false, true>{width - lanes, width, lane_bits<T>(covered, lanes)});
 }
 
-// v = x convolved; returns the sum over the plane. D is the type that x comes in.
+// What a convolution reads or writes, and the plane of which the same is asked for meanwhile: the next one, or where
+// there is none the same again. (Asking for memory that is not mapped costs ten times what a vector costs.)
+template <class P>
+struct Plane {
+  P *data, *next;
+};
+
+// v = x convolved; returns the sum over the plane. `wide` is x, or x widened.
 template <class T, class D>
-inline Acc<T> convolve_plane(const D* x, const Vec<T>* tap, T* v, int64_t height, int64_t width) {
+inline Acc<T> convolve_plane(const D* wide, Plane<const T> x, const Vec<T>* tap, Plane<T> v, int64_t height,
+                             int64_t width) {
   Vec<T> sum{};
   for_columns<T>(height, width, [&](auto column) {
     const Vec<T> centers = convolve_line<T>(
         tap, Vec<T>{}, height,
         [=](int64_t r) {
-          __builtin_prefetch(x + height * width + r * width + column.w);
-          return column.triple(x, r);
+          __builtin_prefetch(x.next + r * width + column.w);
+          return column.triple(wide, r);
         },
         [=](int64_t r, Vec<T> out) {
-          __builtin_prefetch(v + height * width + r * width + column.w, 1);
-          column.store(v, r, out);
+          __builtin_prefetch(v.next + r * width + column.w, 1);
+          column.store(v.data, r, out);
         });
     sum += keep<T>(centers, column.fresh);
   });
@@ -84,36 +92,52 @@ inline Acc<T> convolve_plane(const D* x, const Vec<T>* tap, T* v, int64_t height
 
 // dx from the gathered dv, `offset` and, where it is not null, `residual` added.
 template <class T>
-inline void convolve_plane_turned(const Acc<T>* dv, const Vec<T>* tap, Acc<T> offset, const T* residual, T* dx,
+inline void convolve_plane_turned(const Acc<T>* dv, const Vec<T>* tap, Acc<T> offset, const T* residual, Plane<T> dx,
                                   int64_t height, int64_t width) {
   Vec<T> turned[kTaps];
   for (int i = 0; i < kTaps; ++i) turned[i] = tap[kTaps - 1 - i];
   for_columns<T>(height, width, [&](auto column) {
-    const auto triple = [=](int64_t r) { return column.triple(dv, r); };
+    const auto convolve = [&](auto residual_at) {
+      convolve_line<T>(
+          turned, broadcast<T>(offset), height, [=](int64_t r) { return column.triple(dv, r); },
+          [=](int64_t r, Vec<T> out) {
+            __builtin_prefetch(dx.next + r * width + column.w, 1);
+            column.store(dx.data, r, residual_at(r, out));
+          });
+    };
     if (residual == nullptr) {
-      convolve_line<T>(turned, broadcast<T>(offset), height, triple,
-                       [=](int64_t r, Vec<T> out) { column.store(dx, r, out); });
+      convolve([](int64_t, Vec<T> out) { return out; });
     } else {
-      convolve_line<T>(turned, broadcast<T>(offset), height, triple, [=](int64_t r, Vec<T> out) {
-        __builtin_prefetch(dx + height * width + r * width + column.w, 1);
-        column.store(dx, r, out + column.center(residual, r));
-      });
+      convolve([=](int64_t r, Vec<T> out) { return out + column.center(residual, r); });
     }
   });
 }
 
 // <dv, shifted x> for every tap.
 template <class T>
-inline void correlate_plane(const Acc<T>* dv, const T* x, Acc<T>* dtaps, int64_t height, int64_t width) {
+inline void correlate_plane(const Acc<T>* dv, Plane<const T> x, Acc<T>* dtaps, int64_t height, int64_t width) {
   Vec<T> totals[kTaps] = {};
   for_columns<T>(height, width, [&](auto column) {
     correlate_line<T>(
         height, [=](int64_t r) { return column.triple(dv, r); },
         [=](int64_t r) {
-          __builtin_prefetch(x + height * width + r * width + column.w);
-          return column.center(x, r);
+          __builtin_prefetch(x.next + r * width + column.w);
+          return column.center(x.data, r);
         },
         column.fresh, totals);
   });
   for (int i = 0; i < kTaps; ++i) dtaps[i] = sum_lanes<T>(totals[i]);
+}
+
+// The plane of `item`, numbered through the batch, of the items before `end`.
+template <class T>
+inline Plane<const T> plane_at(const MapView& map, int64_t channels, int64_t item, int64_t end) {
+  const int64_t next = item + 1 < end ? item + 1 : item;
+  return {planar_at<T>(map, item / channels, item % channels, 0),
+          planar_at<T>(map, next / channels, next % channels, 0)};
+}
+template <class T>
+inline Plane<T> written_plane_at(const MapView& map, int64_t channels, int64_t item, int64_t end) {
+  const Plane<const T> plane = plane_at<T>(map, channels, item, end);
+  return {const_cast<T*>(plane.data), const_cast<T*>(plane.next)};
 }
