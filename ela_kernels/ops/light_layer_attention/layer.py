@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
+from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
+from ela_kernels.ops.layer_attention.layout import readable
 from ela_kernels.ops.layer_attention.pull import in_form_of
 from ela_kernels.ops.layer_attention.saved import save, unpacked
 from ela_kernels.ops.light_layer_attention.light_kernels import (
@@ -16,7 +18,6 @@ from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightForward,
     LightKernels,
     as_read_beside,
-    readable,
 )
 
 
@@ -157,7 +158,7 @@ def light_layer(
         v = F.conv2d(x, wv, padding=1, groups=C)
         out = ek.light_layer_attention(q, k, v, prev, decay, heads, scale)
     """
-    x = readable(x)
+    x = readable(resolved(x))
     prev = as_read_beside(x, prev)
     if not torch.is_grad_enabled():
         return kernels.light_layer_forward(x, filters, prev, heads, scale).out
@@ -175,7 +176,7 @@ def light_block(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`x + mask * act(norm(o))` of what :func:`light_layer` gives, o; and o; and the norm's statistics `[2, C]`."""
-    x = readable(x)
+    x = readable(resolved(x))
     prev = as_read_beside(x, prev)
     if not torch.is_grad_enabled():
         r, statistics, out = _end(kernels, x, filters, prev, epilogue, heads, scale)

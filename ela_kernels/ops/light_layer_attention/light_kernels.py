@@ -61,7 +61,7 @@ class LightGradients(NamedTuple):
 
 
 class LightKernels(Protocol):
-    """The four names that a backend's module has. Maps are in one form: `x` :func:`readable`, the others beside it."""
+    """The four names that a backend's module has. Maps are in one form: that of a readable `x`."""
 
     def light_layer_forward(
         self,
@@ -138,12 +138,6 @@ def choose_light_kernels(x: Tensor, filters: Sequence[Tensor], prev: Tensor) -> 
         tuple(_MODULES), Request("light_layer", x.device, x.dtype, 1, False)
     )
     return None if backend is None else light_kernels_of(backend)
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` itself where the kernels can read it, else a compact copy."""
-    x = resolved(x)
-    return in_form(x, False, is_interleaved(x, False))
 
 
 def as_read_beside(x: Tensor, other: Tensor) -> Tensor:
