@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from support.layer_stages import assert_as_close, check, gradients
+from support.layer_stages import INTERPRETED, assert_as_close, check, gradients
+from support.layer_tests import recorded_calls
 from support.light_layers import FORMS, block_step, make_blocks, make_layer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -34,14 +35,8 @@ SHAPES = [
 @pytest.fixture
 def calls(monkeypatch):
     """What the Triton kernels of a light layer were called for, in order."""
-    kernels = light_kernels_of("triton")
-    made = []
-    for name in ("light_layer_forward", "light_layer_backward", "norm_forward", "norm_backward"):
-        real = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels, name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
-        )
-    return made
+    names = ("light_layer_forward", "light_layer_backward", "norm_forward", "norm_backward")
+    return recorded_calls(monkeypatch, light_kernels_of("triton"), names)
 
 
 @pytest.fixture
@@ -81,9 +76,13 @@ def layer_step(module, x):
     return [out, *gradients(loss, [t for t in (x, *module.parameters()) if t.requires_grad])]
 
 
+def factor_of(dtype):
+    return INTERPRETED if dtype == torch.bfloat16 else 4
+
+
 def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_step):
     layer, x, prev = make_layer(shape, head_dim, dtype, form)
-    check(step, WithPrevious(layer, prev), x)
+    check(step, WithPrevious(layer, prev), x, factor_of(dtype))
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -111,7 +110,7 @@ def test_half_precision(dtype, form):
     with ek.use_backend("eager"):
         plain = block(copy.deepcopy(blocks), x)
         exact = block(copy.deepcopy(blocks).double(), x.detach().double().requires_grad_())
-    assert_as_close(found, plain, exact, dtype, 32 if dtype == torch.bfloat16 else 4)
+    assert_as_close(found, plain, exact, dtype, factor_of(dtype))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
