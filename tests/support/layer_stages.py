@@ -89,17 +89,21 @@ def assert_as_close(found, plain, exact, dtype, factor=4):
 def autocast_results(run, modules, x, dtype):
     """Outputs, divergence, gradients and buffers under autocast: of the kernels, without them, and in float64 proper.
 
-    `run` is :func:`run_stage` or :func:`run_blocks`.
+    `run` is :func:`run_stage`, :func:`run_blocks`, or what gives outputs alone and None for a history.
     """
 
     def results(modules, x, enabled):
         modules = copy.deepcopy(modules)
         with torch.autocast(x.device.type, dtype, enabled=enabled):
             outs, history = run(modules, x)
-        loss = outs[-1].double().square().sum() + outs[0].double().sin().sum() + history.kl.sum()
+        loss = outs[-1].double().square().sum() + outs[0].double().sin().sum()
+        attended = []
+        if history is not None:
+            loss = loss + history.kl.sum()
+            attended = [history.weights, history.kl]
         inputs = [t for t in (x, *modules.parameters()) if t.requires_grad]
         buffers = [b.double() for b in modules.buffers()]
-        return [*outs, history.weights, history.kl, *gradients(loss, inputs), *buffers]
+        return [*outs, *attended, *gradients(loss, inputs), *buffers]
 
     found = results(modules, x, True)
     with ek.use_backend("eager"):
