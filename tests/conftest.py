@@ -34,6 +34,8 @@ from ela_kernels.ops.layer_attention.kernels import kernels_of
 from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
 from ela_kernels.ops.layer_attention.pull import Link
 
+pytest.register_assert_rewrite("support.layer_tests")  # it holds tests
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -8,23 +8,25 @@ from collections import Counter
 
 import pytest
 
-from build_tools import cuda_report
+from build_tools import cubin, cuda_report
 from build_tools.compilers import BuildError, find_cuda
-from build_tools.cuda_report import (
-    DEFAULT_ARCHITECTURES,
-    MULTIPROCESSORS,
+from build_tools.cubin import (
     Kernel,
     Row,
     Usage,
-    blocks_at_once,
     kernel_of,
     main_loop,
-    problems_of,
     read_block_sizes,
     read_usage,
-    report,
     rows_of,
     widths,
+)
+from build_tools.cuda_report import (
+    DEFAULT_ARCHITECTURES,
+    MULTIPROCESSORS,
+    blocks_at_once,
+    problems_of,
+    report,
 )
 from build_tools.sass import innermost_loops, natural_loops, read_functions
 
@@ -179,7 +181,7 @@ def test_no_loop():
     ],
 )
 def test_widths(opcode, bits):
-    assert cuda_report.width(opcode) == bits
+    assert cubin.width(opcode) == bits
 
 
 @pytest.mark.parametrize(
@@ -244,10 +246,10 @@ def test_the_push_form_may_read_a_weight_for_each_map():
 
 def test_a_kernel_that_is_not_there_is_a_problem():
     problems = problems_of({"90": [row_of()]})
-    assert len(cuda_report.MAP_KERNELS) > 1
+    assert len(cubin.MAP_KERNELS) > 1
     assert problems == [
         f"sm_90: no aligned instance of {name} was compiled"
-        for name in cuda_report.MAP_KERNELS
+        for name in cubin.MAP_KERNELS
         if name != "layer_attention_fwd"
     ]
     with pytest.raises(BuildError, match="no function"):
@@ -275,7 +277,7 @@ def test_the_kernels_of_the_package(tmp_path, capsys):
     code = cuda_report.main(["--arch", "90", "--out", str(out)])
     assert code == 0, capsys.readouterr().err
     text = out.read_text()
-    for name in cuda_report.MAP_KERNELS:
+    for name in cubin.MAP_KERNELS:
         for element, vector in (("float", 4), ("bfloat16", 8), ("half", 8)):
             assert re.search(rf"\| `{name}<{element}, {vector}[,>]", text), (name, element)
     committed = COMMITTED.read_text()

@@ -20,6 +20,18 @@ def make_layer(shape, head_dim=None, dtype=torch.float64, form=FORMS[0]):
     return layer, x.requires_grad_(), prev.requires_grad_()
 
 
+class WithPrevious(nn.Module):
+    """A layer and the previous output, so that they are copied and cast together."""
+
+    def __init__(self, layer, prev):
+        super().__init__()
+        self.layer = layer
+        self.prev = nn.Parameter(prev.detach(), prev.requires_grad)
+
+    def forward(self, x):
+        return self.layer(x, self.prev)
+
+
 def layer_step(layer, x, prev):
     """Output and gradients of one layer; None where there is none."""
     out = layer(x, prev)
@@ -41,14 +53,19 @@ def make_blocks(shape, depth=3, head_dim=None, form=FORMS[0], drop_path=0.0, dty
     return blocks, x.requires_grad_()
 
 
+def run_blocks(blocks, x):
+    previous, outs = PreviousOutput(), []
+    for block in blocks:
+        x = block(x, previous)
+        outs.append(x)
+    return outs
+
+
 def block_step(blocks, x):
     """Outputs, gradients and buffers of a forward and backward pass on copies of the blocks."""
     blocks = copy.deepcopy(blocks)
     torch.manual_seed(5)  # of the drop path
-    previous, outs = PreviousOutput(), []
-    for block in blocks:
-        x_in = x if not outs else outs[-1]
-        outs.append(block(x_in, previous))
+    outs = run_blocks(blocks, x)
     loss = outs[-1].square().sum() + outs[0].sin().sum()
     parameters = [p for p in blocks.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, [x, *parameters])

@@ -6,8 +6,16 @@ import copy
 
 import pytest
 import torch
-from support.layer_stages import assert_as_close, check, gradients
-from support.light_layers import FORMS, block_step, make_blocks, make_layer
+from support.layer_stages import INTERPRETED, assert_as_close, autocast_results, check, gradients
+from support.layer_tests import recorded_calls
+from support.light_layers import (
+    FORMS,
+    WithPrevious,
+    block_step,
+    make_blocks,
+    make_layer,
+    run_blocks,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,14 +42,8 @@ SHAPES = [
 @pytest.fixture
 def calls(monkeypatch):
     """What the Triton kernels of a light layer were called for, in order."""
-    kernels = light_kernels_of("triton")
-    made = []
-    for name in ("light_layer_forward", "light_layer_backward", "norm_forward", "norm_backward"):
-        real = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels, name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
-        )
-    return made
+    names = ("light_layer_forward", "light_layer_backward", "norm_forward", "norm_backward")
+    return recorded_calls(monkeypatch, light_kernels_of("triton"), names)
 
 
 @pytest.fixture
@@ -63,27 +65,19 @@ def launched(monkeypatch):
     return names
 
 
-class WithPrevious(nn.Module):
-    """A layer and the previous output, so that they are copied and cast together."""
-
-    def __init__(self, layer, prev):
-        super().__init__()
-        self.layer = layer
-        self.prev = nn.Parameter(prev.detach(), prev.requires_grad)
-
-    def forward(self, x):
-        return self.layer(x, self.prev)
-
-
 def layer_step(module, x):
     out = module(x)
     loss = (out.float() * torch.linspace(-1, 2, out.numel()).view(out.shape)).sum()
     return [out, *gradients(loss, [t for t in (x, *module.parameters()) if t.requires_grad])]
 
 
+def factor_of(dtype):
+    return INTERPRETED if dtype == torch.bfloat16 else 4
+
+
 def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_step):
     layer, x, prev = make_layer(shape, head_dim, dtype, form)
-    check(step, WithPrevious(layer, prev), x)
+    check(step, WithPrevious(layer, prev), x, factor_of(dtype))
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -101,9 +95,7 @@ def test_half_precision(dtype, form):
     check_layer((2, 12, 3, 6), 4, dtype, form)
 
     def block(blocks, x):
-        previous, out = PreviousOutput(), x
-        for each in blocks:
-            out = each(out, previous)
+        out = run_blocks(blocks, x)[-1]
         return [out, *gradients(out.float().square().sum(), [x, *blocks.parameters()])]
 
     blocks, x = make_blocks((2, 8, 3, 4), 2, 4, form, dtype=dtype)
@@ -111,7 +103,7 @@ def test_half_precision(dtype, form):
     with ek.use_backend("eager"):
         plain = block(copy.deepcopy(blocks), x)
         exact = block(copy.deepcopy(blocks).double(), x.detach().double().requires_grad_())
-    assert_as_close(found, plain, exact, dtype, 32 if dtype == torch.bfloat16 else 4)
+    assert_as_close(found, plain, exact, dtype, factor_of(dtype))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -206,6 +198,49 @@ def test_gradients_that_reach_one_output_of_a_block(reaches, calls):
 
 
 @pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype, form, calls):
+    """Float32 parameters beside maps of autocast's dtype; a block around a float32 input takes PyTorch's norm."""
+    layer, x, prev = make_layer((2, 6, 5, 6), 3, torch.float32, form)
+    found = autocast_results(
+        lambda module, x: ([module(x)], None),
+        WithPrevious(layer, prev),
+        x.detach().to(dtype).requires_grad_(),
+        torch.bfloat16,
+    )
+    assert_as_close(*found, torch.bfloat16, INTERPRETED)
+    blocks, x = make_blocks((3, 6, 5, 6), 2, 3, form, dtype=torch.float32)
+    x = x.detach().to(dtype).requires_grad_()
+    found = autocast_results(
+        lambda blocks, x: (run_blocks(blocks, x), None), blocks, x, torch.bfloat16
+    )
+    assert_as_close(*found, torch.bfloat16, INTERPRETED)
+    in_layer = ["light_layer_forward"] * 2 + ["light_layer_backward"] * 2
+    in_block = ["light_layer_forward", "norm_forward"] * 2
+    in_block += ["norm_backward", "light_layer_backward"] * 2
+    assert calls == [
+        "light_layer_forward",
+        "light_layer_backward",
+        *(in_layer if dtype == torch.float32 else in_block),
+    ]
+
+
+def test_the_decay_is_not_rounded_under_autocast():
+    """No operation of autocast's takes it: rounded to float16, 1 + 2^-11 would leave the previous output as it is."""
+    layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32)
+    nn.init.constant_(layer.lambda_t, 1 + 2**-11)
+    nn.init.zeros_(layer.Wv.weight)
+    prev = prev.detach().half()
+    with torch.autocast("cpu", torch.float16):
+        found = layer(x, prev)
+        with ek.use_backend("eager"):
+            expected = layer(x, prev)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, prev)
+
+
+@pytest.mark.usefixtures("few_programs")
 def test_checkpointing(calls):
     def run(blocks, x):
         previous, out = PreviousOutput(), x
@@ -280,9 +315,9 @@ def test_which_kernels_serve(monkeypatch):
         for backend in ("auto", "cpp"):  # on the CPU Triton is never taken of itself
             with ek.use_backend(backend):
                 assert choose_light_kernels(x, filters, prev) is light_kernels_of("cpp")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose_light_kernels(x, filters, prev) is triton
     double, doubled = layer.double().light_filters(x, prev), x.double()
     assert choose_light_kernels(doubled, double, prev.double()) is None
-    with torch.autocast("cpu"):
-        assert choose_light_kernels(x, filters, prev) is None
     assert choose_light_kernels(x[:0], filters, prev[:0]) is None
     assert choose_light_kernels(x, filters, prev[:, :, :1]) is None

@@ -18,6 +18,7 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
     LayerForward,
     NormGradients,
 )
+from ela_kernels.ops.layer_attention.layout import readable
 from ela_kernels.ops.layer_attention.pull import (
     Link,
     applied,
@@ -158,7 +159,7 @@ def block_pull(
     link: Link,
 ) -> tuple[LayerOutput, Tensor]:
     """One block on a history, as :func:`layer_pull`; and the statistics `[2, C]` that it was normed with."""
-    x = layer_kernels(link).readable(x)
+    x = readable(x)
     if not torch.is_grad_enabled():
         r, statistics, out = _end(x, filters, prev_weights, epilogue, link, False)
         assert r.weights is not None

@@ -37,7 +37,6 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
-    in_form,
     is_interleaved,
     view_in_form,
 )
@@ -45,12 +44,7 @@ from ela_kernels.ops.layer_attention.prefix import Alike, with_one_more
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 # No norm_forward: layer_forward() does all of a block.
-__all__ = ["layer_backward", "layer_forward", "norm_backward", "readable"]
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` itself where the kernels can read it, else a compact copy."""
-    return in_form(x, False, is_interleaved(x, False))
+__all__ = ["layer_backward", "layer_forward", "norm_backward"]
 
 
 class Plan:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention import cuda
 from ela_kernels.ops.layer_attention.cuda_norm import parameter, parameter_view
-from ela_kernels.ops.layer_attention.gpu import map_view
+from ela_kernels.ops.layer_attention.gpu import ProducerGradients, map_view
 from ela_kernels.ops.layer_attention.kernels import address, dense, new_row
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
 from ela_kernels.ops.layer_attention.layout import (
@@ -25,15 +24,6 @@ ImageSizes = tuple[int, int, int, int, int]
 """B, C, H, W, interleaved."""
 
 _NO_MAP: MapView = (0, 0, 0)
-
-
-class ProducerGradients(NamedTuple):
-    """Of a layer's input and filters; None where none was asked for."""
-
-    x: Tensor | None
-    wq: Tensor | None
-    wk: Tensor | None
-    wv: Tensor | None
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""What the two GPU backends share: tables of tensors that lie alike, and what a layer leaves to those before it.
+"""What the two GPU backends share: tables of tensors that lie alike, and the order of a layer's backward launches.
 
 A GPU kernel takes its tensors' addresses by value, and one set of strides for all of a list. Nearly always the maps of
 a history lie alike; those that do not are copied into compact ones.
@@ -6,12 +6,14 @@ a history lie alike; those that do not are copied into compact ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.kernels import Gradients, Saved, new_row
+from ela_kernels.ops.layer_attention.kernels import Gradients, Saved, dense, new_row, resolved
+from ela_kernels.ops.layer_attention.layer_kernels import Attended, Filters, LayerGradients
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
@@ -142,3 +144,69 @@ class Retrieved:
     ) -> None:
         self.q, self.weights, self.dscores, self.dout = q, weights, dscores, dout
         self.dout_version = 0 if dout is None else dout._version
+
+
+class ProducerGradients(NamedTuple):
+    """Of a layer's input and filters; None where none was asked for."""
+
+    x: Tensor | None
+    wq: Tensor | None
+    wk: Tensor | None
+    wv: Tensor | None
+
+
+def layer_backward(
+    backward: Callable[..., Gradients],
+    gather: Callable[..., tuple[Tensor | None, Tensor | None]],
+    produce_backward: Callable[..., ProducerGradients],
+    x: Tensor,
+    filters: Filters,
+    mean: Tensor,
+    heads: int,
+    index: int,
+    own: Attended | None,
+    retrieved: Sequence[Retrieved],
+    dk: Tensor | None,
+    dv: Tensor | None,
+    residual: Tensor | None,
+    needs: Sequence[bool],
+    pending: None = None,
+) -> LayerGradients:
+    """All gradients of the layer at `index`: its attention's, the gathered ones of key and value, and those before.
+
+    Args:
+        backward, gather, produce_backward: a backend's own launches: the attention's backward, the gradients that the
+            layers retrieving this one left, and what query, key and value send back.
+        own: its attention, where a gradient arrived through it.
+        retrieved: what the layers that retrieved this one left, this one included if it did.
+        dk, dv: gradients of key and value from elsewhere, if there are any.
+        residual: what arrives past the retrieval, added to the gradient of `x`.
+        needs: of x, wq, wk, wv.
+    """
+    need_x, need_wq, need_wk, need_wv = needs
+    dq = dprev = None
+    if own is not None:
+        found = backward(
+            own.saved,
+            own.dout,
+            own.dweights,
+            own.dkl,
+            need_x or need_wq,
+            own.need_prev,
+            into=own.dscores,
+        )
+        dq, dprev = found.dq, found.dprev
+    need_key, need_value = need_x or need_wk, need_x or need_wv
+    if retrieved:
+        more_dk, more_dv = gather(retrieved, index, heads, False, need_key, need_value)
+        dk, dv = _sum(dk, more_dk), _sum(dv, more_dv)
+    dk = dense(dk) if need_key else None
+    dv = resolved(dv) if need_value and dv is not None else None
+    produced = produce_backward(x, filters, mean, dq, dk, dv, residual, needs)
+    return LayerGradients(*produced, dprev)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

@@ -20,6 +20,7 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
     LayerForward,
     LayerGradients,
 )
+from ela_kernels.ops.layer_attention.layout import readable
 from ela_kernels.ops.layer_attention.pull import (
     Entry,
     Link,
@@ -180,7 +181,7 @@ def layer_pull(
     link: Link,
 ) -> LayerOutput:
     """One layer on a history: `link` holds the keys and values before it, and its own place last in the path."""
-    x = layer_kernels(link).readable(x)
+    x = readable(x)
     if not torch.is_grad_enabled():
         r = _retrieve(x, filters, prev_weights, has_residual, link)
         assert r.out is not None
@@ -196,7 +197,7 @@ def provider_pull(
     x: Tensor, filters: Filters, token: Tensor | None, link: Link
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """`(token, key, value)` of a layer that gives its pair and retrieves nothing."""
-    x = layer_kernels(link).readable(x)
+    x = readable(x)
     if not torch.is_grad_enabled():
         r = _provide(x, filters._replace(wq=None), link)
         return token, r.k, r.v

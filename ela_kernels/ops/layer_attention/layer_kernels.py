@@ -99,10 +99,7 @@ class NormGradients(NamedTuple):
 
 
 class LayerKernels(Protocol):
-    """The five names that a backend's module has."""
-
-    def readable(self, x: Tensor) -> Tensor:
-        """`x` itself where the kernels can read it, else a compact copy."""
+    """The four names that a backend's module has."""
 
     def layer_forward(
         self,
@@ -117,7 +114,7 @@ class LayerKernels(Protocol):
         epilogue: Epilogue | None = None,
         keeps_out: bool = True,
     ) -> LayerForward:
-        """Query, key and value from `x` (which :meth:`readable` gave), and what the query retrieves.
+        """Query, key and value from `x` (as `layout.readable` gave it), and what the query retrieves.
 
         Args:
             keys, values: those of the layers before; without `filters.wq` nothing is retrieved.

@@ -74,6 +74,11 @@ def in_form(value: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
     return empty_map(value, channels_last, interleaved).copy_(value)
 
 
+def readable(x: Tensor) -> Tensor:
+    """A feature map `[B, C, ...]` itself where the kernels can read it, else a compact copy."""
+    return in_form(x, False, is_interleaved(x, False))
+
+
 def empty_map(like: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
     """A new compact map of `like`'s shape and dtype in the given form."""
     if interleaved == channels_last:

@@ -46,8 +46,9 @@ def _view(tensor: Tensor, interleaved: int) -> MapView:
     return view
 
 
-def _dense(filters: LightFilters) -> LightFilters:
-    return LightFilters(*(resolved(w).contiguous() for w in filters))
+def _dense(filters: LightFilters, dtype: torch.dtype) -> LightFilters:
+    """All of the maps' dtype: a decay in float32 beside half precision is rounded, as autocast rounds the filters."""
+    return LightFilters(*(resolved(w).to(dtype).contiguous() for w in filters))
 
 
 def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -> Tensor:
@@ -69,7 +70,7 @@ def light_layer_forward(
     sizes = _sizes(x)
     flat = kernel_sizes(x, heads, False, bool(sizes[4]))
     accumulate = accumulate_dtype(x.dtype)
-    wq, wk, wv, decay = _dense(filters)
+    wq, wk, wv, decay = _dense(filters, x.dtype)
     v, v_view = new_map(x, flat, False)
     out, out_view = new_map(x, flat, False)
     mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
@@ -135,7 +136,7 @@ def light_layer_backward(
     flat = kernel_sizes(x, heads, False, interleaved)
     dout = as_read_beside(x, dout)
     residual = None if residual is None else as_read_beside(x, residual)
-    wq, wk, wv, decay = _dense(filters)
+    wq, wk, wv, decay = _dense(filters, x.dtype)
     dx, dx_view = new_map(x, flat, False) if needs[0] else (None, NO_MAP)
     dprev, dprev_view = new_map(x, flat, False) if needs[5] else (None, NO_MAP)
     dfilters = [
@@ -172,4 +173,6 @@ def light_layer_backward(
         threads,
     )
     dwq, dwk, dwv, ddecay = dfilters
+    if ddecay is not None:
+        ddecay = ddecay.to(filters.decay.dtype)
     return LightGradients(dx, dwq, dwk, dwv, ddecay, dprev)

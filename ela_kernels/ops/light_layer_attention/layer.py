@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.ops.layer_attention.autocast import as_autocast
 from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
+from ela_kernels.ops.layer_attention.kernels import resolved
+from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
+from ela_kernels.ops.layer_attention.layout import readable
 from ela_kernels.ops.layer_attention.pull import in_form_of
 from ela_kernels.ops.layer_attention.saved import save, unpacked
 from ela_kernels.ops.light_layer_attention.light_kernels import (
@@ -16,7 +19,6 @@ from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightForward,
     LightKernels,
     as_read_beside,
-    readable,
 )
 
 
@@ -140,6 +142,18 @@ def _end(
     return r, statistics, kernels.norm_forward(r.out, x, statistics, epilogue)
 
 
+def _as_read(x: Tensor, filters: LightFilters, prev: Tensor) -> tuple[Tensor, LightFilters, Tensor]:
+    """Maps in one dtype and form, as the kernels read them, and the filters in that dtype.
+
+    The decay keeps its own: no operation of autocast's takes it.
+    """
+    wq, wk, wv, decay = filters
+    x, cast = as_autocast(x, Filters(wq, wk, wv))
+    assert cast.wq is not None
+    x = readable(resolved(x))
+    return x, LightFilters(cast.wq, cast.wk, cast.wv, decay), as_read_beside(x, prev.to(x.dtype))
+
+
 def light_layer(
     kernels: LightKernels,
     x: Tensor,
@@ -156,9 +170,10 @@ def light_layer(
         q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
         v = F.conv2d(x, wv, padding=1, groups=C)
         out = ek.light_layer_attention(q, k, v, prev, decay, heads, scale)
+
+    Under autocast the maps and filters are cast to its dtype, as a convolution casts them.
     """
-    x = readable(x)
-    prev = as_read_beside(x, prev)
+    x, filters, prev = _as_read(x, filters, prev)
     if not torch.is_grad_enabled():
         return kernels.light_layer_forward(x, filters, prev, heads, scale).out
     out: Tensor = _LightLayer.apply(x, *filters, prev, heads, scale, kernels)
@@ -174,9 +189,11 @@ def light_block(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`x + mask * act(norm(o))` of what :func:`light_layer` gives, o; and o; and the norm's statistics `[2, C]`."""
-    x = readable(x)
-    prev = as_read_beside(x, prev)
+    """`x + mask * act(norm(o))` of what :func:`light_layer` gives, o; and o; and the norm's statistics `[2, C]`.
+
+    Under autocast `x` has its dtype already.
+    """
+    x, filters, prev = _as_read(x, filters, prev)
     if not torch.is_grad_enabled():
         r, statistics, out = _end(kernels, x, filters, prev, epilogue, heads, scale)
         return out, r.out, statistics

@@ -15,15 +15,18 @@ from torch import Tensor
 
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.base import Request, is_transformed
+from ela_kernels.ops.layer_attention.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
-from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 
 
 class LightFilters(NamedTuple):
-    """The parameters of a layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`."""
+    """The parameters of a layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`.
+
+    The decay may be in float32 beside maps in half precision.
+    """
 
     wq: Tensor
     wk: Tensor
@@ -61,7 +64,7 @@ class LightGradients(NamedTuple):
 
 
 class LightKernels(Protocol):
-    """The four names that a backend's module has. Maps are in one form: `x` :func:`readable`, the others beside it."""
+    """The four names that a backend's module has. Maps are in one form: that of a readable `x`."""
 
     def light_layer_forward(
         self,
@@ -129,21 +132,18 @@ def choose_light_kernels(x: Tensor, filters: Sequence[Tensor], prev: Tensor) -> 
 
     A forced backend that has no such kernels serves the layer still, in several calls.
     """
-    tensors = (x, prev, *filters)
-    if any(needs_dispatcher(t) or t.dtype != x.dtype or t.device != x.device for t in tensors):
-        return None
-    if is_transformed() or is_autocast_on(x) or not x.numel() or prev.shape != x.shape:
+    dtype, device = layer_dtype(x), x.device
+    for t in (x, prev, *filters):
+        if needs_dispatcher(t) or t.device != device:
+            return None
+        if t.dtype is not dtype and not fits_layer_dtype(t, x):
+            return None
+    if is_transformed() or not x.numel() or prev.shape != x.shape:
         return None
     backend = dispatch.that_would_serve(
-        tuple(_MODULES), Request("light_layer", x.device, x.dtype, 1, False)
+        tuple(_MODULES), Request("light_layer", device, dtype, 1, False)
     )
     return None if backend is None else light_kernels_of(backend)
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` itself where the kernels can read it, else a compact copy."""
-    x = resolved(x)
-    return in_form(x, False, is_interleaved(x, False))
 
 
 def as_read_beside(x: Tensor, other: Tensor) -> Tensor:

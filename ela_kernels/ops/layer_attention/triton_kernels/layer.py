@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.gpu import Retrieved
-from ela_kernels.ops.layer_attention.kernels import dense, resolved
+from ela_kernels.ops.layer_attention import gpu
 from ela_kernels.ops.layer_attention.layer_kernels import (
-    Attended,
     Epilogue,
     Filters,
     LayerForward,
-    LayerGradients,
 )
-from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 from ela_kernels.ops.layer_attention.triton_kernels.launch import attend
 from ela_kernels.ops.layer_attention.triton_kernels.launch_backward import backward, gather
 from ela_kernels.ops.layer_attention.triton_kernels.norm import (
@@ -25,12 +22,7 @@ from ela_kernels.ops.layer_attention.triton_kernels.norm import (
 )
 from ela_kernels.ops.layer_attention.triton_kernels.producer import produce, producer_backward
 
-__all__ = ["layer_backward", "layer_forward", "norm_backward", "norm_forward", "readable"]
-
-
-def readable(x: Tensor) -> Tensor:
-    """`x` itself where the kernels can read it, else a compact copy."""
-    return in_form(x, False, is_interleaved(x, False))
+__all__ = ["layer_backward", "layer_forward", "norm_backward", "norm_forward"]
 
 
 def layer_forward(
@@ -67,53 +59,4 @@ def layer_forward(
     return LayerForward(mean, q, k, v, out, weights, kl, statistics)
 
 
-def layer_backward(
-    x: Tensor,
-    filters: Filters,
-    mean: Tensor,
-    heads: int,
-    index: int,
-    own: Attended | None,
-    retrieved: Sequence[Retrieved],
-    dk: Tensor | None,
-    dv: Tensor | None,
-    residual: Tensor | None,
-    needs: Sequence[bool],
-    pending: None = None,
-) -> LayerGradients:
-    """All gradients of the layer at `index`: its attention's, the gathered ones of key and value, and those before.
-
-    Args:
-        own: its attention, where a gradient arrived through it.
-        retrieved: what the layers that retrieved this one left, this one included if it did.
-        dk, dv: gradients of key and value from elsewhere, if there are any.
-        residual: what arrives past the retrieval, added to the gradient of `x`.
-        needs: of x, wq, wk, wv.
-    """
-    need_x, need_wq, need_wk, need_wv = needs
-    dq = dprev = None
-    if own is not None:
-        found = backward(
-            own.saved,
-            own.dout,
-            own.dweights,
-            own.dkl,
-            need_x or need_wq,
-            own.need_prev,
-            into=own.dscores,
-        )
-        dq, dprev = found.dq, found.dprev
-    need_key, need_value = need_x or need_wk, need_x or need_wv
-    if retrieved:
-        more_dk, more_dv = gather(retrieved, index, heads, False, need_key, need_value)
-        dk, dv = _sum(dk, more_dk), _sum(dv, more_dv)
-    dk = dense(dk) if need_key else None
-    dv = resolved(dv) if need_value and dv is not None else None
-    found_here = producer_backward(x, filters, mean, dq, dk, dv, residual, needs)
-    return LayerGradients(*found_here, dprev)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+layer_backward = functools.partial(gpu.layer_backward, backward, gather, producer_backward)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.gpu import Strides, alike_maps
+from ela_kernels.ops.layer_attention.gpu import ProducerGradients, Strides, alike_maps
 from ela_kernels.ops.layer_attention.kernels import dense, new_row
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
@@ -42,15 +42,6 @@ class Produced(NamedTuple):
     q: Tensor | None
     k: Tensor
     v: Tensor
-
-
-class ProducerGradients(NamedTuple):
-    """Of a layer's input and filters; None where none was asked for."""
-
-    x: Tensor | None
-    wq: Tensor | None
-    wk: Tensor | None
-    wv: Tensor | None
 
 
 def _compact_strides(x: Tensor, interleaved: bool) -> Strides:
