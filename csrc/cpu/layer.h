@@ -286,9 +286,8 @@ struct LayerPart {
   bool ends_sample;
 };
 
-// Bytes of one map in a part of a layer. Measured on 512 KiB of second-level cache and 8 MiB of third for 32, 64, 128
-// and 256 KiB: a stage of six layers of [8, 1024, 14, 14] took 48.7, 45.3, 50.7 and 50.7 ms, and 67 ms by whole
-// samples.
+// Bytes of one map in a part of a layer. Measured on 512 KiB of second-level cache, for 32, 64, 128 and 256 KiB: a
+// stage of six layers of [8, 1024, 14, 14] took 48.7, 45.3, 50.7 and 50.7 ms.
 constexpr int64_t kPartBytes = 64 * 1024;
 
 // Calls body(part, threads): one part after the other on each thread where there are enough samples for that, so that
