@@ -87,7 +87,7 @@ void aggregate_planar(const AggregateParams& p, int threads) {
         A factor[kStreams];
         for (int i = 0; i < some; ++i) {
           v[i] = planar_at<T>(p.maps[j + i], b, c, offset);
-          factor[i] = static_cast<const A*>(p.columns[j + i].data)[head * p.columns[j + i].stride];
+          factor[i] = factor_at<A>(p.columns[j + i], head);
         }
         add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
       }
@@ -104,10 +104,10 @@ void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expa
   for_part(s, sources, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const ColumnView view = column(item % sources);
-      const A* weights = static_cast<const A*>(view.data) + item / sources * s.heads * view.stride;
       A* row = expanded + item * s.channels;
       for (int64_t g = 0; g < s.heads; ++g) {
-        for (int64_t i = 0; i < head_dim; ++i) *row++ = weights[g * view.stride];
+        const A factor = factor_at<A>(view, item / sources * s.heads + g);
+        for (int64_t i = 0; i < head_dim; ++i) *row++ = factor;
       }
     }
   });

@@ -57,7 +57,8 @@ inline void dot_sources(const Acc<T>* x, const T* const* v, const Acc<T>* factor
   for (int j = 0; j < J; ++j) {
     sums[j] += sum_lanes<T>(sum[j][0] + sum[j][1]);
     if (dv[j] == nullptr) continue;
-    for_vectors<T>(count, [&](int64_t k, int n) { store_n(dv[j] + k, factor[j] * load_n(x + k, n), n); });
+    const Acc<T> by = normal_factor(factor[j]);
+    for_vectors<T>(count, [&](int64_t k, int n) { store_n(dv[j] + k, by * load_n(x + k, n), n); });
   }
 }
 

@@ -118,7 +118,7 @@ inline void gather_planes(const GatherConvolveParams& p, int64_t b, int64_t c, i
       A factor[kStreams];
       for (int i = 0; i < some; ++i) {
         source[i] = planar_at<T>(p.maps[j + i], b, c, offset);
-        factor[i] = static_cast<const A*>(p.columns[j + i].data)[head * p.columns[j + i].stride];
+        factor[i] = factor_at<A>(p.columns[j + i], head);
       }
       add_some<T>(some, planes + offset, source, factor, count, j == 0, nullptr, nullptr);
     }

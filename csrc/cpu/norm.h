@@ -155,41 +155,42 @@ void norm_kernel(const NormParams& p, int threads) {
   const ImageShape& s = p.shape;
   const A* scale = static_cast<const A*>(p.factors);
   const A* shift = scale + s.channels;
-  const auto out_of = [&](Vec<T> o, Vec<T> x, auto scale, auto shift, A mask) {
+  const bool has_relu = p.relu;
+  const auto out_of = [has_relu](Vec<T> o, Vec<T> x, auto scale, auto shift, A mask) {
     const Vec<T> z = o * scale + shift;
-    return x + mask * (p.relu ? relu<T>(z) : z);
+    return x + mask * (has_relu ? relu<T>(z) : z);
   };
   for_stat_blocks(
       s, threads,
       [&](int64_t b, int64_t c) {
         const T *o = planar_at<T>(p.o, b, c, 0), *x = planar_at<T>(p.x, b, c, 0);
         T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
-        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
-          store_n(out + i, out_of(load_n(o + i, n), load_n(x + i, n), scale[c], shift[c], mask_of<T>(p, b)), n);
+        const A by = scale[c], beyond = shift[c], mask = mask_of<T>(p, b);
+        for_vectors<T>(s.positions(), [=](int64_t i, int n) {
+          store_n(out + i, out_of(load_n(o + i, n), load_n(x + i, n), by, beyond, mask), n);
         });
       },
       [&](int64_t b, int64_t, int64_t first, int64_t last) {
+        const A mask = mask_of<T>(p, b);
         for (int64_t position = first; position < last; ++position) {
           const T *o = interleaved_at<T>(p.o, b, position, 0), *x = interleaved_at<T>(p.x, b, position, 0);
           T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, 0));
-          for_vectors<T>(s.channels, [&](int64_t c, int n) {
+          for_vectors<T>(s.channels, [=](int64_t c, int n) {
             store_n(out + c,
-                    out_of(load_n(o + c, n), load_n(x + c, n), load_n(scale + c, n), load_n(shift + c, n),
-                           mask_of<T>(p, b)),
-                    n);
+                    out_of(load_n(o + c, n), load_n(x + c, n), load_n(scale + c, n), load_n(shift + c, n), mask), n);
           });
         }
       });
 }
 
-// The gradient that arrives at the norm's output; `x` of the params holds dout here.
+// The gradient that arrives at the norm's output.
 template <class T, class Factor>
-inline Vec<T> norm_gradient(const NormParams& p, Vec<T> o, Vec<T> dout, Factor scale, Factor shift, Acc<T> mask) {
+inline Vec<T> norm_gradient(bool has_relu, Vec<T> o, Vec<T> dout, Factor scale, Factor shift, Acc<T> mask) {
   const Vec<T> g = mask * dout;
-  return p.relu ? (o * scale + shift <= Vec<T>{} ? Vec<T>{} : g) : g;
+  return has_relu ? (o * scale + shift <= Vec<T>{} ? Vec<T>{} : g) : g;
 }
 
-// Partial sums of the gradient g and of g * (o - mean), [2, B, blocks, C].
+// Partial sums of the gradient g and of g * (o - mean), [2, B, blocks, C]. `x` of the params holds dout here.
 template <class T>
 void norm_sums_kernel(const NormParams& p, int threads) {
   using A = Acc<T>;
@@ -199,29 +200,32 @@ void norm_sums_kernel(const NormParams& p, int threads) {
   const A* mean = static_cast<const A*>(p.mean);
   A* sums = static_cast<A*>(p.partials);
   A* products = sums + s.batch * blocks * s.channels;
+  const bool has_relu = p.relu;
   for_stat_blocks(
       s, threads,
       [&](int64_t b, int64_t c) {
         const T *o = planar_at<T>(p.o, b, c, 0), *dout = planar_at<T>(p.x, b, c, 0);
+        const A by = scale[c], beyond = shift[c], center = mean[c], mask = mask_of<T>(p, b);
         Vec<T> sum{}, product{};
         for_vectors<T>(s.positions(), [&](int64_t i, int n) {
           const Vec<T> value = load_n(o + i, n);
           // Lanes beyond the end have a zero dout, and so a zero gradient.
-          const Vec<T> g = norm_gradient<T>(p, value, load_n(dout + i, n), scale[c], shift[c], mask_of<T>(p, b));
+          const Vec<T> g = norm_gradient<T>(has_relu, value, load_n(dout + i, n), by, beyond, mask);
           sum += g;
-          product += g * (value - mean[c]);
+          product += g * (value - center);
         });
         sums[b * s.channels + c] = sum_lanes<T>(sum);
         products[b * s.channels + c] = sum_lanes<T>(product);
       },
       [&](int64_t b, int64_t block, int64_t first, int64_t last) {
+        const A mask = mask_of<T>(p, b);
         for_vectors<T>(s.channels, [&](int64_t c, int n) {
           const Vec<T> scales = load_n(scale + c, n), shifts = load_n(shift + c, n), means = load_n(mean + c, n);
           Vec<T> sum{}, product{};
           for (int64_t position = first; position < last; ++position) {
             const Vec<T> value = load_n(interleaved_at<T>(p.o, b, position, c), n);
             const Vec<T> dout = load_n(interleaved_at<T>(p.x, b, position, c), n);
-            const Vec<T> g = norm_gradient<T>(p, value, dout, scales, shifts, mask_of<T>(p, b));
+            const Vec<T> g = norm_gradient<T>(has_relu, value, dout, scales, shifts, mask);
             sum += g;
             product += g * (value - means);
           }
@@ -267,28 +271,30 @@ void norm_backward_kernel(const NormParams& p, int threads) {
   const ImageShape& s = p.shape;
   const A *scale = static_cast<const A*>(p.factors), *shift = scale + s.channels;
   const A *slope = shift + s.channels, *offset = slope + s.channels;
-  const bool also = p.also.data != nullptr;
+  const bool also = p.also.data != nullptr, has_relu = p.relu;
   for_stat_blocks(
       s, threads,
       [&](int64_t b, int64_t c) {
         const T *o = planar_at<T>(p.o, b, c, 0), *dout = planar_at<T>(p.x, b, c, 0);
+        const T* more = also ? planar_at<T>(p.also, b, c, 0) : nullptr;
         T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
-        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
+        const A by = scale[c], beyond = shift[c], by_value = slope[c], less = offset[c], mask = mask_of<T>(p, b);
+        for_vectors<T>(s.positions(), [=](int64_t i, int n) {
           const Vec<T> value = load_n(o + i, n);
-          const Vec<T> g = norm_gradient<T>(p, value, load_n(dout + i, n), scale[c], shift[c], mask_of<T>(p, b));
-          Vec<T> d = scale[c] * g - slope[c] * value - offset[c];
-          if (also) d += load_n(planar_at<T>(p.also, b, c, i), n);
+          const Vec<T> g = norm_gradient<T>(has_relu, value, load_n(dout + i, n), by, beyond, mask);
+          Vec<T> d = by * g - by_value * value - less;
+          if (more != nullptr) d += load_n(more + i, n);
           store_n(out + i, d, n);
         });
       },
       [&](int64_t b, int64_t, int64_t first, int64_t last) {
+        const A mask = mask_of<T>(p, b);
         for (int64_t position = first; position < last; ++position) {
           const T *o = interleaved_at<T>(p.o, b, position, 0), *dout = interleaved_at<T>(p.x, b, position, 0);
           T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, 0));
           for_vectors<T>(s.channels, [&](int64_t c, int n) {
             const Vec<T> value = load_n(o + c, n), scales = load_n(scale + c, n);
-            const Vec<T> g =
-                norm_gradient<T>(p, value, load_n(dout + c, n), scales, load_n(shift + c, n), mask_of<T>(p, b));
+            const Vec<T> g = norm_gradient<T>(has_relu, value, load_n(dout + c, n), scales, load_n(shift + c, n), mask);
             Vec<T> d = scales * g - load_n(slope + c, n) * value - load_n(offset + c, n);
             if (also) d += load_n(interleaved_at<T>(p.also, b, position, c), n);
             store_n(out + c, d, n);
