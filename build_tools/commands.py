@@ -105,7 +105,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "target": plan.cxx.target,
         "flags": plan.common_flags(),
         "simd_levels": plan.simd_levels(),
-        "simd_flags": {suffix[1:]: flags for suffix, flags in SIMD_FLAGS.items()},
+        "simd_flags": {k: flags for k, flags in SIMD_FLAGS.items() if k in plan.simd_levels()},
         "openmp": plan.cxx.has_openmp,
         "pybind11": pybind11.__version__,
         "sanitizers": plan.sanitizers,

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from build_tools.options import Architecture, default_architectures, parse_architectures
@@ -23,6 +23,13 @@ int main() {
   for (int i = 0; i < 4; ++i) total += omp_get_num_threads() > 0;
   return total == 4 ? 0 : 1;
 }
+"""
+
+# GCC 10 and Clang 9 brought what this needs.
+AVX512_BF16_PROGRAM = """\
+#include <immintrin.h>
+__m256bh narrowed(__m512 x) { return _mm512_cvtneps_pbh(x); }
+int main() { return __builtin_cpu_supports("avx512bf16") < 0; }
 """
 
 
@@ -43,6 +50,7 @@ class CxxCompiler:
     target: str
     openmp_compile: list[str] = field(default_factory=list)
     openmp_link: list[str] = field(default_factory=list)
+    has_avx512_bf16: bool = False
 
     @property
     def executable(self) -> str:
@@ -162,7 +170,11 @@ def find_cxx(environ: Mapping[str, str]) -> CxxCompiler:
             f"the C++ compiler {shlex.join(command)} could not be run: {error}"
         ) from error
     openmp_compile, openmp_link = _find_openmp(command, "darwin" in target)
-    return CxxCompiler(command, version, target, openmp_compile, openmp_link)
+    found = CxxCompiler(command, version, target, openmp_compile, openmp_link)
+    if not found.is_x86_64:
+        return found
+    trial = _compiles(command, AVX512_BF16_PROGRAM, ["-mavx512f", "-mavx512bf16"])
+    return replace(found, has_avx512_bf16=trial.returncode == 0)
 
 
 def _nvcc_path(environ: Mapping[str, str]) -> str:

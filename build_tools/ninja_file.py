@@ -17,7 +17,8 @@ AVX512_FLAGS = [
     *AVX2_FLAGS,
     "-mprefer-vector-width=512",
 ]
-SIMD_FLAGS = {"_avx2": AVX2_FLAGS, "_avx512": AVX512_FLAGS}
+AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+SIMD_FLAGS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512_bf16": AVX512_BF16_FLAGS}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Plan:
             flags += ["-g", "-fno-omit-frame-pointer", _sanitize_flag(self.sanitizers)]
         if self.cxx.is_x86_64:
             flags.append("-DELA_X86_SIMD")
+        if "avx512_bf16" in self.simd_levels():
+            flags.append("-DELA_X86_BF16")
         return flags + self.extra_compile
 
     def binding_flags(self) -> list[str]:
@@ -71,15 +74,22 @@ class Plan:
         return flags
 
     def simd_levels(self) -> list[str]:
-        return ["baseline", "avx2", "avx512"] if self.cxx.is_x86_64 else ["baseline"]
+        if not self.cxx.is_x86_64:
+            return ["baseline"]
+        return [
+            "baseline",
+            "avx2",
+            "avx512",
+            *(["avx512_bf16"] if self.cxx.has_avx512_bf16 else []),
+        ]
 
     def sources(self) -> list[Path]:
         found = [
             *source_files(self.root, "csrc/binding/*.cpp"),
             *source_files(self.root, "csrc/cpu/*.cpp"),
         ]
-        if not self.cxx.is_x86_64:
-            found = [source for source in found if not source.stem.endswith(tuple(SIMD_FLAGS))]
+        left_out = tuple(f"_{level}" for level in SIMD_FLAGS if level not in self.simd_levels())
+        found = [source for source in found if not source.stem.endswith(left_out)]
         if self.cuda is None:
             return [
                 source
@@ -92,8 +102,8 @@ class Plan:
         """The flags beyond the rule's own that one source needs."""
         if source.parent.name == "binding":
             return self.binding_flags()
-        for suffix, flags in SIMD_FLAGS.items():
-            if source.stem.endswith(suffix):
+        for level, flags in SIMD_FLAGS.items():
+            if source.stem.endswith(f"_{level}"):
                 return flags
         return []
 

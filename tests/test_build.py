@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,7 @@ def source_tree(tmp_path: Path) -> Path:
         "cpu/op_baseline.cpp",
         "cpu/op_avx2.cpp",
         "cpu/op_avx512.cpp",
+        "cpu/op_avx512_bf16.cpp",
         "cpu/select.cpp",
         "cuda/device_query.cu",
     ):
@@ -205,6 +207,19 @@ def test_ninja_file_cuda(source_tree: Path) -> None:
     assert "-DELA_WITH_CUDA" in variable_of(text, "flags", "module.cpp")
     assert {"-L/opt/lib", "-lcudart_static"} <= set(variable_of(text, "ldflags"))
     assert "device_query.cu.o: nvcc" in text.replace("$\n", "")
+
+
+def test_hardware_bfloat16_is_compiled_where_the_compiler_knows_it(source_tree: Path) -> None:
+    without = Plan(source_tree, source_tree / "_C.so", fake_cxx(), None)
+    assert without.simd_levels() == ["baseline", "avx2", "avx512"]
+    assert "op_avx512_bf16.cpp" not in [source.name for source in without.sources()]
+    assert "-DELA_X86_BF16" not in without.common_flags()
+    plan = replace(without, cxx=replace(fake_cxx(), has_avx512_bf16=True))
+    assert plan.simd_levels()[-1] == "avx512_bf16"
+    assert "-DELA_X86_BF16" in plan.common_flags()
+    text = ninja_text(plan)
+    assert variable_of(text, "flags", "op_avx512_bf16.cpp") == [*AVX512_FLAGS, "-mavx512bf16"]
+    assert variable_of(text, "flags", "op_avx512.cpp") == AVX512_FLAGS
 
 
 def test_other_processors_get_the_baseline_alone(source_tree: Path) -> None:
@@ -272,6 +287,13 @@ def test_a_compiler_without_openmp_is_used_without(tmp_path: Path) -> None:
     found = find_cxx({"CXX": str(plain)})
     assert not found.has_openmp
     assert found.openmp_compile == []
+
+
+@needs_cxx
+def test_a_compiler_without_hardware_bfloat16_is_used_without(tmp_path: Path) -> None:
+    real = find_cxx(os.environ).executable
+    old = script(tmp_path / "cxx", f'case "$*" in *-mavx512bf16*) exit 1;; esac\nexec {real} "$@"')
+    assert not find_cxx({"CXX": str(old)}).has_avx512_bf16
 
 
 def test_nvcc_is_asked_for_its_architectures(tmp_path: Path) -> None:

@@ -241,6 +241,9 @@ extern const Kernels kKernelsBaseline;
 #ifdef ELA_X86_SIMD
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+#ifdef ELA_X86_BF16
+extern const Kernels kKernelsAvx512Bf16;
+#endif
 #endif
 
 // The kernels in use: the widest that this processor runs, or what ELA_KERNELS_SIMD names.

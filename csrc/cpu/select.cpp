@@ -8,12 +8,19 @@ namespace ela {
 
 namespace {
 
+#ifdef ELA_X86_SIMD
+bool runs_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
 bool runs_here(const Kernels& k) {
 #ifdef ELA_X86_SIMD
-  if (&k == &kKernelsAvx512) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-  }
+#ifdef ELA_X86_BF16
+  if (&k == &kKernelsAvx512Bf16) return runs_avx512() && __builtin_cpu_supports("avx512bf16");
+#endif
+  if (&k == &kKernelsAvx512) return runs_avx512();
   if (&k == &kKernelsAvx2) {
     // F16C too is used, and Clang cannot ask for it; every processor with AVX2 has it.
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
@@ -41,11 +48,16 @@ const Kernels& choose() {
 
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> levels;
+  const Kernels* all[] = {
+      &kKernelsBaseline,
 #ifdef ELA_X86_SIMD
-  const Kernels* all[] = {&kKernelsBaseline, &kKernelsAvx2, &kKernelsAvx512};
-#else
-  const Kernels* all[] = {&kKernelsBaseline};
+      &kKernelsAvx2,
+      &kKernelsAvx512,
+#ifdef ELA_X86_BF16
+      &kKernelsAvx512Bf16,
 #endif
+#endif
+  };
   for (const Kernels* k : all) {
     if (runs_here(*k)) levels.push_back(k);
   }

@@ -27,7 +27,7 @@ def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_instruction_set(level, kernels):
     if level not in kernels.simd_levels():
         pytest.skip(f"this build and processor have {', '.join(kernels.simd_levels())}")
