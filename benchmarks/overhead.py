@@ -15,8 +15,37 @@ from benchmarks.measure import quartiles
 from benchmarks.shapes import OVERHEAD_STAGE, StageShape
 
 
+class _Bare(torch.autograd.Function):
+    """As many inputs, outputs and saved tensors as a whole layer has, and nothing but their allocation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        prev_weights: Tensor,
+        token: Tensor,
+        row: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        out, v = torch.empty_like(x), torch.empty_like(x)
+        mean, q, k = (torch.empty_like(row) for _ in range(3))
+        weights, kl, own = (torch.empty_like(t) for t in (prev_weights, prev_weights, token))
+        ctx.save_for_backward(x, wq, wk, wv, prev_weights, mean, q, weights, k, v)
+        return out, weights, kl, own, k, v
+
+    @staticmethod
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, wq, wk, wv, prev_weights, *_, weights, _k, _v = ctx.saved_tensors
+        torch.empty_like(weights)  # the score gradients, which stay inside
+        made = [torch.empty_like(t) for t in (x, wq, wk, wv, prev_weights)]
+        return *made, douts[3], None
+
+
 def measure_overhead(rounds: int, shape: StageShape = OVERHEAD_STAGE) -> dict[str, Any]:
-    """Microseconds a layer, forward and backward, of the op with a history and of the whole module."""
+    """Microseconds a layer, forward and backward: the op with a history, a whole module, PyTorch alone."""
     torch.manual_seed(0)
     size = (shape.batch, shape.channels, shape.size, shape.size)
     x = torch.randn(size, requires_grad=True)
@@ -41,8 +70,19 @@ def measure_overhead(rounds: int, shape: StageShape = OVERHEAD_STAGE) -> dict[st
         history = ek.LayerHistory()
         return [layer(x, history) for layer in layers]
 
+    row, weights = torch.randn(size[:2]), torch.randn(size[0], shape.heads, 1)
+
+    def bare() -> list[Tensor]:
+        prev, token, outs = weights, torch.zeros(1, requires_grad=True), []
+        for layer in layers:
+            wq, wk, wv = (p for p in layer.parameters())
+            out, prev, _, token, _, _ = _Bare.apply(x, wq, wk, wv, prev, token, row)
+            outs.append(out)
+        return outs
+
     return {
         "shape": shape.name,
+        "bare": _microseconds_a_layer(bare, [x, *parameters], douts, rounds),
         "op": _microseconds_a_layer(op, inputs, douts, rounds),
         "module": _microseconds_a_layer(module, [x, *parameters], douts, rounds),
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.environment import DEFAULT, KEPT
+from benchmarks.limits import limits
 from benchmarks.shapes import parse_shape
 
 Results = dict[str, Any]
@@ -158,9 +159,23 @@ def text_report(results: Results) -> str:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [
             [name, *(f"{results['overhead'][name][p]['median']:.0f}" for p in _PASSES)]
-            for name in ("op", "module")
+            for name in ("op", "module", "bare")
         ]
         lines += [*table(["", *_PASSES], rows), ""]
+    found = limits(results)
+    if found:
+        lines += ["Times faster than a baseline, and the most that any layer could be", ""]
+        rows = [
+            [
+                limit.what,
+                str(limit.shape),
+                f"{limit.reached:.2f}",
+                f"{limit.most:.2f}",
+                f"{100 * limit.reached / limit.most:.0f} %",
+            ]
+            for limit in found
+        ]
+        lines += [*table(["", "shape", "reached", "most", ""], rows), ""]
     rows = [
         [
             target.what,

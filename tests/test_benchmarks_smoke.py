@@ -15,14 +15,15 @@ import torch
 import ela_kernels as ek
 from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
-from benchmarks.environment import MALLOC_SETTINGS, process_environment
+from benchmarks.environment import KEPT, MALLOC_SETTINGS, process_environment
 from benchmarks.layer_floor import StageOfLayers, check_layers
+from benchmarks.limits import limits
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
 from benchmarks.networks import measure_networks
 from benchmarks.probe import read_probes
 from benchmarks.report import Target
-from benchmarks.shapes import parse_shape
+from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import least_bytes_of_ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +59,7 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     assert set(results["memory"][SHAPE.name]) == {EAGER, LAYER, PULL, PUSH}
     assert results["memory"][SHAPE.name][PULL]["maps"] > 2 * SHAPE.depth - 1
     assert math.isfinite(results["divergence"][SHAPE.name]["percent_of_forward"])
+    assert results["overhead"]["bare"]["both"]["median"] > 0
     assert results["overhead"]["op"]["both"]["median"] > 0
     blocks = results["blocks"][SHAPE.name]
     for phase in ("training", "inference"):
@@ -67,7 +69,40 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     table = (tmp_path / "tables.md").read_text()
     assert "peak memory, maps" in table
     assert "Whole layer against the read probe" in table
+    assert "Times faster than a baseline, and the most that any layer could be" in table
     assert table == done.stdout.removesuffix("\n")
+
+
+def test_limits_are_the_baseline_over_the_probe() -> None:
+    """A stage of 3 maps of 4000 bytes: 12 maps forward, 18 backward, and 7 more a layer around a block."""
+    shape = StageShape(3, 1, 10, 10, 1)
+    name, size = shape.name, 4 * shape.map_elements
+    ms = {"eager": {"median": 10.0}, "layer": {"median": 4.0}, "block": {"median": 5.0}}
+    times = {"eager": {"of_medians": 2.5}}
+    phases = {
+        "forward": {"least_bytes": 12 * size, "probe_gb_per_s": size / 1e6},  # a map a millisecond
+        "backward": {"least_bytes": 18 * size, "probe_gb_per_s": size / 1e6 * 2},
+    }
+    stage = {
+        "fastest_baseline": "eager",
+        "contenders": {n: {"ms": m} for n, m in ms.items()},
+        "times_ours": times,
+    }
+    found = limits(
+        {
+            "layer_floor": {name: {"phases": phases}},
+            "stages": {KEPT: {name: stage}},
+            "blocks": {
+                name: {p: {"ms": ms, "times_ours": times} for p in ("training", "inference")}
+            },
+            "networks": {},
+        }
+    )
+    assert [(limit.reached, round(limit.most, 6)) for limit in found] == [
+        (2.5, round(10 / 21, 6)),
+        (2.5, round(10 / (21 + 9 + 6), 6)),
+        (2.5, round(10 / 12, 6)),
+    ]
 
 
 @pytest.mark.parametrize("name", [EAGER, LAYER, PULL, PUSH])
