@@ -232,9 +232,9 @@ void gather_convolve_interleaved(const GatherConvolveParams& p, int threads) {
         }
         if (!kWantsTaps) return;
         const T* x = interleaved_at<T>(p.x, at.b, r * s.width, c);
-        Vec<T> sums[kTaps] = {};
+        Vec<T> sums[kTaps];
         correlate_line<T>(
-            s.width, lines, [&](int64_t w) { return load_n(x + w * p.x.inner, n); }, lane_bits<T>(0, n), sums);
+            s.width, lines, [&](int64_t w) { return load_n(x + w * p.x.inner, n); }, lane_bits<T>(0, n), true, sums);
         for (int k = 0; k < kTaps; ++k) {
           A* total = dtaps + (k % 3 * 3 + k / 3) * s.channels + i;
           store_n(total, load_n(total, n) + sums[k], n);

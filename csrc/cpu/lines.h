@@ -33,13 +33,14 @@ inline Vec<T> convolve_line(const Vec<T>* tap, Vec<T> offset, int64_t length, Lo
   return sum;
 }
 
-// From triples of dv and centers of x: <dv, shifted x> of the lanes to `keep`, added to totals[tap].
+// From triples of dv and centers of x: <dv, shifted x> of the lanes to keep, put into totals[tap] by the first line and
+// added by the others. (Clearing totals first took an eighth of the time that a small plane takes beside its loops.)
 //
 // Apart from the gradient of x, which is a convolution with the taps turned: nine sums and nine taps at once are more
 // than AVX2 has registers. Measured with AVX2 in cache, planes of 56 x 56: this takes 10 cycles a vector and that 12,
 // and nine products take nine.
 template <class T, class Load, class Center>
-inline void correlate_line(int64_t length, Load triple, Center x, Bits<T> kept, Vec<T>* totals) {
+inline void correlate_line(int64_t length, Load triple, Center x, Bits<T> kept, bool is_first, Vec<T>* totals) {
   Vec<T> a0{}, a1{}, a2{}, b0{}, b1{}, b2{}, c0{}, c1{}, c2{};
   Vec<T> previous{}, here{}, next = x(0);
   for (int64_t i = 0; i < length; ++i) {
@@ -53,7 +54,7 @@ inline void correlate_line(int64_t length, Load triple, Center x, Bits<T> kept, 
     c0 += next * t.after, c1 += next * t.center, c2 += next * t.before;
   }
   const Vec<T> sums[kTaps] = {a0, a1, a2, b0, b1, b2, c0, c1, c2};
-  for (int i = 0; i < kTaps; ++i) totals[i] += keep<T>(sums[i], kept);
+  for (int i = 0; i < kTaps; ++i) totals[i] = is_first ? keep<T>(sums[i], kept) : totals[i] + keep<T>(sums[i], kept);
 }
 
 template <class T>

@@ -116,7 +116,7 @@ inline void convolve_plane_turned(const Acc<T>* dv, const Vec<T>* tap, Acc<T> of
 // <dv, shifted x> for every tap.
 template <class T>
 inline void correlate_plane(const Acc<T>* dv, Plane<const T> x, Acc<T>* dtaps, int64_t height, int64_t width) {
-  Vec<T> totals[kTaps] = {};
+  Vec<T> totals[kTaps];
   for_columns<T>(height, width, [&](auto column) {
     correlate_line<T>(
         height, [=](int64_t r) { return column.triple(dv, r); },
@@ -124,7 +124,7 @@ inline void correlate_plane(const Acc<T>* dv, Plane<const T> x, Acc<T>* dtaps, i
           __builtin_prefetch(x.next + r * width + column.w);
           return column.center(x.data, r);
         },
-        column.fresh, totals);
+        column.fresh, column.w == 0, totals);
   });
   for (int i = 0; i < kTaps; ++i) dtaps[i] = sum_lanes<T>(totals[i]);
 }
