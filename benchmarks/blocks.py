@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,35 +24,31 @@ GRADIENT_TOLERANCE = 1e-2
 OURS, HALF = "block", "block bfloat16"
 
 
-class BlockStage:
-    """Published layers with a norm each, and ours with the same parameters."""
+class Blocks(ABC):
+    """Layers with a norm each, and ours with the same parameters; input and output gradient of their stage."""
 
-    def __init__(self, shape: StageShape, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shape: StageShape, layers: nn.ModuleList, blocks: nn.ModuleList, dtype: torch.dtype
+    ) -> None:
         plain = Stage(shape)
         self.shape = shape
         self.x = plain.x.detach().to(dtype).requires_grad_()
         self.dout = plain.dout.to(dtype)
-        self.layers = nn.ModuleList(plain.layers).to(dtype)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(shape.channels) for _ in self.layers).to(dtype)
-        self.blocks = nn.ModuleList(ek.ELA(shape.channels, shape.head_dim) for _ in self.layers)
-        for block, layer, norm in zip(self.blocks, self.layers, self.norms, strict=True):
-            block.attn.Wq, block.attn.Wk, block.attn.Wv = layer.Wq, layer.Wk, layer.Wv
-            block.norm = norm
+        self.layers, self.blocks = layers.to(dtype), blocks.to(dtype)
+        self.norms = nn.ModuleList(block.norm for block in blocks)
         self.inputs: list[Tensor] = [self.x, *self.layers.parameters(), *self.norms.parameters()]
 
+    @abstractmethod
     def eager(self, x: Tensor) -> Tensor:
-        """The published form: concatenates at every layer."""
-        history = ConcatHistory()
-        for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = x + norm(layer(x, history)).relu()
-        return x
+        """The published form in PyTorch."""
 
+    @abstractmethod
     def ours(self, x: Tensor) -> Tensor:
         """The kernels of a whole block."""
-        history = ek.LayerHistory()
-        for block in self.blocks:
-            x = block(x, history)
-        return x
+
+    @abstractmethod
+    def expected(self) -> list[Tensor]:
+        """Output and gradients of a training step in float64."""
 
     def train(self, is_training: bool) -> None:
         self.norms.train(is_training)
@@ -73,8 +70,30 @@ class BlockStage:
         with torch.no_grad():
             return forward(self.x)
 
+
+class BaseBlocks(Blocks):
+    """The base form; the published one concatenates at every layer."""
+
+    def __init__(self, shape: StageShape, dtype: torch.dtype = torch.float32) -> None:
+        layers = Stage(shape).layers
+        blocks = nn.ModuleList(ek.ELA(shape.channels, shape.head_dim) for _ in layers)
+        for block, layer in zip(blocks, layers, strict=True):
+            block.attn.Wq, block.attn.Wk, block.attn.Wv = layer.Wq, layer.Wk, layer.Wv
+        super().__init__(shape, layers, blocks, dtype)
+
+    def eager(self, x: Tensor) -> Tensor:
+        history = ConcatHistory()
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = x + norm(layer(x, history)).relu()
+        return x
+
+    def ours(self, x: Tensor) -> Tensor:
+        history = ek.LayerHistory()
+        for block in self.blocks:
+            x = block(x, history)
+        return x
+
     def expected(self) -> list[Tensor]:
-        """Output and gradients of a training step in float64."""
         x, *parameters = (t.detach().double().requires_grad_() for t in self.inputs)
         count, scale = self.shape.depth, self.shape.head_dim**-0.5
         filters, norms = parameters[: 3 * count], parameters[3 * count :]
@@ -95,11 +114,18 @@ class BlockStage:
 
 def measure_blocks(shape: StageShape, contenders: list[str], rounds: int) -> dict[str, Any]:
     """A training step and inference of every contender, all checked first; ours in bfloat16 as well."""
-    stage = BlockStage(shape)
+    return measure_form(BaseBlocks, shape, contenders, rounds)
+
+
+def measure_form(
+    form: Callable[..., Blocks], shape: StageShape, contenders: list[str], rounds: int
+) -> dict[str, Any]:
+    """:func:`measure_blocks` of one form of layer attention: called with a shape, and a dtype."""
+    stage = form(shape)
     forms = stage.forms(COMPILED in contenders)
     errors = _check(stage, forms)
     steps = {name: partial(stage.step, forward) for name, forward in forms.items()}
-    half = BlockStage(shape, torch.bfloat16)
+    half = form(shape, torch.bfloat16)
     steps[HALF] = partial(half.step, half.ours)
     training = _times(interleave(steps, rounds))
     stage.train(False)
@@ -123,7 +149,7 @@ def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _kinds(stage: BlockStage) -> dict[str, list[int]]:
+def _kinds(stage: Blocks) -> dict[str, list[int]]:
     """Which of the stage's inputs are of one kind; a single filter's gradient may be all cancellation."""
     names = ["x", *(name for name, _ in stage.layers.named_parameters(prefix="layers"))]
     names += [name for name, _ in stage.norms.named_parameters(prefix="norms")]
@@ -134,7 +160,7 @@ def _kinds(stage: BlockStage) -> dict[str, list[int]]:
     return kinds
 
 
-def _check(stage: BlockStage, forms: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
+def _check(stage: Blocks, forms: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
     expected = stage.expected()
     kinds = _kinds(stage)
     errors = {}

@@ -109,9 +109,12 @@ def text_report(results: Results) -> str:
         others = [name for name in names if name != "layer"]
         head = [f"{setting} malloc", *names, f"{' / '.join(others)} over layer"]
         lines += [*table(head, rows), ""]
-    if results["blocks"]:
-        for phase in ("training", "inference"):
-            stages = {shape: blocks[phase] for shape, blocks in results["blocks"].items()}
+    for part, what in (
+        ("blocks", "Residual blocks"),
+        ("light", "Residual blocks of the light form"),
+    ):
+        for phase in ("training", "inference") if results[part] else ():
+            stages = {shape: blocks[phase] for shape, blocks in results[part].items()}
             names = list(next(iter(stages.values()))["ms"])
             others = [name for name in names if name != "block"]
             rows = []
@@ -119,7 +122,7 @@ def text_report(results: Results) -> str:
                 faster = [f"{stage['times_ours'][name]['of_medians']:.2f}" for name in others]
                 cells = [_time(stage["ms"][name]) for name in names]
                 rows.append([str(parse_shape(shape)), *cells, " / ".join(faster)])
-            lines += [f"Residual blocks with BatchNorm and ReLU, {phase}, ms (kept malloc)", ""]
+            lines += [f"{what} with BatchNorm and ReLU, {phase}, ms (kept malloc)", ""]
             lines += [*table(["", *names, f"{' / '.join(others)} over block"], rows), ""]
     if results["networks"]:
         networks = results["networks"]

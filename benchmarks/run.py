@@ -1,7 +1,7 @@
 """Measure layer attention on this machine and write what was found.
 
 python -m benchmarks.run --quick --out results/bench     one stage, the compiled baseline left out: under a minute
-python -m benchmarks.run --full --out results/bench      everything: about twenty minutes
+python -m benchmarks.run --full --out results/bench      everything: half an hour
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FULL_ROUNDS = {
     "stages": 15,
     "blocks": 15,
+    "light": 15,
     "floor": 15,
     "layer_floor": 15,
     "divergence": 60,
@@ -42,6 +43,7 @@ FULL_ROUNDS = {
 QUICK_ROUNDS = {
     "stages": 5,
     "blocks": 5,
+    "light": 5,
     "floor": 5,
     "layer_floor": 5,
     "divergence": 15,
@@ -74,6 +76,7 @@ class Run:
                 if setting == KEPT:
                     parts += [
                         "blocks",
+                        "light",
                         "floor",
                         "layer_floor",
                         "divergence",

@@ -18,6 +18,7 @@ import torch
 from benchmarks.blocks import measure_blocks
 from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.layer_floor import measure_layer_floor
+from benchmarks.light import measure_light
 from benchmarks.memory import measure_memory
 from benchmarks.networks import measure_networks
 from benchmarks.overhead import measure_overhead
@@ -27,6 +28,7 @@ from benchmarks.stages import measure_stage
 PARTS = (
     "stages",
     "blocks",
+    "light",
     "floor",
     "layer_floor",
     "divergence",
@@ -46,6 +48,8 @@ def measure(
         return measure_stage(shape, contenders, rounds[part])
     if part == "blocks":
         return measure_blocks(shape, contenders, rounds[part])
+    if part == "light":
+        return measure_light(shape, contenders, rounds[part])
     if part == "networks":
         return measure_networks(rounds[part])
     if part == "memory":

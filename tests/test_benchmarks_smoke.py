@@ -61,10 +61,11 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     assert math.isfinite(results["divergence"][SHAPE.name]["percent_of_forward"])
     assert results["overhead"]["bare"]["both"]["median"] > 0
     assert results["overhead"]["op"]["both"]["median"] > 0
-    blocks = results["blocks"][SHAPE.name]
-    for phase in ("training", "inference"):
-        assert list(blocks[phase]["ms"]) == [EAGER, OURS, HALF]
-        assert blocks[phase]["times_ours"][EAGER]["of_medians"] > 0
+    for part in ("blocks", "light"):
+        blocks = results[part][SHAPE.name]
+        for phase in ("training", "inference"):
+            assert list(blocks[phase]["ms"]) == [EAGER, OURS, HALF]
+            assert blocks[phase]["times_ours"][EAGER]["of_medians"] > 0
     assert results["machine"]["threads"] == 1
     table = (tmp_path / "tables.md").read_text()
     assert "peak memory, maps" in table
