@@ -239,7 +239,7 @@ for order in (0, 1, 2):
         raise SystemExit("the misuse was not seen")
     except RuntimeError as error:
         assert "no thread can go on" in str(error)
-print("in bounds")
+print("in bounds", flush=True)
 module.misuse({which}, array.array("f", [0] * 64).buffer_info()[0], 64)
 """
 
