@@ -87,7 +87,7 @@ inline void scores_gradient(const BackwardParams& p, int64_t item, const double*
     for (int64_t j = 0; j < f.depth; ++j) dscores[j] += dkl * mass * weights[j];
     for (int64_t j = 0; j < f.prev_depth; ++j) dscores[j] -= dkl * prev[j];
   }
-  for (int64_t j = 0; j < f.depth; ++j) dscores[j] *= static_cast<A>(f.scale);
+  for (int64_t j = 0; j < f.depth; ++j) dscores[j] = normal_factor(dscores[j] * static_cast<A>(f.scale));
 }
 
 // d kl / d prev_j = log prev_j + 1 - log weights_j, from the scores and never from a rounded weight.
@@ -114,9 +114,7 @@ inline void query_and_key_gradients(const BackwardParams& p, int64_t item, const
     T* dquery = const_cast<T*>(row_of<T>(p.dquery, b, c));
     for_vectors<T>(head_dim, [&](int64_t i, int n) {
       Vec<T> sum{};
-      for (int64_t j = 0; j < f.depth; ++j) {
-        sum += normal_factor(dscores[j]) * load_n(row_of<T>(f.keys[j], b, c + i), n);
-      }
+      for (int64_t j = 0; j < f.depth; ++j) sum += dscores[j] * load_n(row_of<T>(f.keys[j], b, c + i), n);
       store_n(dquery + i, sum, n);
     });
   }
@@ -125,8 +123,7 @@ inline void query_and_key_gradients(const BackwardParams& p, int64_t item, const
   for (int64_t j = 0; j < f.depth; ++j) {
     if (p.dkeys[j].data == nullptr) continue;
     T* dkey = const_cast<T*>(row_of<T>(p.dkeys[j], b, c));
-    const Acc<T> factor = normal_factor(dscores[j]);
-    for_vectors<T>(head_dim, [&](int64_t i, int n) { store_n(dkey + i, factor * load_n(query + i, n), n); });
+    for_vectors<T>(head_dim, [&](int64_t i, int n) { store_n(dkey + i, dscores[j] * load_n(query + i, n), n); });
   }
 }
 
