@@ -28,10 +28,9 @@ class Blocks(ABC):
     """Layers with a norm each, and ours with the same parameters; input and output gradient of their stage."""
 
     def __init__(
-        self, shape: StageShape, layers: nn.ModuleList, blocks: nn.ModuleList, dtype: torch.dtype
+        self, plain: Stage, layers: nn.ModuleList, blocks: nn.ModuleList, dtype: torch.dtype
     ) -> None:
-        plain = Stage(shape)
-        self.shape = shape
+        self.shape = plain.shape
         self.x = plain.x.detach().to(dtype).requires_grad_()
         self.dout = plain.dout.to(dtype)
         self.layers, self.blocks = layers.to(dtype), blocks.to(dtype)
@@ -75,11 +74,11 @@ class BaseBlocks(Blocks):
     """The base form; the published one concatenates at every layer."""
 
     def __init__(self, shape: StageShape, dtype: torch.dtype = torch.float32) -> None:
-        layers = Stage(shape).layers
-        blocks = nn.ModuleList(ek.ELA(shape.channels, shape.head_dim) for _ in layers)
-        for block, layer in zip(blocks, layers, strict=True):
+        plain = Stage(shape)
+        blocks = nn.ModuleList(ek.ELA(shape.channels, shape.head_dim) for _ in plain.layers)
+        for block, layer in zip(blocks, plain.layers, strict=True):
             block.attn.Wq, block.attn.Wk, block.attn.Wv = layer.Wq, layer.Wk, layer.Wv
-        super().__init__(shape, layers, blocks, dtype)
+        super().__init__(plain, plain.layers, blocks, dtype)
 
     def eager(self, x: Tensor) -> Tensor:
         history = ConcatHistory()

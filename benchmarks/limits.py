@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from benchmarks.environment import DEFAULT, KEPT
+from benchmarks.measure import fastest_baseline
 from benchmarks.shapes import StageShape, parse_shape
 
 Results = dict[str, Any]
@@ -13,8 +14,6 @@ Results = dict[str, Any]
 # Maps that a residual block in training moves beyond a layer `x + o`, with statistics of the batch. Forward: the
 # retrieval and x once more, and the output. Backward: the output's gradient and the retrieval, twice.
 _BLOCK_FORWARD, _BLOCK_BACKWARD = 3, 4
-
-_BASELINES = ("eager", "compiled")
 
 
 class Limit(NamedTuple):
@@ -55,9 +54,7 @@ def _limits(results: Results) -> Iterator[Limit]:
         }
         for phase, probe_ms in least.items():
             found = blocks[phase]
-            baseline = min(
-                (n for n in found["ms"] if n in _BASELINES), key=lambda n: found["ms"][n]["median"]
-            )
+            baseline = fastest_baseline(found["ms"])
             ms = found["ms"][baseline]["median"]
             reached = found["times_ours"][baseline]["of_medians"]
             yield Limit(f"blocks, {phase}, over {baseline}", name, reached, ms / probe_ms)

@@ -70,6 +70,11 @@ def interleave(
     return seconds
 
 
+def fastest_baseline(ms: Mapping[str, Mapping[str, float]]) -> str:
+    """The published form that is faster, eager or compiled, of the contenders' summaries; the others do not count."""
+    return min((n for n in ("eager", "compiled") if n in ms), key=lambda n: ms[n]["median"])
+
+
 def ratio(numerator: list[float], denominator: list[float]) -> dict[str, Any]:
     """How many times longer the numerator takes: of the medians, and the quartiles of the rounds' own ratios."""
     q1, median, q3 = quartiles([a / b for a, b in zip(numerator, denominator, strict=True)])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
+from benchmarks.measure import fastest_baseline
 from benchmarks.shapes import parse_shape
 
 Results = dict[str, Any]
@@ -53,8 +54,7 @@ def _targets(results: Results) -> Iterator[Target]:
             )
     for shape, blocks in results["blocks"].items():
         for phase, bound in (("training", 3.0), ("inference", 4.0)):
-            others = {n: m for n, m in blocks[phase]["ms"].items() if n in ("eager", "compiled")}
-            fastest = min(others, key=lambda name: others[name]["median"])
+            fastest = fastest_baseline(blocks[phase]["ms"])
             value = blocks[phase]["times_ours"][fastest]["of_medians"]
             yield Target(f"blocks, {phase}, times faster than {fastest}", shape, value, bound, True)
         value = blocks["training"]["times_bfloat16"]["of_medians"]
@@ -171,7 +171,7 @@ def text_report(results: Results) -> str:
         rows = [
             [
                 limit.what,
-                str(limit.shape),
+                limit.shape,
                 f"{limit.reached:.2f}",
                 f"{limit.most:.2f}",
                 f"{100 * limit.reached / limit.most:.0f} %",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from benchmarks.contenders import COMPILED, EAGER, LAYER, PULL, Stage, check_forms
-from benchmarks.measure import interleave, ratio, summarize
+from benchmarks.contenders import LAYER, PULL, Stage, check_forms
+from benchmarks.measure import fastest_baseline, interleave, ratio, summarize
 from benchmarks.shapes import StageShape
 
 
@@ -29,9 +29,8 @@ def measure_stage(shape: StageShape, names: list[str], rounds: int) -> dict[str,
             name: ratio(times, seconds[PULL]) for name, times in seconds.items() if name != PULL
         },
     }
-    baselines = [name for name in (EAGER, COMPILED) if name in seconds]
-    report["fastest_baseline"] = min(
-        baselines, key=lambda name: report["contenders"][name]["ms"]["median"]
+    report["fastest_baseline"] = fastest_baseline(
+        {name: found["ms"] for name, found in report["contenders"].items()}
     )
     report["op_least_bytes"] = least_bytes_of_ops(shape)
     return report

@@ -44,12 +44,9 @@ def measure(
     part: str, shape: StageShape, contenders: list[str], rounds: dict[str, int]
 ) -> dict[str, Any]:
     """One part's results."""
-    if part == "stages":
-        return measure_stage(shape, contenders, rounds[part])
-    if part == "blocks":
-        return measure_blocks(shape, contenders, rounds[part])
-    if part == "light":
-        return measure_light(shape, contenders, rounds[part])
+    with_contenders = {"stages": measure_stage, "blocks": measure_blocks, "light": measure_light}
+    if part in with_contenders:
+        return with_contenders[part](shape, contenders, rounds[part])
     if part == "networks":
         return measure_networks(rounds[part])
     if part == "memory":
