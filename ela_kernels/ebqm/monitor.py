@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +15,16 @@ from ela_kernels.ebqm.decision import Candidate, Reason, Verdict, decide
 from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
 from ela_kernels.ebqm.settings import Settings, checked_settings
-from ela_kernels.ebqm.stages import find_layers, stage_numbers
+from ela_kernels.ebqm.stages import (
+    find_layers,
+    plain_name,
+    present_layers,
+    run_order,
+    stage_numbers,
+)
 from ela_kernels.ebqm.statistics import Statistics
-from ela_kernels.modules.ela import SkipMode, check_skip
+from ela_kernels.modules.ela import ELA, MOST_OBSERVATIONS, SkipMode, check_skip
+from ela_kernels.modules.observations import STATIC_GRAPH
 
 _VERSION = 1
 
@@ -38,10 +47,19 @@ class EBQM:
        seen or not finite;
     6. a skipped layer is probed every `probe_interval` steps: its weights are worked out from query and key alone.
 
-    Statistics stay on the device and come to the host at a decision only. Under `torch.distributed` they are averaged
-    there over the processes, so that all decide alike; every process must then call :meth:`step` as often. A skipped
-    layer's parameters get no gradient: `DistributedDataParallel` needs `find_unused_parameters=True`, and with
+    Only training passes count: in train mode and with gradients. Statistics stay on the device and come to the host
+    at a decision only. Under `torch.distributed` they are averaged there over the processes, so that all decide alike;
+    every process must then call :meth:`step` as often. A skipped layer's parameters get no gradient:
+    `DistributedDataParallel` needs `find_unused_parameters=True` and no `static_graph=True`, which is refused, and with
     `zero_grad(set_to_none=False)` an optimizer goes on moving them by momentum and weight decay.
+
+    Decisions are in the layers' buffers `decision`, so that moving averages, broadcasts and checkpoints of the model
+    carry them. In a compiled graph (`torch.compile`) they are data: none costs a compilation, and a skipped retrieval
+    is worked out, seen at every step, and discarded, its parameters with gradients of zero; it saves time only once
+    :func:`ela_kernels.prune` has made it permanent.
+
+    Layers that are exchanged, added or removed are noticed at the next :meth:`step`; new ones start without statistics.
+    Two EBQM on one model both see all of it, and both decide: a warning says so.
 
     The default thresholds are for a model with some tens of layers and thousands of steps.
 
@@ -122,12 +140,18 @@ class EBQM:
         if skip is not None:
             check_skip(skip)
         layers = find_layers(model)
+        wrappers = (
+            m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
+        )
+        if any(wrapper.static_graph for wrapper in wrappers):
+            raise ValueError(STATIC_GRAPH)
         self.model = model
         self.process_group = process_group
         self.steps = 0
         self._names = list(layers)
         self._layers = list(layers.values())
-        self._statistics = Statistics(len(layers), self.settings.smoothing)
+        device = self._layers[0].device
+        self._statistics = Statistics(len(layers), self.settings.smoothing, device)
         self._reasons = [Reason.UNDECIDED] * len(layers)
         self._since = [0] * len(layers)
         self._decisions: list[DecisionRecord] = []
@@ -136,12 +160,20 @@ class EBQM:
                 layer.skip = skip
         self._attach()
 
-    def step(self) -> None:
-        """Take in the step that was trained; decide when a decision is due. Call it once after `optimizer.step()`."""
+    def step(self, applied: bool = True) -> None:
+        """Take in the step that was trained; decide when a decision is due. Call it once after `optimizer.step()`.
+
+        Args:
+            applied: False for a step that the optimizer did not take, as `torch.amp.GradScaler` leaves out one whose
+                gradients are not finite: what was seen in it is dropped. With `scale = scaler.get_scale()` before
+                `scaler.update()` it is `scaler.get_scale() >= scale`.
+        """
+        self._follow_model()
         self.steps += 1
-        self._statistics.update(self._observations)
-        for kept in self._observations:
-            kept.clear()
+        observations, totals = self._take()
+        if not applied:
+            observations, totals = [[] for _ in observations], {}
+        self._statistics.update(observations, totals)
         if self.settings.decides_at(self.steps):
             self.synchronize()
             self._decide()
@@ -152,13 +184,12 @@ class EBQM:
 
         Call it on every process before the first one saves :meth:`state_dict`, so that what is saved stands for all.
         """
-        self._statistics.average_over_processes(self.process_group)
+        self._statistics.average_over_processes(self.process_group, self._layers[0].device)
 
     def report(self) -> Report:
         """What is known and decided now, layer by layer, and every decision so far. Waits for the device."""
         last = self._decisions[-1] if self._decisions else None
-        places = [layer.place for layer in self._layers]
-        stages = stage_numbers(places)
+        stages = stage_numbers(self._layers)
         now = [math.nan if x is None else x for x in self._statistics.read()]
         rows = [
             LayerReport(
@@ -204,28 +235,29 @@ class EBQM:
         Raises:
             TypeError, ValueError: not such a state, other layers, or (strict) other settings; nothing is changed then.
         """
+        self._follow_model()
         self._check_state(state, strict)
         self.steps = int(state["steps"])
-        self._statistics.state = state["statistics"].detach().cpu().clone()
+        self._statistics.load(state["statistics"], self._layers[0].device)
         self._reasons = [Reason[name] for name in state["reasons"]]
         self._since = [int(step) for step in state["since"]]
         self._decisions = [_record(d) for d in state["decisions"]]
         for layer, skipped in zip(self._layers, state["skipped"], strict=True):
             layer.skipped = bool(skipped)
-        for kept in self._observations:
-            kept.clear()
+        self._take()
         self._mark_probes()
 
     def detach(self) -> None:
         """Stop watching the model: its layers keep no divergences any more; decisions stay as they are."""
-        for layer, kept in zip(self._layers, self._observations, strict=True):
-            if layer.observations is kept:
-                layer.observations = None
-                layer.probe_next = False
+        for layer in self._layers:
+            layer.watchers.discard(self)
+            if not layer.watchers:
+                layer.watched = layer.probe_next = False
+                layer.observations.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_observations"]
+        del state["_inbox"]
         state["process_group"] = None
         return state
 
@@ -235,9 +267,59 @@ class EBQM:
         self._mark_probes()
 
     def _attach(self) -> None:
-        self._observations: list[list[Tensor]] = [[] for _ in self._layers]
-        for layer, kept in zip(self._layers, self._observations, strict=True):
-            layer.observations = kept
+        self._inbox: dict[ELA, tuple[list[Tensor], list[Tensor]]] = {}
+        if any(len(layer.watchers) > (self in layer.watchers) for layer in self._layers):
+            warnings.warn(
+                "model: got a model that another EBQM watches; both will see its passes, and both decide which layers "
+                "are skipped. Call detach() of one of them",
+                stacklevel=3,
+            )
+        for layer in self._layers:
+            layer.watchers.add(self)
+            layer.watched = True
+
+    def _follow_model(self) -> None:
+        """Take note of layers that were exchanged, added or removed."""
+        present = present_layers(self.model)
+        if len(present) == len(self._layers) and all(map(operator.is_, present, self._layers)):
+            return
+        layers = find_layers(self.model)
+        before = {layer: i for i, layer in enumerate(self._layers)}
+        kept = [before.get(layer) for layer in layers.values()]
+        self._statistics.keep(kept)
+        self._reasons = [Reason.UNDECIDED if i is None else self._reasons[i] for i in kept]
+        self._since = [0 if i is None else self._since[i] for i in kept]
+        self._decisions = [_rearranged(record, kept) for record in self._decisions]
+        for layer in self._layers:
+            if layer not in layers.values():
+                layer.watchers.discard(self)
+                layer.watched = bool(layer.watchers)
+        self._names, self._layers = list(layers), list(layers.values())
+        for layer in self._layers:
+            layer.watchers.add(self)
+            layer.watched = True
+
+    def _take(self) -> tuple[list[list[Tensor]], dict[int, Tensor]]:
+        """What the layers saw since the last call: divergences, and the totals of compiled graphs by layer.
+
+        Whoever takes them hands them to the others that watch the layer.
+        """
+        for layer in self._layers:
+            observations, totals = list(layer.observations), layer.totals.take()
+            layer.observations.clear()
+            if not observations and totals is None:
+                continue
+            for watcher in list(layer.watchers):
+                kept, added = watcher._inbox.setdefault(layer, ([], []))
+                kept.extend(observations[: MOST_OBSERVATIONS - len(kept)])
+                if totals is not None:
+                    added[:] = [sum(added, totals)]
+        inbox, self._inbox = self._inbox, {}
+        nothing: tuple[list[Tensor], list[Tensor]] = ([], [])
+        found = [inbox.get(layer, nothing) for layer in self._layers]
+        return [kept for kept, _ in found], {
+            i: t for i, (_, added) in enumerate(found) for t in added
+        }
 
     def _mark_probes(self) -> None:
         """Have skipped layers looked at again in the next training pass, when it is time."""
@@ -279,12 +361,21 @@ class EBQM:
     def _verdicts(self, seen: list[float | None], scores: list[float]) -> list[Verdict]:
         if self.steps < self.settings.warmup:
             return [Verdict(layer.skipped, Reason.WARMUP) for layer in self._layers]
-        stages = stage_numbers([layer.place for layer in self._layers])
+        stages = stage_numbers(self._layers)
+        order = run_order(self._layers, stages)
         candidates = [
-            Candidate(stages[i], layer.place == 0, layer.skipped, layer.pruned, seen[i], scores[i])
-            for i, layer in enumerate(self._layers)
+            Candidate(
+                stages[i],
+                self._layers[i].place == 0,
+                self._layers[i].skipped,
+                self._layers[i].pruned,
+                seen[i],
+                scores[i],
+            )
+            for i in order
         ]
-        return decide(candidates, self.settings.rules)
+        verdicts = dict(zip(order, decide(candidates, self.settings.rules), strict=True))
+        return [verdicts[i] for i in range(len(order))]
 
     def _check_state(self, state: object, strict: bool) -> None:
         expected = set(self.state_dict())
@@ -295,7 +386,7 @@ class EBQM:
             )
         if state["version"] != _VERSION:
             raise ValueError(f"state: got version {state['version']}; allowed is {_VERSION}")
-        if list(state["layers"]) != self._names:
+        if [plain_name(name) for name in state["layers"]] != [plain_name(n) for n in self._names]:
             raise ValueError(
                 f"state: got the layers {list(state['layers'])}; allowed are this model's, {self._names}"
             )
@@ -327,6 +418,23 @@ def _plain(record: DecisionRecord) -> dict[str, Any]:
         "skipped": list(record.skipped),
         "reasons": [reason.name for reason in record.reasons],
     }
+
+
+def _rearranged(record: DecisionRecord, kept: list[int | None]) -> DecisionRecord:
+    """`record` for other layers, each with its old number, or None for a new one."""
+
+    def numbers(values: list[float]) -> list[float]:
+        return [math.nan if i is None else values[i] for i in kept]
+
+    return DecisionRecord(
+        record.step,
+        record.fit,
+        numbers(record.divergence),
+        numbers(record.fitted),
+        numbers(record.retention),
+        [i is not None and record.skipped[i] for i in kept],
+        [Reason.UNDECIDED if i is None else record.reasons[i] for i in kept],
+    )
 
 
 def _record(plain: Mapping[str, Any]) -> DecisionRecord:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from ela_kernels.modules.observations import BAD, COUNT, SUM, totals_of
 
 # Rows of the state: the weighted sum of divergences, the sum of its weights, steps since the layer was last seen,
 # and how many values were not finite since the last decision.
@@ -36,25 +38,50 @@ class Statistics:
     A value that is not finite is counted and otherwise left out.
     """
 
-    def __init__(self, layers: int, smoothing: float) -> None:
-        self.state = torch.zeros(_ROWS, layers)
+    def __init__(self, layers: int, smoothing: float, device: torch.device | None = None) -> None:
+        device = torch.device("cpu") if device is None else device
+        self.state = torch.zeros((_ROWS, layers), dtype=torch.float32, device=device)
         self.smoothing = smoothing
         # An index tensor made anew every step would stop the host at each copy to the device.
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self._hosts: Any = None  # a process group of the hosts, where the model's has none
 
-    def update(self, observations: Sequence[Sequence[Tensor]]) -> None:
-        """Take in one training step: for each layer the divergences `[B, G]` of its forward passes, or none."""
+    def update(
+        self,
+        observations: Sequence[Sequence[Tensor]],
+        totals: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Take in one training step.
+
+        Args:
+            observations: for each layer the divergences `[B, G]` of its forward passes, or none.
+            totals: by the layer's number what was added up of other passes: the sum of `1 - exp(-kl)`, of how many, and
+                how many passes had one that is not finite.
+        """
+        totals = {} if totals is None else totals
+        if totals:
+            totals = {i: sum(map(totals_of, observations[i]), t) for i, t in totals.items()}
+            observations = [() if i in totals else kls for i, kls in enumerate(observations)]
         seen, values = self._averages(observations)
-        if values is not None and values.device != self.state.device:
-            self.state = self.state.to(values.device)
+        found = [] if values is None else [(seen, values, torch.ones_like(values))]
+        if totals:
+            rows = torch.stack(list(totals.values())).to(torch.float32)
+            values = torch.where(rows[:, BAD] > 0, math.nan, rows[:, SUM] / rows[:, COUNT])
+            found.append(
+                (tuple(totals), values, (rows[:, COUNT] + rows[:, BAD] > 0).to(values.dtype))
+            )
+        if found and found[0][1].device != self.state.device:
+            self.state = self.state.to(found[0][1].device)
         state = self.state
         total, weight, gap, bad = state.unbind(0)
         gap = gap + 1.0
-        if values is not None:
-            index = self._index(seen, state.device)
+        if found:
             # NaN stands for "not seen" from here on, so that every step below is one operation for all layers.
-            x = torch.full_like(total, math.nan).index_copy(0, index, values)
-            is_seen = torch.zeros_like(total).index_fill(0, index, 1.0)
+            x, is_seen = torch.full_like(total, math.nan), torch.zeros_like(total)
+            for numbers, values, flags in found:
+                index = self._index(numbers, state.device)
+                x = x.index_copy(0, index, values.to(state.device))
+                is_seen = is_seen.index_copy(0, index, flags.to(state.device))
             finite = x.isfinite()
             decay = torch.where(finite, torch.pow(self.smoothing, gap), 1.0)
             total = decay * total + (1.0 - decay) * torch.where(finite, x, 0.0)
@@ -63,16 +90,49 @@ class Statistics:
             gap = torch.where(finite, 0.0, gap)
         self.state = torch.stack((total, weight, gap, bad))
 
-    def average_over_processes(self, group: Any) -> None:
-        """Make all processes' statistics their mean. Does nothing without `torch.distributed`."""
-        from torch import distributed
+    def average_over_processes(self, group: Any, device: torch.device) -> None:
+        """Make all processes' statistics their mean. Does nothing without `torch.distributed`.
 
+        They meet on `device`, the model's, or where the group can work: one of NCCL knows no host, and the statistics
+        are on the host as long as nothing was seen.
+        """
         if not (distributed.is_available() and distributed.is_initialized()):
             return
         processes = distributed.get_world_size(group)
         if processes > 1:
-            distributed.all_reduce(self.state, group=group)
-            self.state = self.state / processes
+            place, group = self._meeting_place(group, device)
+            state = self.state.to(place)
+            distributed.all_reduce(state, group=group)
+            self.state = state / processes
+
+    def _meeting_place(self, group: Any, device: torch.device) -> tuple[torch.device, Any]:
+        """Where the processes of `group` can average, and the group that can."""
+        config = distributed.get_backend_config(group)
+        served = {part.partition(":")[0] for part in config.split(",")}
+        if device.type in served:
+            return device, group
+        if "cuda" in served and torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device()), group
+        if self._hosts is None:
+            ranks = distributed.get_process_group_ranks(group)
+            self._hosts = distributed.new_group(
+                ranks, backend="gloo", use_local_synchronization=True
+            )
+        return torch.device("cpu"), self._hosts
+
+    def keep(self, columns: Sequence[int | None]) -> None:
+        """Go on with other layers: each has the column of an old one, or None for a new one that was never seen."""
+        state = self.state
+        fresh = torch.zeros_like(state[:, :1])
+        parts = [fresh if i is None else state[:, i : i + 1] for i in columns]
+        self.state = torch.cat(parts, 1)
+
+    def load(self, state: Tensor, device: torch.device) -> None:
+        """Take over the state of another run."""
+        self.state = state.detach().to(device, torch.float32, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hosts": None}  # a process group belongs to its process
 
     def read(self) -> list[float | None]:
         """Each layer's divergence on the host: None when never seen, NaN with a bad value since the last decision."""

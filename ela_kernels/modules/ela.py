@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention
+from ela_kernels.modules.layer_attention import LayerAttention, Turn, passed_on
+from ela_kernels.modules.observations import Totals, refuse_static_graph
 from ela_kernels.modules.residual import residual_block
+from ela_kernels.modules.skipping import Skipping
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.readers import Readers
 
 SkipMode = Literal["retrieval", "layer"]
 SKIP_MODES: tuple[str, ...] = get_args(SkipMode)
 
 # Micro-batches of one step whose divergence is kept: a bound for a model that trains on without EBQM.step().
-_MOST_OBSERVATIONS = 64
+MOST_OBSERVATIONS = 64
+
+_numbers = itertools.count(1)
 
 
 def check_skip(skip: object) -> SkipMode:
@@ -27,7 +35,7 @@ def check_skip(skip: object) -> SkipMode:
     return skip  # type: ignore[return-value]
 
 
-class ELA(nn.Module):
+class ELA(Skipping):
     """Efficient layer attention: a residual retrieval from the stage's history, skipped when it is redundant.
 
     Equivalent PyTorch: `x + drop_path(act(norm(LayerAttention(dim)(x, history))))`, or `x` when skipped.
@@ -77,15 +85,23 @@ class ELA(nn.Module):
         self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
         self.drop_path = DropPath(drop_path)
         self.skip: SkipMode = check_skip(skip)
-        self.skipped = False
-        self.pruned = False  # skipped for good, its unused parameters removed
-        # What EBQM needs: the divergences of this step (None when none is attached), and whether to look again.
-        self.observations: list[Tensor] | None = None
+        # What EBQM needs: whether it watches, the divergences of this step, and whether to look again.
+        self.watched = False
+        self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.observations: list[Tensor] = []
+        self.totals = Totals()
         self.probe_next = False
+        # Learnt from the passes: the number of the stage's first layer, the place in it, and who reads this one's pair.
+        self.number = next(_numbers)
+        self.stage: int | None = None
         self.place: int | None = None
+        self._readers = Readers()
+        # From a checkpoint: whether the pair was read then, and whether the layer was skipped.
+        self._was_read: bool | None = None
+        self.was_skipped = False
 
     def forward(self, x: Tensor, history: LayerHistory) -> Tensor:
-        """The block's output, shape and dtype of `x`.
+        """The block's output, shape and dtype of `x`; new memory, skipped or not.
 
         Args:
             x: feature map `[B, C, H, W]`, in any memory format.
@@ -97,40 +113,92 @@ class ELA(nn.Module):
             )
         place = history.position
         recomputing = history.recomputing
-        if not recomputing:
-            # Not compared with the old one first: torch.compile would guard on that, and compile anew.
-            self.place = place
-        watched = self.training and self.observations is not None and not recomputing
-        if self.skipped:
-            self._pass(x, history, watched and self.probe_next)
-            return x
-        if self.attn is None or self.norm is None:
-            raise RuntimeError(
-                "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
-            )
-        out = residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
-        if watched:
-            self._observe(history.kl)
+        history.enter(self, self.number)
+        gives = False
+        try:
+            if not recomputing:
+                # Not compared with the old one first: torch.compile would guard on that, and compile anew.
+                self.place = place
+                self.stage = history.stage
+            watched = self.training and not recomputing and torch.is_grad_enabled()
+            if watched:
+                watched = self.watched or history.watched
+                history.watched = watched
+            if self.pruned or not self.decides_as_data():
+                if self.skipped:
+                    gives = self.attn is not None and self.skip == "retrieval"
+                    return self._pass(x, history, watched and self.probe_next)
+                if self.attn is None or self.norm is None:
+                    raise RuntimeError(
+                        "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
+                    )
+                gives = True
+                out = residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
+                if watched:
+                    self._observe(history.kl)
+                return out
+            gives = True
+            return self._decided(x, history, watched)
+        finally:
+            history.leave(self._readers if gives else None)
+
+    def _pass(self, x: Tensor, history: LayerHistory, probe: bool) -> Tensor:
+        """Leave out the retrieval; give key and value where the skip mode says so."""
+        attn, provides = self.attn, self.skip == "retrieval"
+        if attn is None or not (provides or probe):
+            history.pass_by(caller=self)
+            return passed_on(x)
+        # By its call, not by a method of it: wrappers and hooks work there.
+        out: Tensor = attn(
+            x, history, turn=Turn(provides=provides, probe=self._observe if probe else None)
+        )
+        if probe:
+            self.probe_next = False
+        if not provides:
+            history.pass_by(caller=self)
         return out
 
-    def _pass(self, x: Tensor, history: LayerHistory, probe: bool) -> None:
-        """Leave out the retrieval; give key and value where the skip mode says so."""
-        attn = self.attn
-        if attn is not None and probe:
-            with torch.no_grad():
-                q, k = attn.query_key(x)
-            self._observe(history.probe(q, k, heads=attn.heads).kl)
-            self.probe_next = False
-        if attn is None or self.skip == "layer":
-            history.pass_by(caller=self)
-        else:
-            attn.provide(x, history)
+    def _decided(self, x: Tensor, history: LayerHistory, watched: bool) -> Tensor:
+        """The block where the decision is data: worked out either way, and `x` where the layer is skipped."""
+        assert self.attn is not None
+        assert self.norm is not None
+        active = self.decision < 0.5
+        turn = Turn(active, active if self.skip == "layer" else None)
+        o = self.attn(x, history, turn=turn)
+        if watched and history.kl is not None:
+            self.totals.add(history.kl, history.has_divergence)
+        # The norm of a skipped layer keeps its running statistics: it works on copies.
+        buffers = dict(self.norm.named_buffers())
+        copies = {name: buffer.clone() for name, buffer in buffers.items()}
+        out = x + self.drop_path(self.act(functional_call(self.norm, copies, (o,))))
+        with torch.no_grad():
+            for name, buffer in buffers.items():
+                buffer.copy_(torch.where(active, copies[name], buffer))
+        return torch.where(active, out, x)
 
     def _observe(self, kl: Tensor | None) -> None:
-        if kl is None or self.observations is None:
+        if kl is None:
             return
-        if len(self.observations) < _MOST_OBSERVATIONS:
+        refuse_static_graph()
+        if len(self.observations) < MOST_OBSERVATIONS:
             self.observations.append(kl.detach())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is: that of its decision, or once it is pruned of what is left."""
+        return next((t.device for t in (*self.buffers(), *self.parameters())), torch.device("cpu"))
+
+    def is_read(self) -> bool | None:
+        """Whether a layer that retrieves now, or another reader, reads this one's pair; None where it is not known.
+
+        Learnt from the passes, or from a checkpoint, where it stands for the decisions then.
+        """
+        return self._readers.retrieve() if self._readers.known else self._was_read
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the layer gave a pair to a history in this process, so that it is known who reads it."""
+        return self._readers.known
 
     def remove_unused(self, provides: bool) -> None:
         """Remove, for good, the parameters that a skipped layer does not need.
@@ -142,27 +210,48 @@ class ELA(nn.Module):
         if not provides:
             self.attn = None
         elif self.attn is not None:
-            self.attn.register_module("Wq", None)
-        self.skipped = self.pruned = True
+            for module in self.attn.modules():  # a wrapper may be around it
+                if isinstance(module, LayerAttention):
+                    module.register_module("Wq", None)
+        self.make_permanent()
         self.probe_next = False
 
+    def reset_parameters(self) -> None:
+        """Forget the decision, for memory that was never written. The parts reset themselves."""
+        self.skipped = self.pruned
+
     def get_extra_state(self) -> Tensor:
-        """One tensor: skipped, index of the skip mode, place in the stage (-1 if unknown), pruned (2: emptied)."""
+        """One tensor: skipped, index of the skip mode, place in the stage, pruned (2: emptied), whether it is read.
+
+        Place and the last are -1 where they are not known.
+        """
         place = -1 if self.place is None else self.place
         pruned = 0 if not self.pruned else 2 if self.attn is None else 1
-        return torch.tensor([int(self.skipped), SKIP_MODES.index(self.skip), place, pruned])
+        is_read = self.is_read()
+        numbers = [
+            int(self.skipped),
+            SKIP_MODES.index(self.skip),
+            place,
+            pruned,
+            -1 if is_read is None else int(is_read),
+        ]
+        return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` gave."""
-        skipped, mode, place, _ = (int(s) for s in state.tolist())
+        """Take over what :meth:`get_extra_state` gave, now or in an earlier version, which did not know the last."""
+        skipped, mode, place, _, *later = (int(s) for s in state.tolist())
         if self.pruned and not skipped:
             raise ValueError(
                 "state_dict: got a layer that retrieves for an ELA layer that was pruned; allowed is the state of a "
                 "model with the same layers skipped. Load into a model that was not pruned"
             )
-        self.skipped = bool(skipped)
+        if bool(skipped) != self.skipped:
+            self.skipped = bool(skipped)
         self.skip = check_skip(SKIP_MODES[mode])
-        self.place = None if place < 0 else place
+        self.place, self.stage = None if place < 0 else place, None
+        self._readers = Readers()
+        self._was_read = bool(later[0]) if later and later[0] >= 0 else None
+        self.was_skipped = bool(skipped)
 
     def _load_from_state_dict(
         self,
@@ -174,25 +263,64 @@ class ELA(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key = prefix + "_extra_state"
+        key, decision = prefix + "_extra_state", prefix + "decision"
         if key in state_dict:
-            pruned = int(state_dict[key][3])
+            extra = state_dict[key]
+            pruned = int(extra[3])
             if pruned:
                 # Before the children are loaded, so that none of them misses its parameters.
                 self.remove_unused(provides=pruned == 1)
+            elif decision in state_dict and float(state_dict[decision] > 0.5) != float(extra[0]):
+                # An average of checkpoints, say: the buffer was averaged, and the rest is the last one's.
+                state_dict = {**state_dict, key: extra.clone()}
+                state_dict[key][0] = int(state_dict[decision] > 0.5)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if (
+            decision in missing_keys
+        ):  # of a version that had the decision in the extra state alone, or of no ELA layer
+            missing_keys.remove(decision)
         if key in missing_keys:
             missing_keys.remove(key)
-            self.skipped = self.pruned
+            if decision not in state_dict:
+                self.skipped = self.pruned
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if "decision" in self._buffers:
+            self.totals.to(self.decision.device)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts without the observations of the step under way, and with no EBQM attached.
-        state = self.__dict__.copy()
-        state["observations"] = None
-        state["probe_next"] = False
+        state = super().__getstate__()
+        state["_was_read"], state["was_skipped"] = self.is_read(), self.skipped
+        for name in ("observations", "totals", "watchers", "_readers", "number"):
+            del state[name]
+        state["watched"] = state["probe_next"] = False
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.observations, self.watchers = [], weakref.WeakSet()
+        self.totals, self._readers, self.number, self.stage = (
+            Totals(),
+            Readers(),
+            next(_numbers),
+            None,
+        )
+        self.watched = False
+        for name, value in (("_was_read", None), ("was_skipped", self.skipped)):
+            self.__dict__.setdefault(name, value)
+        if "decision" in self._buffers:
+            self.totals.to(self.decision.device)
+
+    def __prepare_scriptable__(self) -> ELA:
+        raise NotImplementedError(
+            "torch.jit.script: got an ELA layer, which takes a history and reads its own decision; allowed are "
+            "torch.jit.trace of the whole model and torch.export.export"
+        )
 
     def extra_repr(self) -> str:
         return f"skip={self.skip!r}, skipped={self.skipped}, pruned={self.pruned}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ela_kernels.ops.layer_attention.autocast import layer_dtype
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
 
@@ -18,7 +19,7 @@ class History(Protocol):
     """What the modules need of a history; :class:`ela_kernels.LayerHistory` is the one to use."""
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, caller: Any = None
+        self, q: Tensor, k: Tensor, v: Tensor, *, heads: int, caller: Any = None, **options: Any
     ) -> Tensor: ...
 
 
@@ -38,6 +39,15 @@ def check_count(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name}: got {value}; allowed is a positive int")
     return value
+
+
+def passed_on(x: Tensor) -> Tensor:
+    """What a layer that adds nothing gives: a copy, since what it gives in use is nobody else's memory either.
+
+    In the dtype that the sum with a retrieval would have.
+    """
+    dtype = layer_dtype(x)
+    return x.to(x.dtype if dtype == x.dtype else torch.promote_types(x.dtype, dtype), copy=True)
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -202,6 +212,22 @@ class QueryKeyValue(nn.Module):
         return f"dim={self.dim}, head_dim={self.head_dim}, kernel_size={self.kernel_size}"
 
 
+class Turn(NamedTuple):
+    """How a layer that can be skipped takes part in its stage, where it does not simply retrieve.
+
+    Attributes:
+        active: whether it retrieves, where that is data: a boolean of no dimension. None: it does not.
+        given: whether its pair is there for the layers after it, where that is data; None: it is.
+        provides: whether it gives a pair at all.
+        probe: called with the divergence `[B, G]` that it would have; None: it is not looked at.
+    """
+
+    active: Tensor | None = None
+    given: Tensor | None = None
+    provides: bool = True
+    probe: Callable[[Tensor | None], None] | None = None
+
+
 class LayerAttention(QueryKeyValue):
     """Retrieve from the feature maps of all layers of the stage so far.
 
@@ -240,14 +266,19 @@ class LayerAttention(QueryKeyValue):
     def __init__(self, dim: int, head_dim: int = 16, kernel_size: int | None = None) -> None:
         super().__init__(dim, head_dim, kernel_size)
 
-    def forward(self, x: Tensor, history: History, residual: bool = False) -> Tensor:
+    def forward(
+        self, x: Tensor, history: History, residual: bool = False, turn: Turn | None = None
+    ) -> Tensor:
         """The aggregation `[B, C, H, W]`; weights and divergence are then in `history`.
 
         Args:
             x: feature map `[B, C, H, W]`, in any memory format.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
             residual: give `x` plus the aggregation, which the kernel of a whole layer adds in the same pass.
+            turn: what a layer that can be skipped does instead; where it does not retrieve, `x` is passed on, copied.
         """
+        if turn is not None and turn.active is None:
+            return self._pass_on(x, history, turn)
         self.check_input(x)
         if not hasattr(type(history), "attend"):
             raise TypeError(
@@ -260,8 +291,22 @@ class LayerAttention(QueryKeyValue):
                     x, filters, heads=self.heads, residual=residual, caller=self
                 )
         q, k, v = self.query_key_value(x)
+        if turn is not None:
+            options = {"active": turn.active, "given": turn.given}
+            return history.attend(q, k, v, heads=self.heads, caller=self, **options)
         out = history.attend(q, k, v, heads=self.heads, caller=self)
         return x + out if residual else out
+
+    def _pass_on(self, x: Tensor, history: Any, turn: Turn) -> Tensor:
+        if turn.probe is not None:
+            with torch.no_grad():
+                q, k = self.query_key(x)
+            turn.probe(history.probe(q, k, heads=self.heads).kl)
+        if turn.provides:
+            self.provide(x, history)
+        # After the pair was made: autograd then comes to this copy first, and hooks on it (those of FSDP, which bring
+        # the parameters back) run before the backward that needs them.
+        return passed_on(x)
 
     def provide(self, x: Tensor, history: LayerHistory) -> None:
         """Give key and value of `x` to the later layers, and retrieve nothing."""

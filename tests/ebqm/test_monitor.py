@@ -223,23 +223,25 @@ def test_detach_stops_watching() -> None:
     network, ebqm = planted(PLANTED)
     train(network, ebqm, 10)
     ebqm.detach()
-    assert all(layer.observations is None for layer in network.layers)
+    assert not any(layer.watched for layer in network.layers)
     assert skipped(network) == PLANTED
     network(batch())
+    assert not any(layer.observations for layer in network.layers)
 
 
 def test_the_latest_monitor_counts() -> None:
     network, first = planted(PLANTED)
-    second = ek.EBQM(network, **QUICK)
+    with pytest.warns(UserWarning, match=r"another EBQM watches; .*detach\(\)"):
+        second = ek.EBQM(network, **QUICK)
     train(network, second, 10)
     first.detach()
-    assert network.layers[1].observations is not None
+    assert network.layers[1].watched
     assert skipped(network) == PLANTED
 
 
 def test_skip_sets_the_layers_mode() -> None:
     network = Network(skip="layer")
-    ek.EBQM(network)
+    ek.EBQM(network).detach()
     assert {layer.skip for layer in network.layers} == {"layer"}
     ek.EBQM(network, skip="retrieval")
     assert {layer.skip for layer in network.layers} == {"retrieval"}

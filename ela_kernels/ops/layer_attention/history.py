@@ -14,6 +14,7 @@ from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autocast import as_autocast, fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.autograd import PLAIN_TENSORS, needs_dispatcher
 from ela_kernels.ops.layer_attention.block import block_pull
+from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     autocast_inputs,
@@ -31,6 +32,7 @@ from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, LayerChoice
 from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
+from ela_kernels.ops.layer_attention.readers import Readers, Skippable
 
 
 def graph_task() -> int:
@@ -73,6 +75,11 @@ class LayerHistory:
         self._record = Record()
         self._made_in = graph_task()
         self._layer_kernels = LayerChoice()
+        self._decided: Decided | None = None
+        self._given_by: list[Readers] = []
+        self._turn_of: Skippable | None = None
+        self.stage: int | None = None  # number of the first ELA layer that came by
+        self.watched = False  # whether EBQM watches one of the layers
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Whole layers would pass by an `attend` or `provide` of a subclass: they do not serve one that has its own."""
@@ -106,13 +113,20 @@ class LayerHistory:
         return self._latest.kl
 
     @property
+    def has_divergence(self) -> Tensor | None:
+        """Whether :attr:`kl` is a divergence, where that is data (see `active` of :meth:`attend`); None otherwise."""
+        return None if self._decided is None else self._decided.has_divergence
+
+    @property
     def keys(self) -> tuple[Tensor, ...]:
         """The keys held, `[B, C]` each."""
+        self._note_read()
         return self._now.pairs.keys
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The values held, `[B, C, *spatial]` each."""
+        self._note_read()
         return self._now.pairs.values
 
     def attend(
@@ -125,6 +139,8 @@ class LayerHistory:
         scale: float | None = None,
         channels_last: bool = False,
         caller: Any = None,
+        active: Tensor | None = None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """Append `(k, v)` and retrieve with `q` from all pairs held, this layer's own included.
 
@@ -135,6 +151,9 @@ class LayerHistory:
             scale: factor of the scores; `1 / sqrt(C / G)` if None.
             channels_last: the last dimension of the values is the channel.
             caller: the module that calls; needed under `torch.utils.checkpoint`.
+            active, given: whether this layer retrieves, and whether its pair is there for the layers after it, where
+                that is data: booleans of no dimension. Without them it does, and is. `out` means nothing where
+                `active` is false.
 
         Returns:
             `out`, like `v`. The weights and the divergence are then in :attr:`weights` and :attr:`kl`, both
@@ -154,7 +173,9 @@ class LayerHistory:
         prefix = self._enter(caller, (q, k, v))
         heads = prefix.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
-        kernels = self._kernels(q, prefix)
+        self._note_read()
+        decided = self._decided_with(prefix, given, active is not None)
+        kernels = self._kernels(q, prefix) if decided is None else None
         if kernels is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
         is_linked = kernels is not None and torch.is_grad_enabled()
@@ -162,6 +183,12 @@ class LayerHistory:
         if kernels is not None:
             link = self._link(pairs, heads, scale, channels_last, kernels)
             out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
+        elif decided is not None:
+            keys, values, prev = pairs.keys, pairs.values, prefix.weights
+            out, weights, kl, self._decided = attend_decided(
+                q, keys, values, heads, scale, prev, channels_last, decided, active
+            )
+            token = prefix.token
         else:
             out, weights, kl = layer_attention(
                 q,
@@ -185,7 +212,8 @@ class LayerHistory:
             k, _, v = autocast_inputs(k, (), v)
         prefix = self._enter(caller, (k, v))
         heads = prefix.check_pair(k, k, v, heads, channels_last)
-        kernels = self._kernels(k, prefix)
+        self._decided = self._decided_with(prefix, None)
+        kernels = self._kernels(k, prefix) if self._decided is None else None
         if kernels is not None:
             k, v = resolved(k), resolved(v)
         is_linked = kernels is not None and torch.is_grad_enabled()
@@ -210,7 +238,7 @@ class LayerHistory:
                 or (w.dtype is not dtype and not fits_layer_dtype(w, x))
             ):
                 return False
-        if is_transformed():
+        if is_transformed() or self._decided is not None:
             return False
         pairs = self._place_of(caller).pairs
         return pairs.linked and self._layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
@@ -250,6 +278,7 @@ class LayerHistory:
             return x + self.attend_layer(x, filters, heads=heads, caller=caller)
         x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
+        self._note_read()
         out, weights, kl, token, k, v = layer_pull(
             resolved(x), filters, prefix.weights, residual, prefix.token, link
         )
@@ -269,6 +298,7 @@ class LayerHistory:
         """
         x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
+        self._note_read()
         found, statistics = block_pull(
             resolved(x), filters, epilogue, prefix.weights, prefix.token, link
         )
@@ -326,6 +356,38 @@ class LayerHistory:
         keys = [*(key.detach() for key in p.pairs.keys), k.detach()]
         prev = None if p.weights is None else p.weights.detach()
         return layer_attention_weights(q.detach(), keys, heads, scale, prev)
+
+    def enter(self, layer: Skippable, number: int) -> None:
+        """Take note of a layer that can be skipped, before it attends: its number, and that it reads."""
+        if self.stage is None:
+            self.stage = number
+        if not torch.compiler.is_compiling():
+            self._turn_of = layer
+
+    def leave(self, readers: Readers | None) -> None:
+        """End the turn of :meth:`enter`. Whoever retrieves from now on is one of `readers`, if it gave a pair."""
+        self._turn_of = None
+        if readers is not None and not torch.compiler.is_compiling() and not self.recomputing:
+            readers.known = True
+            self._given_by.append(readers)
+
+    def _note_read(self) -> None:
+        """Tell the layers that gave the pairs held who reads them."""
+        if torch.compiler.is_compiling():
+            return
+        for readers in self._given_by:
+            readers.add(self._turn_of)
+
+    def _decided_with(
+        self, prefix: Prefix, given: Tensor | None, is_decided: bool = False
+    ) -> Decided | None:
+        """What is decided only when a graph runs, with one more pair; None where nothing is."""
+        decided = self._decided
+        if decided is None:
+            if given is None and not is_decided:
+                return None
+            decided = Decided((None,) * len(prefix.pairs.keys))
+        return decided._replace(given=(*decided.given, given))
 
     def _place_of(self, caller: Any) -> Prefix:
         """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""

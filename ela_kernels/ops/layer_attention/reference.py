@@ -16,12 +16,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def log_weights_reference(q: Tensor, keys: Sequence[Tensor], heads: int, scale: float) -> Tensor:
-    """Logarithm of the attention weights over depth, `[B, G, T]`, in the accumulation dtype."""
+def log_weights_reference(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    given: Sequence[Tensor | None] = (),
+) -> Tensor:
+    """Logarithm of the attention weights over depth, `[B, G, T]`, in the accumulation dtype.
+
+    `given`: for each key a boolean of no dimension that says whether it is there; None for one that always is.
+    """
     dtype = accumulate_dtype(q.dtype)
     query = q.to(dtype).unflatten(1, (heads, -1)).unsqueeze(2)  # [B, G, 1, D]
     # Multiplied and summed, not a matrix product: autocast would take that to half precision.
     scores = scale * (query * _by_head(keys, heads, dtype)).sum(-1)  # [B, G, T]
+    if any(is_given is not None for is_given in given):
+        always = torch.ones((), dtype=torch.bool, device=q.device)
+        there = torch.stack([always if is_given is None else is_given for is_given in given])
+        scores = scores.masked_fill(~there, -torch.inf)
     return torch.log_softmax(scores, dim=-1)
 
 

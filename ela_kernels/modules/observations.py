@@ -1,0 +1,83 @@
+"""What a layer keeps of its divergences until EBQM asks for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Rows of what a compiled graph adds up: the sum of 1 - exp(-kl), of how many, and passes that had one not finite.
+SUM, COUNT, BAD = range(3)
+
+
+class Totals:
+    """Divergences added up by compiled graphs, which cannot put tensors into a list without being compiled for it.
+
+    `any` is set by a pass, so that the numbers, which may be on a device, need not be asked for.
+    """
+
+    __slots__ = ("any", "values")
+
+    def __init__(self) -> None:
+        self.any = False
+        self.values = _zeros(torch.device("cpu"))
+
+    def add(self, kl: Tensor, is_seen: Tensor | None) -> None:
+        """Take in the divergence of one pass `[B, G]`; `is_seen`: whether it is one, where that is data."""
+        row = totals_of(kl.detach(), self.values.dtype)
+        if is_seen is not None:
+            row = torch.where(is_seen, row, 0.0)
+        with torch.no_grad():
+            self.values.add_(row)
+        self.any = True
+
+    def to(self, device: torch.device) -> None:
+        """Move the numbers; they are lost where they come from or go to a device without memory."""
+        values = self.values
+        if values.device != device:
+            self.values = _zeros(device) if values.is_meta else values.to(device, _dtype_on(device))
+
+    def take(self) -> Tensor | None:
+        """The numbers `[3]`, which then start anew; None where no pass added any."""
+        if not self.any:
+            return None
+        values = self.values.clone()
+        with torch.no_grad():
+            self.values.zero_()
+        self.any = False
+        return values
+
+
+def totals_of(kl: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """What :class:`Totals` adds for one pass with the divergence `kl` `[B, G]`: sum, count, and whether it is bad."""
+    total = (-torch.expm1(-kl.float())).clamp(0.0, 1.0).sum(dtype=dtype)
+    good = total.isfinite()
+    count = torch.full_like(total, kl.numel())
+    return torch.stack(
+        (torch.where(good, total, 0.0), torch.where(good, count, 0.0), (~good).to(dtype))
+    )
+
+
+def _dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _zeros(device: torch.device) -> Tensor:
+    return torch.zeros(3, dtype=_dtype_on(device), device=device)
+
+
+def refuse_static_graph() -> None:
+    """Refuse `DistributedDataParallel(static_graph=True)` around the pass under way.
+
+    Raises:
+        ValueError: it would fail at the first decision, with a message that speaks of something else.
+    """
+    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and getattr(wrapper, "static_graph", False):
+        raise ValueError(STATIC_GRAPH)
+
+
+STATIC_GRAPH = (
+    "static_graph: got DistributedDataParallel(static_graph=True) around ELA layers that EBQM watches; allowed is "
+    "static_graph=False with find_unused_parameters=True, since which parameters get a gradient changes with its "
+    "decisions. After ela_kernels.prune() and EBQM.detach() nothing changes any more"
+)

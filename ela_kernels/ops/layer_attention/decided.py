@@ -1,0 +1,83 @@
+"""Retrieval where it is data, not structure, which layers retrieve: in compiled graphs, which must not depend on it.
+
+A decision that a graph was specialised for would cost a compilation each time that it changes, and the number of sets
+of decisions is that of all subsets of the layers. So a compiled graph works out what a skipped layer would retrieve,
+and discards it; :func:`ela_kernels.prune` makes the decisions part of the structure, and then nothing is worked out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.interface import layer_attention
+from ela_kernels.ops.layer_attention.reference import (
+    accumulate_dtype,
+    aggregate_reference,
+    divergence_reference,
+    log_weights_reference,
+)
+
+
+class Decided(NamedTuple):
+    """What is known only when a graph runs; all tensors are boolean, of no dimension.
+
+    Attributes:
+        given: for each pair held whether it is there; None for one that always is.
+        retrieved: whether any layer has retrieved so far; None where the graph itself says so.
+        has_divergence: whether the last layer's divergence is one; None where it is as in eager PyTorch.
+    """
+
+    given: tuple[Tensor | None, ...]
+    retrieved: Tensor | None = None
+    has_divergence: Tensor | None = None
+
+
+def attend_decided(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+    decided: Decided,
+    active: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Decided]:
+    """`(out, weights, kl)` and what is decided after this layer, whose own pair is the last.
+
+    The weights are those of the last layer that retrieved, this one or an earlier one, over all pairs held: zero where
+    it did not retrieve.
+
+    Args:
+        active: whether this layer retrieves; None for one that always does. Where it is false, `out` means nothing.
+    """
+    retrieved = decided.retrieved
+    if all(given is None for given in decided.given):
+        out, weights, kl = layer_attention(
+            q, keys, values, heads, scale, prev_weights, channels_last
+        )
+    else:
+        # No kernel takes pairs that may be missing.
+        log_weights = log_weights_reference(q, keys, heads, scale, decided.given)
+        kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
+        weights = log_weights.exp()
+        out = aggregate_reference(weights, values, channels_last)
+    has_divergence = None
+    if kl is not None and retrieved is not None:
+        has_divergence = retrieved
+        kl = torch.where(retrieved, kl, torch.nan)
+    if active is None:
+        return out, weights, kl, Decided(decided.given, None, has_divergence)
+    if prev_weights is None:
+        before = torch.zeros_like(weights)
+        retrieved = active
+    else:
+        before = F.pad(prev_weights, (0, weights.shape[-1] - prev_weights.shape[-1]))
+        retrieved = None if retrieved is None else retrieved | active
+    weights = torch.where(active, weights, before.to(accumulate_dtype(q.dtype)))
+    return out, weights, kl, Decided(decided.given, retrieved, has_divergence)
