@@ -23,8 +23,9 @@ from ela_kernels.ebqm.stages import (
     stage_numbers,
 )
 from ela_kernels.ebqm.statistics import Statistics
-from ela_kernels.modules.ela import ELA, MOST_OBSERVATIONS, SkipMode, check_skip
+from ela_kernels.modules.ela import ELA, MOST_OBSERVATIONS
 from ela_kernels.modules.observations import STATIC_GRAPH
+from ela_kernels.modules.skipping import SkipMode, check_skip
 
 _VERSION = 1
 

@@ -15,8 +15,8 @@ from ela_kernels.modules import (
     LightLayerAttention,
 )
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.ela import SkipMode
 from ela_kernels.modules.residual import light_residual_block, residual_block
+from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.history import graph_task
 

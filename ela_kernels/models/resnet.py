@@ -17,7 +17,7 @@ from ela_kernels.models.blocks import (
     StageAttention,
     initialise,
 )
-from ela_kernels.modules.ela import SkipMode, check_skip
+from ela_kernels.modules.skipping import SkipMode, check_skip
 
 Block = Literal["basic", "bottleneck"]
 _BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {

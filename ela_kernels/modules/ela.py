@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,9 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, Turn, passed_on
 from ela_kernels.modules.observations import Totals, refuse_static_graph
 from ela_kernels.modules.residual import residual_block
-from ela_kernels.modules.skipping import Skipping
+from ela_kernels.modules.skipping import SKIP_MODES, SkipMode, Skipping, check_skip
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.readers import Readers
-
-SkipMode = Literal["retrieval", "layer"]
-SKIP_MODES: tuple[str, ...] = get_args(SkipMode)
 
 # Micro-batches of one step whose divergence is kept: a bound for a model that trains on without EBQM.step().
 MOST_OBSERVATIONS = 64
@@ -28,11 +25,8 @@ MOST_OBSERVATIONS = 64
 _numbers = itertools.count(1)
 
 
-def check_skip(skip: object) -> SkipMode:
-    """A skip mode, or an error that names the argument."""
-    if skip not in SKIP_MODES:
-        raise ValueError(f"skip: got {skip!r}; allowed are 'retrieval' and 'layer'")
-    return skip  # type: ignore[return-value]
+# Not in every version of PyTorch.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class ELA(Skipping):
@@ -79,12 +73,11 @@ class ELA(Skipping):
         drop_path: float = 0.0,
         skip: SkipMode = "retrieval",
     ) -> None:
-        super().__init__()
+        super().__init__(skip)
         self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size)
         self.norm: nn.Module | None = norm_layer(dim)
         self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
         self.drop_path = DropPath(drop_path)
-        self.skip: SkipMode = check_skip(skip)
         # What EBQM needs: whether it watches, the divergences of this step, and whether to look again.
         self.watched = False
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -120,7 +113,8 @@ class ELA(Skipping):
                 # Not compared with the old one first: torch.compile would guard on that, and compile anew.
                 self.place = place
                 self.stage = history.stage
-            watched = self.training and not recomputing and torch.is_grad_enabled()
+            watched = self.training and torch.is_grad_enabled()
+            watched = watched and not recomputing and not _is_exporting()
             if watched:
                 watched = self.watched or history.watched
                 history.watched = watched
@@ -162,7 +156,7 @@ class ELA(Skipping):
         """The block where the decision is data: worked out either way, and `x` where the layer is skipped."""
         assert self.attn is not None
         assert self.norm is not None
-        active = self.decision < 0.5
+        active = self.decision[0] < 0.5
         turn = Turn(active, active if self.skip == "layer" else None)
         o = self.attn(x, history, turn=turn)
         if watched and history.kl is not None:
@@ -245,11 +239,13 @@ class ELA(Skipping):
                 "state_dict: got a layer that retrieves for an ELA layer that was pruned; allowed is the state of a "
                 "model with the same layers skipped. Load into a model that was not pruned"
             )
+        # Only what differs: the buffer may be that of a moving average, between two decisions.
         if bool(skipped) != self.skipped:
             self.skipped = bool(skipped)
-        self.skip = check_skip(SKIP_MODES[mode])
-        self.place, self.stage = None if place < 0 else place, None
-        self._readers = Readers()
+        if SKIP_MODES[mode] != self.skip:
+            self.skip = check_skip(SKIP_MODES[mode])
+        if self.stage is None:  # what this model's own passes have shown counts for more
+            self.place = None if place < 0 else place
         self._was_read = bool(later[0]) if later and later[0] >= 0 else None
         self.was_skipped = bool(skipped)
 
@@ -270,10 +266,10 @@ class ELA(Skipping):
             if pruned:
                 # Before the children are loaded, so that none of them misses its parameters.
                 self.remove_unused(provides=pruned == 1)
-            elif decision in state_dict and float(state_dict[decision] > 0.5) != float(extra[0]):
-                # An average of checkpoints, say: the buffer was averaged, and the rest is the last one's.
+            elif decision in state_dict:
+                # In an average of checkpoints the buffer was averaged, and the rest is that of one of them.
                 state_dict = {**state_dict, key: extra.clone()}
-                state_dict[key][0] = int(state_dict[decision] > 0.5)
+                state_dict[key][:2] = (state_dict[decision] > 0.5).to(extra)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

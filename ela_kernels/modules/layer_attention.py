@@ -298,7 +298,7 @@ class LayerAttention(QueryKeyValue):
         return x + out if residual else out
 
     def _pass_on(self, x: Tensor, history: Any, turn: Turn) -> Tensor:
-        if turn.probe is not None:
+        if turn.probe is not None and not history.recomputing:
             with torch.no_grad():
                 q, k = self.query_key(x)
             turn.probe(history.probe(q, k, heads=self.heads).kl)

@@ -4,59 +4,96 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+SkipMode = Literal["retrieval", "layer"]
+SKIP_MODES: tuple[str, ...] = get_args(SkipMode)
+
+Decision = tuple[bool, int]
+"""Whether the layer is skipped, and the number of its skip mode."""
 
 # Layers whose decision is on an accelerator: reading one waits for the device, so all that changed are read at once.
 _on_devices: weakref.WeakSet[Skipping] = weakref.WeakSet()
 _reading = threading.Lock()
 
 
-class Skipping(nn.Module):
-    """A module that can be skipped: the buffer `decision` is 1 where it is, and 0 where it is not.
+def check_skip(skip: object) -> SkipMode:
+    """A skip mode, or an error that names the argument."""
+    if skip not in SKIP_MODES:
+        raise ValueError(f"skip: got {skip!r}; allowed are 'retrieval' and 'layer'")
+    return skip  # type: ignore[return-value]
 
-    A floating-point number, since a moving average of the model's tensors moves this one too: the layer is skipped at
-    more than 0.5, and the average of a decision so follows it, as it follows the parameters, which an average of
-    integers would never do.
+
+class Skipping(nn.Module):
+    """A module that can be skipped; its buffer `decision` `[2]` holds 1 where it is or 0, and the skip mode's number.
+
+    In floating point, since a moving average of the model's tensors moves this one too: the layer is skipped at more
+    than 0.5, so that the average of a decision follows it as that of a parameter does. Integers would stand still.
+
+    On an accelerator what is written to the buffer past autograd's version counter (`decision.data`) is seen only after
+    the model was moved, loaded, or switched by `train()` or `eval()`.
     """
 
     decision: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, skip: SkipMode) -> None:
         super().__init__()
-        self.register_buffer("decision", torch.zeros((), dtype=torch.float32))
-        self.pruned = False  # skipped for good, its unused parameters removed
-        self._last_read = False
+        self._last: Decision = (False, SKIP_MODES.index(check_skip(skip)))
         self._read_at: tuple[Tensor, int] | None = None
+        self.register_buffer("decision", torch.tensor(self._last, dtype=torch.float32))
+        self.pruned = False  # skipped for good, its unused parameters removed
 
     @property
     def skipped(self) -> bool:
-        """Whether the layer is skipped; can be set.
-
-        On an accelerator what is written to `decision` past autograd's version counter (`decision.data`) is seen only
-        after the model was moved, loaded, or switched between train() and eval().
-        """
-        decision = self._buffers.get("decision")
-        if decision is None:  # pruned
-            return self._last_read
-        if type(decision) is not Tensor or decision.dtype != torch.float32:
-            return _value_of(decision, self._last_read) > 0.5
-        if decision.device.type == "cpu":
-            try:
-                # A dispatch mode may have rules of its own for numbers that leave PyTorch.
-                seen = torch._C._len_torch_dispatch_stack() > 0
-                return bool(decision.numpy() > 0.5) if seen else decision.item() > 0.5
-            except RuntimeError:  # inside a transform, say
-                return self._last_read
-        if decision.device.type != "meta":
-            _read_changed(self)
-        return self._last_read
+        """Whether the layer is skipped; can be set."""
+        return self._decision()[0]
 
     @skipped.setter
     def skipped(self, value: bool) -> None:
-        self._last_read = bool(value)
+        self._decide((bool(value), self._decision()[1]))
+
+    @property
+    def skip(self) -> SkipMode:
+        """What a skipped layer leaves out, `"retrieval"` or `"layer"`; can be set."""
+        # A compiled graph is made for one mode; it is read again when the model is switched by train() or eval().
+        decision = self._last if torch.compiler.is_compiling() else self._decision()
+        return check_skip(SKIP_MODES[decision[1]])
+
+    @skip.setter
+    def skip(self, mode: SkipMode) -> None:
+        self._decide((self._decision()[0], SKIP_MODES.index(check_skip(mode))))
+
+    def decides_as_data(self) -> bool:
+        """Whether the decision may not be looked at: in a graph that is being compiled, and inside a transform."""
+        if torch.compiler.is_compiling():
+            return True
+        return (
+            torch._C._are_functorch_transforms_active()
+            and "decision" in self._buffers
+            and bool(torch._C._functorch.is_functorch_wrapped_tensor(self.decision))
+        )
+
+    def make_permanent(self) -> None:
+        """The layer is skipped from now on; there is nothing to decide any more."""
+        self._last = (True, self._decision()[1])
+        self.pruned = True
+        self._buffers.pop("decision", None)
+
+    def _decision(self) -> Decision:
+        decision = self._buffers.get("decision")
+        if decision is None or decision.is_meta:  # pruned, or without values
+            return self._last
+        if decision.device.type == "cpu":
+            self._last = _value_of(decision, self._last)
+        else:
+            _read_changed(self, decision)
+        return self._last
+
+    def _decide(self, value: Decision) -> None:
+        self._last = value
         decision = self._buffers.get("decision")
         if decision is None:
             return
@@ -64,41 +101,28 @@ class Skipping(nn.Module):
             decision = self._buffers["decision"] = decision.clone()
         with torch.no_grad():
             # In place: whoever holds the buffer sees it.
-            decision.fill_(float(self._last_read))
+            for place, number in enumerate(value):
+                decision[place] = float(number)
         self._read_at = _state_of(decision)
-
-    def decides_as_data(self) -> bool:
-        """Whether the decision may not be looked at: in a graph that is being compiled, or without values."""
-        if torch.compiler.is_compiling():
-            return True
-        decision = self._buffers.get("decision")
-        if decision is None:
-            return False
-        return torch._C._are_functorch_transforms_active() and bool(
-            torch._C._functorch.is_functorch_wrapped_tensor(decision)
-        )
-
-    def make_permanent(self) -> None:
-        """The layer is skipped from now on; there is nothing to decide any more."""
-        self._last_read = self.pruned = True
-        self._buffers.pop("decision", None)
 
     def train(self, mode: bool = True) -> Any:
         self._read_at = None
+        self._decision()
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # The value outlives `to_empty()`, and in float32: a moving average in half precision would stand still.
+        # The value outlives `to_empty()`, and stays in float32: an average in half precision would stand still.
         before = self._buffers.get("decision")
-        value = 0.0 if before is None else _value_of(before, self._last_read)
+        exact = None if before is None else _exact(before)
         super()._apply(fn, recurse)
         after = self._buffers.get("decision")
         if after is not None:
-            after = after.to(torch.float32)
-            self._buffers["decision"] = after
+            values = tuple(map(float, self._last)) if exact is None else exact
             self._read_at = None
             with torch.no_grad():
-                after.fill_(value)
+                self._buffers["decision"] = after = after.to(torch.float32)
+                for place, number in enumerate(values):
+                    after[place] = number
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,19 +132,34 @@ class Skipping(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "skipped" in self.__dict__:  # a pickle of a layer that kept its decision as an attribute
-            skipped = bool(self.__dict__.pop("skipped"))
-            self._last_read, self._read_at = skipped, None
+        if "skipped" in self.__dict__:  # a pickle of a layer that kept its decision in attributes
+            skipped, skip = self.__dict__.pop("skipped"), self.__dict__.pop("skip")
+            self._last, self._read_at = (bool(skipped), SKIP_MODES.index(skip)), None
             if not self.pruned:
-                self.register_buffer("decision", torch.tensor(float(skipped), dtype=torch.float32))
+                decision = torch.tensor(self._last, dtype=torch.float32, device="cpu")
+                self.register_buffer("decision", decision)
 
 
-def _value_of(decision: Tensor, otherwise: bool) -> float:
-    """The number itself, between 0 and 1 in a moving average; `otherwise` where it has no value (meta, fake)."""
+def _exact(decision: Tensor) -> tuple[float, ...] | None:
+    """The numbers themselves, which lie between decisions in a moving average; None where there are no values."""
+    if decision.is_meta:
+        return None
     try:
-        return float(decision)
-    except (RuntimeError, NotImplementedError):
-        return float(otherwise)
+        # A dispatch mode may have rules of its own for numbers that leave PyTorch.
+        seen = torch._C._len_torch_dispatch_stack() > 0 and decision.device.type == "cpu"
+        return tuple(decision.numpy().tolist() if seen else decision.tolist())
+    except (RuntimeError, TypeError, NotImplementedError):  # inside a transform, or fake
+        return None
+
+
+def _value_of(decision: Tensor, otherwise: Decision) -> Decision:
+    exact = _exact(decision)
+    return otherwise if exact is None else _rounded(exact)
+
+
+def _rounded(exact: tuple[float, ...]) -> Decision:
+    skipped, mode = exact
+    return skipped > 0.5, 1 if mode > 0.5 else 0
 
 
 def _state_of(decision: Tensor) -> tuple[Tensor, int] | None:
@@ -129,29 +168,25 @@ def _state_of(decision: Tensor) -> tuple[Tensor, int] | None:
 
 def _is_read(layer: Skipping, decision: Tensor) -> bool:
     at = layer._read_at
-    return (
-        at is not None
-        and at[0] is decision
-        and not decision.is_inference()
-        and at[1] == decision._version
-    )
+    if at is None or at[0] is not decision or decision.is_inference():
+        return False
+    return at[1] == decision._version
 
 
-def _read_changed(layer: Skipping) -> None:
+def _read_changed(layer: Skipping, decision: Tensor) -> None:
     """Read the decision of `layer` from its device if it may have changed, and of all others there that may have."""
-    decision = layer.decision
     if _is_read(layer, decision):
         return
     with _reading:
         _on_devices.add(layer)
         changed = [
-            (other, other.decision)
+            (other, found)
             for other in list(_on_devices)
-            if "decision" in other._buffers
-            and other.decision.device == decision.device
-            and not _is_read(other, other.decision)
+            if (found := other._buffers.get("decision")) is not None
+            and found.device == decision.device
+            and not _is_read(other, found)
         ]
-        states = [_state_of(d) for _, d in changed]
-        values = torch.stack([d.detach() for _, d in changed]).tolist()
-        for (other, _), state, value in zip(changed, states, values, strict=True):
-            other._last_read, other._read_at = value > 0.5, state
+        states = [_state_of(found) for _, found in changed]
+        values = torch.stack([found.detach() for _, found in changed]).tolist()
+        for (other, _), state, exact in zip(changed, states, values, strict=True):
+            other._last, other._read_at = _rounded(tuple(exact)), state

@@ -57,13 +57,15 @@ def attend_decided(
         active: whether this layer retrieves; None for one that always does. Where it is false, `out` means nothing.
     """
     retrieved = decided.retrieved
-    if all(given is None for given in decided.given):
+    # Its own pair is there for the layer itself: without any, what is discarded would be NaN, and so its gradients.
+    given = (*decided.given[:-1], None)
+    if all(is_given is None for is_given in given):
         out, weights, kl = layer_attention(
             q, keys, values, heads, scale, prev_weights, channels_last
         )
     else:
         # No kernel takes pairs that may be missing.
-        log_weights = log_weights_reference(q, keys, heads, scale, decided.given)
+        log_weights = log_weights_reference(q, keys, heads, scale, given)
         kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
         weights = log_weights.exp()
         out = aggregate_reference(weights, values, channels_last)
