@@ -42,6 +42,7 @@ class Skipping(nn.Module):
     def __init__(self, skip: SkipMode) -> None:
         super().__init__()
         self._last: Decision = (False, SKIP_MODES.index(check_skip(skip)))
+        self._last_mode = self._last[1]  # apart, since a compiled graph is made for it
         self._read_at: tuple[Tensor, int] | None = None
         self.register_buffer("decision", torch.tensor(self._last, dtype=torch.float32))
         self.pruned = False  # skipped for good, its unused parameters removed
@@ -59,8 +60,8 @@ class Skipping(nn.Module):
     def skip(self) -> SkipMode:
         """What a skipped layer leaves out, `"retrieval"` or `"layer"`; can be set."""
         # A compiled graph is made for one mode; it is read again when the model is switched by train() or eval().
-        decision = self._last if torch.compiler.is_compiling() else self._decision()
-        return check_skip(SKIP_MODES[decision[1]])
+        mode = self._last_mode if torch.compiler.is_compiling() else self._decision()[1]
+        return SKIP_MODES[mode]  # type: ignore[return-value]
 
     @skip.setter
     def skip(self, mode: SkipMode) -> None:
@@ -87,13 +88,16 @@ class Skipping(nn.Module):
         if decision is None or decision.is_meta:  # pruned, or without values
             return self._last
         if decision.device.type == "cpu":
-            self._last = _value_of(decision, self._last)
+            self._know(_value_of(decision, self._last))
         else:
             _read_changed(self, decision)
         return self._last
 
+    def _know(self, value: Decision) -> None:
+        self._last, self._last_mode = value, value[1]
+
     def _decide(self, value: Decision) -> None:
-        self._last = value
+        self._know(value)
         decision = self._buffers.get("decision")
         if decision is None:
             return
@@ -134,7 +138,8 @@ class Skipping(nn.Module):
         super().__setstate__(state)
         if "skipped" in self.__dict__:  # a pickle of a layer that kept its decision in attributes
             skipped, skip = self.__dict__.pop("skipped"), self.__dict__.pop("skip")
-            self._last, self._read_at = (bool(skipped), SKIP_MODES.index(skip)), None
+            self._know((bool(skipped), SKIP_MODES.index(skip)))
+            self._read_at = None
             if not self.pruned:
                 decision = torch.tensor(self._last, dtype=torch.float32, device="cpu")
                 self.register_buffer("decision", decision)
@@ -189,4 +194,5 @@ def _read_changed(layer: Skipping, decision: Tensor) -> None:
         states = [_state_of(found) for _, found in changed]
         values = torch.stack([found.detach() for _, found in changed]).tolist()
         for (other, _), state, exact in zip(changed, states, values, strict=True):
-            other._last, other._read_at = _rounded(tuple(exact)), state
+            other._know(_rounded(tuple(exact)))
+            other._read_at = state
