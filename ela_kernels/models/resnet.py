@@ -17,6 +17,7 @@ from ela_kernels.models.blocks import (
     StageAttention,
     initialise,
 )
+from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.skipping import SkipMode, check_skip
 
 Block = Literal["basic", "bottleneck"]
@@ -137,7 +138,11 @@ class ResNet(nn.Module):
 
 def _run_block(block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any) -> Tensor:
     x = block(x)
-    return x if layer is None else layer(x, history)
+    if layer is None:
+        return x
+    # Nothing here changes a map in place that anybody else may have.
+    out: Tensor = layer(x, history, copy=False) if isinstance(layer, ELA) else layer(x, history)
+    return out
 
 
 def _small_stem(in_chans: int, width: int) -> nn.Module:

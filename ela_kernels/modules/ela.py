@@ -93,12 +93,14 @@ class ELA(Skipping):
         self._was_read: bool | None = None
         self.was_skipped = False
 
-    def forward(self, x: Tensor, history: LayerHistory) -> Tensor:
-        """The block's output, shape and dtype of `x`; new memory, skipped or not.
+    def forward(self, x: Tensor, history: LayerHistory, copy: bool = True) -> Tensor:
+        """The block's output, shape and dtype of `x`.
 
         Args:
             x: feature map `[B, C, H, W]`, in any memory format.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
+            copy: the output is new memory, skipped or not. With False it is a view of `x` where the layer is skipped,
+                which saves the copy, for a caller that changes neither of them in place.
         """
         if not isinstance(history, LayerHistory):
             raise TypeError(
@@ -121,7 +123,7 @@ class ELA(Skipping):
             if self.pruned or not self.decides_as_data():
                 if self.skipped:
                     gives = self.attn is not None and self.skip == "retrieval"
-                    return self._pass(x, history, watched and self.probe_next)
+                    return self._pass(x, history, watched and self.probe_next, copy)
                 if self.attn is None or self.norm is None:
                     raise RuntimeError(
                         "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
@@ -136,16 +138,15 @@ class ELA(Skipping):
         finally:
             history.leave(self._readers if gives else None)
 
-    def _pass(self, x: Tensor, history: LayerHistory, probe: bool) -> Tensor:
+    def _pass(self, x: Tensor, history: LayerHistory, probe: bool, copy: bool) -> Tensor:
         """Leave out the retrieval; give key and value where the skip mode says so."""
         attn, provides = self.attn, self.skip == "retrieval"
         if attn is None or not (provides or probe):
             history.pass_by(caller=self)
-            return passed_on(x)
+            return passed_on(x, copy)
         # By its call, not by a method of it: wrappers and hooks work there.
-        out: Tensor = attn(
-            x, history, turn=Turn(provides=provides, probe=self._observe if probe else None)
-        )
+        turn = Turn(provides=provides, probe=self._observe if probe else None, copy=copy)
+        out: Tensor = attn(x, history, turn=turn)
         if probe:
             self.probe_next = False
         if not provides:

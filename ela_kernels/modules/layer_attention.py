@@ -41,12 +41,11 @@ def check_count(name: str, value: object) -> int:
     return value
 
 
-def passed_on(x: Tensor) -> Tensor:
-    """What a layer that adds nothing gives: a copy, since what it gives in use is nobody else's memory either.
-
-    In the dtype that the sum with a retrieval would have.
-    """
+def passed_on(x: Tensor, copy: bool) -> Tensor:
+    """What a layer that adds nothing gives: a copy, or a view of `x`; in the dtype of the sum with a retrieval."""
     dtype = layer_dtype(x)
+    if dtype == x.dtype and not copy:
+        return x.view_as(x)
     return x.to(x.dtype if dtype == x.dtype else torch.promote_types(x.dtype, dtype), copy=True)
 
 
@@ -74,7 +73,11 @@ class ChannelFilter(nn.Conv1d):
     @staticmethod
     def windows(y: Tensor, size: int) -> Tensor:
         """The `size` neighbours of each channel, `[B, C, size]`, of `[B, C]` padded with zeros."""
-        return F.pad(y, (size // 2, size // 2)).unfold(1, size, 1)
+        padded = F.pad(y, (size // 2, size // 2))
+        if torch._C._get_tracing_state() is not None:
+            # ONNX has no word for the other, which is a view.
+            return torch.stack([padded[:, i : i + y.shape[1]] for i in range(size)], -1)
+        return padded.unfold(1, size, 1)
 
     def forward(self, windows: Tensor) -> Tensor:
         """`[B, C]` from :meth:`windows`."""
@@ -220,12 +223,14 @@ class Turn(NamedTuple):
         given: whether its pair is there for the layers after it, where that is data; None: it is.
         provides: whether it gives a pair at all.
         probe: called with the divergence `[B, G]` that it would have; None: it is not looked at.
+        copy: pass a copy of the input on, not a view.
     """
 
     active: Tensor | None = None
     given: Tensor | None = None
     provides: bool = True
     probe: Callable[[Tensor | None], None] | None = None
+    copy: bool = True
 
 
 class LayerAttention(QueryKeyValue):
@@ -275,7 +280,7 @@ class LayerAttention(QueryKeyValue):
             x: feature map `[B, C, H, W]`, in any memory format.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
             residual: give `x` plus the aggregation, which the kernel of a whole layer adds in the same pass.
-            turn: what a layer that can be skipped does instead; where it does not retrieve, `x` is passed on, copied.
+            turn: what a layer that can be skipped does instead; where it does not retrieve, `x` is passed on.
         """
         if turn is not None and turn.active is None:
             return self._pass_on(x, history, turn)
@@ -304,9 +309,9 @@ class LayerAttention(QueryKeyValue):
             turn.probe(history.probe(q, k, heads=self.heads).kl)
         if turn.provides:
             self.provide(x, history)
-        # After the pair was made: autograd then comes to this copy first, and hooks on it (those of FSDP, which bring
+        # After the pair was made: autograd then comes to this node first, and hooks on it (those of FSDP, which bring
         # the parameters back) run before the backward that needs them.
-        return passed_on(x)
+        return passed_on(x, turn.copy)
 
     def provide(self, x: Tensor, history: LayerHistory) -> None:
         """Give key and value of `x` to the later layers, and retrieve nothing."""

@@ -237,6 +237,16 @@ class TestASkippedLayerIsAModule:
                 found.append(layer(x, ek.LayerHistory()))
         assert found[0].dtype == found[1].dtype
 
+    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    def test_a_caller_that_changes_nothing_saves_the_copy(self, mode: str) -> None:
+        layer, x = decided(mode).layers[1], batch().requires_grad_()
+        out = layer(x, ek.LayerHistory(), copy=False)
+        assert out.data_ptr() == x.data_ptr()
+        assert out is not x  # hooks on it are not on x
+        assert out.grad_fn is not None
+        layer.skipped = False
+        assert layer(x, ek.LayerHistory(), copy=False).data_ptr() != x.data_ptr()
+
     def test_its_memory_format_is_that_of_the_input(self) -> None:
         x = batch().to(memory_format=torch.channels_last)
         out = decided().layers[1](x, ek.LayerHistory())

@@ -39,9 +39,7 @@ def each_attention(network: WithConvolution) -> list[nn.Module]:
 
 
 def each_part(network: WithConvolution) -> list[nn.Module]:
-    return [
-        part for layer in network.layers for part in (layer.attn.Wk, layer.attn.Wv, layer.norm)
-    ]
+    return [part for layer in network.layers for part in (layer.attn.Wk, layer.attn.Wv, layer.norm)]
 
 
 def the_whole(network: WithConvolution) -> list[nn.Module]:
