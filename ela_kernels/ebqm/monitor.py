@@ -16,6 +16,7 @@ from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
 from ela_kernels.ebqm.settings import Settings, checked_settings
 from ela_kernels.ebqm.stages import (
+    device_of,
     find_layers,
     plain_name,
     present_layers,
@@ -151,7 +152,7 @@ class EBQM:
         self.steps = 0
         self._names = list(layers)
         self._layers = list(layers.values())
-        device = self._layers[0].device
+        device = device_of(self._layers)
         self._statistics = Statistics(len(layers), self.settings.smoothing, device)
         self._reasons = [Reason.UNDECIDED] * len(layers)
         self._since = [0] * len(layers)
@@ -185,7 +186,7 @@ class EBQM:
 
         Call it on every process before the first one saves :meth:`state_dict`, so that what is saved stands for all.
         """
-        self._statistics.average_over_processes(self.process_group, self._layers[0].device)
+        self._statistics.average_over_processes(self.process_group, device_of(self._layers))
 
     def report(self) -> Report:
         """What is known and decided now, layer by layer, and every decision so far. Waits for the device."""
@@ -239,7 +240,7 @@ class EBQM:
         self._follow_model()
         self._check_state(state, strict)
         self.steps = int(state["steps"])
-        self._statistics.load(state["statistics"], self._layers[0].device)
+        self._statistics.load(state["statistics"], device_of(self._layers))
         self._reasons = [Reason[name] for name in state["reasons"]]
         self._since = [int(step) for step in state["since"]]
         self._decisions = [_record(d) for d in state["decisions"]]
@@ -367,7 +368,7 @@ class EBQM:
         candidates = [
             Candidate(
                 stages[i],
-                self._layers[i].place == 0,
+                self._layers[i].is_first,
                 self._layers[i].skipped,
                 self._layers[i].pruned,
                 seen[i],

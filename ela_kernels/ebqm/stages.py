@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,6 +25,12 @@ def plain_name(name: str) -> str:
 def present_layers(model: nn.Module) -> list[ELA]:
     """The ELA layers of a model, in the order in which they are registered."""
     return [module for module in model.modules() if isinstance(module, ELA)]
+
+
+def device_of(layers: Sequence[ELA]) -> torch.device:
+    """Where the layers are; some may be empty, once they are pruned."""
+    tensors = (t for layer in layers for t in (*layer.buffers(), *layer.parameters()))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def find_layers(model: object) -> dict[str, ELA]:

@@ -88,6 +88,7 @@ class ELA(Skipping):
         self.number = next(_numbers)
         self.stage: int | None = None
         self.place: int | None = None
+        self.is_first = False  # in any of its stages
         self._readers = Readers()
         # From a checkpoint: whether the pair was read then, and whether the layer was skipped.
         self._was_read: bool | None = None
@@ -115,6 +116,8 @@ class ELA(Skipping):
                 # Not compared with the old one first: torch.compile would guard on that, and compile anew.
                 self.place = place
                 self.stage = history.stage
+                if place == 0:
+                    self.is_first = True
             watched = self.training and torch.is_grad_enabled()
             watched = watched and not recomputing and not _is_exporting()
             if watched:
@@ -177,11 +180,6 @@ class ELA(Skipping):
         refuse_static_graph()
         if len(self.observations) < MOST_OBSERVATIONS:
             self.observations.append(kl.detach())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer is: that of its decision, or once it is pruned of what is left."""
-        return next((t.device for t in (*self.buffers(), *self.parameters())), torch.device("cpu"))
 
     def is_read(self) -> bool | None:
         """Whether a layer that retrieves now, or another reader, reads this one's pair; None where it is not known.
@@ -246,7 +244,7 @@ class ELA(Skipping):
         if SKIP_MODES[mode] != self.skip:
             self.skip = check_skip(SKIP_MODES[mode])
         if self.stage is None:  # what this model's own passes have shown counts for more
-            self.place = None if place < 0 else place
+            self.place, self.is_first = None if place < 0 else place, place == 0
         self._was_read = bool(later[0]) if later and later[0] >= 0 else None
         self.was_skipped = bool(skipped)
 
@@ -308,7 +306,11 @@ class ELA(Skipping):
             None,
         )
         self.watched = False
-        for name, value in (("_was_read", None), ("was_skipped", self.skipped)):
+        for name, value in (
+            ("_was_read", None),
+            ("was_skipped", self.skipped),
+            ("is_first", self.place == 0),
+        ):
             self.__dict__.setdefault(name, value)
         if "decision" in self._buffers:
             self.totals.to(self.decision.device)

@@ -308,6 +308,11 @@ class TestRows:
         assert model.pairs[1][1].skipped
         assert model.pairs[1][0].skipped != model.pairs[2][0].skipped
 
+    def test_a_layer_that_is_first_in_one_of_its_places_is_kept(self) -> None:
+        model = UsedTwice()
+        report = decisions(model, {0, 1, 2}, max_row=3, max_share=1.0, low=0.8, high=0.9).report()
+        assert [r.reason for r in report.layers] == [Reason.FIRST, Reason.REDUNDANT, Reason.FIRST]
+
     def test_of_a_loaded_model_that_has_not_run(self) -> None:
         model = Interleaved()
         model(batch())
