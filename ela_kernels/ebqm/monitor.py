@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import math
-import operator
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ela_kernels.ebqm.beta import BetaFit, fit_beta, retention
+from ela_kernels.ebqm.beta import fit_beta, retention
 from ela_kernels.ebqm.decision import Candidate, Reason, Verdict, decide
 from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
 from ela_kernels.ebqm.settings import Settings, checked_settings
-from ela_kernels.ebqm.stages import (
-    device_of,
-    find_layers,
-    plain_name,
-    present_layers,
-    run_order,
-    stage_numbers,
-)
+from ela_kernels.ebqm.stages import device_of, run_order, stage_numbers
+from ela_kernels.ebqm.state import State, loaded, rearranged, saved
 from ela_kernels.ebqm.statistics import Statistics
-from ela_kernels.modules.ela import ELA, MOST_OBSERVATIONS
+from ela_kernels.ebqm.watch import Watch
+from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.observations import STATIC_GRAPH
 from ela_kernels.modules.skipping import SkipMode, check_skip
-
-_VERSION = 1
 
 
 class EBQM:
@@ -141,26 +132,32 @@ class EBQM:
         )
         if skip is not None:
             check_skip(skip)
-        layers = find_layers(model)
+        self._watch = Watch(model)
         wrappers = (
             m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
         )
         if any(wrapper.static_graph for wrapper in wrappers):
             raise ValueError(STATIC_GRAPH)
-        self.model = model
         self.process_group = process_group
         self.steps = 0
-        self._names = list(layers)
-        self._layers = list(layers.values())
-        device = device_of(self._layers)
-        self._statistics = Statistics(len(layers), self.settings.smoothing, device)
-        self._reasons = [Reason.UNDECIDED] * len(layers)
-        self._since = [0] * len(layers)
+        count, device = len(self._layers), device_of(self._layers)
+        self._statistics = Statistics(count, self.settings.smoothing, device)
+        self._reasons = [Reason.UNDECIDED] * count
+        self._since = [0] * count
         self._decisions: list[DecisionRecord] = []
         for layer in self._layers:
             if skip is not None:
                 layer.skip = skip
-        self._attach()
+        self._watch.attach()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is watched."""
+        return self._watch.model
+
+    @property
+    def _layers(self) -> list[ELA]:
+        return self._watch.layers
 
     def step(self, applied: bool = True) -> None:
         """Take in the step that was trained; decide when a decision is due. Call it once after `optimizer.step()`.
@@ -172,10 +169,13 @@ class EBQM:
         """
         self._follow_model()
         self.steps += 1
-        observations, totals = self._take()
-        if not applied:
-            observations, totals = [[] for _ in observations], {}
-        self._statistics.update(observations, totals)
+        seen = self._watch.take()
+        divergences: list[list[Tensor]] = [[] for _ in seen]
+        totals: dict[int, Tensor] = {}
+        if applied:
+            divergences = [s.divergences for s in seen]
+            totals = {i: t for i, s in enumerate(seen) for t in s.totals}
+        self._statistics.update(divergences, totals)
         if self.settings.decides_at(self.steps):
             self.synchronize()
             self._decide()
@@ -206,7 +206,7 @@ class EBQM:
                 since=self._since[i],
                 over_time=[(d.step, d.divergence[i]) for d in self._decisions],
             )
-            for i, (name, layer) in enumerate(zip(self._names, self._layers, strict=True))
+            for i, (name, layer) in enumerate(zip(self._watch.names, self._layers, strict=True))
         ]
         return Report(self.steps, None if last is None else last.fit, rows, list(self._decisions))
 
@@ -215,17 +215,15 @@ class EBQM:
 
         Save it with the model's state after :meth:`step`. With several processes call :meth:`synchronize` before.
         """
-        return {
-            "version": _VERSION,
-            "settings": self.settings.as_dict(),
-            "layers": list(self._names),
-            "steps": self.steps,
-            "statistics": self._statistics.state.cpu().clone(),
-            "skipped": [layer.skipped for layer in self._layers],
-            "reasons": [reason.name for reason in self._reasons],
-            "since": list(self._since),
-            "decisions": [_plain(d) for d in self._decisions],
-        }
+        state = State(
+            self.steps,
+            self._statistics.state.cpu().clone(),
+            [layer.skipped for layer in self._layers],
+            list(self._reasons),
+            list(self._since),
+            self._decisions,
+        )
+        return saved(state, self.settings, self._watch.names)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on where :meth:`state_dict` was taken. The layers' decisions are set too.
@@ -238,90 +236,36 @@ class EBQM:
             TypeError, ValueError: not such a state, other layers, or (strict) other settings; nothing is changed then.
         """
         self._follow_model()
-        self._check_state(state, strict)
-        self.steps = int(state["steps"])
-        self._statistics.load(state["statistics"], device_of(self._layers))
-        self._reasons = [Reason[name] for name in state["reasons"]]
-        self._since = [int(step) for step in state["since"]]
-        self._decisions = [_record(d) for d in state["decisions"]]
-        for layer, skipped in zip(self._layers, state["skipped"], strict=True):
-            layer.skipped = bool(skipped)
-        self._take()
+        found = loaded(state, self.settings, self._watch.names, self._layers, strict)
+        self.steps = found.steps
+        self._statistics.load(found.statistics, device_of(self._layers))
+        self._reasons, self._since, self._decisions = found.reasons, found.since, found.decisions
+        for layer, skipped in zip(self._layers, found.skipped, strict=True):
+            layer.skipped = skipped
+        self._watch.take()
         self._mark_probes()
 
     def detach(self) -> None:
         """Stop watching the model: its layers keep no divergences any more; decisions stay as they are."""
-        for layer in self._layers:
-            layer.watchers.discard(self)
-            if not layer.watchers:
-                layer.watched = layer.probe_next = False
-                layer.observations.clear()
+        self._watch.detach()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_inbox"]
-        state["process_group"] = None
-        return state
+        return {**self.__dict__, "process_group": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._attach()
+        self._watch.attach()
         self._mark_probes()
-
-    def _attach(self) -> None:
-        self._inbox: dict[ELA, tuple[list[Tensor], list[Tensor]]] = {}
-        if any(len(layer.watchers) > (self in layer.watchers) for layer in self._layers):
-            warnings.warn(
-                "model: got a model that another EBQM watches; both will see its passes, and both decide which layers "
-                "are skipped. Call detach() of one of them",
-                stacklevel=3,
-            )
-        for layer in self._layers:
-            layer.watchers.add(self)
-            layer.watched = True
 
     def _follow_model(self) -> None:
         """Take note of layers that were exchanged, added or removed."""
-        present = present_layers(self.model)
-        if len(present) == len(self._layers) and all(map(operator.is_, present, self._layers)):
+        numbers = self._watch.follow_model()
+        if numbers is None:
             return
-        layers = find_layers(self.model)
-        before = {layer: i for i, layer in enumerate(self._layers)}
-        kept = [before.get(layer) for layer in layers.values()]
-        self._statistics.keep(kept)
-        self._reasons = [Reason.UNDECIDED if i is None else self._reasons[i] for i in kept]
-        self._since = [0 if i is None else self._since[i] for i in kept]
-        self._decisions = [_rearranged(record, kept) for record in self._decisions]
-        for layer in self._layers:
-            if layer not in layers.values():
-                layer.watchers.discard(self)
-                layer.watched = bool(layer.watchers)
-        self._names, self._layers = list(layers), list(layers.values())
-        for layer in self._layers:
-            layer.watchers.add(self)
-            layer.watched = True
-
-    def _take(self) -> tuple[list[list[Tensor]], dict[int, Tensor]]:
-        """What the layers saw since the last call: divergences, and the totals of compiled graphs by layer.
-
-        Whoever takes them hands them to the others that watch the layer.
-        """
-        for layer in self._layers:
-            observations, totals = list(layer.observations), layer.totals.take()
-            layer.observations.clear()
-            if not observations and totals is None:
-                continue
-            for watcher in list(layer.watchers):
-                kept, added = watcher._inbox.setdefault(layer, ([], []))
-                kept.extend(observations[: MOST_OBSERVATIONS - len(kept)])
-                if totals is not None:
-                    added[:] = [sum(added, totals)]
-        inbox, self._inbox = self._inbox, {}
-        nothing: tuple[list[Tensor], list[Tensor]] = ([], [])
-        found = [inbox.get(layer, nothing) for layer in self._layers]
-        return [kept for kept, _ in found], {
-            i: t for i, (_, added) in enumerate(found) for t in added
-        }
+        self._statistics.keep(numbers)
+        self._reasons = [Reason.UNDECIDED if i is None else self._reasons[i] for i in numbers]
+        self._since = [0 if i is None else self._since[i] for i in numbers]
+        self._decisions = [rearranged(record, numbers) for record in self._decisions]
 
     def _mark_probes(self) -> None:
         """Have skipped layers looked at again in the next training pass, when it is time."""
@@ -378,74 +322,3 @@ class EBQM:
         ]
         verdicts = dict(zip(order, decide(candidates, self.settings.rules), strict=True))
         return [verdicts[i] for i in range(len(order))]
-
-    def _check_state(self, state: object, strict: bool) -> None:
-        expected = set(self.state_dict())
-        if not isinstance(state, Mapping) or set(state) != expected:
-            got = sorted(state) if isinstance(state, Mapping) else type(state).__name__
-            raise TypeError(
-                f"state: got {got}; allowed is what EBQM.state_dict() gives, {sorted(expected)}"
-            )
-        if state["version"] != _VERSION:
-            raise ValueError(f"state: got version {state['version']}; allowed is {_VERSION}")
-        if [plain_name(name) for name in state["layers"]] != [plain_name(n) for n in self._names]:
-            raise ValueError(
-                f"state: got the layers {list(state['layers'])}; allowed are this model's, {self._names}"
-            )
-        present = self.settings.as_dict()
-        differing = [k for k in present if state["settings"].get(k) != present[k]]
-        if strict and differing:
-            raise ValueError(
-                "state: got other settings than this EBQM has, "
-                + ", ".join(
-                    f"{k}={state['settings'].get(k)!r} (here {present[k]!r})" for k in differing
-                )
-                + "; allowed are equal ones. Make the EBQM with them, or load with strict=False to go on with its own"
-            )
-        for name, layer, skipped in zip(self._names, self._layers, state["skipped"], strict=True):
-            if layer.pruned and not skipped:
-                raise ValueError(
-                    f"state: got layer {name!r} in use, but it was pruned in this model; allowed is a state in which "
-                    "pruned layers are skipped"
-                )
-
-
-def _plain(record: DecisionRecord) -> dict[str, Any]:
-    return {
-        "step": record.step,
-        "fit": None if record.fit is None else list(record.fit),
-        "divergence": list(record.divergence),
-        "fitted": list(record.fitted),
-        "retention": list(record.retention),
-        "skipped": list(record.skipped),
-        "reasons": [reason.name for reason in record.reasons],
-    }
-
-
-def _rearranged(record: DecisionRecord, kept: list[int | None]) -> DecisionRecord:
-    """`record` for other layers, each with its old number, or None for a new one."""
-
-    def numbers(values: list[float]) -> list[float]:
-        return [math.nan if i is None else values[i] for i in kept]
-
-    return DecisionRecord(
-        record.step,
-        record.fit,
-        numbers(record.divergence),
-        numbers(record.fitted),
-        numbers(record.retention),
-        [i is not None and record.skipped[i] for i in kept],
-        [Reason.UNDECIDED if i is None else record.reasons[i] for i in kept],
-    )
-
-
-def _record(plain: Mapping[str, Any]) -> DecisionRecord:
-    return DecisionRecord(
-        plain["step"],
-        None if plain["fit"] is None else BetaFit(*plain["fit"]),
-        list(plain["divergence"]),
-        list(plain["fitted"]),
-        list(plain["retention"]),
-        list(plain["skipped"]),
-        [Reason[name] for name in plain["reasons"]],
-    )

@@ -14,7 +14,7 @@ from ela_kernels.modules.observations import BAD, COUNT, SUM, totals_of
 # Rows of the state: the weighted sum of divergences, the sum of its weights, steps since the layer was last seen,
 # and how many values were not finite since the last decision.
 _SUM, _WEIGHT, _GAP, _BAD = range(4)
-_ROWS = 4
+ROWS = 4
 
 
 def bounded_divergence(kl: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Statistics:
 
     def __init__(self, layers: int, smoothing: float, device: torch.device | None = None) -> None:
         device = torch.device("cpu") if device is None else device
-        self.state = torch.zeros((_ROWS, layers), dtype=torch.float32, device=device)
+        self.state = torch.zeros((ROWS, layers), dtype=torch.float32, device=device)
         self.smoothing = smoothing
         # An index tensor made anew every step would stop the host at each copy to the device.
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}

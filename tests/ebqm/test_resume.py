@@ -99,6 +99,35 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"^state: got version 99"):
             ebqm.load_state_dict({**ebqm.state_dict(), "version": 99})
 
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"steps": "many"},
+            {"steps": -1},
+            {"statistics": torch.zeros(4, 2)},
+            {"statistics": torch.zeros(4, 3, dtype=torch.int64)},
+            {"statistics": None},
+            {"reasons": ["UNDECIDED"] * 2},
+            {"reasons": ["BECAUSE"] * 3},
+            {"since": [0, 0]},
+            {"skipped": None},
+            {"settings": None},
+            {"layers": 3},
+            {"decisions": [{"step": 1}]},
+            {"decisions": None},
+        ],
+    )
+    def test_a_damaged_one_changes_nothing(self, entry: dict[str, Any]) -> None:
+        network = Network((3,))
+        ebqm = ek.EBQM(network, warmup=1, interval=1)
+        for _ in range(3):
+            network(batch()).sum().backward()
+            ebqm.step()
+        before = repr(ebqm.state_dict())
+        with pytest.raises(ValueError, match=r"^state: got "):
+            ebqm.load_state_dict({**ebqm.state_dict(), "steps": 7, **entry})
+        assert repr(ebqm.state_dict()) == before
+
     def test_a_pruned_layer_in_use(self) -> None:
         network = Network((3,))
         state = ek.EBQM(network).state_dict()

@@ -115,7 +115,7 @@ class TestTwo:
         for _ in range(100):
             network(batch(1))
             second.step()
-        assert max(len(kept) for kept, _ in first._inbox.values()) == 64
+        assert max(len(kept) for kept, _ in first._watch._inbox.values()) == 64
 
     def test_one_that_is_gone_is_not_spoken_of(self, recwarn: pytest.WarningsRecorder) -> None:
         network = Network((2,))

@@ -1,0 +1,156 @@
+"""What is saved of an EBQM, in tensors and plain Python, and what may be loaded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ela_kernels.ebqm.beta import BetaFit
+from ela_kernels.ebqm.decision import Reason
+from ela_kernels.ebqm.report import DecisionRecord
+from ela_kernels.ebqm.settings import Settings
+from ela_kernels.ebqm.stages import plain_name
+from ela_kernels.ebqm.statistics import ROWS
+from ela_kernels.modules.ela import ELA
+
+VERSION = 1
+
+
+class State(NamedTuple):
+    """What was saved, read and checked."""
+
+    steps: int
+    statistics: Tensor
+    skipped: list[bool]
+    reasons: list[Reason]
+    since: list[int]
+    decisions: list[DecisionRecord]
+
+
+def saved(state: State, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
+    """`state` as it is saved."""
+    return {
+        "version": VERSION,
+        "settings": settings.as_dict(),
+        "layers": list(names),
+        "steps": state.steps,
+        "statistics": state.statistics,
+        "skipped": state.skipped,
+        "reasons": [reason.name for reason in state.reasons],
+        "since": state.since,
+        "decisions": [_plain(d) for d in state.decisions],
+    }
+
+
+def loaded(
+    state: object, settings: Settings, names: Sequence[str], layers: Sequence[ELA], strict: bool
+) -> State:
+    """What :func:`saved` gave, for a model with the layers `names`.
+
+    Raises:
+        TypeError, ValueError: not such a state, other layers, or (strict) other settings.
+    """
+    keys = {"version", "settings", "layers", "steps", "statistics"}
+    keys |= {"skipped", "reasons", "since", "decisions"}
+    if not isinstance(state, Mapping) or set(state) != keys:
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise TypeError(
+            f"state: got {got}; allowed is what EBQM.state_dict() gives, {sorted(keys)}"
+        )
+    if state["version"] != VERSION:
+        raise ValueError(f"state: got version {state['version']}; allowed is {VERSION}")
+    try:
+        found = _read(state, len(names))
+        its_names = [plain_name(name) for name in state["layers"]]
+        its_settings = dict(state["settings"])
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(
+            f"state: got a damaged one, {type(error).__name__}: {error}; allowed is what EBQM.state_dict() gives for "
+            f"{len(names)} layers"
+        ) from error
+    if its_names != [plain_name(name) for name in names]:
+        raise ValueError(
+            f"state: got the layers {list(state['layers'])}; allowed are this model's, {list(names)}"
+        )
+    present = settings.as_dict()
+    differing = [k for k in present if its_settings.get(k) != present[k]]
+    if strict and differing:
+        raise ValueError(
+            "state: got other settings than this EBQM has, "
+            + ", ".join(f"{k}={its_settings.get(k)!r} (here {present[k]!r})" for k in differing)
+            + "; allowed are equal ones. Make the EBQM with them, or load with strict=False to go on with its own"
+        )
+    for name, layer, skipped in zip(names, layers, found.skipped, strict=True):
+        if layer.pruned and not skipped:
+            raise ValueError(
+                f"state: got layer {name!r} in use, but it was pruned in this model; allowed is a state in which "
+                "pruned layers are skipped"
+            )
+    return found
+
+
+def _read(state: Mapping[str, Any], layers: int) -> State:
+    other = len(state["layers"]) != layers  # said in words of its own later
+    count = len(state["layers"]) if other else layers
+    statistics = state["statistics"]
+    if tuple(statistics.shape) != (ROWS, count) or not statistics.is_floating_point():
+        raise ValueError(f"statistics of shape {list(statistics.shape)} for {count} layers")
+    found = State(
+        int(state["steps"]),
+        statistics,
+        [bool(skipped) for skipped in state["skipped"]],
+        [Reason[name] for name in state["reasons"]],
+        [int(step) for step in state["since"]],
+        [_record(d) for d in state["decisions"]],
+    )
+    lengths = {len(found.skipped), len(found.reasons), len(found.since)}
+    for d in found.decisions:
+        lengths |= {len(d.divergence), len(d.fitted), len(d.retention), len(d.skipped)}
+        lengths.add(len(d.reasons))
+    if lengths != {count} or found.steps < 0:
+        raise ValueError(f"{found.steps} steps, and entries for {sorted(lengths)} layers")
+    return found
+
+
+def rearranged(record: DecisionRecord, numbers: Sequence[int | None]) -> DecisionRecord:
+    """`record` for other layers, each with the number that it had, or None for a new one."""
+
+    def of(values: Sequence[float]) -> list[float]:
+        return [math.nan if i is None else values[i] for i in numbers]
+
+    return DecisionRecord(
+        record.step,
+        record.fit,
+        of(record.divergence),
+        of(record.fitted),
+        of(record.retention),
+        [i is not None and record.skipped[i] for i in numbers],
+        [Reason.UNDECIDED if i is None else record.reasons[i] for i in numbers],
+    )
+
+
+def _plain(record: DecisionRecord) -> dict[str, Any]:
+    return {
+        "step": record.step,
+        "fit": None if record.fit is None else list(record.fit),
+        "divergence": list(record.divergence),
+        "fitted": list(record.fitted),
+        "retention": list(record.retention),
+        "skipped": list(record.skipped),
+        "reasons": [reason.name for reason in record.reasons],
+    }
+
+
+def _record(plain: Mapping[str, Any]) -> DecisionRecord:
+    return DecisionRecord(
+        int(plain["step"]),
+        None if plain["fit"] is None else BetaFit(*plain["fit"]),
+        [float(x) for x in plain["divergence"]],
+        [float(x) for x in plain["fitted"]],
+        [float(x) for x in plain["retention"]],
+        [bool(x) for x in plain["skipped"]],
+        [Reason[name] for name in plain["reasons"]],
+    )
