@@ -11,8 +11,8 @@ retrieved from, so that of two continuations of one history neither sees the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -31,29 +31,40 @@ class Entry(NamedTuple):
     left: Retrieval
 
 
+class Pass(list[Entry]):
+    """What the layers of one stage have left in one backward pass.
+
+    The engine holds it, as a callback of the pass that has nothing to do: so it goes when the pass does, also one that
+    raised, whose callbacks are never called. A record that held it would keep the graph alive that the record is part
+    of, since the weights left here know the node that made them.
+    """
+
+    __slots__ = ("__weakref__",)
+
+    def __call__(self) -> None:
+        pass
+
+
 class Record:
     """Retrievals of the backward passes under way over one stage, by graph task."""
 
     def __init__(self) -> None:
-        self._passes: dict[int, list[Entry]] = {}
+        self._passes: WeakValueDictionary[int, Pass] = WeakValueDictionary()
         self._token_gradient: Tensor | None = None
 
     def add(self, retrieval: Entry) -> None:
         task = torch._C._current_graph_task_id()
         entries = self._passes.get(task)
         if entries is None:
-            entries = self._passes[task] = []
-            # A pass over a part of the graph never reaches the first layer: forget it when it ends.
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end, task))
+            entries = Pass()
+            torch.autograd.Variable._execution_engine.queue_callback(entries)
+            self._passes[task] = entries
         if entries and type(entries[0].left) is not type(retrieval.left):
             raise RuntimeError(
                 "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
                 "allowed is one backend for the layers of a history, and eager PyTorch beside it"
             )
         entries.append(retrieval)
-
-    def _end(self, task: int) -> None:
-        self._passes.pop(task, None)
 
     def retrieved(self, path: tuple[int, ...]) -> list[Entry]:
         """Those that retrieved from the layer at the end of `path`, in order of depth."""
@@ -68,9 +79,10 @@ class Record:
 
     def forget(self, path: tuple[int, ...]) -> None:
         """Drop what no layer before the one at the end of `path` will ask for."""
-        task = torch._C._current_graph_task_id()
-        served = {id(r) for r in self.retrieved(path)}
-        self._passes[task] = [r for r in self._passes.get(task, ()) if id(r) not in served]
+        entries = self._passes.get(torch._C._current_graph_task_id())
+        if entries:
+            served = {id(r) for r in self.retrieved(path)}
+            entries[:] = [r for r in entries if id(r) not in served]
 
     def token_gradient(self, token: Tensor) -> Tensor:
         """One shared tensor, held here so that the engine never adds to it in place."""
