@@ -20,6 +20,7 @@ from ela_kernels.ops.layer_attention.kernels import (
     resolved,
 )
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
+from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.reference import (
     accumulate_dtype,
     layer_attention_backward_reference,
@@ -217,6 +218,7 @@ def needs_dispatcher(q: Tensor) -> bool:
     )
 
 
+@opaque
 class _LayerAttention(torch.autograd.Function):
     """The kernels on plain tensors."""
 

@@ -19,6 +19,7 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
     NormGradients,
 )
 from ela_kernels.ops.layer_attention.layout import readable
+from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.pull import (
     Link,
     applied,
@@ -49,6 +50,7 @@ def of_parameters(
     return dgamma, dbeta
 
 
+@opaque
 class _Block(torch.autograd.Function):
     @staticmethod
     def forward(

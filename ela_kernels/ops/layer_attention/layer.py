@@ -21,8 +21,8 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
     LayerGradients,
 )
 from ela_kernels.ops.layer_attention.layout import readable
+from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.pull import (
-    Entry,
     Link,
     applied,
     in_form_of,
@@ -66,7 +66,7 @@ def attended(
     saved = Saved(q, keys, values, ctx.heads, ctx.scale, prev_weights, weights, ctx.channels_last)
     dscores = torch.empty_like(weights)
     left = ctx.kernels.Retrieved(q, weights, dscores, dout, ctx.channels_last)
-    ctx.record.add(Entry(ctx.path, left))
+    ctx.record.add(ctx.path, left)
     return Attended(saved, dout, dweights, dkl, dscores, need_prev)
 
 
@@ -92,6 +92,7 @@ def gradients(
     return found
 
 
+@opaque
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -135,6 +136,7 @@ class _Layer(torch.autograd.Function):
         return *found, None, token_gradient(ctx, ctx.token), None
 
 
+@opaque
 class _Provider(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -20,15 +20,12 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention.kernels import Kernels, Retrieval, Saved, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import LayerKernels
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
+from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.prefix import Pairs
 from ela_kernels.ops.layer_attention.saved import save, unpacked
 
-
-class Entry(NamedTuple):
-    """What one layer's backward leaves for the layers on its path."""
-
-    path: tuple[int, ...]
-    left: Retrieval
+Entry = tuple[tuple[int, ...], Retrieval]
+"""The path of a layer, and what its backward leaves for the layers on it."""
 
 
 class Pass(list[Entry]):
@@ -49,40 +46,45 @@ class Record:
     """Retrievals of the backward passes under way over one stage, by graph task."""
 
     def __init__(self) -> None:
-        self._passes: WeakValueDictionary[int, Pass] = WeakValueDictionary()
+        self._passes: dict[int, ref[Pass]] = {}
         self._token_gradient: Tensor | None = None
 
-    def add(self, retrieval: Entry) -> None:
-        task = torch._C._current_graph_task_id()
-        entries = self._passes.get(task)
+    def _left(self) -> Pass | None:
+        """What the pass under way has left so far."""
+        found = self._passes.get(torch._C._current_graph_task_id())
+        return None if found is None else found()
+
+    def add(self, path: tuple[int, ...], left: Retrieval) -> None:
+        entries = self._left()
         if entries is None:
-            entries = Pass()
+            entries, passes, task = Pass(), self._passes, torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(entries)
-            self._passes[task] = entries
-        if entries and type(entries[0].left) is not type(retrieval.left):
+            passes[task] = ref(entries, lambda _: passes.pop(task, None))
+        elif entries and type(entries[0][1]) is not type(left):
             raise RuntimeError(
                 "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
                 "allowed is one backend for the layers of a history, and eager PyTorch beside it"
             )
-        entries.append(retrieval)
+        entries.append((path, left))
 
-    def retrieved(self, path: tuple[int, ...]) -> list[Entry]:
-        """Those that retrieved from the layer at the end of `path`, in order of depth."""
+    def retrieved(self, path: tuple[int, ...]) -> list[Retrieval]:
+        """What those left that retrieved from the layer at the end of `path`, in order of depth."""
+        entries = self._left()
+        if entries is None:
+            return []
         index, serial = len(path) - 1, path[-1]
         found = [
-            r
-            for r in self._passes.get(torch._C._current_graph_task_id(), ())
-            if len(r.path) > index and r.path[index] == serial
+            left for others, left in entries if len(others) > index and others[index] == serial
         ]
         found.reverse()  # later layers left theirs first
         return found
 
     def forget(self, path: tuple[int, ...]) -> None:
         """Drop what no layer before the one at the end of `path` will ask for."""
-        entries = self._passes.get(torch._C._current_graph_task_id())
+        entries = self._left()
         if entries:
-            served = {id(r) for r in self.retrieved(path)}
-            entries[:] = [r for r in entries if id(r) not in served]
+            served = {id(left) for left in self.retrieved(path)}
+            entries[:] = [entry for entry in entries if id(entry[1]) not in served]
 
     def token_gradient(self, token: Tensor) -> Tensor:
         """One shared tensor, held here so that the engine never adds to it in place."""
@@ -114,14 +116,15 @@ def layer_kernels(link: Link) -> LayerKernels:
 
 def left_by_later_layers(ctx: Any) -> list[Any]:
     """What those left that retrieved the layer that `ctx` belongs to, itself included, in order of depth."""
-    left = ctx.record.retrieved(ctx.path)
-    for r in left:
-        if r.left.dout is not None and r.left.dout._version != r.left.dout_version:
+    found: list[Retrieval] = ctx.record.retrieved(ctx.path)
+    for left in found:
+        dout = left.dout
+        if dout is not None and dout._version != left.dout_version:
             raise RuntimeError(
                 "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
                 "but earlier layers still need it; return a new tensor from the hook instead"
             )
-    return [r.left for r in left]
+    return found
 
 
 def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -189,6 +192,7 @@ def new_token(token: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(1) if token is None else torch.empty_like(token)
 
 
+@opaque
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -238,11 +242,12 @@ class _Attend(torch.autograd.Function):
             found = ctx.kernels.backward(saved, dout, dweights, dkl, need_q, need_prev)
             dq, dprev = found.dq, found.dprev
             left = ctx.kernels.Retrieved(q, weights, found.dscores, dout, ctx.channels_last)
-            ctx.record.add(Entry(ctx.path, left))
+            ctx.record.add(ctx.path, left)
         dk, dv = _gather(ctx, need_k, need_v)
         return dq, dk, dv, dprev, token_gradient(ctx, ctx.token), None
 
 
+@opaque
 class _Provide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor:

@@ -79,10 +79,11 @@ def save_with_pairs(
     tensors, as checkpoints and offloading set them, have to see them.
     """
     before = link.before
-    ctx.count, ctx.before = len(tensors), None
+    ctx.count = len(tensors)
     ctx.holds = before is not None and _keeps_graph is not None and not _may_have_hooks()
     if ctx.holds:
-        ctx.before = before
+        # In a list, to let go of them also where another object stands in for ctx, as in compiled autograd.
+        ctx.before = [before]
         save(ctx, *tensors, key, value)
     else:
         save(ctx, *tensors, *link.keys, key, *link.values, value)
@@ -102,12 +103,12 @@ def unpacked_with_pairs(
     if not ctx.holds:
         depth = len(maps) // 2
         return tensors, maps[:depth], maps[depth:]
-    before: Pairs | None = ctx.before
-    if before is None:
+    if not ctx.before:
         raise RuntimeError(
             "LayerHistory: a second backward through a layer whose keys and values are freed; allowed is "
             "retain_graph=True in the first"
         )
+    before: Pairs = ctx.before[0]
     changed = before.changed()
     if changed is not None:
         raise RuntimeError(
@@ -120,4 +121,4 @@ def unpacked_with_pairs(
 def release_pairs(ctx: Any) -> None:
     """Let go of the keys and values before the layer, unless the graph is retained."""
     if ctx.holds and _keeps_graph is not None and not _keeps_graph():
-        ctx.before = None
+        ctx.before.clear()

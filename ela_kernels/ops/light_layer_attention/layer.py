@@ -12,6 +12,7 @@ from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_paramete
 from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
 from ela_kernels.ops.layer_attention.layout import readable
+from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.pull import in_form_of
 from ela_kernels.ops.layer_attention.saved import save, unpacked
 from ela_kernels.ops.light_layer_attention.light_kernels import (
@@ -36,6 +37,7 @@ def _kept(tensors: tuple[Tensor, ...]) -> tuple[Tensor, LightFilters, Tensor, Li
     return x, LightFilters(wq, wk, wv, decay), prev, LightForward(out, mean, q, k, v, factors, None)
 
 
+@opaque
 class _LightLayer(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -72,6 +74,7 @@ class _LightLayer(torch.autograd.Function):
         return *found, None, None, None
 
 
+@opaque
 class _LightBlock(torch.autograd.Function):
     @staticmethod
     def forward(
