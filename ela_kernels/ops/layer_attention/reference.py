@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ela_kernels.ops.layer_attention.saved import past_hooks
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of weights, divergence and sums: float64 for float64, else float32."""
@@ -50,12 +52,13 @@ def divergence_reference(prev_weights: Tensor, log_weights: Tensor) -> Tensor:
 
     A zero of `prev_weights` contributes zero, to the value and to both gradients.
     """
-    prev = prev_weights.to(log_weights.dtype)
-    shared = log_weights[..., : prev.shape[-1]]
-    is_zero = prev == 0
-    safe = prev.masked_fill(is_zero, 1.0)
-    terms = safe * (safe.log() - shared)
-    return terms.masked_fill(is_zero, 0.0).sum(dim=-1)
+    with past_hooks():
+        prev = prev_weights.to(log_weights.dtype)
+        shared = log_weights[..., : prev.shape[-1]]
+        is_zero = prev == 0
+        safe = prev.masked_fill(is_zero, 1.0)
+        terms = safe * (safe.log() - shared)
+        return terms.masked_fill(is_zero, 0.0).sum(dim=-1)
 
 
 def aggregate_reference(weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:

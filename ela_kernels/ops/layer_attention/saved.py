@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,21 @@ class _AsSaved(NamedTuple):
 
 def _may_have_hooks() -> bool:
     return _top_hooks is None or _top_hooks(True) is not None
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def past_hooks() -> AbstractContextManager[object]:
+    """Where saved tensors are kept as they are, also in a checkpoint: for small ones that no backward may ask for.
+
+    A checkpoint's hooks know what it was called with, a history as a rule. Where they stay in a node that no backward
+    reaches, and whose output the history holds, both would stay for ever.
+    """
+    if torch.compiler.is_compiling() or _top_hooks is None or _top_hooks(True) is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
