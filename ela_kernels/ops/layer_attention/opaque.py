@@ -17,16 +17,21 @@ _REASON = (
     "or ela_kernels.use_backend('eager') for the forward"
 )
 
+_saved_by: Callable[[Any], Any] = vars(torch._C._FunctionBase)["saved_tensors"].__get__
+
 
 def opaque(function: F) -> F:
     """A function whose backward compiled autograd calls as it is, between two of its graphs."""
     backward: Backward = function.backward
     outside: list[Backward] = []
 
+    def make_outside() -> None:
+        # Not before it is needed: it imports the compiler, which takes a second.
+        outside.append(torch.compiler.disable(_filled(backward), reason=_REASON))
+
     def run_outside(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if not outside:
-            # Not before it is needed: it imports the compiler, which takes a second.
-            outside.append(torch.compiler.disable(_filled(backward), reason=_REASON))
+            make_outside()
         return outside[0](ctx, *gradients)
 
     def run(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -34,10 +39,22 @@ def opaque(function: F) -> F:
             return run_outside(ctx, *gradients)
         return backward(ctx, *gradients)
 
+    def saved(ctx: Any) -> Any:
+        """`ctx.saved_tensors`, but for the tracer, which is handed them another way.
+
+        It would look at them too, in order to notice when they change; and of a retained graph's, those that are
+        outputs are new objects at each look, so that it takes them for changed at once.
+        """
+        if is_compiling() and torch._guards.TracingContext.try_get() is not None:
+            if not outside:  # what it cannot trace; the backward comes next
+                make_outside()
+            raise RuntimeError("saved_tensors: a tracer asked for them")
+        return _saved_by(ctx)
+
     function.backward = staticmethod(run)  # type: ignore[method-assign]
     node = getattr(function, "_backward_cls", None)
     if node is not None:
-        node.saved_tensors = property(_saved_unless_traced)
+        node.saved_tensors = property(saved)
     return function
 
 
@@ -58,17 +75,3 @@ def _filled(backward: Backward) -> Backward:
         return tuple(found)
 
     return run
-
-
-_saved_by: Callable[[Any], Any] = vars(torch._C._FunctionBase)["saved_tensors"].__get__
-
-
-def _saved_unless_traced(ctx: Any) -> Any:
-    """`ctx.saved_tensors`, but for the tracer, which is handed them another way.
-
-    It would look at them too, in order to notice when they change; and of a retained graph's, those that are outputs
-    are new objects at each look, so that it takes them for changed at once.
-    """
-    if is_compiling() and torch._guards.TracingContext.try_get() is not None:
-        raise RuntimeError("saved_tensors: a tracer asked for them")
-    return _saved_by(ctx)
