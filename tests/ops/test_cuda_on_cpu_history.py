@@ -19,6 +19,7 @@ from support.layouts import (
     last_slice,
 )
 from support.oracle import largest, oracle, tolerances
+from support.stage_forms import check_freed_after_a_failed_pass
 from torch import Tensor
 
 import ela_kernels as ek
@@ -367,3 +368,9 @@ def test_the_probe_of_a_skipped_layer(kernels):
     # The same sums, in blocks that are cut otherwise: a few ulps of a weight.
     torch.testing.assert_close(probed.weights, history.weights, rtol=1e-6, atol=0)
     torch.testing.assert_close(probed.kl, history.kl, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["op", "layer", "block"])
+def test_a_failed_pass_leaves_nothing(form, kernels):
+    check_freed_after_a_failed_pass(form)
+    assert launched(kernels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -73,3 +75,25 @@ def maps(outs: list[Tensor], shared: Any) -> list[Tensor]:
     elif isinstance(shared, list):
         found += [t for pair in shared for t in pair]
     return found
+
+
+def check_freed_after_a_failed_pass(form: str) -> None:
+    """On whichever backend serves the stage. A cycle through a graph's nodes is past any collector."""
+    modules, x = make(form, 3)
+    modules, x = modules.float(), x.detach().float().requires_grad_()
+    outs, shared = run(form, modules, x)
+    kept = [weakref.ref(t.untyped_storage()) for t in maps(outs, shared)]
+
+    def fail(_: Tensor) -> None:
+        raise KeyboardInterrupt
+
+    outs[0].register_hook(fail)
+    failed = False
+    try:
+        outs[-1].sum().backward()
+    except KeyboardInterrupt:
+        failed = True
+    assert failed
+    del outs, shared
+    gc.collect()  # Triton's interpreter leaves cycles of its own
+    assert not any(r() is not None for r in kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.history_stages import all_inputs, grads, make_layers, run_stage
+from support.stage_forms import check_freed_after_a_failed_pass
 
 import ela_kernels as ek
 from ela_kernels.ops.layer_attention import triton_kernels
@@ -55,3 +56,8 @@ def test_the_kernels_ran(monkeypatch):
     layers, x = make_layers(3, dtype=torch.float32)
     run_stage(layers, x)[0][-1].sum().backward()
     assert calls == ["forward"] * 3 + ["backward", "gather"] * 3
+
+
+@pytest.mark.parametrize("form", ["op", "layer", "block"])
+def test_a_failed_pass_leaves_nothing(form):
+    check_freed_after_a_failed_pass(form)

@@ -58,6 +58,9 @@ class LayerHistory:
     modules of this package do. Kernels give first derivatives only; second ones come with
     `use_backend("eager")`.
 
+    A checkpoint keeps the history that it is called with. As with a list, both stay in memory where layers were
+    checkpointed and their backward has not run to its end; elsewhere all goes with the last reference to the outputs.
+
     Example:
         >>> import torch, ela_kernels as ek
         >>> history = ek.LayerHistory()
