@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from types import TracebackType
 
 from ela_kernels.backends.base import Backend, CppBackend, EagerBackend, Request
@@ -28,15 +29,20 @@ def _checked(name: str, source: str) -> str:
 
 
 # Checked at the first call, not here: a wrong value must not keep `info` from reporting it.
-_setting = os.environ.get("ELA_KERNELS_BACKEND") or "auto"
+_initial = _setting = os.environ.get("ELA_KERNELS_BACKEND") or "auto"
+# The calls of use_backend that hold, the latest last. Blocks of several threads may be left in any order, so that what
+# was in force when a block began need not be what is to be in force when it ends.
+_calls: list[use_backend] = []
+_lock = threading.RLock()
 
 
 class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
     """Force a backend, for the rest of the process or for a `with` block.
 
-    The setting takes effect on the call itself and is process-wide: it holds in every thread.
-    A forced backend that cannot serve a call raises `ValueError` with its reasons; `"auto"`
-    takes the fastest backend that can, and eager PyTorch otherwise.
+    The setting takes effect on the call itself and is process-wide: it holds in every thread. Of the
+    blocks that several threads are in at once, the one begun last holds until it ends. A forced
+    backend that cannot serve a call raises `ValueError` with its reasons; `"auto"` takes the fastest
+    backend that can, and eager PyTorch otherwise.
 
     Args:
         name: `"eager"`, `"cpp"`, `"triton"`, `"cuda"` or `"auto"`. The environment variable
@@ -52,11 +58,22 @@ class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
     """
 
     def __init__(self, name: str) -> None:
-        global _setting
-        self._previous = _setting
-        _setting = _checked(name, "use_backend(name)")
+        self._name = _checked(name, "use_backend(name)")
+        self._thread, self._is_block = threading.get_ident(), False
+        with _lock:
+            # Of two calls for good, one after the other, the first has had its time.
+            before = [c for c in _calls if c._thread == self._thread][-2:]
+            if len(before) == 2 and not any(c._is_block for c in before):
+                _calls.remove(before[0])
+            _calls.append(self)
+            _take_the_latest()
 
     def __enter__(self) -> use_backend:
+        with _lock:
+            self._is_block = True
+            if self not in _calls:  # of one object the second block
+                _calls.append(self)
+                _take_the_latest()
         return self
 
     def __exit__(
@@ -65,8 +82,20 @@ class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _setting
-        _setting = self._previous
+        with _lock:
+            if self not in _calls:
+                return
+            i = _calls.index(self)
+            # With the block ends what was set for good inside of it.
+            _calls[i:] = [
+                c for c in _calls[i + 1 :] if c._is_block or c._thread != self._thread
+            ]
+            _take_the_latest()
+
+
+def _take_the_latest() -> None:
+    global _setting
+    _setting = _calls[-1]._name if _calls else _initial
 
 
 def current_setting() -> str:
@@ -87,13 +116,13 @@ def backend_status() -> dict[str, str]:
     return status
 
 
-def choose_backend(request: Request) -> Backend:
-    """The backend that serves `request` under the present setting.
+def choose_backend(request: Request, setting: str | None = None) -> Backend:
+    """The backend that serves `request` under the present setting, or under one asked for before.
 
     Raises:
         ValueError: the forced backend cannot serve it; the message holds its reasons.
     """
-    return _choose(_setting, request)
+    return _choose(_setting if setting is None else setting, request)
 
 
 def that_would_serve(names: tuple[str, ...], request: Request) -> str | None:
@@ -139,7 +168,8 @@ def _choose(setting: str, request: Request) -> Backend:
                 and request.device.type != "meta"
                 and not _only_no_backward(request)
             ):
-                _log_fallback(request.device.type, "; ".join(refusals))
+                with _lock:  # two threads at once would each find that it was not said yet
+                    _log_fallback(request.device.type, "; ".join(refusals))
             return backend
         if request.device.type in (backend.device_types or ()):  # others were never meant for it
             refusals.append(f"{name}: {', '.join(reasons)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -62,8 +63,25 @@ def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
     return torch.empty(elements, dtype=dtype) if elements else None
 
 
+_has_woken_threads = _threads_are_lost = False
+
+
 def thread_count(elements: int) -> int:
-    return torch.get_num_threads() if elements > _ONE_THREAD_ELEMENTS else 1
+    global _has_woken_threads
+    if elements <= _ONE_THREAD_ELEMENTS or _threads_are_lost:
+        return 1
+    _has_woken_threads = True
+    return torch.get_num_threads()
+
+
+def _forked() -> None:
+    """A fork copies what OpenMP knows of its threads, but not the threads: the child would wait for them for ever."""
+    global _threads_are_lost
+    _threads_are_lost = _has_woken_threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:

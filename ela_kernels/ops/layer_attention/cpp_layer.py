@@ -50,7 +50,8 @@ __all__ = ["layer_backward", "layer_forward", "norm_backward"]
 class Plan:
     """What all layers over maps of one shape and layout have in common, worked out once.
 
-    Some of it are templates, never written: `torch.empty_like` takes half the time of `torch.empty`.
+    Some of it are templates, never written: `torch.empty_like` takes half the time of `torch.empty`. All threads share
+    a plan, and making a tensor lets other threads run: what is made later than the plan is right whoever makes it.
     """
 
     __slots__ = (
@@ -85,17 +86,19 @@ class Plan:
         self.row = torch.empty((batch, channels), dtype=x.dtype, device="cpu")
         self.divergence = torch.empty((batch, heads), dtype=dtype, device="cpu")
         self.statistics = torch.empty((2, channels), dtype=dtype, device="cpu")
-        self._weights: list[Tensor] = []
+        self._weights: dict[int, Tensor] = {}
 
     def new_map(self, x: Tensor) -> Tensor:
         return torch.empty_like(x) if self.keeps_strides else empty_map(x, False, self.interleaved)
 
     def new_weights(self, depth: int) -> Tensor:
         """`[B, G, depth]`, unwritten."""
-        while len(self._weights) < depth:
-            sizes = (*self.divergence.shape, len(self._weights) + 1)
-            self._weights.append(torch.empty(sizes, dtype=self.divergence.dtype, device="cpu"))
-        return torch.empty_like(self._weights[depth - 1])
+        template = self._weights.get(depth)
+        if template is None:
+            sizes = (*self.divergence.shape, depth)
+            template = torch.empty(sizes, dtype=self.divergence.dtype, device="cpu")
+            self._weights[depth] = template
+        return torch.empty_like(template)
 
     def tables(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Table, Table]:
         """Of keys and values of a history, the last of which were made for this plan."""

@@ -322,7 +322,7 @@ class LayerHistory:
         prefix.check_fits(x, heads)
         scale = 1.0 / math.sqrt(channels // heads)
         keys, values = pairs.keys, pairs.values
-        served = self._layer_kernels(x, len(keys) + 1) if pairs.linked else None
+        served = self._layer_kernels.again(x, len(keys) + 1) if pairs.linked else None
         if served is None:
             raise ValueError("x: no kernel of a whole layer serves it; ask serves_layer first")
         path, kernels, layer = pairs.next_path(), kernels_of(served[0]), served[1]

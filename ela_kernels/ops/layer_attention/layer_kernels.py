@@ -178,11 +178,11 @@ def layer_kernels_of(backend: str) -> LayerKernels | None:
 
 
 def choose_layer_kernels(
-    x: Tensor, depth: int, dtype: torch.dtype | None = None
+    x: Tensor, depth: int, dtype: torch.dtype | None = None, setting: str | None = None
 ) -> tuple[str, LayerKernels] | None:
     """The backend that serves a layer attention over `depth` maps like `x`, with its kernels of a whole layer.
 
-    In `dtype`, where `x` is to be cast to one.
+    In `dtype`, where `x` is to be cast to one; under the present setting, or under one asked for before.
 
     None where it has none.
 
@@ -190,7 +190,8 @@ def choose_layer_kernels(
         ValueError: the forced backend cannot serve it; the message holds its reasons.
     """
     dtype = x.dtype if dtype is None else dtype
-    backend = choose_backend(Request("layer_attention", x.device, dtype, depth, False)).name
+    request = Request("layer_attention", x.device, dtype, depth, False)
+    backend = choose_backend(request, setting).name
     kernels = layer_kernels_of(backend)
     return None if kernels is None else (backend, kernels)
 
@@ -198,18 +199,30 @@ def choose_layer_kernels(
 class LayerChoice:
     """:func:`choose_layer_kernels` with its last answer kept, since every layer asks twice."""
 
-    __slots__ = ("_found", "_request")
+    __slots__ = ("_last",)
 
     def __init__(self) -> None:
-        self._request: Any = None
-        self._found: tuple[str, LayerKernels] | None = None
+        # Question and answer in one, so that no thread finds one without the other.
+        self._last: tuple[Any, tuple[str, LayerKernels] | None] = (None, None)
 
     def __call__(
         self, x: Tensor, depth: int, dtype: torch.dtype | None = None
     ) -> tuple[str, LayerKernels] | None:
         dtype = x.dtype if dtype is None else dtype
-        request = (current_setting(), dtype, x.device, depth)
-        if self._request != request:
-            self._found = choose_layer_kernels(x, depth, dtype)
-            self._request = request
-        return self._found
+        setting = current_setting()
+        request = (dtype, x.device, depth, setting)
+        last, found = self._last
+        if last != request:
+            found = choose_layer_kernels(x, depth, dtype, setting)
+            self._last = request, found
+        return found
+
+    def again(self, x: Tensor, depth: int) -> tuple[str, LayerKernels] | None:
+        """The last answer, where there was one and the question is the same; else a new one.
+
+        Between the two another thread may have set another backend: the layer goes on as it began.
+        """
+        last, found = self._last
+        if found is not None and last[:3] == (x.dtype, x.device, depth):
+            return found
+        return self(x, depth)

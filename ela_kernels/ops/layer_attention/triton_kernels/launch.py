@@ -9,6 +9,7 @@ so a step can be captured into a CUDA graph, once its kernels are compiled.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -50,7 +51,14 @@ class Moments(NamedTuple):
     plan: Plan
 
 
+# Triton's interpreter exchanges functions of its modules while it runs a kernel, and keeps there which program runs.
+_interpreter = threading.RLock()
+
+
 def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For launches on a device: makes it the current one. Where kernels are interpreted, one thread at a time does."""
+    if device.type == "cpu":
+        return _interpreter
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
