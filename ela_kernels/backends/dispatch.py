@@ -87,9 +87,7 @@ class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
                 return
             i = _calls.index(self)
             # With the block ends what was set for good inside of it.
-            _calls[i:] = [
-                c for c in _calls[i + 1 :] if c._is_block or c._thread != self._thread
-            ]
+            _calls[i:] = [c for c in _calls[i + 1 :] if c._is_block or c._thread != self._thread]
             _take_the_latest()
 
 
