@@ -105,7 +105,7 @@ def test_two_continuations_of_one_history(form):
     check(form, run, depth=3)
 
 
-@pytest.mark.parametrize("form", [pytest.param("layer", marks=slow), "light"])
+@pytest.mark.parametrize("form", ["layer", pytest.param("light", marks=slow)])
 def test_hooks(form):
     def run(modules, x, mode):
         for p in modules.parameters():
