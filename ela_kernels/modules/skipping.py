@@ -87,7 +87,7 @@ class Skipping(nn.Module):
         decision = self._buffers.get("decision")
         if decision is None or decision.is_meta:  # pruned, or without values
             return self._last
-        if decision.device.type == "cpu":
+        if _costs_nothing_to_read(decision):
             self._know(_value_of(decision, self._last))
         else:
             _read_changed(self, decision)
@@ -143,6 +143,10 @@ class Skipping(nn.Module):
             if not self.pruned:
                 decision = torch.tensor(self._last, dtype=torch.float32, device="cpu")
                 self.register_buffer("decision", decision)
+
+
+def _costs_nothing_to_read(decision: Tensor) -> bool:
+    return decision.device.type == "cpu"
 
 
 def _exact(decision: Tensor) -> tuple[float, ...] | None:

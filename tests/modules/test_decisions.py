@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.ela_models import CHANNELS, Network, batch, skipped
+from support.ela_models import CHANNELS, Network, Operations, batch, skipped
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ela_kernels as ek
+from ela_kernels.modules import skipping
 
 
 def decided(mode: str = "retrieval", skip: set[int] = frozenset({1, 3})) -> Network:
@@ -161,6 +162,54 @@ class TestMoves:
         assert skipped(network) == {1, 2, 3}
         network.layers[2].skipped = False
         assert skipped(network) == {1, 3}
+
+
+class TestOnAnAccelerator:
+    """Where reading a decision waits for the device; here the host plays one."""
+
+    @pytest.fixture(autouse=True)
+    def device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(skipping, "_costs_nothing_to_read", lambda _: False)
+
+    @staticmethod
+    def reads(network: Network) -> int:
+        with Operations() as ran, torch.no_grad():
+            network(batch())
+        return ran.names.count("stack")
+
+    def test_all_that_changed_are_read_at_once(self) -> None:
+        network = decided()
+        skipped(network)
+        assert self.reads(network) == 0
+        with torch.no_grad():
+            for layer in network.layers:  # as a broadcast writes them
+                layer.decision.copy_(torch.tensor([1.0, 0.0]))
+        assert self.reads(network) == 1
+        assert skipped(network) == {0, 1, 2, 3, 4}
+        assert self.reads(network) == 0
+
+    def test_what_is_set_need_not_be_read(self) -> None:
+        network = decided()
+        skipped(network)
+        for layer in network.layers:
+            layer.skipped, layer.skip = not layer.skipped, "layer"
+        assert self.reads(network) == 0
+        assert skipped(network) == {0, 2, 4}
+
+    def test_what_the_version_does_not_show_is_read_after_eval(self) -> None:
+        network = decided()
+        skipped(network)
+        for layer in network.layers:
+            layer.decision.data.zero_()
+        assert skipped(network.eval()) == set()
+
+    def test_moved_loaded_and_copied(self) -> None:
+        network = decided()
+        assert skipped(network.to(torch.float64)) == {1, 3}
+        assert skipped(copy.deepcopy(network)) == {1, 3}
+        other = decided(skip=set())
+        other.load_state_dict(network.state_dict())
+        assert skipped(other) == {1, 3}
 
 
 class TestStateDicts:

@@ -10,26 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.ela_models import CHANNELS, Network, batch
+from support.ela_models import CHANNELS, Network, Operations, batch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ela_kernels as ek
 
 MODES = ["retrieval", "layer"]
-
-
-class Operations(TorchDispatchMode):
-    """The names of all tensor operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def watch(network: Network) -> list[list[Tensor]]:

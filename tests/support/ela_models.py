@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ela_kernels as ek
 
@@ -76,3 +77,15 @@ def train(network: Network, ebqm: ek.EBQM, steps: int) -> None:
 
 def skipped(network: Network) -> set[int]:
     return {i for i, layer in enumerate(network.layers) if layer.skipped}
+
+
+class Operations(TorchDispatchMode):
+    """The names of all tensor operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
