@@ -39,6 +39,8 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64
   const std::vector<RowView> key_views = rows(keys, key_strides);
   const std::vector<MapView> value_views = maps(values, value_strides);
   require(value_views.size() == key_views.size(), "values: one for each key");
+  present(values, elements_of(shape), "values"), present(out[0], elements_of(shape), "out");
+  present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(keys.size())), "workspace");
   const WeightsParams p =
       weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
   const size_t size = element_size(checked_dtype(dtype));
@@ -72,6 +74,8 @@ void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int6
   require(dkey_views.empty() || dkey_views.size() == depth, "dkeys: one for each key, or none");
   require(dvalue_views.empty() || (dvalue_views.size() == depth && dout[0] != 0), "dvalues: one each, or none");
   require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
+  present(values, dout[0] == 0 ? 0 : elements_of(shape), "values"), present(dscores, shape.batch, "dscores");
+  present(workspace, ela::kernels().backward_workspace(shape, static_cast<int64_t>(depth)), "workspace");
   const BackwardParams p = {
       weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, 0),
       value_views.data(),
@@ -95,8 +99,12 @@ void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int6
 void gather(int dtype, const std::array<int64_t, 5>& sizes, std::string_view sources, int64_t index, int64_t dkey,
             const View& dvalue, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
-  const auto [queries, scores, douts, weights] = source_views(sources, index, element_size(checked_dtype(dtype)));
+  const auto [queries, scores, douts, weights] =
+      source_views(sources, index, element_size(checked_dtype(dtype)), shape);
   require(dvalue[0] == 0 || !douts.empty(), "douts: at least one");
+  if (dvalue[0] != 0) {
+    present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(douts.size())), "workspace");
+  }
   const GatherKeyParams key = {shape, static_cast<int64_t>(queries.size()), queries.data(), scores.data(),
                                row(dkey, shape.channels)};
   const AggregateParams value = {

@@ -82,7 +82,7 @@ int cuda_forward(int device, int64_t stream, int dtype, const Sizes& sizes, doub
   const auto key_list = addresses(keys);
   const auto value_list = addresses(values);
   require(value_list.size() == key_list.size(), "values: one for each key");
-  require(out[0] != 0, "out: no address");
+  present(value_list, "values"), present(out[0], "out");
   const ForwardCall call = {
       weights_call(sizes, scale, query, query_stride, key_list, key_stride, prev, prev_depth, weights, kl),
       {value_list.data(), length(value_list), value_strides[0], value_strides[1]},
@@ -104,6 +104,8 @@ int cuda_backward(int device, int64_t stream, int dtype, const Sizes& sizes, dou
   const auto dvalue_list = addresses(dvalues);
   require(dout[0] == 0 || (value_list.size() == key_list.size() && workspace != 0),
           "dout: needs one value for each key, and a workspace");
+  present(dscores, "dscores");
+  if (dout[0] != 0) present(value_list, "values");
   require(dkey_list.empty() || dkey_list.size() == key_list.size(), "dkeys: one for each key, or none");
   require(dvalue_list.empty() || (dvalue_list.size() == key_list.size() && dout[0] != 0),
           "dvalues: one for each key, or none; they need dout");
@@ -140,6 +142,8 @@ int cuda_gather(int device, int64_t stream, int dtype, const Sizes& sizes, const
                              weight_list.size() == weight_strides.size()),
           "douts: one column of weights and stride each, at least one");
   if (dkey == 0 && dvalue[0] == 0) return 0;
+  if (dkey != 0) present(query_list, "queries"), present(score_list, "columns of the scores");
+  if (dvalue[0] != 0) present(dout_list, "douts"), present(weight_list, "columns of the weights");
   const GatherCall call = {shape_of(sizes),
                            {query_list.data(), length(query_list), query_stride},
                            {score_list.data(), score_strides.data(), length(score_list)},

@@ -57,7 +57,7 @@ py::tuple cuda_attend(int device, int64_t stream, int dtype, const Sizes& sizes,
   auto map_list = addresses(values);
   require(map_list.size() == key_list.size(), "values: one for each key, the layer's own last");
   if (residual != 0) map_list.push_back(address(residual));
-  require(out[0] != 0, "out: no address");
+  present(map_list, "values"), present(out[0], "out");
   const int64_t query = std::get<4>(rows)[1];
   const AttendCall attend = {
       call,

@@ -27,7 +27,7 @@ const NormKernels& kernels_for(int dtype) {
 
 NormCall norm_call(const Sizes& sizes, const Norm& norm) {
   const auto& [statistics, gamma, beta, mask, eps, relu] = norm;
-  require(statistics != 0, "statistics: no address");
+  present(statistics, "statistics");
   return {shape_of(sizes),
           address<float>(statistics),
           parameter(gamma),
@@ -40,6 +40,7 @@ NormCall norm_call(const Sizes& sizes, const Norm& norm) {
 // `parts`: what cuda_attend returned with the moments.
 int cuda_norm_statistics(int device, int64_t stream, const Sizes& sizes, const std::array<int64_t, 2>& parts,
                          int64_t moments, int64_t statistics) {
+  present(moments, "moments"), present(statistics, "statistics");
   const StatisticsCall call = {
       shape_of(sizes), {parts[0], parts[1]}, address<float>(moments), address<float>(statistics)};
   py::gil_scoped_release unlocked;

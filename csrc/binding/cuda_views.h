@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cuda/layer_attention.h"
@@ -21,12 +22,21 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
+// Refuses an address of 0 of what a kernel would read or write. What may be left out is not asked.
+inline void present(int64_t address, const char* name) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + ": no address");
+}
+inline void present(const std::vector<const void*>& addresses, const char* name) {
+  for (const void* x : addresses) present(reinterpret_cast<int64_t>(x), name);
+}
+
 template <class T = void>
 inline T* address(int64_t x) {
   return reinterpret_cast<T*>(static_cast<uintptr_t>(x));
 }
 
-// Addresses of tensors. Lists that go to a kernel are checked against its depth here, before anything is copied.
+// Addresses of tensors, of which single ones may be 0. Lists that go to a kernel are checked against its depth here,
+// before anything is copied.
 inline std::vector<const void*> addresses(const Ints& list) {
   require(list.size() <= ela::cuda::kMaxDepth, "more tensors than the CUDA kernels' greatest depth");
   std::vector<const void*> out;
@@ -60,10 +70,13 @@ inline Parameter parameter(const Small& given) {
 
 inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
 
+// `prev` may be left out, with a depth of 0, and `kl`.
 inline WeightsCall weights_call(const Sizes& sizes, double scale, int64_t query, int64_t query_stride,
                                 const std::vector<const void*>& keys, int64_t key_stride, int64_t prev,
                                 int64_t prev_depth, int64_t weights, int64_t kl) {
   require(!keys.empty(), "keys: at least one");
+  present(query, "query"), present(keys, "keys"), present(weights, "weights");
+  if (prev_depth != 0) present(prev, "previous weights");
   require(prev == 0 || (prev_depth >= 1 && prev_depth <= length(keys)), "depth: previous weights too long");
   return {shape_of(sizes),
           static_cast<float>(scale),

@@ -79,12 +79,19 @@ void layer(const LayerPlan& plan, double scale, int64_t x, int64_t wq, int64_t w
   const ImageShape& image = plan.image;
   const Shape& shape = plan.shape;
   require((query == 0) == (weights == 0) && (query == 0 || wq != 0), "query: needs its filter, and the weights");
+  require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
+  const int64_t elements = elements_of(shape);
+  present(x, elements, "x"), present(wk, 1, "wk"), present(wv, shape.channels, "wv"),
+      present(mean, rows_of(shape), "mean");
+  present(keys, rows_of(shape), "keys"), present(values, elements, "values");
+  present(out, query == 0 ? 0 : elements, "out");
   const std::vector<RowView> key_views = rows(keys, key_strides);
   const std::vector<MapView> value_views = maps(values, value_strides);
   require(value_views.size() == key_views.size() && !key_views.empty(), "values: one for each key");
   const int64_t size = static_cast<int64_t>(plan.size), depth = static_cast<int64_t>(key_views.size());
   const RowView query_view = row(query, shape.channels);
-  const WeightsParams w = weights_params(shape, scale, query_view, key_views, prev, prev_depth, weights, kl);
+  WeightsParams w = {};
+  if (query != 0) w = weights_params(shape, scale, query_view, key_views, prev, prev_depth, weights, kl);
   std::vector<ColumnView> columns;
   columns.reserve(key_views.size());
   for (int64_t j = 0; j < depth; ++j) columns.push_back({static_cast<char*>(w.weights) + j * size, depth});
@@ -128,7 +135,12 @@ void layer_backward(const LayerPlan& plan, double scale, int64_t index, bool att
   const std::vector<MapView> value_views = maps(values, value_strides);
   require(!attends || dout[0] == 0 || value_views.size() == key_views.size(), "values: one for each key");
   require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
-  auto [queries, scores, douts, weight_columns] = source_views(packed, index, plan.size);
+  const int64_t elements = elements_of(shape);
+  present(x, elements, "x"), present(wk, 1, "wk"), present(wv, shape.channels, "wv"),
+      present(mean, rows_of(shape), "mean");
+  present(wq, wants_query || dwq != 0 ? 1 : 0, "wq"), present(dscores, attends ? shape.batch : 0, "dscores");
+  present(values, attends && dout[0] != 0 ? elements : 0, "values");
+  auto [queries, scores, douts, weight_columns] = source_views(packed, index, plan.size, shape);
   // One more source, with a weight of one.
   const double one64 = 1;
   const float one32 = 1;

@@ -20,6 +20,12 @@ LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, dou
   const ImageShape image = image_shape_of(sizes);
   require(heads >= 1 && image.channels % heads == 0, "heads: must divide channels");
   require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
+  const int64_t rows = image.batch * image.channels, elements = rows * image.positions();
+  present(x[0], elements, "x"), present(v[0], elements, "v"), present(prev[0], elements, "prev");
+  present(wq, 1, "wq"), present(wk, 1, "wk"), present(wv, image.channels, "wv");
+  present(decay, image.channels, "decay"), present(factors, rows, "factors");
+  present(mean, rows, "mean"), present(query, rows, "query"), present(key, rows, "key");
+  present(workspace, image.channels, "workspace");
   return {image,
           heads,
           filter_size,
@@ -51,6 +57,8 @@ void light_layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, 
                  int64_t variance_out, const NormArguments& norm, int64_t workspace, int threads) {
   LightParams p = light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v,
                                factors, workspace);
+  present(out[0], p.shape.batch * p.shape.channels * p.shape.positions(), "out");
+  require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
   p.out = map(out);
   p.mean_out = address(mean_out), p.variance_out = address(variance_out);
   p.is_block = norm.has_value();
@@ -77,6 +85,8 @@ void light_layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_
                            address(dwk),
                            address(dwv),
                            address(ddecay)};
+  const ImageShape& image = p.forward.shape;
+  present(dout[0], image.batch * image.channels * image.positions(), "dout");
   p.forward.is_block = norm.has_value();
   p.forward.norm = norm_params(p.forward.shape, norm, batch_statistics, element_size(checked_dtype(dtype)));
   const auto kernel = ela::kernels().light_layer_backward[checked_dtype(dtype)];

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <string_view>
 #include <tuple>
 #include <vector>
@@ -20,6 +21,17 @@ inline void* address(int64_t x) { return reinterpret_cast<void*>(static_cast<uin
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
+
+// Refuses an address of 0 where a kernel would read or write `elements` of them. What may be left out is not asked.
+inline void present(int64_t address, int64_t elements, const char* name) {
+  if (address == 0 && elements != 0) throw std::invalid_argument(std::string(name) + ": no address");
+}
+inline void present(const Ints& addresses, int64_t elements, const char* name) {
+  for (const int64_t x : addresses) present(x, elements, name);
+}
+
+inline int64_t rows_of(const Shape& s) { return s.batch * s.channels; }
+inline int64_t elements_of(const Shape& s) { return s.batch * s.channels * s.positions; }
 
 // Addresses and strides of some tensors; `strides` has one set for each address, or one for all.
 inline std::vector<MapView> maps(const Ints& addresses, const Ints& strides) {
@@ -56,7 +68,7 @@ struct SourceViews {
   std::vector<ColumnView> weights;
 };
 
-inline SourceViews source_views(std::string_view packed, int64_t index, size_t size) {
+inline SourceViews source_views(std::string_view packed, int64_t index, size_t size, const Shape& shape) {
   require(packed.size() % sizeof(Source) == 0, "sources: eight numbers each");
   const size_t count = packed.size() / sizeof(Source);
   SourceViews views;
@@ -66,6 +78,8 @@ inline SourceViews source_views(std::string_view packed, int64_t index, size_t s
     Source s;
     std::memcpy(&s, packed.data() + i * sizeof(Source), sizeof(Source));
     require(index >= 0 && index < s.depth, "index: must be of a layer that each source retrieved");
+    present(s.query, shape.batch, "query of a source"), present(s.scores, shape.batch, "scores of a source");
+    present(s.weights, s.dout == 0 ? 0 : shape.batch, "weights of a source");
     const int64_t column = index * static_cast<int64_t>(size);
     views.queries.push_back({address(s.query), s.query_stride});
     views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth});
@@ -97,11 +111,15 @@ inline int checked_dtype(int dtype) {
 
 inline size_t element_size(int dtype) { return dtype == static_cast<int>(ela::DType::kFloat64) ? 8 : 4; }
 
+// `prev` may be left out, with a depth of 0, and `kl`.
 inline WeightsParams weights_params(const Shape& shape, double scale, const RowView& query,
                                     const std::vector<RowView>& keys, int64_t prev, int64_t prev_depth, int64_t weights,
                                     int64_t kl) {
   const int64_t depth = static_cast<int64_t>(keys.size());
   require(depth >= 1 && (prev == 0 || (prev_depth >= 1 && prev_depth <= depth)), "depth: previous weights too long");
+  present(reinterpret_cast<int64_t>(query.data), shape.batch, "query"), present(weights, shape.batch, "weights");
+  present(prev, shape.batch * prev_depth, "previous weights");
+  for (const RowView& key : keys) present(reinterpret_cast<int64_t>(key.data), shape.batch, "keys");
   return {shape,
           depth,
           prev == 0 ? 0 : prev_depth,
@@ -120,13 +138,18 @@ using View = std::array<int64_t, 3>;
 inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
 
 // What follows a retrieval in a block: maps (see NormParams), then mean, variance, gamma, beta, mask, dgamma, dbeta and
-// workspace (norm_workspace() elements), eps, and whether there is a ReLU.
+// workspace (norm_workspace() elements), eps, and whether there is a ReLU. The last map, and gamma to dbeta, may be
+// left out.
 using NormArguments = std::optional<std::tuple<std::array<View, 4>, std::array<int64_t, 8>, double, bool>>;
 
 inline NormParams norm_params(const ImageShape& image, const NormArguments& given, bool batch_statistics, size_t size) {
   if (!given) return {};
   const auto& [views, pointers, eps, relu] = *given;
   const auto& [mean, variance, gamma, beta, mask, dgamma, dbeta, workspace] = pointers;
+  const int64_t elements = image.batch * image.channels * image.positions();
+  for (size_t i = 0; i < 3; ++i) present(views[i][0], elements, "maps of the norm");
+  present(mean, image.channels, "mean of the norm"), present(variance, image.channels, "variance of the norm");
+  present(workspace, kernels().norm_workspace(image), "workspace of the norm");
   char* partials = static_cast<char*>(address(workspace));
   void* factors = partials + (kernels().norm_workspace(image) - 4 * image.channels) * size;
   return {image,           map(views[0]),  map(views[1]), map(views[2]), address(mean), address(variance),

@@ -10,7 +10,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.layout import in_form, view_in_form
+from ela_kernels.ops.layer_attention.layout import (
+    MapView,
+    in_form,
+    readable_view,
+    view_in_form,
+)
+from ela_kernels.ops.layer_attention.memory import (
+    CPU,
+    address,
+    addresses,
+    check_list_readable,
+)
 from ela_kernels.ops.layer_attention.prefix import Alike
 
 Table = tuple[list[int], list[int], list[Tensor]]
@@ -25,55 +36,49 @@ def row(tensor: Tensor) -> tuple[int, int, Tensor]:
     if channel != 1 and tensor.shape[1] != 1:
         tensor = tensor.contiguous()
         batch = tensor.stride(0)
-    where = tensor.data_ptr()
-    return where if where else addresses((tensor,))[0], batch, tensor
+    return address(tensor, "q"), batch, tensor
 
 
 def rows(tensors: Sequence[Tensor]) -> Table:
     """Queries or keys `[B, C]`: the stride is that of the batch; channels must be contiguous, or are made so."""
+    if type(tensors) is not Alike:
+        check_list_readable(CPU, "keys", tensors)
     strides = tensors[0].stride()
     if strides[1] == 1 and _alike(tensors, strides):
-        return addresses(tensors), [strides[0]], []
+        return addresses(tensors, "keys"), [strides[0]], []
     copies = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
-    return addresses(copies), [t.stride(0) for t in copies], copies
+    return addresses(copies, "keys"), [t.stride(0) for t in copies], copies
 
 
 def one_map(
-    tensor: Tensor, channels_last: bool, interleaved: bool
-) -> tuple[tuple[int, int, int], Tensor]:
+    tensor: Tensor, channels_last: bool, interleaved: bool, name: str = "a map"
+) -> tuple[MapView, Tensor]:
     """The kernel's view of one map, and the tensor that must live until the kernel has run."""
-    view = view_in_form(tensor, channels_last, interleaved)
-    if view is None or view[0] == 0:
-        (where,), strides, copies = maps((tensor,), channels_last, interleaved)
-        return (where, strides[0], strides[1]), copies[0] if copies else tensor
+    view = readable_view(tensor, channels_last, interleaved, name)
+    if view is None:
+        tensor = in_form(tensor, channels_last, interleaved)
+        view = readable_view(tensor, channels_last, interleaved, name)
+        assert view is not None  # in_form made it so
     return view, tensor
 
 
 def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> Table:
     """Feature maps of one shape: strides are those of the batch, and of channel (planar) or position (interleaved)."""
+    if type(tensors) is not Alike:
+        check_list_readable(CPU, "values", tensors)
     first = view_in_form(tensors[0], channels_last, interleaved)
     if first is not None and _alike(tensors, tensors[0].stride()):
-        return addresses(tensors), [first[1], first[2]], []
+        return addresses(tensors, "values"), [first[1], first[2]], []
     copies = [in_form(t, channels_last, interleaved) for t in tensors]
     table: list[int] = []
     for copy in copies:
         view = view_in_form(copy, channels_last, interleaved)
         assert view is not None  # in_form made it so
         table += view[1:]
-    return addresses(copies), table, copies
+    return addresses(copies, "values"), table, copies
 
 
 def _alike(tensors: Sequence[Tensor], strides: tuple[int, ...]) -> bool:
     if type(tensors) is Alike:
         return True
     return [*map(Tensor.stride, tensors)].count(strides) == len(tensors)
-
-
-def addresses(tensors: Sequence[Tensor]) -> list[int]:
-    found = [*map(Tensor.data_ptr, tensors)]
-    if 0 in found and any(t.numel() and t.data_ptr() == 0 for t in tensors):
-        raise ValueError(
-            "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the compiled "
-            "kernels read memory. Use ela_kernels.use_backend('eager') there"
-        )
-    return found

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
+from ela_kernels.ops.layer_attention.memory import cast
 
 
 def may_be_cast(x: Tensor) -> bool:
@@ -38,4 +39,6 @@ def as_autocast(x: Tensor, filters: Filters) -> tuple[Tensor, Filters]:
         return x, filters
     dtype = layer_dtype(x)
     wq, wk, wv = filters
-    return x.to(dtype), Filters(None if wq is None else wq.to(dtype), wk.to(dtype), wv.to(dtype))
+    return cast(x, dtype, "x"), Filters(
+        None if wq is None else cast(wq, dtype, "Wq"), cast(wk, dtype, "Wk"), cast(wv, dtype, "Wv")
+    )

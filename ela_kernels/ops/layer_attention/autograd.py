@@ -20,6 +20,7 @@ from ela_kernels.ops.layer_attention.kernels import (
     resolved,
 )
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
+from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.reference import (
     accumulate_dtype,
@@ -204,9 +205,6 @@ def _differentiable_gradients(
         )
     )
     return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
-
-
-PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def needs_dispatcher(q: Tensor) -> bool:

@@ -16,7 +16,6 @@ from ela_kernels.ops.layer_attention.addresses import maps, row, rows
 from ela_kernels.ops.layer_attention.kernels import (
     Gradients,
     Saved,
-    address,
     dense,
     new_row,
     resolved,
@@ -27,8 +26,9 @@ from ela_kernels.ops.layer_attention.layout import (
     in_form,
     is_interleaved,
     kernel_sizes,
-    view_in_form,
+    readable_view,
 )
+from ela_kernels.ops.layer_attention.memory import CPU, address, check_readable
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 Sizes = tuple[int, int, int, int, int]
@@ -38,6 +38,15 @@ _ONE_THREAD_ELEMENTS = 16 * 1024
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 NO_MAP: MapView = (0, 0, 0)
+
+_BACKWARD_NAMES = (
+    "q",
+    "weights",
+    "prev_weights",
+    "gradient of out",
+    "gradient of the weights",
+    "gradient of kl",
+)
 
 
 def kernels() -> Any:
@@ -60,7 +69,7 @@ def _backward_workspace(sizes: Sizes, depth: int) -> int:
 
 
 def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
-    return torch.empty(elements, dtype=dtype) if elements else None
+    return torch.empty(elements, dtype=dtype, device="cpu") if elements else None
 
 
 _has_woken_threads = _threads_are_lost = False
@@ -88,7 +97,11 @@ def new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, Ma
     _, channels, _, positions, interleaved = sizes
     new = empty_map(like, channels_last, bool(interleaved))
     inner = channels if interleaved else positions
-    return new, (new.data_ptr(), channels * positions, inner)
+    return new, (address(new), channels * positions, inner)
+
+
+def _new(dtype: torch.dtype, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="cpu")
 
 
 def forward(
@@ -106,13 +119,14 @@ def forward(
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
     accumulate = accumulate_dtype(q.dtype)
+    check_readable(CPU, ("q", "prev_weights"), (q, prev_weights))
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
     out, out_view = new_map(last, sizes, channels_last)
-    weights = torch.empty((sizes[0], heads, depth), dtype=accumulate)
+    weights = _new(accumulate, sizes[0], heads, depth)
     prev_weights = dense(prev_weights)
-    kl = None if prev_weights is None else torch.empty((sizes[0], heads), dtype=accumulate)
+    kl = None if prev_weights is None else _new(accumulate, sizes[0], heads)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
     kernels().forward(
         DTYPE_CODES[q.dtype],
@@ -126,7 +140,7 @@ def forward(
         value_strides,
         address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
-        weights.data_ptr(),
+        address(weights),
         address(kl),
         out_view,
         address(workspace),
@@ -141,12 +155,13 @@ def weights(
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)`; no value is read."""
     accumulate = accumulate_dtype(q.dtype)
+    check_readable(CPU, ("q", "prev_weights"), (q, prev_weights))
     q, keys = resolved(q), [resolved(k) for k in keys]
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
-    weights = torch.empty((q.shape[0], heads, len(keys)), dtype=accumulate)
+    weights = _new(accumulate, q.shape[0], heads, len(keys))
     prev_weights = dense(prev_weights)
-    kl = None if prev_weights is None else torch.empty((q.shape[0], heads), dtype=accumulate)
+    kl = None if prev_weights is None else _new(accumulate, q.shape[0], heads)
     kernels().weights(
         DTYPE_CODES[q.dtype],
         (*q.shape, heads, 1, 0),
@@ -157,7 +172,7 @@ def weights(
         key_strides,
         address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
-        weights.data_ptr(),
+        address(weights),
         address(kl),
         thread_count(q.numel() * len(keys)),
     )
@@ -181,6 +196,7 @@ def backward(
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    check_readable(CPU, _BACKWARD_NAMES, (q, weights, prev_weights, dout, dweights, dkl))
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses: list[int] = []
@@ -224,11 +240,11 @@ def backward(
         value_strides,
         address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
-        weights.data_ptr(),
+        address(weights),
         dout_view,
         address(dweights),
         address(dkl),
-        dscores.data_ptr(),
+        address(dscores),
         address(dq),
         [address(d) for d in dkeys] if any(need_keys) else [],
         address(dprev),
@@ -259,14 +275,14 @@ class Retrieved:
         if dout is not None:
             self.dout_version = dout._version
             self.interleaved = is_interleaved(dout, channels_last)
-            view = view_in_form(dout, channels_last, self.interleaved)
+            view = readable_view(dout, channels_last, self.interleaved, "gradient of the output")
         self.packed = _pack(
             where,
             stride,
-            dscores.data_ptr(),
+            address(dscores),
             weights.shape[2],
             *(view or NO_MAP),
-            weights.data_ptr(),
+            address(weights),
         )
 
 

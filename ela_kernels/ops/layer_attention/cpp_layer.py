@@ -12,7 +12,6 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention.addresses import (
     NO_TABLE,
     Table,
-    addresses,
     maps,
     one_map,
     rows,
@@ -26,13 +25,14 @@ from ela_kernels.ops.layer_attention.cpp import (
 )
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
 from ela_kernels.ops.layer_attention.cpp_norm import ImageSizes, NormCall, norm_backward, norm_call
-from ela_kernels.ops.layer_attention.kernels import address, dense, resolved
+from ela_kernels.ops.layer_attention.kernels import dense, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import (
     Attended,
     Epilogue,
     Filters,
     LayerForward,
     LayerGradients,
+    check_sizes,
 )
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
@@ -40,6 +40,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     view_in_form,
 )
+from ela_kernels.ops.layer_attention.memory import CPU, address, addresses, check_readable
 from ela_kernels.ops.layer_attention.prefix import Alike, with_one_more
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
@@ -125,8 +126,14 @@ def _plan(x: Tensor, heads: int, filter_size: int) -> Plan:
     return _plan_of(x.shape, x.stride(), x.dtype, heads, filter_size)
 
 
-def _contiguous(filters: Filters) -> Filters:
+_NAMES = ("x", "Wq", "Wk", "Wv")
+
+
+def _readable(x: Tensor, filters: Filters) -> Filters:
+    """The filters as the kernels read them; refused where they or `x` cannot be read."""
     wq, wk, wv = filters
+    check_readable(CPU, _NAMES, (x, wq, wk, wv))
+    check_sizes(x.shape[1], filters)
     return Filters(dense(wq), resolved(wk).contiguous(), resolved(wv).contiguous())
 
 
@@ -146,7 +153,7 @@ def layer_forward(
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
-    wq, wk, wv = _contiguous(filters)
+    wq, wk, wv = _readable(x, filters)
     plan = _plan(x, heads, wk.numel())
     retrieves = wq is not None
     depth = len(keys) + 1
@@ -162,31 +169,31 @@ def layer_forward(
             if given is None:
                 statistics = given = torch.empty_like(plan.statistics)
             block = plan.new_map(x) if keeps_out else out
-            x_view, out_view = plan.map_view(x)[0], (out.data_ptr(), *plan.made)
-            views = (out_view, x_view, (block.data_ptr(), *plan.made), NO_MAP)
+            x_view, out_view = plan.map_view(x)[0], (address(out), *plan.made)
+            views = (out_view, x_view, (address(block), *plan.made), NO_MAP)
             norm = norm_call(views, plan.norm_sizes, given, epilogue)
     key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
     compiled().layer(
         plan.call,
         scale,
-        x.data_ptr(),
-        address(wq),
-        wk.data_ptr(),
-        wv.data_ptr(),
-        mean.data_ptr(),
+        address(x, "x"),
+        address(wq, "Wq"),
+        address(wk, "Wk"),
+        address(wv, "Wv"),
+        address(mean),
         address(q),
         key_table[0],
         key_table[1],
         value_table[0],
         value_table[1],
-        address(prev_weights),
+        address(prev_weights, "prev_weights"),
         0 if prev_weights is None else prev_weights.shape[2],
         address(weights),
         address(kl),
         address(out),
         has_residual,
         address(statistics),
-        0 if statistics is None else statistics[1].data_ptr(),
+        0 if statistics is None else address(statistics[1]),
         None if norm is None else norm.arguments,
         thread_count(plan.elements * depth),
     )
@@ -218,7 +225,7 @@ def layer_backward(
         needs: of x, wq, wk, wv.
     """
     need_x, need_wq, need_wk, need_wv = needs
-    wq, wk, wv = _contiguous(filters)
+    wq, wk, wv = _readable(x, filters)
     plan = _plan(x, heads, wk.numel())
     sources, copies = packed_sources(retrieved, False, plan.interleaved)
     keeps: list[Any] = [copies]
@@ -257,26 +264,26 @@ def layer_backward(
         scale,
         index,
         own is not None,
-        address(query),
+        address(query, "q"),
         key_table[0],
         key_table[1],
         value_table[0],
         value_table[1],
         address(prev),
         0 if prev is None else prev.shape[2],
-        address(weights),
+        address(weights, "weights"),
         dout_view,
-        address(dweights),
-        address(dkl),
+        address(dweights, "gradient of the weights"),
+        address(dkl, "gradient of kl"),
         address(dscores),
         address(dprev),
-        x.data_ptr(),
-        address(wq),
-        wk.data_ptr(),
-        wv.data_ptr(),
-        mean.data_ptr(),
+        address(x, "x"),
+        address(wq, "Wq"),
+        address(wk, "Wk"),
+        address(wv, "Wv"),
+        address(mean, "mean of x"),
         sources,
-        address(dk),
+        address(dk, "gradient of the key"),
         dv_view,
         residual_view,
         wants_query,

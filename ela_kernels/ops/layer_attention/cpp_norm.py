@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.addresses import maps
+from ela_kernels.ops.layer_attention.addresses import one_map
 from ela_kernels.ops.layer_attention.cpp import NO_MAP, new_map
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
-from ela_kernels.ops.layer_attention.kernels import address, resolved
+from ela_kernels.ops.layer_attention.kernels import dense
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import MapView, is_interleaved, kernel_sizes
+from ela_kernels.ops.layer_attention.memory import address, cast
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 ImageSizes = tuple[int, int, int, int, int]
@@ -32,7 +33,7 @@ class NormCall(NamedTuple):
 
 
 def _vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else resolved(tensor.to(dtype)).contiguous()
+    return None if tensor is None else dense(cast(tensor, dtype, "a parameter of the norm"))
 
 
 def norm_call(
@@ -46,14 +47,14 @@ def norm_call(
     """Of the maps o, x and out (backward: o, dout, do, and what is added to do)."""
     dtype = statistics.dtype
     vectors = [_vector(t, dtype) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)]
-    workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype)
+    workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype, device="cpu")
     pointers = (
-        statistics.data_ptr(),
-        statistics[1].data_ptr(),
-        *(address(v) for v in vectors),
+        address(statistics, "statistics"),
+        address(statistics[1], "statistics"),
+        *(address(v, "a parameter of the norm") for v in vectors),
         address(dgamma),
         address(dbeta),
-        workspace.data_ptr(),
+        address(workspace),
     )
     arguments = (views, pointers, epilogue.eps, epilogue.relu)
     keeps = [vectors, workspace, statistics, dgamma, dbeta]
@@ -72,12 +73,12 @@ def norm_backward(
         if tensor is None:
             views.append(NO_MAP)
             continue
-        (where,), strides, copies = maps((tensor,), False, interleaved)
-        views.append((where, strides[0], strides[1]))
-        keeps += [tensor, *copies]
+        view, kept = one_map(tensor, False, interleaved)
+        views.append(view)
+        keeps.append(kept)
     accumulate = accumulate_dtype(o.dtype)
     dgamma, dbeta = (
-        None if t is None else torch.empty(t.shape, dtype=accumulate)
+        None if t is None else torch.empty(t.shape, dtype=accumulate, device="cpu")
         for t in (epilogue.gamma, epilogue.beta)
     )
     ordered = (views[0], views[1], do_view, views[2])

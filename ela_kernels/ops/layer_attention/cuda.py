@@ -19,6 +19,8 @@ from ela_kernels.ops.layer_attention.gpu import (
     Sizes,
     alike_maps,
     alike_rows,
+    check_inputs,
+    check_saved,
     compact_strides,
     map_view,
     new_divergence,
@@ -28,7 +30,6 @@ from ela_kernels.ops.layer_attention.gpu import (
 from ela_kernels.ops.layer_attention.kernels import (
     Gradients,
     Saved,
-    address,
     dense,
     new_row,
     resolved,
@@ -39,6 +40,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     kernel_sizes,
 )
+from ela_kernels.ops.layer_attention.memory import address, addresses, check_list_readable
 
 __all__ = ["Retrieved", "backward", "forward", "gather", "weights"]
 
@@ -72,13 +74,9 @@ def _backward_workspace(dtype: int, sizes: Sizes, depth: int) -> int:
     return int(_kernels().cuda_backward_workspace(dtype, sizes, depth))
 
 
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return [t.data_ptr() for t in tensors]
-
-
 def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
     new = empty_map(like, channels_last, bool(sizes[4]))
-    return new, (new.data_ptr(), *compact_strides(sizes))
+    return new, (address(new), *compact_strides(sizes))
 
 
 def forward(
@@ -91,6 +89,7 @@ def forward(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one launch."""
+    check_inputs(q, keys, values, prev_weights)
     last = values[-1]
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
@@ -111,15 +110,15 @@ def forward(
             _DTYPE_CODES[q.dtype],
             sizes,
             scale,
-            q.data_ptr(),
+            address(q),
             query_stride,
-            _addresses(keys),
+            addresses(keys),
             key_stride,
-            _addresses(values),
+            addresses(values),
             value_strides,
             address(prev_weights),
             0 if prev_weights is None else prev_weights.shape[2],
-            weights_out.data_ptr(),
+            address(weights_out),
             address(kl),
             out_view,
         )
@@ -131,6 +130,7 @@ def weights(
     q: Tensor, keys: Sequence[Tensor], heads: int, scale: float, prev_weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)` in one launch; no value is read."""
+    check_inputs(q, keys, (), prev_weights)
     (q,), query_stride = alike_rows((resolved(q),))
     keys, key_stride = alike_rows([resolved(k) for k in keys])
     weights_out = new_weights(q, heads, len(keys))
@@ -143,13 +143,13 @@ def weights(
                 _DTYPE_CODES[q.dtype],
                 (*q.shape, heads, 1, 0),
                 scale,
-                q.data_ptr(),
+                address(q),
                 query_stride,
-                _addresses(keys),
+                addresses(keys),
                 key_stride,
                 address(prev_weights),
                 0 if prev_weights is None else prev_weights.shape[2],
-                weights_out.data_ptr(),
+                address(weights_out),
                 address(kl),
             )
         )
@@ -171,6 +171,7 @@ def backward(
 
     `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
     """
+    check_saved(saved, dout, dweights, dkl)
     q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
     last = values[-1]
     depth = len(values)
@@ -204,19 +205,19 @@ def backward(
                 _DTYPE_CODES[q.dtype],
                 sizes,
                 scale,
-                q.data_ptr(),
+                address(q),
                 query_stride,
-                _addresses(keys),
+                addresses(keys),
                 key_stride,
-                _addresses(values) if dout_view[0] else [],
+                addresses(values) if dout_view[0] else [],
                 value_strides,
                 address(prev_weights),
                 0 if prev_weights is None else prev_weights.shape[2],
-                weights.data_ptr(),
+                address(weights),
                 dout_view,
                 address(dweights),
                 address(dkl),
-                new.dscores.data_ptr(),
+                address(new.dscores),
                 address(new.dq),
                 [address(d) for d in new.dkeys] if any(need_keys) else [],
                 address(new.dprev),
@@ -241,6 +242,11 @@ def gather(
     need_value = need_value and bool(with_dout)
     if not need_key and not need_value:
         return None, None
+    check_list_readable(
+        retrieved[0].q.get_device(),
+        "what a layer's backward left",
+        [t for r in retrieved for t in (r.dscores, r.weights)],
+    )
     queries, query_stride = alike_rows([r.q for r in retrieved])
     q = queries[0]
     dkey = new_row(q) if need_key else None
@@ -264,14 +270,14 @@ def gather(
                 *_device(q),
                 _DTYPE_CODES[q.dtype],
                 sizes,
-                _addresses(queries),
+                addresses(queries),
                 query_stride,
-                [r.dscores.data_ptr() + offset for r in retrieved],
+                [address(r.dscores) + offset for r in retrieved],
                 [r.dscores.shape[2] for r in retrieved],
                 address(dkey),
-                _addresses(douts),
+                addresses(douts),
                 dout_strides,
-                [r.weights.data_ptr() + offset for r in with_value],
+                [address(r.weights) + offset for r in with_value],
                 [r.weights.shape[2] for r in with_value],
                 dvalue_view,
             )

@@ -21,14 +21,18 @@ from ela_kernels.ops.layer_attention.gpu import (
     new_divergence,
     new_weights,
 )
-from ela_kernels.ops.layer_attention.kernels import address, dense
+from ela_kernels.ops.layer_attention.kernels import dense
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved, kernel_sizes
+from ela_kernels.ops.layer_attention.memory import address, addresses, check_readable
 
 __all__ = ["attend_produced", "rows_of"]
 
 # Sums and how many groups of them; the filters of query and key, and their size; mean, query and key to write.
 _Rows = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, tuple[int, int, int]]
+
+
+_NAMES = ("sums of x", "Wq", "Wk", "keys", "values", "prev_weights")
 
 
 def _readable(filters: Filters) -> Filters:
@@ -45,11 +49,11 @@ def _new_rows(
     mean, k = (sums.new_empty((batch, channels), dtype=dtype) for _ in range(2))
     q = None if filters.wq is None else torch.empty_like(mean)
     rows = (
-        (sums.data_ptr(), groups),
+        (address(sums), groups),
         parameter_view(filters.wq),
         parameter_view(filters.wk),
         filters.wk.numel(),
-        (mean.data_ptr(), address(q), k.data_ptr()),
+        (address(mean), address(q), address(k)),
     )
     return mean, q, k, rows
 
@@ -63,6 +67,7 @@ def rows_of(
         sums: float32 `[B, groups, C]`, of `positions` numbers in all groups together.
     """
     dtype = filters.wv.dtype if dtype is None else dtype
+    check_readable(sums.get_device(), _NAMES, (sums, *filters[:2], None, None, None))
     sums, filters = sums.contiguous(), _readable(filters)
     batch, _, channels = sums.shape
     mean, q, k, rows = _new_rows(sums, filters, dtype)
@@ -105,6 +110,8 @@ def attend_produced(
         wants_statistics: whether moments of `out` are wanted, for `cuda_norm.statistics_of`.
     """
     last = values[-1]
+    given = (sums, *filters[:2], keys[0] if keys else None, last, prev_weights)
+    check_readable(last.get_device(), _NAMES, given)
     dtype = last.dtype
     interleaved = is_interleaved(last, False)
     sizes = kernel_sizes(last, heads, False, interleaved)
@@ -131,16 +138,16 @@ def attend_produced(
         sizes,
         scale,
         rows,
-        cuda._addresses(keys),
+        addresses(keys),
         key_stride,
-        cuda._addresses(maps[: len(values)]),
+        addresses(maps[: len(values)]),
         strides,
-        0 if residual is None else maps[-1].data_ptr(),
+        0 if residual is None else address(maps[-1]),
         address(prev_weights),
         0 if prev_weights is None else prev_weights.shape[2],
-        weights.data_ptr(),
+        address(weights),
         address(kl),
-        (out.data_ptr(), *compact_strides(sizes)),
+        (address(out), *compact_strides(sizes)),
         address(partial),
     )
     cuda._launched(code)

@@ -37,6 +37,7 @@ def layer_forward(
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
+    gpu.check_produced(x, filters)
     v, sums = produce(x, filters.wv)
     positions = x.shape[2] * x.shape[3]
     if filters.wq is None:

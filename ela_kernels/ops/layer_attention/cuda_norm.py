@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention import cuda
-from ela_kernels.ops.layer_attention.gpu import Sizes, compact_strides, map_view
-from ela_kernels.ops.layer_attention.kernels import address, dense
+from ela_kernels.ops.layer_attention.gpu import Sizes, check_norm, compact_strides, map_view
+from ela_kernels.ops.layer_attention.kernels import dense
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
@@ -21,6 +21,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     kernel_sizes,
 )
+from ela_kernels.ops.layer_attention.memory import address, cast
 
 __all__ = [
     "Moments",
@@ -47,7 +48,9 @@ class Moments(NamedTuple):
 def parameter(given: Tensor | None) -> Tensor | None:
     """A parameter as the kernels read it."""
     given = dense(given)
-    return given if given is None or given.dtype in cuda._DTYPE_CODES else given.float()
+    if given is None or given.dtype in cuda._DTYPE_CODES:
+        return given
+    return cast(given, torch.float32, "a parameter")
 
 
 def parameter_view(parameter: Tensor | None) -> tuple[int, int]:
@@ -65,8 +68,8 @@ def statistics_of(moments: Moments) -> Tensor:
             *cuda._device(partial),
             sizes,
             (chunks, span),
-            partial.data_ptr(),
-            statistics.data_ptr(),
+            address(partial),
+            address(statistics),
         )
     )
     return statistics
@@ -83,6 +86,7 @@ def _sizes(o: Tensor, interleaved: bool) -> Sizes:
 
 def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
     """`x + mask * act(norm(o))` in one launch."""
+    check_norm(o, x, statistics, epilogue)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o, interleaved)
     out = empty_map(o, False, interleaved)
@@ -98,7 +102,7 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
             cuda._DTYPE_CODES[o.dtype],
             sizes,
             (
-                statistics.data_ptr(),
+                address(statistics),
                 parameter_view(gamma),
                 parameter_view(beta),
                 parameter_view(mask),
@@ -107,7 +111,7 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
             ),
             o_view,
             x_view,
-            (out.data_ptr(), *compact_strides(sizes)),
+            (address(out), *compact_strides(sizes)),
         )
     )
     return out
@@ -120,6 +124,7 @@ def norm_backward(
 
     Three launches with the batch's statistics, the sums first; two with given ones, or one without parameters.
     """
+    check_norm(o, dout, statistics, epilogue, also)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o, interleaved)
     do = empty_map(o, False, interleaved)
@@ -146,7 +151,7 @@ def norm_backward(
             cuda._DTYPE_CODES[o.dtype],
             sizes,
             (
-                statistics.data_ptr(),
+                address(statistics),
                 parameter_view(gamma),
                 parameter_view(beta),
                 parameter_view(mask),
@@ -156,7 +161,7 @@ def norm_backward(
             o_view,
             dout_view,
             also_view,
-            (do.data_ptr(), *compact_strides(sizes)),
+            (address(do), *compact_strides(sizes)),
             address(dgamma),
             address(dbeta),
             address(partial),

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ela_kernels.ops.layer_attention import cuda
 from ela_kernels.ops.layer_attention.cuda_norm import parameter, parameter_view
-from ela_kernels.ops.layer_attention.gpu import ProducerGradients, map_view
-from ela_kernels.ops.layer_attention.kernels import address, dense, new_row
+from ela_kernels.ops.layer_attention.gpu import ProducerGradients, check_produced, map_view
+from ela_kernels.ops.layer_attention.kernels import dense, new_row
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
@@ -19,6 +19,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     view_in_form,
 )
+from ela_kernels.ops.layer_attention.memory import address, check_readable
 
 ImageSizes = tuple[int, int, int, int, int]
 """B, C, H, W, interleaved."""
@@ -60,6 +61,7 @@ def _view(tensor: Tensor | None, interleaved: bool) -> tuple[Tensor | None, MapV
 
 def produce(x: Tensor, wv: Tensor) -> tuple[Tensor, Tensor]:
     """`(v, sums)` in one launch: the value of a feature map, and partial sums over its space `[B, groups, C]`."""
+    check_readable(x.get_device(), ("x", "Wv"), (x, wv))
     sizes = _image_sizes(x)
     interleaved = bool(sizes[4])
     dtype = cuda._DTYPE_CODES[x.dtype]
@@ -71,7 +73,7 @@ def produce(x: Tensor, wv: Tensor) -> tuple[Tensor, Tensor]:
     )
     cuda._launched(
         cuda._kernels().cuda_producer_forward(
-            *cuda._device(x), dtype, sizes, x_view, parameter_view(wv), v_view, sums.data_ptr()
+            *cuda._device(x), dtype, sizes, x_view, parameter_view(wv), v_view, address(sums)
         )
     )
     return v, sums
@@ -94,6 +96,7 @@ def produce_backward(
         residual: added to the gradient of `x`.
         needs: of x, wq, wk, wv.
     """
+    check_produced(x, filters, mean, dq, dk, dv, residual)
     need_x, need_wq, need_wk, need_wv = needs
     sizes = _image_sizes(x)
     interleaved = bool(sizes[4])
@@ -131,7 +134,7 @@ def produce_backward(
                 parameter_view(wv),
                 address(dq),
                 address(dk),
-                mean.data_ptr(),
+                address(mean),
                 dx_view,
                 *(address(d) for d in taken),
                 address(workspace),

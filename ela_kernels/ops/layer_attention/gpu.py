@@ -13,13 +13,20 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention.kernels import Gradients, Saved, dense, new_row, resolved
-from ela_kernels.ops.layer_attention.layer_kernels import Attended, Filters, LayerGradients
+from ela_kernels.ops.layer_attention.layer_kernels import (
+    Attended,
+    Epilogue,
+    Filters,
+    LayerGradients,
+    check_sizes,
+)
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     empty_map,
     is_interleaved,
     view_in_form,
 )
+from ela_kernels.ops.layer_attention.memory import address, check_list_readable, check_readable
 
 Sizes = tuple[int, int, int, int, int]
 """B, C, G, N, interleaved."""
@@ -30,25 +37,26 @@ Strides = tuple[int, int]
 
 def alike_rows(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], int]:
     """Queries or keys `[B, C]` with contiguous channels and one batch stride; copies where they have not."""
+    check_list_readable(tensors[0].get_device(), "queries or keys", tensors)
     batch, channel = tensors[0].stride()
     if (channel == 1 or tensors[0].shape[1] == 1) and _same_strides(tensors):
-        return with_memory(tensors), batch
-    return with_memory([t.contiguous() for t in tensors]), tensors[0].shape[1]
+        return tensors, batch
+    return [t.contiguous() for t in tensors], tensors[0].shape[1]
 
 
 def alike_maps(
     tensors: Sequence[Tensor], channels_last: bool, interleaved: bool
 ) -> tuple[Sequence[Tensor], Strides]:
     """Feature maps of one shape in the given form with one set of strides; compact copies where they have not."""
+    check_list_readable(tensors[0].get_device(), "maps", tensors)
     first = view_in_form(tensors[0], channels_last, interleaved)
     if first is not None and _same_strides(tensors):
-        return with_memory(tensors), first[1:]
+        return tensors, first[1:]
     value = tensors[0]
     channels = value.shape[-1 if channels_last else 1]
     per_sample = value.numel() // value.shape[0] if value.shape[0] else 0
     compact = (per_sample, channels if interleaved else per_sample // max(channels, 1))
-    copies = [_compact(t, channels_last, interleaved, compact) for t in tensors]
-    return with_memory(copies), compact
+    return [_compact(t, channels_last, interleaved, compact) for t in tensors], compact
 
 
 def _compact(tensor: Tensor, channels_last: bool, interleaved: bool, strides: Strides) -> Tensor:
@@ -61,7 +69,7 @@ def _compact(tensor: Tensor, channels_last: bool, interleaved: bool, strides: St
 def map_view(tensor: Tensor, channels_last: bool, interleaved: bool) -> tuple[Tensor, MapView]:
     """One map with its address and strides, copied if it is not in the given form."""
     (tensor,), strides = alike_maps((tensor,), channels_last, interleaved)
-    return tensor, (tensor.data_ptr(), *strides)
+    return tensor, (address(tensor, "a map"), *strides)
 
 
 def compact_strides(sizes: Sizes) -> Strides:
@@ -120,15 +128,80 @@ def _same_strides(tensors: Sequence[Tensor]) -> bool:
     return True
 
 
-def with_memory(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`tensors`, after a look for those that have no memory to read."""
-    for tensor in tensors:
-        if tensor.data_ptr() == 0 and tensor.numel():
-            raise ValueError(
-                "got a tensor without memory of its own (fake, wrapped by torch.func, or a symbolic zero); the kernels "
-                "read memory. Use ela_kernels.use_backend('eager') there"
-            )
-    return tensors
+_SAVED_NAMES = (
+    "q",
+    "keys",
+    "values",
+    "weights",
+    "prev_weights",
+    "gradient of out",
+    "gradient of the weights",
+    "gradient of kl",
+)
+
+
+def check_inputs(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], prev_weights: Tensor | None
+) -> None:
+    """Refuse what kernels on the device of `q` cannot read; one of each list, whose others are compared with it."""
+    given = (q, keys[0], values[0] if values else None, None, prev_weights)
+    check_readable(q.get_device(), _SAVED_NAMES[:5], given)
+
+
+def check_saved(
+    saved: Saved, dout: Tensor | None, dweights: Tensor | None, dkl: Tensor | None
+) -> None:
+    """As :func:`check_inputs`, of what a backward is given."""
+    q, keys, values, _, _, prev_weights, weights, _ = saved
+    given = (q, keys[0], values[0], weights, prev_weights, dout, dweights, dkl)
+    check_readable(q.get_device(), _SAVED_NAMES, given)
+
+
+_PRODUCER_NAMES = (
+    "x",
+    "Wq",
+    "Wk",
+    "Wv",
+    "mean of x",
+    "gradient of the query",
+    "gradient of the key",
+    "gradient of the value",
+    "gradient of the output",
+)
+
+
+def check_produced(
+    x: Tensor,
+    filters: Filters,
+    mean: Tensor | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> None:
+    """As :func:`check_inputs`, of a layer's input and filters, and of what arrives for their backward."""
+    given = (x, *filters, mean, dq, dk, dv, residual)
+    check_readable(x.get_device(), _PRODUCER_NAMES, given)
+    check_sizes(x.shape[1], filters)
+
+
+_NORM_NAMES = (
+    "o",
+    "x or the gradient of the output",
+    "statistics",
+    "gamma of the norm",
+    "beta of the norm",
+    "mask",
+    "gradient of o",
+)
+
+
+def check_norm(
+    o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
+) -> None:
+    """As :func:`check_inputs`, of a block's end."""
+    given = (o, x, statistics, epilogue.gamma, epilogue.beta, epilogue.mask, also)
+    check_readable(o.get_device(), _NORM_NAMES, given)
 
 
 class Retrieved:

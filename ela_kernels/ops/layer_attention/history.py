@@ -12,7 +12,7 @@ from torch import Tensor
 from ela_kernels.backends.base import is_transformed
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autocast import as_autocast, fits_layer_dtype, layer_dtype
-from ela_kernels.ops.layer_attention.autograd import PLAIN_TENSORS, needs_dispatcher
+from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.block import block_pull
 from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
 from ela_kernels.ops.layer_attention.interface import (
@@ -30,6 +30,7 @@ from ela_kernels.ops.layer_attention.kernels import (
 )
 from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, LayerChoice
+from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS
 from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.readers import Readers, Skippable

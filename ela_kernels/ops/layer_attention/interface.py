@@ -11,6 +11,7 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd, needs_dispatcher
 from ela_kernels.ops.layer_attention.kernels import choose_kernels
+from ela_kernels.ops.layer_attention.memory import check_not_freed
 from ela_kernels.ops.layer_attention.reference import (
     accumulate_dtype,
     divergence_reference,
@@ -166,9 +167,12 @@ def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any
     """Cast as PyTorch's own matrix products are under autocast; float64 and foreign types stay."""
     dtype = torch.get_autocast_dtype(q.device.type)
 
-    def cast(x: Any) -> Any:
+    def cast(x: Any, name: str) -> Any:
         if isinstance(x, Tensor):
-            return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-        return tuple(cast(y) for y in x) if isinstance(x, (tuple, list)) else x
+            if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
+                return x
+            check_not_freed(name, x)
+            return x.to(dtype)
+        return tuple(cast(y, name) for y in x) if isinstance(x, (tuple, list)) else x
 
-    return cast(q), cast(keys), cast(values)
+    return cast(q, "q"), cast(keys, "keys"), cast(values, "values")

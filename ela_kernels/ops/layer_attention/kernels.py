@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ela_kernels.backends.base import Request, is_transformed
 from ela_kernels.backends.dispatch import EAGER, choose_backend
+from ela_kernels.ops.layer_attention.memory import with_memory
 
 
 class Saved(NamedTuple):
@@ -131,17 +132,14 @@ def choose_kernels(op: str, q: Tensor, depth: int, needs_grad: bool = False) -> 
 
 def resolved(tensor: Tensor) -> Tensor:
     """`tensor` with its signs in memory: PyTorch may hold a negation back as a flag, which a kernel cannot see."""
-    return tensor.resolve_neg() if tensor.is_neg() else tensor
+    return with_memory(tensor).resolve_neg() if tensor.is_neg() else tensor
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
     """`tensor` contiguous and with its signs in memory."""
-    return None if tensor is None else resolved(tensor).contiguous()
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where the data of `tensor` begin; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
+        return tensor
+    return with_memory(tensor).resolve_neg().contiguous()
 
 
 def new_row(like: Tensor) -> Tensor:

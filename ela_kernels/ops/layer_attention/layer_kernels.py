@@ -27,6 +27,17 @@ class Filters(NamedTuple):
     wv: Tensor
 
 
+def check_sizes(channels: int, filters: Filters) -> None:
+    """Refuse filters of other sizes than the forward had: a parameter's `.data` is set behind autograd's back."""
+    wq, wk, wv = filters
+    if wv.numel() != 9 * channels or (wq is not None and wq.numel() != wk.numel()):
+        raise ValueError(
+            f"Wq, Wk, Wv: got shapes {None if wq is None else list(wq.shape)}, {list(wk.shape)}, {list(wv.shape)}; "
+            f"allowed is [1, 1, size] for both, and [{channels}, 1, 3, 3]. A parameter must keep its data until the "
+            "backward is done"
+        )
+
+
 class LayerForward(NamedTuple):
     """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
 

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ela_kernels.ops.layer_attention.memory import address, with_memory
+
 MapView = tuple[int, int, int]
 """Address, batch stride, and channel stride (planar) or position stride (interleaved), in elements."""
 
@@ -62,16 +64,31 @@ _cached_inner_stride = functools.lru_cache(maxsize=4096)(_inner_stride_of)
 
 
 def view_in_form(value: Tensor, channels_last: bool, interleaved: bool) -> MapView | None:
-    """The kernel's view of `value`, or None when it is not in that form."""
+    """The kernel's view of `value`, or None when it is not in that form.
+
+    Its address is as PyTorch gives it, for a tensor without memory too; :func:`readable_view` looks at it.
+    """
     inner = _inner_stride(value, channels_last, interleaved)
     return None if inner is None else (value.data_ptr(), value.stride(0), inner)
+
+
+def readable_view(
+    value: Tensor, channels_last: bool, interleaved: bool, name: str = "a tensor"
+) -> MapView | None:
+    """The view of a tensor that a kernel reads or writes, or None when it is not in that form.
+
+    Raises:
+        ValueError: it has no memory.
+    """
+    inner = _inner_stride(value, channels_last, interleaved)
+    return None if inner is None else (address(value, name), value.stride(0), inner)
 
 
 def in_form(value: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
     """`value` itself when the kernels can read it in that form, else a compact copy that they can read."""
     if _inner_stride(value, channels_last, interleaved) is not None:
         return value
-    return empty_map(value, channels_last, interleaved).copy_(value)
+    return empty_map(value, channels_last, interleaved).copy_(with_memory(value))
 
 
 def readable(x: Tensor) -> Tensor:

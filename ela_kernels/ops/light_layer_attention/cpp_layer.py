@@ -15,20 +15,22 @@ from ela_kernels.ops.layer_attention.cpp_norm import (
     norm_backward,
     norm_call,
 )
-from ela_kernels.ops.layer_attention.kernels import address, resolved
+from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
     is_interleaved,
     kernel_sizes,
-    view_in_form,
+    readable_view,
 )
+from ela_kernels.ops.layer_attention.memory import CPU, address, cast, check_readable
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightFilters,
     LightForward,
     LightGradients,
     as_read_beside,
+    check_light_sizes,
 )
 
 # No norm_forward: light_layer_forward() does all of a block.
@@ -41,18 +43,28 @@ def _sizes(x: Tensor) -> ImageSizes:
 
 
 def _view(tensor: Tensor, interleaved: int) -> MapView:
-    view = view_in_form(tensor, False, bool(interleaved))
+    view = readable_view(tensor, False, bool(interleaved))
     assert view is not None  # as_read_beside() made it so
     return view
 
 
-def _dense(filters: LightFilters, dtype: torch.dtype) -> LightFilters:
-    """All of the maps' dtype: a decay in float32 beside half precision is rounded, as autocast rounds the filters."""
-    return LightFilters(*(resolved(w).to(dtype).contiguous() for w in filters))
+_NAMES = ("x", "Wq", "Wk", "Wv", "lambda_t", "prev_out")
+
+
+def _readable(x: Tensor, filters: LightFilters, prev: Tensor) -> LightFilters:
+    """The filters as the kernels read them; refused where they or a map cannot be read.
+
+    All of the maps' dtype: a decay in float32 beside half precision is rounded, as autocast rounds the filters.
+    """
+    check_readable(CPU, _NAMES, (x, *filters, prev))
+    check_light_sizes(x.shape[1], filters)
+    dtype = x.dtype
+    return LightFilters(*(resolved(cast(w, dtype, "a filter")).contiguous() for w in filters))
 
 
 def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(compiled().light_workspace(sizes, size, threads), dtype=dtype)
+    elements = compiled().light_workspace(sizes, size, threads)
+    return torch.empty(elements, dtype=dtype, device="cpu")
 
 
 def light_layer_forward(
@@ -70,16 +82,16 @@ def light_layer_forward(
     sizes = _sizes(x)
     flat = kernel_sizes(x, heads, False, bool(sizes[4]))
     accumulate = accumulate_dtype(x.dtype)
-    wq, wk, wv, decay = _dense(filters, x.dtype)
+    wq, wk, wv, decay = _readable(x, filters, prev)
     v, v_view = new_map(x, flat, False)
     out, out_view = new_map(x, flat, False)
     mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
-    factors = torch.empty((2, *x.shape[:2]), dtype=accumulate)
+    factors = torch.empty((2, *x.shape[:2]), dtype=accumulate, device="cpu")
     statistics = block = norm = None
     if epilogue is not None:
         given = epilogue.statistics
         if given is None:
-            statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate)
+            statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
         block, block_view = new_map(x, flat, False)
         views = (out_view, _view(x, sizes[4]), block_view, NO_MAP)
         norm = norm_call(views, sizes, given, epilogue)
@@ -91,22 +103,22 @@ def light_layer_forward(
         heads,
         scale,
         _view(x, sizes[4]),
-        wq.data_ptr(),
-        wk.data_ptr(),
+        address(wq),
+        address(wk),
         wk.numel(),
-        wv.data_ptr(),
-        decay.data_ptr(),
+        address(wv),
+        address(decay),
         _view(prev, sizes[4]),
-        mean.data_ptr(),
-        q.data_ptr(),
-        k.data_ptr(),
+        address(mean),
+        address(q),
+        address(k),
         v_view,
-        factors.data_ptr(),
+        address(factors),
         out_view,
         address(statistics),
-        0 if statistics is None else statistics[1].data_ptr(),
+        0 if statistics is None else address(statistics[1]),
         None if norm is None else norm.arguments,
-        workspace.data_ptr(),
+        address(workspace),
         threads,
     )
     return LightForward(out, mean, q, k, v, factors, statistics, block)
@@ -136,7 +148,7 @@ def light_layer_backward(
     flat = kernel_sizes(x, heads, False, interleaved)
     dout = as_read_beside(x, dout)
     residual = None if residual is None else as_read_beside(x, residual)
-    wq, wk, wv, decay = _dense(filters, x.dtype)
+    wq, wk, wv, decay = _readable(x, filters, prev)
     dx, dx_view = new_map(x, flat, False) if needs[0] else (None, NO_MAP)
     dprev, dprev_view = new_map(x, flat, False) if needs[5] else (None, NO_MAP)
     dfilters = [
@@ -151,17 +163,17 @@ def light_layer_backward(
         heads,
         scale,
         _view(x, sizes[4]),
-        wq.data_ptr(),
-        wk.data_ptr(),
+        address(wq),
+        address(wk),
         wk.numel(),
-        wv.data_ptr(),
-        decay.data_ptr(),
+        address(wv),
+        address(decay),
         _view(prev, sizes[4]),
-        kept.mean.data_ptr(),
-        kept.q.data_ptr(),
-        kept.k.data_ptr(),
+        address(kept.mean),
+        address(kept.q),
+        address(kept.k),
         _view(kept.v, sizes[4]),
-        kept.factors.data_ptr(),
+        address(kept.factors),
         _view(dout, sizes[4]),
         NO_MAP if residual is None else _view(residual, sizes[4]),
         dx_view,
@@ -169,7 +181,7 @@ def light_layer_backward(
         dprev_view,
         None if pending is None else pending.arguments,
         pending is not None and pending.batch_statistics,
-        workspace.data_ptr(),
+        address(workspace),
         threads,
     )
     dwq, dwk, dwv, ddecay = dfilters

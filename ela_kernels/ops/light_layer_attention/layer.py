@@ -12,6 +12,7 @@ from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_paramete
 from ela_kernels.ops.layer_attention.kernels import resolved
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
 from ela_kernels.ops.layer_attention.layout import readable
+from ela_kernels.ops.layer_attention.memory import cast as to_dtype
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.pull import in_form_of
 from ela_kernels.ops.layer_attention.saved import save, unpacked
@@ -154,7 +155,11 @@ def _as_read(x: Tensor, filters: LightFilters, prev: Tensor) -> tuple[Tensor, Li
     x, cast = as_autocast(x, Filters(wq, wk, wv))
     assert cast.wq is not None
     x = readable(resolved(x))
-    return x, LightFilters(cast.wq, cast.wk, cast.wv, decay), as_read_beside(x, prev.to(x.dtype))
+    return (
+        x,
+        LightFilters(cast.wq, cast.wk, cast.wv, decay),
+        as_read_beside(x, to_dtype(prev, x.dtype, "prev_out")),
+    )
 
 
 def light_layer(

@@ -18,7 +18,12 @@ from ela_kernels.backends.base import Request, is_transformed
 from ela_kernels.ops.layer_attention.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
 from ela_kernels.ops.layer_attention.kernels import resolved
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
+from ela_kernels.ops.layer_attention.layer_kernels import (
+    Epilogue,
+    Filters,
+    NormGradients,
+    check_sizes,
+)
 from ela_kernels.ops.layer_attention.layout import in_form, is_interleaved
 
 
@@ -32,6 +37,17 @@ class LightFilters(NamedTuple):
     wk: Tensor
     wv: Tensor
     decay: Tensor
+
+
+def check_light_sizes(channels: int, filters: LightFilters) -> None:
+    """As :func:`~ela_kernels.ops.layer_attention.layer_kernels.check_sizes`, with the decay."""
+    wq, wk, wv, decay = filters
+    check_sizes(channels, Filters(wq, wk, wv))
+    if decay.numel() != channels:
+        raise ValueError(
+            f"lambda_t: got shape {list(decay.shape)}; allowed is [{channels}, 1, 1]. A parameter must keep its data "
+            "until the backward is done"
+        )
 
 
 class LightForward(NamedTuple):

@@ -11,6 +11,7 @@ from ela_kernels.ops.layer_attention.gpu import Strides, alike_maps, compact_str
 from ela_kernels.ops.layer_attention.kernels import dense, new_row
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved, kernel_sizes
+from ela_kernels.ops.layer_attention.memory import check_readable
 from ela_kernels.ops.layer_attention.triton_kernels.launch import Moments, guard, units
 from ela_kernels.ops.layer_attention.triton_kernels.norm import (
     norm_backward,
@@ -33,6 +34,7 @@ from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightFilters,
     LightForward,
     LightGradients,
+    check_light_sizes,
 )
 from ela_kernels.ops.light_layer_attention.triton_kernels import (
     light_layer_bwd_kernel,
@@ -43,6 +45,16 @@ from ela_kernels.ops.light_layer_attention.triton_kernels import (
 
 __all__ = ["light_layer_backward", "light_layer_forward", "norm_backward", "norm_forward"]
 
+_NAMES = ("x", "Wq", "Wk", "Wv", "lambda_t", "prev_out")
+_KEPT_NAMES = (
+    "mean of x",
+    "q",
+    "k",
+    "v",
+    "gates",
+    "gradient of the light output",
+    "gradient of the output",
+)
 _GATE_HEADS = 4  # of one program where gates have a launch of their own
 # Of a program that adds up partial sums: channels, and how many of the sums it reads at once.
 _ROW_CHANNELS = 64
@@ -78,6 +90,8 @@ def light_layer_forward(
     Heads so wide that a tile would read many more queries and keys than elements of maps have their gates made first.
     The factors are the gates `[B, G]`.
     """
+    check_readable(x.get_device(), _NAMES, (x, *filters, prev))
+    check_light_sizes(x.shape[1], filters)
     mean, q, k, v = produce(x, Filters(filters.wq, filters.wk, filters.wv))
     assert q is not None
     interleaved = is_interleaved(x, False)
@@ -155,6 +169,9 @@ def light_layer_backward(
         residual: what arrives at `x` past the layer, added to its gradient.
         needs: of x, wq, wk, wv, decay, prev.
     """
+    check_readable(x.get_device(), _NAMES, (x, *filters, prev))
+    check_readable(x.get_device(), _KEPT_NAMES, (*kept[1:6], dout, residual))
+    check_light_sizes(x.shape[1], filters)
     need_x, need_wq, need_wk, need_wv, need_decay, need_prev = needs
     wants_dq, wants_dk = need_x or need_wq, need_x or need_wk
     need_gate = wants_dq or wants_dk

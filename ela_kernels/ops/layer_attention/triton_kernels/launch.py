@@ -19,6 +19,7 @@ from torch import Tensor
 from ela_kernels.ops.layer_attention.gpu import (
     alike_maps,
     alike_rows,
+    check_inputs,
     compact_strides,
     new_divergence,
     new_weights,
@@ -117,6 +118,7 @@ def weights(
     q: Tensor, keys: Sequence[Tensor], heads: int, scale: float, prev_weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)` in one launch; no value is read."""
+    check_inputs(q, keys, (), prev_weights)
     (q,), query_stride = alike_rows((resolved(q),))
     keys, key_stride = alike_rows([resolved(k) for k in keys])
     weights_out = new_weights(q, heads, len(keys))
@@ -161,6 +163,7 @@ def attend(
     wants_moments: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Moments | None]:
     """As :func:`forward` of maps that are not empty, with a map to be added to the output, and the output's moments."""
+    check_inputs(q, keys, values, prev_weights)
     last = values[-1]
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)

@@ -11,11 +11,13 @@ from ela_kernels.ops.layer_attention.gpu import (
     Retrieved,
     alike_maps,
     alike_rows,
+    check_saved,
     compact_strides,
     new_gradients,
 )
 from ela_kernels.ops.layer_attention.kernels import Gradients, Saved, dense, new_row, resolved
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved, kernel_sizes
+from ela_kernels.ops.layer_attention.memory import check_list_readable
 from ela_kernels.ops.layer_attention.triton_kernels.backward_kernels import (
     layer_attention_bwd_dots_kernel,
     layer_attention_bwd_tail_kernel,
@@ -52,6 +54,7 @@ def backward(
 
     `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
     """
+    check_saved(saved, dout, dweights, dkl)
     q, keys, values, heads, scale, prev_weights, weights_in, channels_last = saved
     last = values[-1]
     depth = len(values)
@@ -167,6 +170,11 @@ def gather(
     need_value = need_value and bool(douts)
     if not need_key and not need_value:
         return None, None
+    check_list_readable(
+        retrieved[0].q.get_device(),
+        "what a layer's backward left",
+        [t for r in retrieved for t in (r.dscores, r.weights)],
+    )
     queries, query_stride = alike_rows([r.q for r in retrieved])
     q = queries[0]
     batch, channels = q.shape

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.gpu import Sizes, Strides, alike_maps, compact_strides
+from ela_kernels.ops.layer_attention.gpu import (
+    Sizes,
+    Strides,
+    alike_maps,
+    check_norm,
+    compact_strides,
+)
 from ela_kernels.ops.layer_attention.kernels import dense
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved, kernel_sizes
@@ -56,6 +62,7 @@ def _sizes(o: Tensor) -> Sizes:
 
 def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
     """`x + mask * act(norm(o))` in one launch."""
+    check_norm(o, x, statistics, epilogue)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o)
     (o,), o_strides = alike_maps((o,), False, interleaved)
@@ -98,6 +105,7 @@ def norm_backward(
 
     Three launches with the batch's statistics, the sums first; two with given ones, or one without parameters.
     """
+    check_norm(o, dout, statistics, epilogue, also)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o)
     (o,), o_strides = alike_maps((o,), False, interleaved)

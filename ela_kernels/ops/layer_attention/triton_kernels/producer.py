@@ -8,7 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.gpu import ProducerGradients, Strides, alike_maps
+from ela_kernels.ops.layer_attention.gpu import (
+    ProducerGradients,
+    Strides,
+    alike_maps,
+    check_produced,
+)
 from ela_kernels.ops.layer_attention.kernels import dense, new_row
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
 from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
@@ -60,6 +65,7 @@ def _units(plan: PatchPlan, strides: Strides) -> Strides:
 
 def produce(x: Tensor, filters: Filters) -> Produced:
     """Query, key and value from `x` in two launches; no query without `filters.wq`."""
+    check_produced(x, filters)
     interleaved = is_interleaved(x, False)
     (x,), strides = alike_maps((x,), False, interleaved)
     wq, wk, wv = (dense(w) for w in filters)
@@ -129,6 +135,7 @@ def producer_backward(
     light: Light | None = None,
 ) -> ProducerGradients:
     """What query, key and value send back to `x` and to the filters, in two launches."""
+    check_produced(x, filters, mean, dq, dk, dv, residual)
     need_x, need_wq, need_wk, need_wv = needs
     interleaved = is_interleaved(x, False)
     (x,), strides = alike_maps((x,), False, interleaved)
