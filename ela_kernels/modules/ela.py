@@ -109,20 +109,21 @@ class ELA(Skipping):
             )
         place = history.position
         recomputing = history.recomputing
-        history.enter(self, self.number)
+        turns = history.turns
+        turns.begin(self, self.number)
         gives = False
         try:
             if not recomputing:
                 # Not compared with the old one first: torch.compile would guard on that, and compile anew.
                 self.place = place
-                self.stage = history.stage
+                self.stage = turns.stage
                 if place == 0:
                     self.is_first = True
             watched = self.training and torch.is_grad_enabled()
             watched = watched and not recomputing and not _is_exporting()
             if watched:
-                watched = self.watched or history.watched
-                history.watched = watched
+                watched = self.watched or turns.watched
+                turns.watched = watched
             if self.pruned or not self.decides_as_data():
                 if self.skipped:
                     gives = self.attn is not None and self.skip == "retrieval"
@@ -139,7 +140,7 @@ class ELA(Skipping):
             gives = True
             return self._decided(x, history, watched)
         finally:
-            history.leave(self._readers if gives else None)
+            turns.end(self._readers if gives and not recomputing else None)
 
     def _pass(self, x: Tensor, history: LayerHistory, probe: bool, copy: bool) -> Tensor:
         """Leave out the retrieval; give key and value where the skip mode says so."""

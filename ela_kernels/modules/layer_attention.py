@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ela_kernels.ops.layer_attention.autocast import layer_dtype
+from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
+from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS, check_not_freed, has_no_memory
 
 
 class History(Protocol):
@@ -142,13 +144,45 @@ class QueryKeyValue(nn.Module):
         return self.dim // self.head_dim
 
     def check_input(self, x: object) -> None:
-        """Refuse what is no `[B, dim, H, W]` tensor."""
+        """Refuse what is no `[B, dim, H, W]` tensor, or not of the dtype and on the device of the parameters.
+
+        One parameter stands for all, and only where it can be told what its convolution will read: not where it is
+        parametrized or sharded, or where a hook may exchange it.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}; allowed is a torch.Tensor [B, C, H, W]")
+        checks.check_dense("x", x)
+        children: dict[str, Any] = self._modules
+        weight = children["Wv"]._parameters.get("weight")
+        if weight is not None and (
+            x.dtype != weight.dtype or x.device != weight.device or has_no_memory(weight)
+        ):
+            self._check_beside(x, weight)
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(
                 f"x: got shape {list(x.shape)}; allowed is [B, {self.dim}, H, W], as this layer was made with "
                 f"dim={self.dim}"
+            )
+
+    def _check_beside(self, x: Tensor, weight: Tensor) -> None:
+        """As :meth:`check_input`, where `x` differs from a parameter."""
+        convolution: Any = self._modules["Wv"]
+        if (
+            type(weight) not in PLAIN_TENSORS
+            or not runs_as(convolution, nn.Conv2d)
+            or has_hooks(convolution)
+        ):
+            return
+        check_not_freed("Wv.weight", weight)
+        if x.device != weight.device:
+            raise ValueError(
+                f"x: got a tensor on {x.device}; allowed is {weight.device}, where the layer's parameters are. Move "
+                "one of them"
+            )
+        if not fits_layer_dtype(weight, x):
+            raise TypeError(
+                f"x: got dtype {x.dtype}; allowed is {weight.dtype}, as the layer's parameters have. Convert one of "
+                "them, or use torch.autocast, which casts all but float64"
             )
 
     def filters(self, serves: Callable[[], bool]) -> Filters | None:

@@ -17,10 +17,9 @@ from ela_kernels.ops.layer_attention.layout import (
     view_in_form,
 )
 from ela_kernels.ops.layer_attention.memory import (
-    CPU,
     address,
     addresses,
-    check_list_readable,
+    with_memory,
 )
 from ela_kernels.ops.layer_attention.prefix import Alike
 
@@ -34,19 +33,20 @@ def row(tensor: Tensor) -> tuple[int, int, Tensor]:
     """Address and batch stride of one query or key `[B, C]`, and the tensor that must live until the kernel has run."""
     batch, channel = tensor.stride()
     if channel != 1 and tensor.shape[1] != 1:
-        tensor = tensor.contiguous()
+        tensor = with_memory(tensor, "q").contiguous()
         batch = tensor.stride(0)
     return address(tensor, "q"), batch, tensor
 
 
 def rows(tensors: Sequence[Tensor]) -> Table:
     """Queries or keys `[B, C]`: the stride is that of the batch; channels must be contiguous, or are made so."""
-    if type(tensors) is not Alike:
-        check_list_readable(CPU, "keys", tensors)
     strides = tensors[0].stride()
     if strides[1] == 1 and _alike(tensors, strides):
         return addresses(tensors, "keys"), [strides[0]], []
-    copies = [t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in tensors]
+    copies = [
+        t if t.stride(1) == 1 or t.shape[1] == 1 else with_memory(t, "keys").contiguous()
+        for t in tensors
+    ]
     return addresses(copies, "keys"), [t.stride(0) for t in copies], copies
 
 
@@ -64,8 +64,6 @@ def one_map(
 
 def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> Table:
     """Feature maps of one shape: strides are those of the batch, and of channel (planar) or position (interleaved)."""
-    if type(tensors) is not Alike:
-        check_list_readable(CPU, "values", tensors)
     first = view_in_form(tensors[0], channels_last, interleaved)
     if first is not None and _alike(tensors, tensors[0].stride()):
         return addresses(tensors, "values"), [first[1], first[2]], []

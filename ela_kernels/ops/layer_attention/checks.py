@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.memory import check_not_freed
-
 ALLOWED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALLOWED_NAMES = "float64, float32, bfloat16 or float16"
 
@@ -17,6 +15,15 @@ def check_tensor(name: str, tensor: object) -> Tensor:
     """A dense floating-point tensor, or TypeError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}; allowed is a torch.Tensor")
+    return check_dense(name, tensor)
+
+
+def check_dense(name: str, tensor: Tensor) -> Tensor:
+    """As :func:`check_tensor` of what is known to be a tensor."""
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: got a nested tensor; allowed is one of samples of one size. Call .to_padded_tensor() first"
+        )
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{name}: got a tensor of layout {tensor.layout}; allowed is torch.strided. "
@@ -26,7 +33,6 @@ def check_tensor(name: str, tensor: object) -> Tensor:
         raise TypeError(
             f"{name}: got dtype {tensor.dtype}; allowed is {_ALLOWED_NAMES}. Convert it first"
         )
-    check_not_freed(name, tensor)
     return tensor
 
 
@@ -155,7 +161,6 @@ def check_prev_weights(
             f"prev_weights: got device {prev_weights.device} while q is on {q.device}; allowed is "
             "one device for all tensors of a call"
         )
-    check_not_freed("prev_weights", prev_weights)
     shape = prev_weights.shape
     if len(shape) != 3 or shape[0] != q.shape[0] or shape[1] != heads or not 1 <= shape[2] <= depth:
         raise ValueError(

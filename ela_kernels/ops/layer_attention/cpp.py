@@ -28,7 +28,7 @@ from ela_kernels.ops.layer_attention.layout import (
     kernel_sizes,
     readable_view,
 )
-from ela_kernels.ops.layer_attention.memory import CPU, address, check_readable
+from ela_kernels.ops.layer_attention.memory import address
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 Sizes = tuple[int, int, int, int, int]
@@ -38,15 +38,6 @@ _ONE_THREAD_ELEMENTS = 16 * 1024
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 NO_MAP: MapView = (0, 0, 0)
-
-_BACKWARD_NAMES = (
-    "q",
-    "weights",
-    "prev_weights",
-    "gradient of out",
-    "gradient of the weights",
-    "gradient of kl",
-)
 
 
 def kernels() -> Any:
@@ -119,7 +110,6 @@ def forward(
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
     accumulate = accumulate_dtype(q.dtype)
-    check_readable(CPU, ("q", "prev_weights"), (q, prev_weights))
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
@@ -155,7 +145,6 @@ def weights(
 ) -> tuple[Tensor, Tensor | None]:
     """`(weights, kl)`; no value is read."""
     accumulate = accumulate_dtype(q.dtype)
-    check_readable(CPU, ("q", "prev_weights"), (q, prev_weights))
     q, keys = resolved(q), [resolved(k) for k in keys]
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
@@ -196,7 +185,6 @@ def backward(
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)
     sizes = kernel_sizes(last, heads, channels_last, interleaved)
-    check_readable(CPU, _BACKWARD_NAMES, (q, weights, prev_weights, dout, dweights, dkl))
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses: list[int] = []

@@ -25,14 +25,15 @@ from ela_kernels.ops.layer_attention.cpp import (
 )
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
 from ela_kernels.ops.layer_attention.cpp_norm import ImageSizes, NormCall, norm_backward, norm_call
-from ela_kernels.ops.layer_attention.kernels import dense, resolved
+from ela_kernels.ops.layer_attention.kernels import contiguous, dense, resolved
 from ela_kernels.ops.layer_attention.layer_kernels import (
     Attended,
     Epilogue,
     Filters,
     LayerForward,
     LayerGradients,
-    check_sizes,
+    check_shape,
+    refuse_sizes,
 )
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
@@ -40,7 +41,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     view_in_form,
 )
-from ela_kernels.ops.layer_attention.memory import CPU, address, addresses, check_readable
+from ela_kernels.ops.layer_attention.memory import address, addresses
 from ela_kernels.ops.layer_attention.prefix import Alike, with_one_more
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
@@ -126,15 +127,13 @@ def _plan(x: Tensor, heads: int, filter_size: int) -> Plan:
     return _plan_of(x.shape, x.stride(), x.dtype, heads, filter_size)
 
 
-_NAMES = ("x", "Wq", "Wk", "Wv")
-
-
-def _readable(x: Tensor, filters: Filters) -> Filters:
-    """The filters as the kernels read them; refused where they or `x` cannot be read."""
+def _readable(plan: Plan, filters: Filters) -> Filters:
+    """The filters as the kernels read them."""
     wq, wk, wv = filters
-    check_readable(CPU, _NAMES, (x, wq, wk, wv))
-    check_sizes(x.shape[1], filters)
-    return Filters(dense(wq), resolved(wk).contiguous(), resolved(wv).contiguous())
+    channels = plan.norm_sizes[1]  # check_sizes(), without a call
+    if wv.numel() != 9 * channels or (wq is not None and wq.numel() != wk.numel()):
+        refuse_sizes(channels, filters)
+    return Filters(dense(wq), contiguous(wk), contiguous(wv))
 
 
 def layer_forward(
@@ -153,8 +152,9 @@ def layer_forward(
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
-    wq, wk, wv = _readable(x, filters)
-    plan = _plan(x, heads, wk.numel())
+    plan = _plan(x, heads, filters.wk.numel())
+    wq, wk, wv = _readable(plan, filters)
+    x_address = address(x, "x")
     retrieves = wq is not None
     depth = len(keys) + 1
     v, mean, k = plan.new_map(x), torch.empty_like(plan.row), torch.empty_like(plan.row)
@@ -169,18 +169,18 @@ def layer_forward(
             if given is None:
                 statistics = given = torch.empty_like(plan.statistics)
             block = plan.new_map(x) if keeps_out else out
-            x_view, out_view = plan.map_view(x)[0], (address(out), *plan.made)
-            views = (out_view, x_view, (address(block), *plan.made), NO_MAP)
+            x_view, out_view = plan.map_view(x)[0], (out.data_ptr(), *plan.made)
+            views = (out_view, x_view, (block.data_ptr(), *plan.made), NO_MAP)
             norm = norm_call(views, plan.norm_sizes, given, epilogue)
     key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
     compiled().layer(
         plan.call,
         scale,
-        address(x, "x"),
+        x_address,
         address(wq, "Wq"),
         address(wk, "Wk"),
         address(wv, "Wv"),
-        address(mean),
+        mean.data_ptr(),
         address(q),
         key_table[0],
         key_table[1],
@@ -193,7 +193,7 @@ def layer_forward(
         address(out),
         has_residual,
         address(statistics),
-        0 if statistics is None else address(statistics[1]),
+        0 if statistics is None else statistics[1].data_ptr(),
         None if norm is None else norm.arguments,
         thread_count(plan.elements * depth),
     )
@@ -225,8 +225,9 @@ def layer_backward(
         needs: of x, wq, wk, wv.
     """
     need_x, need_wq, need_wk, need_wv = needs
-    wq, wk, wv = _readable(x, filters)
-    plan = _plan(x, heads, wk.numel())
+    check_shape(x, mean, own)
+    plan = _plan(x, heads, filters.wk.numel())
+    wq, wk, wv = _readable(plan, filters)
     sources, copies = packed_sources(retrieved, False, plan.interleaved)
     keeps: list[Any] = [copies]
     wants_key = (need_x or need_wk) and (bool(retrieved) or dk is not None)
@@ -281,7 +282,7 @@ def layer_backward(
         address(wq, "Wq"),
         address(wk, "Wk"),
         address(wv, "Wv"),
-        address(mean, "mean of x"),
+        mean.data_ptr(),
         sources,
         address(dk, "gradient of the key"),
         dv_view,

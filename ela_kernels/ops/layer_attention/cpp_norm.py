@@ -15,7 +15,11 @@ from ela_kernels.ops.layer_attention.addresses import one_map
 from ela_kernels.ops.layer_attention.cpp import NO_MAP, new_map
 from ela_kernels.ops.layer_attention.cpp import kernels as compiled
 from ela_kernels.ops.layer_attention.kernels import dense
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, NormGradients
+from ela_kernels.ops.layer_attention.layer_kernels import (
+    Epilogue,
+    NormGradients,
+    check_norm_sizes,
+)
 from ela_kernels.ops.layer_attention.layout import MapView, is_interleaved, kernel_sizes
 from ela_kernels.ops.layer_attention.memory import address, cast
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
@@ -45,6 +49,7 @@ def norm_call(
     dbeta: Tensor | None = None,
 ) -> NormCall:
     """Of the maps o, x and out (backward: o, dout, do, and what is added to do)."""
+    check_norm_sizes(sizes[1], epilogue)
     dtype = statistics.dtype
     vectors = [_vector(t, dtype) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)]
     workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype, device="cpu")

@@ -19,7 +19,7 @@ from ela_kernels.ops.layer_attention.layout import (
     is_interleaved,
     view_in_form,
 )
-from ela_kernels.ops.layer_attention.memory import address, check_readable
+from ela_kernels.ops.layer_attention.memory import address
 
 ImageSizes = tuple[int, int, int, int, int]
 """B, C, H, W, interleaved."""
@@ -61,7 +61,6 @@ def _view(tensor: Tensor | None, interleaved: bool) -> tuple[Tensor | None, MapV
 
 def produce(x: Tensor, wv: Tensor) -> tuple[Tensor, Tensor]:
     """`(v, sums)` in one launch: the value of a feature map, and partial sums over its space `[B, groups, C]`."""
-    check_readable(x.get_device(), ("x", "Wv"), (x, wv))
     sizes = _image_sizes(x)
     interleaved = bool(sizes[4])
     dtype = cuda._DTYPE_CODES[x.dtype]

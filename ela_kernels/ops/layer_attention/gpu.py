@@ -18,6 +18,8 @@ from ela_kernels.ops.layer_attention.layer_kernels import (
     Epilogue,
     Filters,
     LayerGradients,
+    check_norm_sizes,
+    check_shape,
     check_sizes,
 )
 from ela_kernels.ops.layer_attention.layout import (
@@ -202,6 +204,7 @@ def check_norm(
     """As :func:`check_inputs`, of a block's end."""
     given = (o, x, statistics, epilogue.gamma, epilogue.beta, epilogue.mask, also)
     check_readable(o.get_device(), _NORM_NAMES, given)
+    check_norm_sizes(o.shape[1], epilogue)
 
 
 class Retrieved:
@@ -257,6 +260,7 @@ def layer_backward(
         needs: of x, wq, wk, wv.
     """
     need_x, need_wq, need_wk, need_wv = needs
+    check_shape(x, mean, own)
     dq = dprev = None
     if own is not None:
         found = backward(

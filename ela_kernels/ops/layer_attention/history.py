@@ -33,7 +33,8 @@ from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, Lay
 from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS
 from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
-from ela_kernels.ops.layer_attention.readers import Readers, Skippable
+from ela_kernels.ops.layer_attention.readers import Turns
+from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 
 def graph_task() -> int:
@@ -54,10 +55,13 @@ class LayerHistory:
     are the same; the memory is not: with a kernel the gradient of a value is gathered once, from the later
     layers' output gradients (the pull form), instead of added up over T partial gradients.
 
-    Values share one shape, dtype, device and number of heads; they must not be changed in place while the
-    history is in use. Works with `torch.utils.checkpoint` (`use_reentrant=False`) when `caller` is given, as the
-    modules of this package do. Kernels give first derivatives only; second ones come with
-    `use_backend("eager")`.
+    Values share one shape, device and number of heads; they must not be changed in place while the history is in
+    use. A layer of another dtype than those before it retrieves in its own, as after `torch.cat` of them: what is
+    held is promoted to it, or under autocast cast to its dtype, and a layer is refused where its matrix product
+    would be. From there on the functional op serves, without the pull form.
+
+    Works with `torch.utils.checkpoint` (`use_reentrant=False`) when `caller` is given, as the modules of this
+    package do. Kernels give first derivatives only; second ones come with `use_backend("eager")`.
 
     A checkpoint keeps the history that it is called with. As with a list, both stay in memory where layers were
     checkpointed and their backward has not run to its end; elsewhere all goes with the last reference to the outputs.
@@ -80,10 +84,7 @@ class LayerHistory:
         self._made_in = graph_task()
         self._layer_kernels = LayerChoice()
         self._decided: Decided | None = None
-        self._given_by: list[Readers] = []
-        self._turn_of: Skippable | None = None
-        self.stage: int | None = None  # number of the first ELA layer that came by
-        self.watched = False  # whether EBQM watches one of the layers
+        self.turns = Turns()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Whole layers would pass by an `attend` or `provide` of a subclass: they do not serve one that has its own."""
@@ -124,13 +125,13 @@ class LayerHistory:
     @property
     def keys(self) -> tuple[Tensor, ...]:
         """The keys held, `[B, C]` each."""
-        self._note_read()
+        self.turns.note_read()
         return self._now.pairs.keys
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The values held, `[B, C, *spatial]` each."""
-        self._note_read()
+        self.turns.note_read()
         return self._now.pairs.values
 
     def attend(
@@ -165,7 +166,7 @@ class LayerHistory:
 
         Raises:
             TypeError, ValueError: as :func:`ela_kernels.layer_attention`, and for a layer whose value or heads
-                differ from those held.
+                differ from those held, or whose dtype cannot be promoted to.
             RuntimeError: a held tensor was changed in place, or reentrant checkpointing.
 
         Source:
@@ -177,7 +178,7 @@ class LayerHistory:
         prefix = self._enter(caller, (q, k, v))
         heads = prefix.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
-        self._note_read()
+        self.turns.note_read()
         decided = self._decided_with(prefix, given, active is not None)
         kernels = self._kernels(q, prefix) if decided is None else None
         if kernels is not None:
@@ -187,22 +188,17 @@ class LayerHistory:
         if kernels is not None:
             link = self._link(pairs, heads, scale, channels_last, kernels)
             out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
-        elif decided is not None:
-            keys, values, prev = pairs.keys, pairs.values, prefix.weights
-            out, weights, kl, self._decided = attend_decided(
-                q, keys, values, heads, scale, prev, channels_last, decided, active
-            )
-            token = prefix.token
         else:
-            out, weights, kl = layer_attention(
-                q,
-                pairs.keys,
-                pairs.values,
-                heads,
-                scale,
-                prefix.weights,
-                channels_last,
-            )
+            keys, values, prev = self._read_by(q, prefix)
+            keys, values = (*keys, k), (*values, v)
+            if decided is None:
+                out, weights, kl = layer_attention(
+                    q, keys, values, heads, scale, prev, channels_last
+                )
+            else:
+                out, weights, kl, self._decided = attend_decided(
+                    q, keys, values, heads, scale, prev, channels_last, decided, active
+                )
             token = prefix.token
         self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
         return out
@@ -245,7 +241,11 @@ class LayerHistory:
         if is_transformed() or self._decided is not None:
             return False
         pairs = self._place_of(caller).pairs
-        return pairs.linked and self._layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
+        return (
+            pairs.linked
+            and pairs.are_all(dtype)
+            and self._layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
+        )
 
     def attend_layer(
         self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
@@ -282,7 +282,7 @@ class LayerHistory:
             return x + self.attend_layer(x, filters, heads=heads, caller=caller)
         x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
-        self._note_read()
+        self.turns.note_read()
         out, weights, kl, token, k, v = layer_pull(
             resolved(x), filters, prefix.weights, residual, prefix.token, link
         )
@@ -302,7 +302,7 @@ class LayerHistory:
         """
         x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
-        self._note_read()
+        self.turns.note_read()
         found, statistics = block_pull(
             resolved(x), filters, epilogue, prefix.weights, prefix.token, link
         )
@@ -323,7 +323,8 @@ class LayerHistory:
         prefix.check_fits(x, heads)
         scale = 1.0 / math.sqrt(channels // heads)
         keys, values = pairs.keys, pairs.values
-        served = self._layer_kernels.again(x, len(keys) + 1) if pairs.linked else None
+        may_serve = pairs.linked and pairs.are_all(x.dtype)
+        served = self._layer_kernels.again(x, len(keys) + 1) if may_serve else None
         if served is None:
             raise ValueError("x: no kernel of a whole layer serves it; ask serves_layer first")
         path, kernels, layer = pairs.next_path(), kernels_of(served[0]), served[1]
@@ -356,31 +357,10 @@ class LayerHistory:
         Returns:
             `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
         """
-        p = self._now
-        keys = [*(key.detach() for key in p.pairs.keys), k.detach()]
-        prev = None if p.weights is None else p.weights.detach()
+        held, _, prev = self._read_by(q, self._now)
+        keys = [*(key.detach() for key in held), k.detach()]
+        prev = None if prev is None else prev.detach()
         return layer_attention_weights(q.detach(), keys, heads, scale, prev)
-
-    def enter(self, layer: Skippable, number: int) -> None:
-        """Take note of a layer that can be skipped, before it attends: its number, and that it reads."""
-        if self.stage is None:
-            self.stage = number
-        if not torch.compiler.is_compiling():
-            self._turn_of = layer
-
-    def leave(self, readers: Readers | None) -> None:
-        """End the turn of :meth:`enter`. Whoever retrieves from now on is one of `readers`, if it gave a pair."""
-        self._turn_of = None
-        if readers is not None and not torch.compiler.is_compiling() and not self.recomputing:
-            readers.known = True
-            self._given_by.append(readers)
-
-    def _note_read(self) -> None:
-        """Tell the layers that gave the pairs held who reads them."""
-        if torch.compiler.is_compiling():
-            return
-        for readers in self._given_by:
-            readers.add(self._turn_of)
 
     def _decided_with(
         self, prefix: Prefix, given: Tensor | None, is_decided: bool = False
@@ -428,11 +408,22 @@ class LayerHistory:
     def _kernels(self, q: Tensor, prefix: Prefix) -> Kernels | None:
         """Those that serve this layer; None where the functional op, with its push form, does.
 
-        It does so too after a layer that it served: nothing would gather the gradient of that layer's pair.
+        It does so too after a layer that it served: nothing would gather the gradient of that layer's pair. And where
+        dtypes differ.
         """
-        if needs_dispatcher(q) or not prefix.pairs.linked:
+        if needs_dispatcher(q) or not prefix.pairs.linked or not prefix.pairs.are_all(q.dtype):
             return None
         return choose_kernels("layer_attention", q, len(prefix.pairs.keys) + 1)
+
+    @staticmethod
+    def _read_by(
+        q: Tensor, prefix: Prefix
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """Keys, values and weights before a layer, in the dtypes that it reads them in."""
+        if prefix.pairs.are_all(q.dtype):
+            return prefix.pairs.keys, prefix.pairs.values, prefix.weights
+        autocast = torch.get_autocast_dtype(q.device.type) if is_autocast_on(q) else None
+        return prefix.in_dtype_of(q, autocast, accumulate_dtype(q.dtype))
 
     def _link(
         self, pairs: Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels

@@ -97,6 +97,10 @@ def layer_attention(
     if not torch.compiler.is_compiling():
         kernels = choose_kernels("layer_attention", q, len(key_list))
         if kernels is None:
+            check_not_freed("q", q)
+            check_not_freed("keys", *key_list)
+            check_not_freed("values", *value_list)
+            check_not_freed("prev_weights", prev)
             return LayerAttentionOutput(
                 *layer_attention_reference(
                     q, key_list, value_list, heads, scale, prev, channels_last
@@ -154,6 +158,9 @@ def layer_attention_weights(
         kernels = choose_kernels("layer_attention_weights", q, depth, needs_grad)
         if kernels is not None:
             return LayerAttentionWeights(*kernels.weights(q, key_list, heads, scale, prev))
+    check_not_freed("q", q)
+    check_not_freed("keys", *key_list)
+    check_not_freed("prev_weights", prev)
     log_weights = log_weights_reference(q, key_list, heads, scale)
     kl = None if prev is None else divergence_reference(prev, log_weights)
     return LayerAttentionWeights(log_weights.exp(), kl)

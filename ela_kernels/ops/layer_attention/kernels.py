@@ -135,11 +135,16 @@ def resolved(tensor: Tensor) -> Tensor:
     return with_memory(tensor).resolve_neg() if tensor.is_neg() else tensor
 
 
-def dense(tensor: Tensor | None) -> Tensor | None:
+def contiguous(tensor: Tensor) -> Tensor:
     """`tensor` contiguous and with its signs in memory."""
-    if tensor is None or (tensor.is_contiguous() and not tensor.is_neg()):
+    if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return with_memory(tensor).resolve_neg().contiguous()
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """:func:`contiguous`, of what may be None."""
+    return None if tensor is None else contiguous(tensor)
 
 
 def new_row(like: Tensor) -> Tensor:

@@ -75,10 +75,6 @@ def with_memory(tensor: Tensor, name: str = "a tensor") -> Tensor:
     return tensor
 
 
-CPU = -1
-"""The CPU as :meth:`Tensor.get_device` counts devices."""
-
-
 def check_readable(device: int, names: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
     """Refuse a tensor that kernels cannot read; for what comes from outside, before anything is copied.
 
@@ -92,10 +88,7 @@ def check_readable(device: int, names: Sequence[str], tensors: Sequence[Tensor |
     try:
         for tensor in tensors:
             if tensor is not None and (
-                tensor.get_device() != device
-                or tensor.data_ptr() < _LOWEST
-                # True of an expanded tensor too, which is looked at again.
-                or tensor.nbytes > tensor.untyped_storage().nbytes()
+                tensor.get_device() != device or tensor.data_ptr() < _LOWEST
             ):
                 break
         else:
@@ -109,7 +102,7 @@ def check_readable(device: int, names: Sequence[str], tensors: Sequence[Tensor |
 
 
 def check_list_readable(device: int, name: str, tensors: Sequence[Tensor]) -> None:
-    """As :func:`check_readable` of keys or values, but for the ends of their storages, for which there are too many."""
+    """As :func:`check_readable`, of keys or values."""
     if [*map(Tensor.get_device, tensors)].count(device) != len(tensors):
         for tensor in tensors:
             _check_device(device, name, tensor)
@@ -120,17 +113,34 @@ def _check_device(device: int, name: str, tensor: Tensor) -> None:
     if tensor.get_device() != device:
         raise ValueError(
             f"{name}: got shape {list(tensor.shape)}, {tensor.dtype} on {tensor.device}; allowed is the device of the "
-            f"call's other tensors, {'cpu' if device == CPU else f'number {device}'}"
+            f"call's other tensors, {'cpu' if device < 0 else f'number {device}'}"
         )
 
 
-def check_not_freed(name: str, tensor: Tensor) -> None:
-    """Refuse a plain tensor whose storage was freed, whichever backend is to serve it: PyTorch does not look either.
+def has_no_memory(tensor: Tensor) -> bool:
+    """Whether a parameter may be one whose storage was freed; :func:`check_not_freed` makes sure."""
+    # Neither can be traced nor has data to ask for.
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS:
+        return False
+    try:
+        return tensor.nbytes > tensor.untyped_storage().nbytes()
+    except RuntimeError:  # wrapped by torch.func
+        return False
+
+
+def check_not_freed(name: str, *tensors: Tensor | None) -> None:
+    """Refuse plain tensors whose storage was freed, for what is left to PyTorch: it does not look either.
 
     Others pass: fake and wrapped ones are for eager PyTorch.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS:
+    if torch.compiler.is_compiling():
         return
+    for tensor in tensors:
+        if tensor is not None and type(tensor) in PLAIN_TENSORS:
+            _check_not_freed(name, tensor)
+
+
+def _check_not_freed(name: str, tensor: Tensor) -> None:
     try:
         if tensor.nbytes <= tensor.untyped_storage().nbytes():
             return

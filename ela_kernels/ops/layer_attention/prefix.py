@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from operator import add, attrgetter
@@ -28,7 +29,8 @@ def with_one_more(tensors: Sequence[Tensor], tensor: Tensor) -> tuple[Tensor, ..
 class Pairs(NamedTuple):
     """Keys and values held, each pair with a number of its own, and the versions that they were appended at.
 
-    They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on.
+    They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on,
+    and `mixed` where they are of several dtypes, which no kernel reads together.
     """
 
     keys: tuple[Tensor, ...] = ()
@@ -36,6 +38,7 @@ class Pairs(NamedTuple):
     path: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
     linked: bool = True
+    mixed: bool = False
 
     def extended(
         self,
@@ -45,7 +48,8 @@ class Pairs(NamedTuple):
         is_linked: bool = True,
     ) -> Pairs:
         """With one more pair, whose place is the end of `path` where it has one already."""
-        keys, values, old_path, versions, linked = self
+        keys, values, old_path, versions, linked, mixed = self
+        mixed = mixed or not self.are_all(value.dtype)
         # Neither path nor versions can be traced, and a compiled graph needs neither.
         if torch.compiler.is_compiling():
             path, version = old_path, -1
@@ -55,7 +59,12 @@ class Pairs(NamedTuple):
             version = _version(key, value)
             keys, values = with_one_more(keys, key), with_one_more(values, value)
         linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
-        return Pairs(keys, values, path, (*versions, version), linked)
+        return Pairs(keys, values, path, (*versions, version), linked, mixed)
+
+    def are_all(self, dtype: torch.dtype) -> bool:
+        """Whether every pair held has this dtype."""
+        # By length: torch.compile cannot negate a tuple.
+        return len(self.values) == 0 or (not self.mixed and self.values[0].dtype == dtype)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))
@@ -81,6 +90,21 @@ _version_of = attrgetter("_version")
 def _version(key: Tensor, value: Tensor) -> int:
     """Versions only grow, so their sum tells whether either has; inference tensors have none."""
     return -1 if value.is_inference() or key.is_inference() else key._version + value._version
+
+
+def _check_promotes(held: torch.dtype, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Refuse a layer of `dtype` where its matrix product with what was concatenated in `held` is refused.
+
+    Args:
+        autocast: the dtype that autocast casts such a product to, where it is on.
+    """
+    wider = torch.promote_types(held, dtype)
+    if wider == dtype or (held == torch.float32 and dtype == autocast):
+        return
+    raise ValueError(
+        f"q: got {dtype} for a history of {held}; allowed is {wider}, which holds both (autocast casts float32 and its "
+        "own dtype, and no other). Convert the layer and its input, or make a new LayerHistory"
+    )
 
 
 class Prefix:
@@ -111,16 +135,33 @@ class Prefix:
         self.check_fits(v, heads)
         return heads
 
+    def in_dtype_of(
+        self, q: Tensor, autocast: torch.dtype | None, weights: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """Keys, values and the last weights as a layer of query `q` reads them, promoted as concatenating them does.
+
+        Args:
+            autocast: as of :func:`_check_promotes`.
+            weights: the dtype of its weights.
+
+        Raises:
+            ValueError: what is held is of a dtype that does not go with that of `q`.
+        """
+        dtype, pairs = q.dtype, self.pairs
+        held = functools.reduce(torch.promote_types, [v.dtype for v in pairs.values])
+        _check_promotes(held, dtype, autocast)
+        keys, values = (tuple(t.to(dtype) for t in some) for some in (pairs.keys, pairs.values))
+        return keys, values, None if self.weights is None else self.weights.to(weights)
+
     def check_fits(self, v: Tensor, heads: int) -> None:
         """Refuse a value or heads that differ from those held, and a pair that was changed since."""
         if not self.pairs.keys:
             return
         first = self.pairs.values[0]
-        if v.shape != first.shape or v.dtype != first.dtype or v.device != first.device:
+        if v.shape != first.shape or v.device != first.device:
             raise ValueError(
-                f"v: got shape {list(v.shape)}, {v.dtype} on {v.device}; allowed is what the history holds, "
-                f"{list(first.shape)}, {first.dtype} on {first.device}. Make a new LayerHistory for each stage and "
-                "forward pass"
+                f"v: got shape {list(v.shape)} on {v.device}; allowed is what the history holds, "
+                f"{list(first.shape)} on {first.device}. Make a new LayerHistory for each stage and forward pass"
             )
         if heads != self.heads:
             raise ValueError(

@@ -15,7 +15,7 @@ from ela_kernels.ops.layer_attention.cpp_norm import (
     norm_backward,
     norm_call,
 )
-from ela_kernels.ops.layer_attention.kernels import resolved
+from ela_kernels.ops.layer_attention.kernels import contiguous
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
 from ela_kernels.ops.layer_attention.layout import (
     MapView,
@@ -23,13 +23,14 @@ from ela_kernels.ops.layer_attention.layout import (
     kernel_sizes,
     readable_view,
 )
-from ela_kernels.ops.layer_attention.memory import CPU, address, cast, check_readable
+from ela_kernels.ops.layer_attention.memory import address, cast
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightFilters,
     LightForward,
     LightGradients,
     as_read_beside,
+    check_light_shape,
     check_light_sizes,
 )
 
@@ -42,24 +43,20 @@ def _sizes(x: Tensor) -> ImageSizes:
     return batch, channels, height, width, int(is_interleaved(x, False))
 
 
-def _view(tensor: Tensor, interleaved: int) -> MapView:
-    view = readable_view(tensor, False, bool(interleaved))
+def _view(tensor: Tensor, interleaved: int, name: str = "a map") -> MapView:
+    view = readable_view(tensor, False, bool(interleaved), name)
     assert view is not None  # as_read_beside() made it so
     return view
 
 
-_NAMES = ("x", "Wq", "Wk", "Wv", "lambda_t", "prev_out")
-
-
-def _readable(x: Tensor, filters: LightFilters, prev: Tensor) -> LightFilters:
-    """The filters as the kernels read them; refused where they or a map cannot be read.
+def _readable(x: Tensor, filters: LightFilters) -> LightFilters:
+    """The filters as the kernels read them.
 
     All of the maps' dtype: a decay in float32 beside half precision is rounded, as autocast rounds the filters.
     """
-    check_readable(CPU, _NAMES, (x, *filters, prev))
     check_light_sizes(x.shape[1], filters)
     dtype = x.dtype
-    return LightFilters(*(resolved(cast(w, dtype, "a filter")).contiguous() for w in filters))
+    return LightFilters(*(contiguous(cast(w, dtype, "a filter")) for w in filters))
 
 
 def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -> Tensor:
@@ -82,7 +79,7 @@ def light_layer_forward(
     sizes = _sizes(x)
     flat = kernel_sizes(x, heads, False, bool(sizes[4]))
     accumulate = accumulate_dtype(x.dtype)
-    wq, wk, wv, decay = _readable(x, filters, prev)
+    wq, wk, wv, decay = _readable(x, filters)
     v, v_view = new_map(x, flat, False)
     out, out_view = new_map(x, flat, False)
     mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
@@ -93,7 +90,7 @@ def light_layer_forward(
         if given is None:
             statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
         block, block_view = new_map(x, flat, False)
-        views = (out_view, _view(x, sizes[4]), block_view, NO_MAP)
+        views = (out_view, _view(x, sizes[4], "x"), block_view, NO_MAP)
         norm = norm_call(views, sizes, given, epilogue)
     threads = thread_count(4 * x.numel())
     workspace = _workspace(sizes, wk.numel(), threads, accumulate)
@@ -102,13 +99,13 @@ def light_layer_forward(
         sizes,
         heads,
         scale,
-        _view(x, sizes[4]),
-        address(wq),
-        address(wk),
+        _view(x, sizes[4], "x"),
+        address(wq, "Wq"),
+        address(wk, "Wk"),
         wk.numel(),
-        address(wv),
-        address(decay),
-        _view(prev, sizes[4]),
+        address(wv, "Wv"),
+        address(decay, "lambda_t"),
+        _view(prev, sizes[4], "prev_out"),
         address(mean),
         address(q),
         address(k),
@@ -143,12 +140,13 @@ def light_layer_backward(
         needs: of x, wq, wk, wv, decay, prev.
         pending: what `norm_backward` left to do first.
     """
+    check_light_shape(x, kept)
     sizes = _sizes(x)
     interleaved = bool(sizes[4])
     flat = kernel_sizes(x, heads, False, interleaved)
     dout = as_read_beside(x, dout)
     residual = None if residual is None else as_read_beside(x, residual)
-    wq, wk, wv, decay = _readable(x, filters, prev)
+    wq, wk, wv, decay = _readable(x, filters)
     dx, dx_view = new_map(x, flat, False) if needs[0] else (None, NO_MAP)
     dprev, dprev_view = new_map(x, flat, False) if needs[5] else (None, NO_MAP)
     dfilters = [
@@ -162,19 +160,19 @@ def light_layer_backward(
         sizes,
         heads,
         scale,
-        _view(x, sizes[4]),
-        address(wq),
-        address(wk),
+        _view(x, sizes[4], "x"),
+        address(wq, "Wq"),
+        address(wk, "Wk"),
         wk.numel(),
-        address(wv),
-        address(decay),
-        _view(prev, sizes[4]),
+        address(wv, "Wv"),
+        address(decay, "lambda_t"),
+        _view(prev, sizes[4], "prev_out"),
         address(kept.mean),
         address(kept.q),
         address(kept.k),
         _view(kept.v, sizes[4]),
         address(kept.factors),
-        _view(dout, sizes[4]),
+        _view(dout, sizes[4], "gradient of the output"),
         NO_MAP if residual is None else _view(residual, sizes[4]),
         dx_view,
         *(address(d) for d in dfilters),

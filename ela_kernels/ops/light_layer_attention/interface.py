@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.memory import check_not_freed
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+
+_NAMES = ("q", "k", "v", "prev_out", "decay")
 
 
 def light_layer_attention(
@@ -65,6 +68,8 @@ def light_layer_attention(
         raise ValueError(
             f"decay: got shape {list(decay.shape)}; allowed is [{channels}] followed by ones"
         )
+    for name, tensor in zip(_NAMES, (q, k, v, prev_out, decay), strict=True):
+        check_not_freed(name, tensor)
     dtype = accumulate_dtype(v.dtype)
     product = (q.to(dtype) * k.to(dtype)).unflatten(1, (heads, -1)).sum(-1)
     gate = (scale * product).sigmoid().repeat_interleave(channels // heads, dim=1)

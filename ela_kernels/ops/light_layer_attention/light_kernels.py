@@ -79,6 +79,15 @@ class LightGradients(NamedTuple):
     prev: Tensor | None
 
 
+def check_light_shape(x: Tensor, kept: LightForward) -> None:
+    """As :func:`~ela_kernels.ops.layer_attention.layer_kernels.check_shape`."""
+    if x.shape != kept.v.shape:
+        raise ValueError(
+            f"x: got shape {list(x.shape)} in the backward; allowed is that of the forward, {list(kept.v.shape)}. A "
+            "tensor must keep its data until the backward is done"
+        )
+
+
 class LightKernels(Protocol):
     """The four names that a backend's module has. Maps are in one form: that of a readable `x`."""
 

@@ -34,6 +34,7 @@ from ela_kernels.ops.light_layer_attention.light_kernels import (
     LightFilters,
     LightForward,
     LightGradients,
+    check_light_shape,
     check_light_sizes,
 )
 from ela_kernels.ops.light_layer_attention.triton_kernels import (
@@ -171,6 +172,7 @@ def light_layer_backward(
     """
     check_readable(x.get_device(), _NAMES, (x, *filters, prev))
     check_readable(x.get_device(), _KEPT_NAMES, (*kept[1:6], dout, residual))
+    check_light_shape(x, kept)
     check_light_sizes(x.shape[1], filters)
     need_x, need_wq, need_wk, need_wv, need_decay, need_prev = needs
     wants_dq, wants_dk = need_x or need_wq, need_x or need_wk
