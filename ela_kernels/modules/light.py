@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules.layer_attention import QueryKeyValue
+from ela_kernels.ops.layer_attention import checks
+from ela_kernels.ops.layer_attention.autocast import may_be_cast
 from ela_kernels.ops.layer_attention.interface import is_autocast_on
 from ela_kernels.ops.light_layer_attention import light_layer_attention
 from ela_kernels.ops.light_layer_attention.layer import light_layer
@@ -51,7 +53,8 @@ class LightLayerAttention(QueryKeyValue):
 
         Args:
             x: feature map `[B, C, H, W]`.
-            prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`.
+            prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`. Of another dtype
+                than `x` outside of autocast, the wider of the two is that of the output.
         """
         self.check_input(x)
         filters = self.light_filters(x, prev_out) if isinstance(prev_out, Tensor) else None
@@ -60,7 +63,12 @@ class LightLayerAttention(QueryKeyValue):
             if kernels is not None:
                 return light_layer(kernels, x, filters, prev_out, self.heads, self.head_dim**-0.5)
         q, k, v = self.query_key_value(x)
-        if isinstance(prev_out, Tensor) and is_autocast_on(x):
-            # The stage's input need not have passed through an autocast operation.
-            prev_out = prev_out.to(v.dtype)
+        if isinstance(prev_out, Tensor) and prev_out.dtype in checks.ALLOWED_DTYPES:
+            if is_autocast_on(x) and may_be_cast(prev_out):
+                # The stage's input need not have passed through an autocast operation.
+                prev_out = prev_out.to(v.dtype)
+            elif prev_out.dtype != v.dtype:
+                # As PyTorch's own product and sum: the wider of the two.
+                wider = torch.promote_types(v.dtype, prev_out.dtype)
+                q, k, v, prev_out = (t.to(wider) for t in (q, k, v, prev_out))
         return light_layer_attention(q, k, v, prev_out, self.lambda_t, self.heads)

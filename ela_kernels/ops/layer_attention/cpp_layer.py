@@ -152,7 +152,7 @@ def layer_forward(
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
-    plan = _plan(x, heads, filters.wk.numel())
+    plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
     wq, wk, wv = _readable(plan, filters)
     x_address = address(x, "x")
     retrieves = wq is not None
@@ -226,7 +226,7 @@ def layer_backward(
     """
     need_x, need_wq, need_wk, need_wv = needs
     check_shape(x, mean, own)
-    plan = _plan(x, heads, filters.wk.numel())
+    plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
     wq, wk, wv = _readable(plan, filters)
     sources, copies = packed_sources(retrieved, False, plan.interleaved)
     keeps: list[Any] = [copies]
