@@ -123,13 +123,15 @@ def test_dtypes_that_autocast_does_not_bring_together_are_pytorchs_to_refuse(cal
     assert not calls
 
 
-def test_a_step_inside_and_outside_of_autocast_do_not_share_a_history():
+def test_a_layer_outside_of_autocast_reads_what_is_held_in_its_own_dtype():
     layers, x = make_stage((2, 6, 4, 5), 2, 3, torch.float32)
     history = ek.LayerHistory()
     with torch.autocast("cpu", torch.bfloat16):
         layers[0](x, history)
-    with pytest.raises(ValueError, match=r"torch\.float32 on cpu; allowed is what the history"):
-        layers[1](x, history)
+    found = layers[1](x, history)
+    promoted = ek.LayerHistory()
+    promoted.provide(history.keys[0].float(), history.values[0].float(), heads=layers[0].heads)
+    torch.testing.assert_close(found, layers[1](x, promoted), rtol=1e-5, atol=1e-5)
 
 
 def test_recomputed_layers(calls):
