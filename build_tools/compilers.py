@@ -13,7 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from build_tools.options import Architecture, default_architectures, parse_architectures
+from build_tools.options import (
+    Architecture,
+    default_architectures,
+    parse_architectures,
+    shell_words,
+)
 
 OPENMP_PROGRAM = """\
 #include <omp.h>
@@ -31,6 +36,12 @@ AVX512_BF16_PROGRAM = """\
 __m256bh narrowed(__m512 x) { return _mm512_cvtneps_pbh(x); }
 int main() { return __builtin_cpu_supports("avx512bf16") < 0; }
 """
+
+
+# nvcc puts paths between double quotes for a shell, and these mean something there.
+NVCC_CANNOT_TAKE = frozenset('$`"\\\n')
+# Nor can it take them in TMPDIR; where it runs, there is a folder to write to.
+NVCC_TMPDIR = "."
 
 
 class BuildError(RuntimeError):
@@ -146,9 +157,13 @@ def find_cxx(environ: Mapping[str, str]) -> CxxCompiler:
         )
     names = ("clang++", "c++", "g++") if sys.platform == "darwin" else ("g++", "clang++", "c++")
     if environ.get("CXX", "").strip():
-        command = shlex.split(environ["CXX"])
+        command = [environ["CXX"]]
+        if shutil.which(command[0]) is None:  # no path, with a space in it perhaps: a command line
+            command = shell_words(environ, "CXX")
         if shutil.which(command[0]) is None:
             raise BuildError(f"the C++ compiler named by CXX, {environ['CXX']!r}, was not found")
+        if os.path.dirname(command[0]):  # it is run from another folder
+            command[0] = os.path.abspath(command[0])
     else:
         command = next(([name] for name in names if shutil.which(name)), [])
         if not command:
@@ -175,6 +190,20 @@ def find_cxx(environ: Mapping[str, str]) -> CxxCompiler:
         return found
     trial = _compiles(command, AVX512_BF16_PROGRAM, ["-mavx512f", "-mavx512bf16"])
     return replace(found, has_avx512_bf16=trial.returncode == 0)
+
+
+def check_nvcc_runs_in(folder: Path) -> None:
+    """nvcc records where a source is, and has a shell read that: a variable in it does no harm, a command would run.
+
+    Raises:
+        BuildError: nvcc must not be run in this folder.
+    """
+    found = re.search(r'["`\\]|\$[({]', str(folder))
+    if found:
+        raise BuildError(
+            f"nvcc cannot compile in {str(folder)!r}: it would have a shell read {found[0]!r}; allowed is a folder "
+            "whose path holds no quote, backquote, backslash, $( or ${"
+        )
 
 
 def _nvcc_path(environ: Mapping[str, str]) -> str:
@@ -206,7 +235,12 @@ def find_cuda(environ: Mapping[str, str]) -> CudaCompiler:
     Raises:
         BuildError: if there is none, or it cannot be run.
     """
-    nvcc = _nvcc_path(environ)
+    nvcc = os.path.abspath(_nvcc_path(environ))
+    if set(nvcc) & NVCC_CANNOT_TAKE:
+        raise BuildError(
+            f"the CUDA compiler {nvcc!r} cannot work there: nvcc has a shell read its own path; name by "
+            "CUDA_HOME a link to the toolkit, in a folder with a plain name"
+        )
     try:
         version_output = run([nvcc, "--version"])
         listed = run([nvcc, "--list-gpu-arch"]).stdout

@@ -19,9 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from build_tools.compilers import BuildError, CudaCompiler, find_cuda, find_cxx, first_error, run
+from build_tools.compilers import (
+    NVCC_TMPDIR,
+    BuildError,
+    CudaCompiler,
+    check_nvcc_runs_in,
+    find_cuda,
+    find_cxx,
+    first_error,
+    run,
+)
 from build_tools.cubin import MAP_KERNELS, Row, rows_of, text_of
-from build_tools.ninja_file import Plan, source_files
+from build_tools.ninja_file import SOURCES, Plan, link_sources, source_files
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_ARCHITECTURES = ("80", "90", "100")
@@ -85,8 +94,8 @@ def _tritons() -> list[Path]:
     return [Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"]
 
 
-def _output(command: Sequence[str]) -> str:
-    done = run(command)
+def _output(command: Sequence[str], folder: Path) -> str:
+    done = run(["env", f"TMPDIR={NVCC_TMPDIR}", *command], folder)
     if done.returncode != 0:
         raise BuildError(f"{Path(command[0]).name} failed: {first_error(done.stdout)}", done.stdout)
     return done.stdout
@@ -98,13 +107,18 @@ def examine(
     """Compiles `sources` for one architecture, with the flags of the build, and reads what came out."""
     plan = Plan(ROOT, folder / "unused", find_cxx(os.environ), replace(cuda, architectures=[]))
     cuobjdump = str(find_cuobjdump(cuda.nvcc))
+    check_nvcc_runs_in(folder)
+    link_sources(ROOT, folder)
+    flags = [*plan.cuda_flags(), f"-arch=sm_{architecture}", f"-I{SOURCES}", "-Xptxas", "-v"]
     rows = []
     for source in sources:
-        cubin = folder / f"{source.stem}_{architecture}.cubin"
-        flags = [*plan.cuda_flags(), f"-arch=sm_{architecture}", f"-I{ROOT / 'csrc'}"]
-        log = _output([cuda.nvcc, *flags, "-Xptxas", "-v", "-cubin", str(source), "-o", str(cubin)])
+        cubin = f"{source.stem}_{architecture}.cubin"
+        path = str(Path(SOURCES) / source.relative_to(ROOT / "csrc"))
+        log = _output([cuda.nvcc, *flags, "-cubin", path, "-o", cubin], folder)
         rows += rows_of(
-            log, _output([cuobjdump, "-sass", str(cubin)]), _output([cuobjdump, "-elf", str(cubin)])
+            log,
+            _output([cuobjdump, "-sass", cubin], folder),
+            _output([cuobjdump, "-elf", cubin], folder),
         )
     return rows
 

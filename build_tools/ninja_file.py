@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
+import shutil
+import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from build_tools.compilers import BuildError, CudaCompiler, CxxCompiler, first_error, run
+from build_tools.compilers import (
+    NVCC_CANNOT_TAKE,
+    NVCC_TMPDIR,
+    BuildError,
+    CudaCompiler,
+    CxxCompiler,
+    check_nvcc_runs_in,
+    first_error,
+    run,
+)
+from build_tools.options import shell_words
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
@@ -18,6 +31,11 @@ AVX512_FLAGS = [
     "-mprefer-vector-width=512",
 ]
 AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
+# The link to the sources in the folder of a build. All that is compiled is named by it: the names of a checkout's own
+# folders then stand nowhere in a build, and may be any. Of what ninja, the shell and a depfile take for their own,
+# ninja's writer and shlex could escape all; but nvcc hands paths to a shell unescaped.
+SOURCES = "csrc"
+
 SIMD_FLAGS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512_bf16": AVX512_BF16_FLAGS}
 
 
@@ -57,6 +75,11 @@ class Plan:
 
     def cuda_flags(self) -> list[str]:
         assert self.cuda is not None
+        if set(self.cxx.executable) & NVCC_CANNOT_TAKE:
+            raise BuildError(
+                f"nvcc cannot start a C++ compiler of this name, {self.cxx.executable!r}: it would have a shell read "
+                "it; name by CXX one, or a link to it, in a folder with a plain name"
+            )
         flags = ["-std=c++17", "-O3", "-ccbin", self.cxx.executable]
         flags += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
         for architecture in self.cuda.architectures:
@@ -118,21 +141,23 @@ def source_files(root: Path, pattern: str) -> list[Path]:
 
 def environment_flags(environ: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """What the user's CPPFLAGS, CXXFLAGS and LDFLAGS add to compiling and linking."""
-    compile_flags = shlex.split(environ.get("CPPFLAGS", "")) + shlex.split(
-        environ.get("CXXFLAGS", "")
-    )
-    return compile_flags, shlex.split(environ.get("LDFLAGS", ""))
+    compile_flags = [*shell_words(environ, "CPPFLAGS"), *shell_words(environ, "CXXFLAGS")]
+    return compile_flags, shell_words(environ, "LDFLAGS")
 
 
 def ninja_text(plan: Plan) -> str:
-    """The build.ninja of a plan: one rule for each compiler, one edge for each object, one link."""
+    """The build.ninja of a plan: one rule for each compiler, one edge for each object, one link to :func:`library_of`.
+
+    Raises:
+        BuildError: a path or flag that ninja cannot take.
+    """
     from ninja.ninja_syntax import Writer
 
     text = io.StringIO()
-    writer = Writer(text, width=100)
+    writer = Writer(text, width=sys.maxsize)  # a line that is continued loses one of two spaces
     writer.variable("ninja_required_version", "1.5")
     writer.variable("cxx", _shell(plan.cxx.command))
-    writer.variable("cxxflags", _shell([*plan.common_flags(), f"-I{plan.root / 'csrc'}"]))
+    writer.variable("cxxflags", _shell([*plan.common_flags(), f"-I{SOURCES}"]))
     writer.rule(
         "cxx",
         command="$cxx $cxxflags $flags -MMD -MF $out.d -c $in -o $out",
@@ -142,10 +167,10 @@ def ninja_text(plan: Plan) -> str:
     )
     if plan.cuda is not None:
         writer.variable("nvcc", _shell([plan.cuda.nvcc]))
-        writer.variable("nvccflags", _shell([*plan.cuda_flags(), f"-I{plan.root / 'csrc'}"]))
+        writer.variable("nvccflags", _shell([*plan.cuda_flags(), f"-I{SOURCES}"]))
         writer.rule(
             "nvcc",
-            command="$nvcc $nvccflags -MMD -MF $out.d -c $in -o $out",
+            command=f"TMPDIR={NVCC_TMPDIR} $nvcc $nvccflags -MMD -MF $out.d -c $in -o $out",
             depfile="$out.d",
             deps="gcc",
             description="$in",
@@ -154,18 +179,43 @@ def ninja_text(plan: Plan) -> str:
     writer.rule("link", command="$cxx $in $ldflags -o $out", description="$out")
     objects = []
     for source in plan.sources():
-        target = Path("objects", f"{source.relative_to(plan.root / 'csrc')}.o")
+        name = source.relative_to(plan.root / "csrc")
+        target = Path("objects", f"{name}.o")
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         flags = plan.flags_for(source)
         variables = {"flags": _shell(flags)} if flags else None
-        writer.build(str(target), rule, str(source), variables=variables)
+        writer.build(str(target), rule, str(Path(SOURCES, name)), variables=variables)
         objects.append(str(target))
-    writer.build(str(plan.output), "link", objects)
+    writer.build(library_of(plan), "link", objects)
     return text.getvalue()
 
 
+def library_of(plan: Plan) -> str:
+    """What ninja links, in the folder of the build."""
+    return f"linked{plan.output.suffix}"
+
+
 def _shell(words: Sequence[str]) -> str:
-    return shlex.join(words).replace("$", "$$")
+    """For a ninja variable that becomes a part of a command."""
+    from ninja.ninja_syntax import escape
+
+    for word in words:
+        if "\n" in word or "\r" in word:
+            raise BuildError(
+                f"{word!r} holds a line break, which ninja cannot take; allowed are folders and flags without one"
+            )
+    escaped: str = escape(shlex.join(words))
+    return escaped
+
+
+def link_sources(root: Path, folder: Path) -> None:
+    """Makes or renews the link to the sources; objects of other sources are not taken for theirs."""
+    link, sources = folder / SOURCES, root / "csrc"
+    if link.is_symlink() and os.readlink(link) == str(sources):
+        return
+    link.unlink(missing_ok=True)
+    (folder / ".ninja_log").unlink(missing_ok=True)
+    link.symlink_to(sources)
 
 
 def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
@@ -182,7 +232,10 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
             f"the Python package {error.name}, which a build needs, is missing"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_text(plan))
+    if plan.cuda is not None:
+        check_nvcc_runs_in(folder)
+    link_sources(plan.root, folder)
+    (folder / "build.ninja").write_bytes(os.fsencode(ninja_text(plan)))
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     command = [str(Path(ninja.BIN_DIR, "ninja")), "-j", str(jobs), "-k", "0", "-v"]
     print(f"building {plan.output.name} with {jobs} job(s) in {folder}", flush=True)
@@ -193,3 +246,4 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
     if done.returncode != 0:
         raise BuildError(f"compiling failed: {first_error(done.stdout)}", done.stdout)
     print(done.stdout, flush=True)
+    shutil.copy2(folder / library_of(plan), plan.output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,17 @@ def build_mode(environ: Mapping[str, str]) -> str:
     if mode not in MODES:
         raise BuildOptionError(f"ELA_KERNELS_BUILD={mode!r}; allowed are {', '.join(MODES)}")
     return mode
+
+
+def shell_words(environ: Mapping[str, str], variable: str) -> list[str]:
+    """A variable's words, parted and quoted as in a shell."""
+    text = environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BuildOptionError(
+            f"{variable}={text!r}: {error}; allowed are words quoted as in a shell, or one path"
+        ) from error
 
 
 def sanitizers(environ: Mapping[str, str]) -> list[str]:

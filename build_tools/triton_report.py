@@ -301,11 +301,11 @@ def cuobjdump() -> str:
 
 def _cuda_resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of stack and local memory, which is where registers are spilled to."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "kernel.cubin").write_bytes(cubin)
         text = subprocess.run(
-            [cuobjdump(), "--dump-resource-usage", file.name],
+            [cuobjdump(), "--dump-resource-usage", "kernel.cubin"],
+            cwd=folder,  # it cannot read every name of a folder
             check=True,
             capture_output=True,
             text=True,

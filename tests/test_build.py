@@ -149,10 +149,10 @@ def source_tree(tmp_path: Path) -> Path:
         "cpu/select.cpp",
         "cuda/device_query.cu",
     ):
-        path = tmp_path / "with space" / "csrc" / name
+        path = tmp_path / "with space, $c: cuda" / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    return tmp_path / "with space"
+    return tmp_path / "with space, $c: cuda"
 
 
 def lines_of(text: str) -> list[str]:
@@ -180,7 +180,8 @@ def test_ninja_file_cpu(source_tree: Path) -> None:
     flags = variable_of(text, "cxxflags")
     assert {"-std=c++17", "-O3", "-fPIC", "-fopenmp", "-DELA_X86_SIMD"} <= set(flags)
     assert not {"-march=native", "-ffast-math", "-Ofast"} & set(flags)
-    assert f"-I{source_tree}/csrc" in flags
+    assert "-Icsrc" in flags
+    assert source_tree.name not in text  # ninja and nvcc need not take what a user calls a folder
     assert variable_of(text, "flags", "op_avx2.cpp") == AVX2_FLAGS
     assert variable_of(text, "flags", "op_avx512.cpp") == AVX512_FLAGS
     assert variable_of(text, "flags", "op_baseline.cpp") == []
@@ -249,6 +250,46 @@ def test_sanitizers_reach_compiler_and_linker(source_tree: Path) -> None:
 def test_environment_flags() -> None:
     environ = {"CPPFLAGS": "-DA='x y'", "CXXFLAGS": "-g", "LDFLAGS": "-Wl,-z,now"}
     assert environment_flags(environ) == (["-DA=x y", "-g"], ["-Wl,-z,now"])
+    for name in environ:
+        with pytest.raises(
+            BuildOptionError, match=rf"{name}=\"it's\": No closing quotation; allowed"
+        ):
+            environment_flags({name: "it's"})
+
+
+@pytest.mark.parametrize(
+    "flag", ["-DA=$HOME $(x) `y`", "-DA='\"", "-DA=b  c #d", "-DA=e; f & g | h > i"]
+)
+def test_flags_are_what_the_user_wrote(source_tree: Path, flag: str) -> None:
+    plan = Plan(source_tree, source_tree / "_C.so", fake_cxx(), None, [], [flag], [flag])
+    text = ninja_text(plan)
+    assert variable_of(text, "cxxflags").count(flag) == 1
+    assert variable_of(text, "ldflags").count(flag) == 1
+
+
+@pytest.mark.parametrize("character", ["\n", "\r"])
+def test_a_line_break_is_refused(source_tree: Path, character: str) -> None:
+    command = [f"/opt/a{character}b/g++"]
+    plan = Plan(source_tree, source_tree / "_C.so", replace(fake_cxx(), command=command), None)
+    with pytest.raises(
+        BuildError, match=r"b/g\+\+' holds a line break, which ninja cannot take; all"
+    ):
+        ninja_text(plan)
+
+
+@pytest.mark.parametrize("character", ["$", "`", '"', "\\"])
+def test_what_nvcc_cannot_take_is_refused(
+    source_tree: Path, tmp_path: Path, character: str
+) -> None:
+    cuda = CudaCompiler("/opt/nvcc", "13.0", [], [])
+    cxx = replace(fake_cxx(), command=[f"/opt/a{character}b/g++"])
+    plan = Plan(source_tree, source_tree / "_C.so", cxx, cuda)
+    with pytest.raises(BuildError, match=r"nvcc cannot start a C\+\+ compiler of this name"):
+        ninja_text(plan)
+    ninja_text(replace(plan, cuda=None))
+    nvcc = script(tmp_path / f"a{character}b/bin/nvcc", "exit 0")
+    with pytest.raises(BuildError, match="cannot work there: nvcc has a shell read its own path"):
+        find_cuda({"CUDA_HOME": str(nvcc.parents[1])})
 
 
 # Compilers
@@ -275,25 +316,37 @@ def test_a_compiler_that_cannot_compile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         BuildError, match="cannot build an empty program: fatal error: no standard lib"
     ):
-        find_cxx({"CXX": str(broken)})
+        find_cxx({"CXX": shlex.quote(str(broken))})
 
 
 @needs_cxx
 def test_a_compiler_without_openmp_is_used_without(tmp_path: Path) -> None:
-    real = find_cxx(os.environ).executable
+    real = shlex.quote(find_cxx(os.environ).executable)
     plain = script(
         tmp_path / "cxx", f'case "$*" in *-fopenmp*|*-lomp*) exit 1;; esac\nexec {real} "$@"'
     )
-    found = find_cxx({"CXX": str(plain)})
+    found = find_cxx({"CXX": shlex.quote(str(plain))})
     assert not found.has_openmp
     assert found.openmp_compile == []
 
 
 @needs_cxx
 def test_a_compiler_without_hardware_bfloat16_is_used_without(tmp_path: Path) -> None:
-    real = find_cxx(os.environ).executable
+    real = shlex.quote(find_cxx(os.environ).executable)
     old = script(tmp_path / "cxx", f'case "$*" in *-mavx512bf16*) exit 1;; esac\nexec {real} "$@"')
-    assert not find_cxx({"CXX": str(old)}).has_avx512_bf16
+    assert not find_cxx({"CXX": shlex.quote(str(old))}).has_avx512_bf16
+
+
+@needs_cxx
+def test_a_compiler_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = shlex.quote(find_cxx(os.environ).executable)
+    cxx = script(tmp_path / "it's a $(compiler)" / "g++", f'exec {real} "$@"')
+    for text in (str(cxx), shlex.quote(str(cxx)), f"{shlex.quote(str(cxx))} -O1"):
+        assert find_cxx({"CXX": text}).executable == str(cxx)
+    monkeypatch.chdir(cxx.parent)  # ninja runs it from another one
+    assert find_cxx({"CXX": "./g++"}).command == [str(cxx)]
+    with pytest.raises(BuildOptionError, match=r"CXX=.*No closing quotation"):
+        find_cxx({"CXX": "it's g++"})
 
 
 def test_nvcc_is_asked_for_its_architectures(tmp_path: Path) -> None:

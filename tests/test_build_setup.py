@@ -17,6 +17,7 @@ pytest.importorskip("ninja")
 pytest.importorskip("pybind11")
 
 from build_tools.commands import build
+from build_tools.compilers import BuildError, find_cuda
 from build_tools.options import BuildOptionError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,7 @@ needs_cxx = pytest.mark.skipif(
 # A whole extension module that needs nothing but Python's own header, so that it compiles in no time.
 TINY_MODULE = """
 #include <Python.h>
+#include "cpu/tiny.h"
 static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
                                  nullptr, nullptr, nullptr, nullptr};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
@@ -44,14 +46,18 @@ def script(path: Path, body: str) -> Path:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """The project's own build files around a tiny extension."""
-    folder = tmp_path / "project"
-    folder.mkdir()
+    return make_project(tmp_path / "project")
+
+
+def make_project(folder: Path) -> Path:
+    folder.mkdir(parents=True)
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "README.md").write_text("A tiny project.\n")
     shutil.copytree(ROOT / "build_tools", folder / "build_tools")
     for name, text in (
         ("csrc/binding/module.cpp", TINY_MODULE),
+        ("csrc/cpu/tiny.h", ""),
         ("csrc/binding/cuda.cpp", ""),
         ("csrc/cuda/device_query.cu", ""),
         ("ela_kernels/__init__.py", '__version__ = "0.1.0"\n'),
@@ -185,6 +191,88 @@ def test_a_second_build_compiles_only_what_changed(project: Path) -> None:
     again = build_project(project)
     assert "-o objects/binding/other.cpp.o" in again.stdout
     assert "-o objects/binding/module.cpp.o" not in again.stdout
+
+
+NVCC_CAN = "$HOME a  b'c:d&e(f)#g;h%i*[j]~k|l=ä"
+ALL_AT_ONCE = NVCC_CAN + '`m"n\\o$(p)'
+
+
+@needs_cxx
+@pytest.mark.parametrize(
+    "name",
+    [
+        ALL_AT_ONCE,
+        "a$c",
+        "a\nb",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("a b", "a:b", "a'b", "a&b", "ä", "a(b)", "a#b", "a;b", "$HOME", "a%b")
+        ),
+    ],
+)
+def test_a_build_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    project = make_project(tmp_path / name)
+    temporary = tmp_path / name / "tmp"
+    temporary.mkdir()
+    environ = {"ELA_KERNELS_BUILD": "cpu", "TMPDIR": str(temporary)}
+    done = build_project(project, **environ)
+    assert done.returncode == 0, done.stderr
+    assert len(binaries(project / "out")) == 1
+    compiles = "-o objects/binding/module.cpp.o"
+    assert compiles in done.stdout
+    # The compiler writes down what a source includes, and ninja reads it.
+    assert compiles not in build_project(project, **environ).stdout
+    (project / "csrc/cpu/tiny.h").write_text("int other();\n")
+    assert compiles in build_project(project, **environ).stdout
+
+
+@needs_cxx
+def test_objects_of_another_checkout_are_not_taken(tmp_path: Path) -> None:
+    here, there = (make_project(tmp_path / name) for name in ("here", "there"))
+    for project in (here, there):
+        done = build_project(
+            project, "build", "--build-lib", "out", "--build-temp", str(tmp_path / "shared")
+        )
+        assert "-o objects/binding/module.cpp.o" in done.stdout
+
+
+@needs_cxx
+@pytest.mark.parametrize("name", ["project", NVCC_CAN])
+def test_cuda_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+    try:
+        find_cuda({})
+    except BuildError as error:
+        pytest.skip(str(error))
+    project = make_project(tmp_path / name)
+    (project / "csrc/cuda/device_query.cu").write_text(
+        '#include "cuda/tiny.cuh"\n__global__ void set(int* x) { *x = 1; }\n'
+    )
+    (project / "csrc/cuda/tiny.cuh").write_text("int other();\n")
+    (project / "tmp").mkdir()
+    environ = {"ELA_KERNELS_BUILD": "cuda", "TORCH_CUDA_ARCH_LIST": "9.0", "CUDA_HOME": ""}
+    done = build_project(project, **environ, TMPDIR=str(project / "tmp"))
+    assert done.returncode == 0, done.stderr
+    assert record_of(project / "out")["cuda"] is True
+    (folder,) = project.glob("build/temp*")
+    assert not list(folder.glob("tmpxft*"))  # what nvcc writes meanwhile
+
+
+@needs_cxx
+@pytest.mark.parametrize("characters", ["`", '"', "\\", "$(", "${"])
+def test_a_folder_where_nvcc_would_run_a_command(tmp_path: Path, characters: str) -> None:
+    """The name is refused, and the part for the CPU built all the same."""
+    toolkit = script(
+        tmp_path / "bin/nvcc",
+        'case "$1" in --version) echo "release 13.0, V13.0.1";; --list-gpu-arch|--dryrun) ;;\n'
+        "*) echo 'it was run' >&2; exit 1;; esac",
+    )
+    project = make_project(tmp_path / f"a{characters}b")
+    done = build_project(project, CUDA_HOME=str(toolkit.parents[1]))
+    assert done.returncode == 0, done.stderr
+    record = record_of(project / "out")
+    assert (record["built"], record["cuda"]) == (True, False)
+    assert str(record["cuda_problem"]).startswith("nvcc cannot compile in '")
+    assert f"a shell read {characters!r}; allowed is a folder" in str(record["cuda_problem"])
 
 
 def test_none_builds_nothing(project: Path) -> None:
