@@ -14,18 +14,24 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --quick --out results/bench
 REPORT_ARGS ?=
 OUT ?= results/gpu
+# How many shapes the threads meet, and the side of the smallest: maps large enough for kernels to run at the same time.
+TSAN_SHAPES ?= 100 --side 12
 
+# Programs of the environment are called through its Python: a script's first line cannot hold every name of a folder.
+# For the same reason no recipe holds the name of this one, but asks the shell for it where it is needed.
 BIN := $(VENV)/bin
+CLANG_FORMAT := $(BIN)/python -c 'import sys; from clang_format import clang_format; sys.exit(clang_format())'
 INSTALLED := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*/*)
 FORMATTED := $(NATIVE) $(wildcard benchmarks/*.cpp tests/native/*/*)
 ASAN := build/asan
+TSAN := build/tsan
 
 # glibc gives memory back after every pass and takes it again with page faults, which would be most of what is timed.
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow gpu-test lint format bench gpu-bench cuda-report triton-report asan clean
+.PHONY: help install demo test slow gpu-test lint format bench gpu-bench cuda-report triton-report asan tsan clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,21 +69,21 @@ gpu-test: $(INSTALLED) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check style, types and formatting
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
 
 format: $(INSTALLED) ## format the sources
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
-	$(BIN)/clang-format -i $(FORMATTED)
+	$(BIN)/python -m ruff check --fix
+	$(BIN)/python -m ruff format
+	$(CLANG_FORMAT) -i $(FORMATTED)
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
 gpu-bench: $(INSTALLED) ## on a machine with a GPU: build, test, sanitize and measure, in nine minutes (OUT=DIR)
-	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run_gpu.sh $(OUT)
+	bin="$$(cd $(BIN) && pwd)" && PATH="$$bin:$$PATH" bash benchmarks/run_gpu.sh $(OUT)
 
 cuda-report: $(INSTALLED) ## what nvcc makes of the CUDA kernels: registers, occupancy, memory instructions; no GPU
 	$(BIN)/python -m build_tools.cuda_report --out docs/kernels/cuda_report.md $(REPORT_ARGS)
@@ -86,19 +92,45 @@ triton-report: $(INSTALLED) ## what Triton's compiler makes of the Triton kernel
 	$(BIN)/python -m build_tools.triton_report --out docs/kernels/triton_report.md $(REPORT_ARGS)
 
 asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usual build, and test the kernels
-	ELA_KERNELS_BUILD=cpu ELA_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py --quiet build \
-	  --build-base $(ASAN) --build-lib $(ASAN)/lib --build-temp $(ASAN)/objects
+	$(call sanitized-build,address$(comma)undefined,$(ASAN))
 	@# The sanitizer has to be in the process before the interpreter, which is itself not free of leaks. The folder to
 	@# start in comes first on Python's path, so that its package is tested and not the editable install.
-	cxx="$${CXX:-g++}"; \
+	cxx="$${CXX:-g++}"; root="$$(pwd)"; bin="$$(cd $(BIN) && pwd)"; \
 	export LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONMALLOC=malloc OMP_NUM_THREADS=2 ELA_CUDA_ON_CPU_SANITIZED=1; \
-	cd $(ASAN)/lib && \
-	$(abspath $(BIN))/python -c "from ela_kernels.backends.extension import build_info, extension; \
-	  assert '$(ASAN)' in extension().__file__ and build_info()['sanitizers'], 'not the sanitized build'" && \
-	$(abspath $(BIN))/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -o pythonpath= \
-	  -p no:cacheprovider -m "not slow and not gpu" $(CURDIR)/tests/ops $(PYTEST_ARGS)
+	cd $(ASAN)/lib && $(call check-sanitized,$(ASAN)) && \
+	"$$bin/python" -m pytest -c "$$root/pyproject.toml" --rootdir "$$root" -o pythonpath= \
+	  -p no:cacheprovider -m "not slow and not gpu" "$$root/tests/ops" $(PYTEST_ARGS)
+
+tsan: $(INSTALLED) ## build with ThreadSanitizer, apart from the usual build, and run threads over new shapes
+	$(call sanitized-build,thread,$(TSAN))
+	@# The threads are Python's: libgomp, which is built without the sanitizer, would be seen to race with itself. Some
+	@# kernels lay memory where this sanitizer wants its own, unless addresses are not drawn (setarch -R); where that is
+	@# not allowed they may be low enough as it is. The first run races on purpose, to show that it would be seen.
+	cxx="$${CXX:-g++}"; root="$$(pwd)"; bin="$$(cd $(BIN) && pwd)"; fixed=; \
+	if setarch "$$(uname -m)" -R true 2>/dev/null; then fixed="setarch $$(uname -m) -R"; fi; \
+	export LD_PRELOAD="$$($$cxx -print-file-name=libtsan.so)" TSAN_OPTIONS=halt_on_error=1:history_size=4 \
+	  OMP_NUM_THREADS=1 PYTHONPATH=.; \
+	cd $(TSAN)/lib && $$fixed $(call check-sanitized,$(TSAN)) && \
+	if $$fixed "$$bin/python" "$$root/tests/support/thread_stress.py" 0 --provoke >provoked.log 2>&1 || \
+	  ! grep -q "ThreadSanitizer: data race" provoked.log; then \
+	  cat provoked.log; echo "ThreadSanitizer does not see a race that is there" >&2; exit 1; fi && \
+	$$fixed "$$bin/python" "$$root/tests/support/thread_stress.py" $(TSAN_SHAPES)
+
+# Of sanitizers and a folder: builds in it.
+define sanitized-build
+ELA_KERNELS_BUILD=cpu ELA_KERNELS_SANITIZE=$(1) $(BIN)/python setup.py --quiet build \
+	  --build-base $(2) --build-lib $(2)/lib --build-temp $(2)/objects
+endef
+
+# In the folder of such a build.
+define check-sanitized
+"$$bin/python" -c "from ela_kernels.backends.extension import build_info, extension; \
+	  assert '$(1)' in extension().__file__ and build_info()['sanitizers'], 'not the sanitized build'"
+endef
+
+comma := ,
 
 clean: ## remove what builds and tests leave, and the virtual environment
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
