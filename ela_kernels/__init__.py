@@ -1,6 +1,7 @@
 """Fused kernels for layer attention in deep networks, and ELA, which skips the retrievals that repeat themselves."""
 
-from __future__ import annotations
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ela_kernels.backends import backend_status, use_backend
 from ela_kernels.ebqm import EBQM, prune
@@ -14,6 +15,9 @@ from ela_kernels.ops.layer_attention import (
     warmup,
 )
 from ela_kernels.ops.light_layer_attention import light_layer_attention
+
+if _TYPE_CHECKING:
+    from ela_kernels import models as models
 
 __version__ = "0.1.0"
 
@@ -36,3 +40,16 @@ __all__ = [
     "use_backend",
     "warmup",
 ]
+
+# The subpackages that are for users. Networks are imported when they are asked for.
+_SUBPACKAGES = ("ebqm", "models", "modules")
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBPACKAGES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted((*__all__, *_SUBPACKAGES))

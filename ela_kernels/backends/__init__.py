@@ -3,3 +3,7 @@
 from ela_kernels.backends.dispatch import backend_status, use_backend
 
 __all__ = ["backend_status", "use_backend"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -25,3 +25,7 @@ __all__ = [
     "resnet101",
     "resnet110",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
