@@ -17,7 +17,9 @@ from ela_kernels.models.blocks import (
     StageAttention,
     initialise,
 )
+from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import ELA
+from ela_kernels.modules.layer_attention import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 
 Block = Literal["basic", "bottleneck"]
@@ -79,6 +81,10 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         _check(blocks, widths, block, attention, fused, stem)
+        check_count("num_classes", num_classes)
+        check_count("in_chans", in_chans)
+        _check_head_dim(head_dim, [width * _BLOCKS[block].expansion for width in widths], attention)
+        DropPath(drop_path)  # its checks, before the value is spread over the layers
         check_skip(skip)
         if checkpointing and not fused:
             raise ValueError(
@@ -165,6 +171,11 @@ def _check(
     fused: bool,
     stem: str,
 ) -> None:
+    sequences = all(isinstance(s, Sequence) and not isinstance(s, str) for s in (blocks, widths))
+    if not sequences or not all(_is_count(n) for s in (blocks, widths) for n in s):
+        raise TypeError(
+            f"blocks, widths: got {blocks!r} and {widths!r}; allowed are two sequences of positive ints"
+        )
     if len(blocks) != len(widths) or not blocks or min(*blocks, *widths) < 1:
         raise ValueError(
             f"blocks, widths: got {list(blocks)} and {list(widths)}; allowed are two sequences of one "
@@ -181,6 +192,21 @@ def _check(
         raise ValueError(
             f"fused: got False with attention={attention!r}; allowed is False with 'mrla' only, which has a published, "
             "concatenating form here"
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_head_dim(head_dim: int | None, channels: Sequence[int], attention: str) -> None:
+    """Refuse by what was given: each stage takes the lesser of it and its own number of channels."""
+    size = HEAD_DIM if head_dim is None else check_count("head_dim", head_dim)
+    if attention != "none" and any(count % min(size, count) for count in channels):
+        got = f"None, which is {HEAD_DIM}" if head_dim is None else str(head_dim)
+        raise ValueError(
+            f"head_dim: got {got}, for stages of {', '.join(map(str, channels))} channels; allowed is a divisor of "
+            "each stage's channels, or a number that is larger than they are"
         )
 
 

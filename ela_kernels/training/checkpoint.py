@@ -2,46 +2,116 @@
 
 from __future__ import annotations
 
-import os
-import pickle
+import hashlib
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ela_kernels.training.failures import is_out_of_memory
+from ela_kernels.training.files import write_whole
+
 NAME = "checkpoint.pt"
+# Of what a checkpoint holds. Those written before there was a version have none, and hold the same.
+VERSION = 1
+
+# The file is what torch.save writes, a zip archive, and a comment at the archive's end that every reader of such files
+# skips: a mark, and the SHA-256 of all bytes before it (the mark and the comment's length among them) in hexadecimal.
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + hashlib.sha256().digest_size * 2
+# An archive without a comment ends in a record of this size, which this signature begins.
+_END, _END_SIGNATURE = 22, b"PK\x05\x06"
+
+_ADVICE = "give the --out of an earlier run, or train into another folder without --resume"
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path) -> Path:
-    """Write `folder/checkpoint.pt` at once: a run that dies meanwhile leaves the one before."""
+    """Write `folder/checkpoint.pt` at once: a run that dies meanwhile leaves the one before.
+
+    Raises:
+        UnwritableFileError: it could not be written, as on a full disk; the one before is whole.
+    """
     path = folder / NAME
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    # In memory first: a disk that fills up while torch.save writes is a RuntimeError, with nothing said of the disk.
+    content = io.BytesIO()
+    torch.save({"version": VERSION, **state}, content)
+    content.seek(-2, io.SEEK_END)  # the comment's length ends the archive
+    content.write(_COMMENT.to_bytes(2, "little") + _MARK)
+    content.write(hashlib.sha256(content.getbuffer()).hexdigest().encode())
+    write_whole(path, content.getbuffer())
     return path
 
 
 def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read `folder/checkpoint.pt`; nothing in the file is executed.
+    """Read `folder/checkpoint.pt`; nothing in the file is executed, and nothing damaged is taken for whole.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is another one, or damaged.
+        ValueError: the file is another one, damaged, or cannot be read.
     """
     path = folder / NAME
-    if not path.is_file():
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"resume: {path} not found. Train without --resume first, or give the --out of that run"
-        )
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"resume: {path} is no checkpoint of this program: {error}") from error
-    if not isinstance(state, dict) or "options" not in state:
+        ) from None
+    except OSError as error:
         raise ValueError(
-            f"resume: {path} is no checkpoint of this program; give the --out of a run"
+            f"resume: {path} cannot be read: {error.strerror or error}; {_ADVICE}"
+        ) from error
+    state = _decoded(content, path, device)
+    if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
+        raise ValueError(
+            f"resume: {path} is no checkpoint of this program, without the options of a run; {_ADVICE}"
+        )
+    version = state.pop("version", VERSION)
+    if type(version) is not int or version != VERSION:
+        got = version if type(version) is int else type(version).__name__
+        raise ValueError(
+            f"resume: {path} was written by another release of this program, in version {got}; this one reads version "
+            f"{VERSION}. Resume with that release, or train into another folder"
         )
     return state
+
+
+def _decoded(content: bytes, path: Path, device: torch.device | str) -> object:
+    reason = _damage(content)
+    if reason is None:
+        try:
+            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        except Exception as error:
+            # A pickle of anything else, or of code, raises nearly anything: KeyError, UnpicklingError, TypeError ...
+            if is_out_of_memory(error):
+                raise
+            reason = f"PyTorch finds no plain values and tensors in it ({type(error).__name__})"
+    raise ValueError(
+        f"resume: {path} is no checkpoint of this program or a damaged one: {reason}; {_ADVICE}"
+    )
+
+
+def _damage(content: bytes) -> str | None:
+    """What is wrong with the bytes of the file, None if they are those that were written."""
+    if not content:
+        return "it is empty"
+    if not content.startswith(b"PK\x03\x04"):
+        return "it is no file of PyTorch"
+    if content[-_COMMENT:].startswith(_MARK):
+        digest = hashlib.sha256(memoryview(content)[: len(_MARK) - _COMMENT])
+        if digest.hexdigest().encode() == content[len(_MARK) - _COMMENT :]:
+            return None
+        return "its checksum does not fit its content"
+    if not content[-_END:].startswith(_END_SIGNATURE):
+        return "its end is missing or changed"
+    # Written before checkpoints had a checksum of the whole: the archive holds one of each record.
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            record = archive.testzip()
+    except Exception as error:
+        # A changed header raises what its field stands for: an encrypted, compressed or overlapping record ...
+        if is_out_of_memory(error):
+            raise
+        return f"its archive cannot be read ({type(error).__name__})"
+    return None if record is None else f"the checksum of its record {record} does not fit"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,22 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ela_kernels.training.images import IMAGE_SUFFIXES, FolderImages, UnreadableImageError
 from ela_kernels.training.optional import MissingLibraryError, optional
 
 DATA = ("digits", "cifar10", "cifar100", "folder")
 SIDES = {"digits": 16, "cifar10": 32, "cifar100": 32, "folder": 224}
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-# Channel means and deviations that networks for natural images are usually trained with (ImageNet's).
-_NATURAL_MEAN, _NATURAL_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LEAST_SIDE, LARGEST_SIDE = 8, 4096
 
 
 class MissingDataError(FileNotFoundError):
     """Files that are not where they are expected; the message says which and where."""
-
-
-class UnreadableImageError(OSError):
-    """A file of the data that Pillow cannot decode; the message says which."""
 
 
 class Images(Protocol):
@@ -59,44 +51,6 @@ class TensorImages:
         return (self.images[indices].float() - self.mean) / self.deviation
 
 
-class FolderImages:
-    """Image files, decoded with Pillow when they are read: the shorter side to `side`, then the middle square."""
-
-    def __init__(self, paths: list[Path], labels: Tensor, side: int) -> None:
-        self.paths, self.labels, self.side = paths, labels, side
-        self._pillow = optional("PIL.Image", "reading a folder of images")
-        self._numpy = optional("numpy", "reading a folder of images")
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, indices: Tensor) -> Tensor:
-        paths = [self.paths[i] for i in indices.tolist()]
-        # Pillow decodes without holding Python's lock.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            images = torch.stack(list(pool.map(self._decode, paths)))
-        mean, deviation = (
-            torch.tensor(m).view(1, 3, 1, 1) for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
-        )
-        return (images.float() / 255 - mean) / deviation
-
-    def _decode(self, path: Path) -> Tensor:
-        try:
-            with self._pillow.open(path) as opened:
-                image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, self._pillow.DecompressionBombError) as error:
-            # Pillow raises all of these for damaged files, depending on the format.
-            raise UnreadableImageError(
-                f"data-dir: {path} cannot be read as an image: {error}. Remove it, or put a whole one there"
-            ) from error
-        scale = self.side / min(image.size)
-        width, height = (max(self.side, round(length * scale)) for length in image.size)
-        image = image.resize((width, height), self._pillow.Resampling.BILINEAR)
-        left, top = (width - self.side) // 2, (height - self.side) // 2
-        image = image.crop((left, top, left + self.side, top + self.side))
-        return torch.from_numpy(self._numpy.array(image)).permute(2, 0, 1)
-
-
 @dataclass(frozen=True)
 class Task:
     """What there is to learn: images for training and for testing, the classes' names, and how images are varied."""
@@ -118,13 +72,25 @@ def load_task(name: str, folder: Path | None = None, side: int | None = None) ->
 
     Raises:
         ValueError: unknown name, a folder that was not given, or a side that does not fit.
-        MissingDataError: expected files are not there.
+        MissingDataError: expected files are not there, or cannot be read.
     """
+    try:
+        return _task(name, folder, side)
+    except (MissingDataError, UnreadableImageError):
+        raise
+    except OSError as error:
+        raise MissingDataError(
+            f"data-dir: {error.filename or folder} cannot be read: {error.strerror or error}; allowed is a folder that "
+            "this user can read"
+        ) from error
+
+
+def _task(name: str, folder: Path | None, side: int | None) -> Task:
     if name not in DATA:
         raise ValueError(f"data: got {name!r}; allowed are {', '.join(map(repr, DATA))}")
     side = SIDES[name] if side is None else side
-    if side < 8:
-        raise ValueError(f"side: got {side}; allowed is an int of at least 8")
+    if not LEAST_SIDE <= side <= LARGEST_SIDE:
+        raise ValueError(f"side: got {side}; allowed is an int from {LEAST_SIDE} to {LARGEST_SIDE}")
     if name == "digits":
         return _digits(side)
     if folder is None:
@@ -233,6 +199,8 @@ def _cifar(folder: Path, name: str) -> Task:
     classes = _cifar_classes(root / meta, names_key)
     images, labels = _cifar_images([root / f for f in training], label, len(classes))
     deviation, mean = torch.std_mean(images.float(), (0, 2, 3))
+    # A channel of one value everywhere is 0 then, rather than NaN.
+    deviation = torch.where(deviation > 0, deviation, 1.0)
     train = TensorImages(images, labels, mean, deviation)
     images, labels = _cifar_images([root / test], label, len(classes))
     return Task(train, TensorImages(images, labels, mean, deviation), classes, 3, crop_and_flip)
@@ -242,7 +210,7 @@ def _cifar_classes(path: Path, key: bytes) -> list[str]:
     names = _unpickle(path).get(key)
     if not isinstance(names, list) or not all(isinstance(n, bytes) for n in names) or not names:
         raise ValueError(f"data-dir: {path} has no list of class names as its entry {key!r}")
-    return [n.decode() for n in names]
+    return [n.decode(errors="replace") for n in names]
 
 
 def _cifar_images(files: list[Path], label: bytes, classes: int) -> tuple[Tensor, Tensor]:
@@ -255,6 +223,8 @@ def _cifar_images(files: list[Path], label: bytes, classes: int) -> tuple[Tensor
             raise ValueError(
                 f"data-dir: {path} has the entry {b'data'!r} of shape {shape}, {dtype}; allowed is [N, 3072], uint8"
             )
+        if shape[0] == 0:
+            raise ValueError(f"data-dir: {path} has no images; allowed is at least one")
         if not isinstance(numbers, list) or len(numbers) != shape[0]:
             got = len(numbers) if isinstance(numbers, list) else type(numbers).__name__
             raise ValueError(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
+import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ela_kernels.training.files import named, write_whole
 from ela_kernels.training.optional import MissingLibraryError, optional
 
 COLUMNS = (
@@ -38,56 +42,101 @@ class Logs:
     def __init__(self, folder: Path, tensorboard: bool = False, done: int = 0) -> None:
         self.folder = folder
         self._keep_steps(done)
-        self._writer: Any = None
-        if tensorboard:
-            optional("tensorboard", "--tensorboard")
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._events = EventFile(folder / "tensorboard", done + 1) if tensorboard else None
 
     def write(self, history: Sequence[dict[str, float]]) -> None:
         """Write all epochs so far; whole each time, so that a resumed run never leaves one twice."""
         _write_whole(self.folder / "log.csv", COLUMNS, history)
-        if self._writer is not None and history:
+        if self._events is not None and history:
             row = history[-1]
-            for name in COLUMNS[2:]:
-                self._writer.add_scalar(name, row[name], row["step"])
-            self._writer.flush()
+            self._events.write(int(row["step"]), {name: row[name] for name in COLUMNS[2:]})
 
     def write_step(self, row: Mapping[str, float]) -> None:
         """Add one row of :data:`STEP_COLUMNS` to `steps.csv`."""
         path = self.folder / "steps.csv"
         if not path.exists():
             _write_whole(path, STEP_COLUMNS, [])
-        with path.open("a", newline="") as file:
+        with named(path), path.open("a", newline="") as file:
             csv.DictWriter(file, STEP_COLUMNS).writerow(row)
-        if self._writer is not None:
-            for name in ("loss", "accuracy"):
-                self._writer.add_scalar(f"steps/{name}", row[name], row["step"])
+        if self._events is not None:
+            values = {f"steps/{name}": row[name] for name in ("loss", "accuracy")}
+            self._events.write(int(row["step"]), values)
 
     def _keep_steps(self, done: int) -> None:
         path = self.folder / "steps.csv"
-        if path.exists():
+        if not path.exists():
+            return
+        try:
             with path.open(newline="") as file:
                 # A full disk may have cut the last row short.
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
-            rows = [row for row in whole if int(row["step"]) <= done]
-            _write_whole(path, STEP_COLUMNS, rows)
+            rows = [{name: row[name] for name in STEP_COLUMNS} for row in whole]
+            kept = [row for row in rows if int(row["step"]) <= done]
+        except (KeyError, ValueError, csv.Error) as error:
+            raise ValueError(
+                f"out: {path} is no log of the steps of a run ({type(error).__name__}: {error}); remove it, or give "
+                "another folder"
+            ) from error
+        _write_whole(path, STEP_COLUMNS, kept)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class EventFile:
+    """A file of scalars for TensorBoard, one new file a run.
+
+    PyTorch's SummaryWriter writes from a thread, which on a full disk prints a traceback of its own and leaves the
+    error for later. Here a value is in the file, or an error names the file, when a call returns.
+
+    Args:
+        folder: where; it is made.
+        start: the first step to come. What an earlier run wrote of it and later ones is not shown any more.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        purpose = "--tensorboard"
+        self._events = optional("tensorboard.compat.proto.event_pb2", purpose)
+        self._summaries = optional("tensorboard.compat.proto.summary_pb2", purpose)
+        records = optional("tensorboard.summary.writer.record_writer", purpose)
+        name = f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
+        self.path = folder / name
+        with named(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = records.RecordWriter(self.path.open("wb"))
+        event = self._events.Event
+        self._write(event(file_version="brain.Event:2"))
+        log = self._events.SessionLog
+        self._write(event(step=start, session_log=log(status=log.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add scalars, by their names, of a step."""
+        scalar = self._summaries.Summary.Value
+        summary = self._summaries.Summary(
+            value=[scalar(tag=name, simple_value=value) for name, value in values.items()]
+        )
+        self._write(self._events.Event(step=step, summary=summary))
+
+    def close(self) -> None:
+        with named(self.path):
+            self._records.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        with named(self.path):
+            self._records.write(event.SerializeToString())
+            self._records.flush()
 
 
 def _write_whole(
     path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, float | str]]
 ) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(unfinished, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
 
 
 class Progress:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from ela_kernels.ebqm import EBQM
 from ela_kernels.modules import ELA
 from ela_kernels.training.data import Images, Task
+from ela_kernels.training.finite import Watch, first_not_finite
+from ela_kernels.training.optimizers import make_optimizer, make_schedule
 from ela_kernels.training.options import Options
 from ela_kernels.training.processes import Processes
+from ela_kernels.training.state import check_state
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # One seed for each purpose and epoch: the order and the variation of images do not depend on where a run was resumed.
@@ -67,9 +70,11 @@ class Trainer:
                 f"batch-size: got {options.batch_size} in {self.processes.count} processes for {len(task.train)} "
                 "training images; allowed is one that at least one batch can be filled with"
             )
+        if options.batch_size == 1:
+            _check_norms(self.model, self._place(*_first(task.train))[0])
         steps = options.epochs * self.steps_per_epoch
-        self.optimizer = _optimizer(self.model, options)
-        self.schedule = _schedule(self.optimizer, options, steps)
+        self.optimizer = make_optimizer(self.model, options)
+        self.schedule = make_schedule(self.optimizer, options, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         has_ela = any(isinstance(m, ELA) for m in model.modules())
         watched = has_ela and options.ebqm is not None
@@ -89,6 +94,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self._totals = self._no_totals()
         self._reported = self._no_totals()  # the part of them that latest() has given
+        self._watch = Watch(options, self.processes, self.device)
         if self.processes.rank:
             torch.manual_seed(options.seed + self.processes.rank)
 
@@ -114,6 +120,7 @@ class Trainer:
 
         Raises:
             Interrupted: `stopping` said so. The state is whole, and :meth:`run_epoch` goes on from it.
+            NotFiniteError: a loss is NaN or infinite, in all processes alike. The state is of no use then.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         self.parallel.train()
@@ -122,13 +129,17 @@ class Trainer:
             self._step(images, labels)
             self.batch += 1
             self._count_time()
+            if self._watch.is_due(self.steps):
+                self._watch.look(self.steps)
             on_step()
             lr = self.optimizer.param_groups[0]["lr"]
             self._stop_if_asked()
+        self._watch.look(self.steps)
         train_loss, train_accuracy = self._means(self._totals)
         # Reading the totals waited for the device.
         self._count_time()
         test_loss, test_accuracy = self.evaluate()
+        self._watch.check_test_loss(test_loss, self.steps)
         row = {
             "epoch": self.epoch + 1,
             "step": self.steps,
@@ -201,21 +212,33 @@ class Trainer:
             "random": random,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`.
+    def check_finite(self) -> None:
+        """To be called before the state is saved: by a loss, a step that ruins the weights shows one step later only.
 
         Raises:
-            ValueError: it is of a run with other settings, or another number of processes.
+            NotFiniteError: a loss, or anything in the model or the optimizer, is NaN or infinite, in any process.
         """
-        self.options.check_same(state["options"])
-        if state["processes"] != self.processes.count:
-            raise ValueError(
-                f"resume: the checkpoint was made by {state['processes']} processes; got {self.processes.count}. "
-                "Start as many"
-            )
+        self._watch.look(self.steps)
+        found = first_not_finite(self.model.state_dict(), self.optimizer.state_dict())
+        self._watch.check_weights(found, self.steps)
+
+    def load_state_dict(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
+        """Go on from :meth:`state_dict`.
+
+        Args:
+            state: what it gave.
+            source: where it comes from, for what is said when it does not fit.
+
+        Raises:
+            ValueError: it is of a run with other settings or another number of processes, or no state of this run at
+                all; nothing is changed then.
+        """
+        check_state(state, self, source)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        # Nothing else of it, as PyTorch would set any attribute.
+        known = self.schedule.state_dict()
+        self.schedule.load_state_dict({k: v for k, v in state["schedule"].items() if k in known})
         self.scaler.load_state_dict(state["scaler"])
         if self.ebqm is not None:
             self.ebqm.load_state_dict(state["ebqm"])
@@ -274,6 +297,7 @@ class Trainer:
         with self._autocast():
             scores = self.parallel(images)
             loss = F.cross_entropy(scores, labels)
+        self._watch.add(loss)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -317,30 +341,34 @@ def _totals(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack((loss, right, torch.full_like(loss, len(labels))))
 
 
-def _optimizer(model: nn.Module, options: Options) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    # Norms and biases have one dimension; residual networks are usually trained without decay of them.
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=options.lr)
-    return torch.optim.SGD(
-        groups, lr=options.lr, momentum=options.momentum, nesterov=options.momentum > 0
-    )
+def _first(images: Images) -> tuple[Tensor, Tensor]:
+    part = torch.tensor([0])
+    return images.read(part), images.labels[part]
 
 
-def _schedule(
-    optimizer: torch.optim.Optimizer, options: Options, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    schedulers = torch.optim.lr_scheduler
-    if options.schedule == "one-cycle":
-        # One more than there are steps: it is asked for a rate after the last one too.
-        return schedulers.OneCycleLR(
-            optimizer, options.lr, total_steps=steps + 1, cycle_momentum=False
+@torch.no_grad()
+def _check_norms(model: nn.Module, image: Tensor) -> None:
+    """Refuse batches of one image where the network shrinks it to one value a channel: batch norms cannot train on it.
+
+    A pass over one image tells, as maps become smaller in many ways.
+    """
+    single: list[nn.Module] = []
+
+    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            single.append(norm)
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    training = model.training
+    try:
+        model.eval()(image)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if single:
+        raise ValueError(
+            f"batch-size: got 1 with images of side {image.shape[-1]}, whose last maps are 1x1, where a batch norm has "
+            "a single value a channel; allowed is a batch-size of at least 2, or a larger side"
         )
-    if options.schedule == "cosine":
-        return schedulers.CosineAnnealingLR(optimizer, steps)
-    return schedulers.LambdaLR(optimizer, lambda _: 1.0)

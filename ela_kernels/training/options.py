@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ela_kernels.training.plain import same, shown
+
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "constant")
+# Of epochs, and of images in a batch: numbers of steps stay exact in floats.
+MOST = 10**9
 AMP = ("off", "bf16", "fp16")
 
 
@@ -47,9 +51,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(
-                    f"{_flag(name)}: got {getattr(self, name)}; allowed is an int of at least 1"
+                    f"{_flag(name)}: got {getattr(self, name)}; allowed is an int from 1 to {MOST}"
                 )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr: got {self.lr}; allowed is a positive number")
@@ -82,16 +86,35 @@ class Options:
             **(self.ebqm or {}),
         }
 
-    def check_same(self, saved: Mapping[str, Any]) -> None:
+    def check_same(self, saved: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Refuse to go on with a run that had other settings."""
-        mine = self.as_dict()
-        differing = [name for name in mine if saved.get(name) != mine[name]]
+        mine, theirs = _flat(self.as_dict()), _flat(saved)
+        absent = object()  # not even equal to None
+        names = dict.fromkeys((*mine, *theirs))
+        differing = [n for n in names if not same(theirs.get(n, absent), mine.get(n, absent))]
         if differing:
             raise ValueError(
-                "resume: the checkpoint was made with other settings: "
-                + ", ".join(f"{_flag(n)}={saved.get(n)!r} (now {mine[n]!r})" for n in differing)
+                f"resume: {source} was made with other settings: "
+                + ", ".join(
+                    f"{n}={shown(theirs[n]) if n in theirs else 'missing'} "
+                    f"(now {shown(mine[n]) if n in mine else 'missing'})"
+                    for n in differing
+                )
                 + ". Give the same ones, or train into another folder"
             )
+
+
+def _flat(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names that a command gives them."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in ("task", "ebqm") and isinstance(value, Mapping):
+            flat[_flag(str(name))] = {}
+            prefix = "ebqm " if name == "ebqm" else ""
+            flat |= {f"{prefix}{_flag(str(k))}": v for k, v in value.items()}
+        else:
+            flat[_flag(str(name))] = value
+    return flat
 
 
 def _flag(name: str) -> str:

@@ -63,8 +63,12 @@ class Processes:
 
 def join_processes(device: torch.device) -> Processes:
     """Join the other processes if `torchrun` started this one, with NCCL on GPUs and gloo otherwise."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _number("WORLD_SIZE", "1") == 1:
         return Processes()
+    if not distributed.is_available():
+        raise ValueError(
+            f"WORLD_SIZE: got {os.environ['WORLD_SIZE']}, and this PyTorch has no torch.distributed; allowed is 1"
+        )
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(
         distributed.get_rank(),
@@ -82,7 +86,24 @@ def choose_device(name: str) -> torch.device:
             raise ValueError(
                 "device: got 'cuda', and this PyTorch finds no such device; allowed is 'cpu'"
             )
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        number = _number("LOCAL_RANK", "0")
+        if not 0 <= number < torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK: got {number}, and there are {torch.cuda.device_count()} GPUs; allowed is one process a "
+                "GPU, or --device cpu"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
         return device
     return torch.device(name)
+
+
+def _number(variable: str, default: str) -> int:
+    """A number that `torchrun` leaves in the environment."""
+    text = os.environ.get(variable, default)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(
+            f"{variable}: got {text!r}; allowed is an int, as torchrun sets it"
+        ) from None

@@ -1,0 +1,178 @@
+"""The arguments of the training program, and what they make."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ela_kernels.models import MODELS, build_model
+from ela_kernels.models.blocks import ATTENTIONS
+from ela_kernels.training.data import DATA, Task
+from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
+
+# More threads than that only take memory, and systems refuse some tens of thousands by ending the process.
+_MOST_THREADS = max(1024, os.cpu_count() or 1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ela_kernels train",
+        description="Train a residual network with layer attention. Under torchrun: one process a GPU, or a CPU share.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", choices=DATA, default="digits", help="digits are bundled with scikit-learn")
+    add("--data-dir", type=Path, help="CIFAR's python pickles, or a folder with train/ and val/")
+    add(
+        "--side",
+        "--image-size",
+        type=int,
+        help="height and width of the images; by the data if not given",
+    )
+    add("--model", choices=tuple(MODELS), default="resnet56")
+    add("--block", choices=("basic", "bottleneck"), help="of the small networks")
+    add("--attention", choices=ATTENTIONS, default="ela")
+    add("--unfused", action="store_true", help="mrla as published, concatenating")
+    add("--head-dim", type=int, help="channels of a head")
+    add("--drop-path", type=float, default=0.0)
+    add("--skip", choices=("retrieval", "layer"), default="retrieval", help="what is left out")
+    add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 ceiling=0.2")
+    add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
+    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    add("--epochs", type=int, default=30)
+    add("--batch-size", type=int, default=64, help="images of a step, in each process")
+    add("--lr", type=float, default=0.03)
+    add("--optimizer", choices=OPTIMIZERS, default="sgd")
+    add("--schedule", choices=SCHEDULES, default="one-cycle")
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=5e-4)
+    add("--no-augment", action="store_true", help="leave the training images as they are")
+    add("--amp", choices=AMP, default="off")
+    add("--channels-last", action="store_true", help="memory format of the model and its images")
+    add("--workers", type=int, default=0, help="threads that read the next batches ahead")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/train"), help="folder for checkpoint and logs")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints")
+    add("--log-every", type=int, metavar="STEPS", help="also log means of so many, in steps.csv")
+    add("--tensorboard", action="store_true", help="logs for TensorBoard besides log.csv")
+    add("--threads", type=int, help="CPU threads; PyTorch's choice if not given")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that no other check sees, by name.
+
+    Raises:
+        ValueError: one does not fit.
+    """
+    for name, least, most in (
+        ("save_every", 1, None),
+        ("log_every", 1, None),
+        ("threads", 1, _MOST_THREADS),
+        ("workers", 0, _MOST_THREADS),
+    ):
+        number = getattr(arguments, name)
+        if number is not None and (number < least or (most is not None and number > most)):
+            allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise ValueError(f"{name.replace('_', '-')}: got {number}; allowed is an int {allowed}")
+
+
+def make_options(arguments: argparse.Namespace, task: Task) -> Options:
+    kept = [
+        "data",
+        "side",
+        "model",
+        "block",
+        "attention",
+        "unfused",
+        "head_dim",
+        "drop_path",
+        "skip",
+        "checkpointing",
+    ]
+    return Options(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        lr=arguments.lr,
+        optimizer=arguments.optimizer,
+        schedule=arguments.schedule,
+        momentum=arguments.momentum,
+        weight_decay=arguments.weight_decay,
+        amp=arguments.amp,
+        seed=arguments.seed,
+        augment=not arguments.no_augment,
+        channels_last=arguments.channels_last,
+        ebqm=_ebqm_options(arguments),
+        task={
+            **{name: getattr(arguments, name) for name in kept},
+            "classes": len(task.classes),
+            "images": len(task.train),
+        },
+    )
+
+
+def _ebqm_options(arguments: argparse.Namespace) -> dict[str, float] | None:
+    if arguments.no_ebqm:
+        if arguments.ebqm is not None:
+            raise ValueError("ebqm: got both --ebqm and --no-ebqm; allowed is one of them")
+        return None
+    if arguments.ebqm is not None and arguments.attention != "ela":
+        raise ValueError(
+            f"ebqm: got --ebqm with attention {arguments.attention!r}; allowed with 'ela' only"
+        )
+    return _ebqm_arguments(arguments.ebqm or [])
+
+
+def _ebqm_arguments(pairs: Sequence[str]) -> dict[str, float]:
+    allowed = {
+        **dict.fromkeys(("max_row", "warmup", "interval", "probe_interval"), int),
+        **dict.fromkeys(
+            (
+                "low",
+                "high",
+                "ceiling",
+                "max_share",
+                "smoothing",
+                "prior_count",
+                "prior_concentration",
+            ),
+            float,
+        ),
+    }
+    arguments: dict[str, float] = {}
+    for pair in pairs:
+        name, _, number = pair.partition("=")
+        try:
+            arguments[name] = allowed[name](number)
+        except (KeyError, ValueError):
+            raise ValueError(
+                f"ebqm: got {pair!r}; allowed is NAME=NUMBER with a name of {', '.join(allowed)}"
+            ) from None
+    return arguments
+
+
+def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
+    options: dict[str, Any] = {
+        "num_classes": len(task.classes),
+        "in_chans": task.channels,
+        "attention": arguments.attention,
+        "fused": not arguments.unfused,
+        "head_dim": arguments.head_dim,
+        "drop_path": arguments.drop_path,
+        "skip": arguments.skip,
+        "checkpointing": arguments.checkpointing,
+    }
+    if arguments.block is not None:
+        if arguments.model in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"block: got {arguments.block!r} for {arguments.model}; allowed with resnet20/32/56/110 only"
+            )
+        options["block"] = arguments.block
+    return build_model(arguments.model, **options)
