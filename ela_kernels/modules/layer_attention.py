@@ -14,7 +14,7 @@ from ela_kernels.ops.layer_attention import checks
 from ela_kernels.ops.layer_attention.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.layer_kernels import Filters
-from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS, check_not_freed, has_no_memory
+from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS, check_not_freed
 
 
 class History(Protocol):
@@ -144,29 +144,26 @@ class QueryKeyValue(nn.Module):
         return self.dim // self.head_dim
 
     def check_input(self, x: object) -> None:
-        """Refuse what is no `[B, dim, H, W]` tensor, or not of the dtype and on the device of the parameters.
-
-        One parameter stands for all, and only where it can be told what its convolution will read: not where it is
-        parametrized or sharded, or where a hook may exchange it.
-        """
+        """Refuse what is no dense `[B, dim, H, W]` tensor."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: got {type(x).__name__}; allowed is a torch.Tensor [B, C, H, W]")
-        checks.check_dense("x", x)
-        children: dict[str, Any] = self._modules
-        weight = children["Wv"]._parameters.get("weight")
-        if weight is not None and (
-            x.dtype != weight.dtype or x.device != weight.device or has_no_memory(weight)
-        ):
-            self._check_beside(x, weight)
+        if x.is_nested or x.layout != torch.strided:
+            checks.check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(
                 f"x: got shape {list(x.shape)}; allowed is [B, {self.dim}, H, W], as this layer was made with "
                 f"dim={self.dim}"
             )
 
-    def _check_beside(self, x: Tensor, weight: Tensor) -> None:
-        """As :meth:`check_input`, where `x` differs from a parameter."""
+    def _check_beside_parameters(self, x: Tensor) -> None:
+        """Refuse `x` of another dtype or on another device than the parameters: what no kernel of a whole layer serves.
+
+        One parameter stands for all, and only where it can be told what its convolution will read: not where it is
+        parametrized or sharded, or where a hook may exchange it.
+        """
+        checks.check_tensor("x", x)
         convolution: Any = self._modules["Wv"]
+        weight = convolution._parameters.get("weight")
         if (
             type(weight) not in PLAIN_TENSORS
             or not runs_as(convolution, nn.Conv2d)
@@ -234,11 +231,13 @@ class QueryKeyValue(nn.Module):
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
+        self._check_beside_parameters(x)
         windows = ChannelFilter.windows(pooled(x), self.kernel_size)
         return self.Wq(windows), self.Wk(windows)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key `[B, C]` and value `[B, C, H, W]`."""
+        self._check_beside_parameters(x)
         return self.Wk(ChannelFilter.windows(pooled(x), self.kernel_size)), self.Wv(x)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,8 +11,8 @@ from ela_kernels.ops.layer_attention.memory import cast
 
 
 def may_be_cast(x: Tensor) -> bool:
-    """Whether autocast casts a tensor like this one; float64 it leaves alone."""
-    return x.is_floating_point() and x.dtype != torch.float64
+    """Whether autocast casts a tensor like this one; float64 it leaves alone, and formats of eight bits are refused."""
+    return x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def layer_dtype(x: Tensor) -> torch.dtype:

@@ -15,19 +15,14 @@ def check_tensor(name: str, tensor: object) -> Tensor:
     """A dense floating-point tensor, or TypeError."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}; allowed is a torch.Tensor")
-    return check_dense(name, tensor)
-
-
-def check_dense(name: str, tensor: Tensor) -> Tensor:
-    """As :func:`check_tensor` of what is known to be a tensor."""
-    if tensor.is_nested:
-        raise TypeError(
-            f"{name}: got a nested tensor; allowed is one of samples of one size. Call .to_padded_tensor() first"
-        )
     if tensor.layout != torch.strided:
         raise TypeError(
             f"{name}: got a tensor of layout {tensor.layout}; allowed is torch.strided. "
             "Call .to_dense() first"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: got a nested tensor; allowed is one of samples of one size. Call .to_padded_tensor() first"
         )
     if tensor.dtype not in ALLOWED_DTYPES:
         raise TypeError(

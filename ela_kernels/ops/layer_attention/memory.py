@@ -117,17 +117,6 @@ def _check_device(device: int, name: str, tensor: Tensor) -> None:
         )
 
 
-def has_no_memory(tensor: Tensor) -> bool:
-    """Whether a parameter may be one whose storage was freed; :func:`check_not_freed` makes sure."""
-    # Neither can be traced nor has data to ask for.
-    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS:
-        return False
-    try:
-        return tensor.nbytes > tensor.untyped_storage().nbytes()
-    except RuntimeError:  # wrapped by torch.func
-        return False
-
-
 def check_not_freed(name: str, *tensors: Tensor | None) -> None:
     """Refuse plain tensors whose storage was freed, for what is left to PyTorch: it does not look either.
 
