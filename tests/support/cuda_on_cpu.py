@@ -39,6 +39,8 @@ from ela_kernels.ops.layer_attention import cuda
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "native" / "cuda_on_cpu"
 BUILDS = ROOT / "build" / "cuda_on_cpu"
+# Links to the sources in the folder of a build: a checkout may have a name that ninja or the shell would not take.
+LINKS = {"csrc": ROOT / "csrc", "stand_in": STAND_IN}
 
 KERNELS = "cuda_on_cpu"
 SELFTEST = "cuda_on_cpu_selftest"
@@ -57,6 +59,12 @@ def sources_of(module: str) -> list[Path]:
     return [*runtime, STAND_IN / "device_query.cpp", STAND_IN / "module.cpp", *bindings, *kernels]
 
 
+def linked(path: Path) -> Path:
+    """The path of a source in the folder of a build."""
+    name = next(name for name, target in LINKS.items() if path.is_relative_to(target))
+    return Path(name) / path.relative_to(LINKS[name])
+
+
 SANITIZE = "-fsanitize=address,undefined"
 
 
@@ -66,7 +74,7 @@ def flags_of(sanitized: bool, defines: tuple[str, ...] = ()) -> dict[str, list[s
 
     common = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"]
     common += [f"-D{name}" for name in defines]
-    common += [f"-I{STAND_IN}", f"-I{ROOT / 'csrc'}"]
+    common += [f"-I{linked(STAND_IN)}", f"-I{linked(ROOT / 'csrc')}"]
     paths = [
         sysconfig.get_path("include"),
         sysconfig.get_path("platinclude"),
@@ -131,18 +139,23 @@ def _compile(
     cxx: CxxCompiler, flags: dict[str, list[str]], sources: list[Path], library: Path
 ) -> None:
     import ninja
-    from ninja.ninja_syntax import Writer
+    from ninja.ninja_syntax import Writer, escape
 
-    with (library.parent / "build.ninja").open("w") as file:
-        writer = Writer(file)
+    for name, target in LINKS.items():
+        (library.parent / name).unlink(missing_ok=True)
+        (library.parent / name).symlink_to(target)
+    with (library.parent / "build.ninja").open("w", encoding="utf-8") as file:
+        writer = Writer(file, width=sys.maxsize)  # a line that is continued loses one of two spaces
         for rule in ("binding", "kernels"):
-            writer.rule(rule, f"{shlex.join([*cxx.command, *flags[rule]])} -x c++ -c $in -o $out")
-        writer.rule(
-            "link", f"{shlex.join([*cxx.command, '-shared', *flags['link']])} $in -ldl -o $out"
-        )
+            command = escape(shlex.join([*cxx.command, *flags[rule]]))
+            writer.rule(rule, f"{command} -x c++ -c $in -o $out")
+        command = escape(shlex.join([*cxx.command, "-shared", *flags["link"]]))
+        writer.rule("link", f"{command} $in -ldl -o $out")
         objects = [f"{source.name}.o" for source in sources]
         for source, target in zip(sources, objects, strict=True):
-            writer.build(target, "binding" if is_binding(source) else "kernels", str(source))
+            writer.build(
+                target, "binding" if is_binding(source) else "kernels", str(linked(source))
+            )
         writer.build("linked", "link", objects)
     jobs = job_count(os.environ, core_count(), available_memory())
     command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(library.parent), "-j", str(jobs)]
