@@ -236,11 +236,6 @@ def find_cuda(environ: Mapping[str, str]) -> CudaCompiler:
         BuildError: if there is none, or it cannot be run.
     """
     nvcc = os.path.abspath(_nvcc_path(environ))
-    if set(nvcc) & NVCC_CANNOT_TAKE:
-        raise BuildError(
-            f"the CUDA compiler {nvcc!r} cannot work there: nvcc has a shell read its own path; name by "
-            "CUDA_HOME a link to the toolkit, in a folder with a plain name"
-        )
     try:
         version_output = run([nvcc, "--version"])
         listed = run([nvcc, "--list-gpu-arch"]).stdout
@@ -257,6 +252,12 @@ def find_cuda(environ: Mapping[str, str]) -> CudaCompiler:
         architectures = default_architectures(re.findall(r"compute_(\d+)\b", listed))
     # nvcc alone knows where its runtime library is: the folder differs between its installers.
     dry_run = run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull]).stdout
+    toolkit = re.search(r"^#\$ TOP=(.*)$", dry_run, flags=re.MULTILINE)
+    if toolkit and set(toolkit[1]) & NVCC_CANNOT_TAKE:
+        raise BuildError(
+            f"the CUDA compiler {nvcc!r} cannot work in the folder {toolkit[1]!r}: it would have a shell read that "
+            "name; name by CUDA_HOME a link to the toolkit, in a folder with a plain name"
+        )
     libraries = re.search(r"^#\$ LIBRARIES=(.*)$", dry_run, flags=re.MULTILINE)
     library_flags = shlex.split(libraries[1]) if libraries else []
     return CudaCompiler(nvcc, version, architectures, library_flags)

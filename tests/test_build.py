@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ pytest.importorskip("setuptools")
 pytest.importorskip("ninja")
 pytest.importorskip("pybind11")
 
-from build_tools import options
+from build_tools import compilers, options
 from build_tools.compilers import (
     BuildError,
     CudaCompiler,
@@ -287,12 +288,26 @@ def test_what_nvcc_cannot_take_is_refused(
     with pytest.raises(BuildError, match=r"nvcc cannot start a C\+\+ compiler of this name"):
         ninja_text(plan)
     ninja_text(replace(plan, cuda=None))
-    nvcc = script(tmp_path / f"a{character}b/bin/nvcc", "exit 0")
-    with pytest.raises(BuildError, match="cannot work there: nvcc has a shell read its own path"):
+    nvcc = script(
+        tmp_path / f"a{character}b/bin/nvcc",
+        'case "$1" in --dryrun) printf "#\\$ TOP=%s/..\\n" "${0%/*}" >&2;; esac',
+    )
+    with pytest.raises(BuildError, match=r"cannot work in the folder .*b/bin/\.\..: it would have"):
         find_cuda({"CUDA_HOME": str(nvcc.parents[1])})
 
 
-# Compilers
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a toolkit for Linux")
+def test_a_toolkit_in_a_folder_that_nvcc_cannot_take(tmp_path: Path) -> None:
+    """What the real one says of itself: it is refused before it fails for a reason that nobody understands."""
+    try:
+        nvcc = find_cuda({}).nvcc
+        home = re.search(r"#\$ TOP=(.*)", compilers.run([nvcc, "--dryrun", "x.cu"]).stdout)
+    except BuildError as error:
+        pytest.skip(str(error))
+    assert home is not None
+    (tmp_path / "a$b").symlink_to(Path(home[1]).resolve())
+    with pytest.raises(BuildError, match=r"cannot work in the folder .*a\$b/bin/\.\..: it"):
+        find_cuda({"CUDA_HOME": str(tmp_path / "a$b")})
 
 
 def script(path: Path, body: str) -> Path:

@@ -271,7 +271,7 @@ def test_a_folder_where_nvcc_would_run_a_command(tmp_path: Path, characters: str
     assert done.returncode == 0, done.stderr
     record = record_of(project / "out")
     assert (record["built"], record["cuda"]) == (True, False)
-    assert str(record["cuda_problem"]).startswith("nvcc cannot compile in '")
+    assert str(record["cuda_problem"]).startswith("nvcc cannot compile in ")
     assert f"a shell read {characters!r}; allowed is a folder" in str(record["cuda_problem"])
 
 
