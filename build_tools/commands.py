@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 import sysconfig
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ def extensions() -> list[Extension]:
         return []
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.c*"))
     return [Extension(MODULE, sources, language="c++", optional=mode == "auto")]
+
+
+def keep_names_of_folders(environ: MutableMapping[str, str], prefix: str) -> None:
+    """Makes setuptools leave a `$name` in the path of an environment as it is.
+
+    It takes it for a variable, and stops where there is none of that name: there is one then, which stands for itself.
+    """
+    for name in re.findall(r"\$([a-zA-Z_]\w*)", prefix, flags=re.ASCII):
+        environ.setdefault(name, f"${name}")
 
 
 def empty_record(mode: str, problem: str | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,30 @@ def test_a_folder_where_nvcc_would_run_a_command(tmp_path: Path, characters: str
     assert (record["built"], record["cuda"]) == (True, False)
     assert str(record["cuda_problem"]).startswith("nvcc cannot compile in ")
     assert f"a shell read {characters!r}; allowed is a folder" in str(record["cuda_problem"])
+
+
+def test_an_environment_in_a_folder_with_a_dollar(tmp_path: Path) -> None:
+    """setuptools reads `$name` in the path of the interpreter's environment, and knows no such variable."""
+    venv.create(tmp_path / "a$c$HOME" / "venv", symlinks=True)
+    python = tmp_path / "a$c$HOME" / "venv" / "bin" / "python"
+    project = make_project(tmp_path / "a$c$HOME" / "project")
+    program = f"""
+import sys
+sys.path[1:1] = {[p for p in sys.path if p]!r}
+sys.argv = ["setup.py", "-q", "install", "--root", "out", "--single-version-externally-managed"]
+exec(compile(open("setup.py").read(), "setup.py", "exec"), {{"__file__": "setup.py", "__name__": "__main__"}})
+"""
+    done = subprocess.run(
+        [python, "-c", program],
+        cwd=project,
+        env={**os.environ, "ELA_KERNELS_BUILD": "none"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list((project / "out").rglob("ela_kernels/__init__.py"))
 
 
 def test_none_builds_nothing(project: Path) -> None:
