@@ -123,8 +123,9 @@ class Skipping(nn.Module):
         if after is not None:
             values = tuple(map(float, self._last)) if exact is None else exact
             self._read_at = None
+            if after.dtype != torch.float32:
+                after = self._buffers["decision"] = torch.empty_like(after, dtype=torch.float32)
             with torch.no_grad():
-                self._buffers["decision"] = after = after.to(torch.float32)
                 for place, number in enumerate(values):
                     after[place] = number
         return self

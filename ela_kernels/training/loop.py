@@ -300,10 +300,12 @@ class Trainer:
         self._watch.add(loss)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
+        scale = self.scaler.get_scale()
         self.scaler.update()
         self.schedule.step()
         if self.ebqm is not None:
-            self.ebqm.step()
+            # The scale falls where the scaler left the step out; without one it is 1.
+            self.ebqm.step(applied=self.scaler.get_scale() >= scale)
         self._totals += _totals(scores.detach(), labels)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:

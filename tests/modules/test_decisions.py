@@ -129,8 +129,9 @@ class TestMoves:
         assert network(batch().to("meta")).shape == (2, CHANNELS, 5, 5)
 
     def test_shared_memory(self) -> None:
-        network = decided()
-        assert skipped(network.share_memory()) == {1, 3}
+        network = decided().share_memory()
+        assert skipped(network) == {1, 3}
+        assert all(layer.decision.is_shared() for layer in network.layers)
 
     def test_functional_call_takes_the_decisions_it_is_given(self) -> None:
         network, other, x = decided(skip=set()), decided(), batch()
