@@ -113,10 +113,10 @@ class ELA(Skipping):
         turns.begin(self, self.number)
         gives = False
         try:
-            if not recomputing:
-                # Not compared with the old one first: torch.compile would guard on that, and compile anew.
-                self.place = place
-                self.stage = turns.stage
+            # A compiled graph would be made for what they were; setting them takes longer than to look.
+            is_new = torch.compiler.is_compiling() or self.place != place
+            if not recomputing and (is_new or self.stage != turns.stage):
+                self.place, self.stage = place, turns.stage
                 if place == 0:
                     self.is_first = True
             watched = self.training and torch.is_grad_enabled()

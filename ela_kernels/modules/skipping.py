@@ -88,7 +88,12 @@ class Skipping(nn.Module):
         if decision is None or decision.is_meta:  # pruned, or without values
             return self._last
         if _costs_nothing_to_read(decision):
-            self._know(_value_of(decision, self._last))
+            exact = _exact(decision)
+            value = self._last if exact is None else _rounded(exact)
+            if (
+                value != self._last
+            ):  # seldom, and setting an attribute of a module takes longer than to look
+                self._know(value)
         else:
             _read_changed(self, decision)
         return self._last
@@ -121,7 +126,7 @@ class Skipping(nn.Module):
         super()._apply(fn, recurse)
         after = self._buffers.get("decision")
         if after is not None:
-            values = tuple(map(float, self._last)) if exact is None else exact
+            values = [*map(float, self._last)] if exact is None else exact
             self._read_at = None
             if after.dtype != torch.float32:
                 after = self._buffers["decision"] = torch.empty_like(after, dtype=torch.float32)
@@ -147,27 +152,23 @@ class Skipping(nn.Module):
 
 
 def _costs_nothing_to_read(decision: Tensor) -> bool:
-    return decision.device.type == "cpu"
+    return decision.is_cpu
 
 
-def _exact(decision: Tensor) -> tuple[float, ...] | None:
+def _exact(decision: Tensor) -> list[float] | None:
     """The numbers themselves, which lie between decisions in a moving average; None where there are no values."""
     if decision.is_meta:
         return None
     try:
         # A dispatch mode may have rules of its own for numbers that leave PyTorch.
-        seen = torch._C._len_torch_dispatch_stack() > 0 and decision.device.type == "cpu"
-        return tuple(decision.numpy().tolist() if seen else decision.tolist())
+        seen = torch._C._len_torch_dispatch_stack() and decision.is_cpu
+        numbers: list[float] = decision.numpy().tolist() if seen else decision.tolist()
+        return numbers
     except (RuntimeError, TypeError, NotImplementedError):  # inside a transform, or fake
         return None
 
 
-def _value_of(decision: Tensor, otherwise: Decision) -> Decision:
-    exact = _exact(decision)
-    return otherwise if exact is None else _rounded(exact)
-
-
-def _rounded(exact: tuple[float, ...]) -> Decision:
+def _rounded(exact: list[float]) -> Decision:
     skipped, mode = exact
     return skipped > 0.5, 1 if mode > 0.5 else 0
 
@@ -199,5 +200,5 @@ def _read_changed(layer: Skipping, decision: Tensor) -> None:
         states = [_state_of(found) for _, found in changed]
         values = torch.stack([found.detach() for _, found in changed]).tolist()
         for (other, _), state, exact in zip(changed, states, values, strict=True):
-            other._know(_rounded(tuple(exact)))
+            other._know(_rounded(exact))
             other._read_at = state

@@ -29,12 +29,12 @@ class Readers:
         self.others = False
         self._layers: set[weakref.ref[Skippable]] = set()
 
-    def add(self, reader: Skippable | None) -> None:
+    def add(self, reader: weakref.ref[Skippable] | None) -> None:
         """`reader` retrieved the pair; None for one that cannot be skipped."""
         if reader is None:
             self.others = True
         else:
-            self._layers.add(weakref.ref(reader))
+            self._layers.add(reader)
 
     def retrieve(self) -> bool:
         """Whether one of them would retrieve the pair in a pass now."""
@@ -60,14 +60,14 @@ class Turns:
         self.stage: int | None = None
         self.watched = False
         self._given_by: list[Readers] = []
-        self._reader: Skippable | None = None
+        self._reader: weakref.ref[Skippable] | None = None
 
     def begin(self, layer: Skippable, number: int) -> None:
         """`layer`, whose number this is, is the one that reads until :meth:`end`."""
         if self.stage is None:
             self.stage = number
         if not torch.compiler.is_compiling():
-            self._reader = layer
+            self._reader = weakref.ref(layer)
 
     def end(self, readers: Readers | None) -> None:
         """The turn is over. Who retrieves from now on is one of `readers`; None where no pair was given."""
