@@ -70,8 +70,10 @@ def thread_count(elements: int) -> int:
     global _has_woken_threads
     if elements <= _ONE_THREAD_ELEMENTS or _threads_are_lost:
         return 1
-    _has_woken_threads = True
-    return torch.get_num_threads()
+    count = torch.get_num_threads()
+    if count > 1:
+        _has_woken_threads = True
+    return count
 
 
 def _forked() -> None:
