@@ -19,7 +19,8 @@ def prune(model: M) -> M:
     A layer skipped with `skip="retrieval"` loses the query's filter and the norm; it keeps the key's and the value's as
     long as anybody who reads them retrieves: another ELA layer that is not skipped, a `LayerAttention` of its own, or
     calls of :meth:`ela_kernels.LayerHistory.attend`. Who reads them is learnt from the forward passes that ran, in
-    whatever order and branches; nothing is guessed. One skipped with `skip="layer"` loses everything. The output in
+    whatever order and branches; nothing is guessed: they are kept where a layer that retrieves did not run, or in
+    compiled graphs alone. One skipped with `skip="layer"` loses everything. The output in
     eval mode stays the same, bit for bit.
 
     An optimizer made before holds the removed parameters on: they get no gradient and so are not updated, but their
@@ -43,19 +44,37 @@ def prune(model: M) -> M:
         Our definition.
     """
     layers = find_layers(model)
-    serving = {name: _serves(name, layer, layers, model) for name, layer in layers.items()}
+    outside = _outside(model)
+    serving = {name: _serves(name, layer, layers, outside) for name, layer in layers.items()}
+    retrieving = outside.union(*(_attentions(ela) for ela in layers.values() if not ela.skipped))
     for name, layer in layers.items():
         if layer.skipped:
-            layer.remove_unused(provides=serving[name])
+            keeps_query = not retrieving.isdisjoint(_attentions(layer))
+            layer.remove_unused(provides=serving[name], keeps_query=keeps_query)
     return model
 
 
-def _serves(name: str, layer: ELA, layers: dict[str, ELA], model: nn.Module) -> bool:
-    """Whether the pair of a skipped layer is read."""
+def _attentions(layer: ELA) -> set[nn.Module]:
+    """What the layer retrieves with; a wrapper may be around it."""
+    return set() if layer.attn is None else {m for m in layer.attn.modules() if _retrieves(m)}
+
+
+def _retrieves(module: nn.Module) -> bool:
+    return isinstance(module, LayerAttention)
+
+
+def _outside(model: nn.Module) -> set[nn.Module]:
+    """The `LayerAttention` modules that stand anywhere but in an ELA layer, also those that stand in one as well."""
+    named = list(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." if name else "" for name, m in named if isinstance(m, ELA))
+    return {m for name, m in named if _retrieves(m) and not name.startswith(inside)}
+
+
+def _serves(name: str, layer: ELA, layers: dict[str, ELA], outside: set[nn.Module]) -> bool:
+    """Whether the pair of a skipped layer is read, as far as is known."""
     if not layer.skipped or layer.skip != "retrieval" or layer.attn is None:
         return False
-    inside = {m for ela in layers.values() if ela.attn is not None for m in ela.attn.modules()}
-    if any(isinstance(m, LayerAttention) and m not in inside for m in model.modules()):
+    if outside:
         # It may share a history with ELA layers, and may not have run yet.
         return True
     is_read = layer.is_read()
@@ -64,7 +83,13 @@ def _serves(name: str, layer: ELA, layers: dict[str, ELA], model: nn.Module) -> 
             f"model: got a skipped layer {name!r} that has never run, so that it is not known who reads its key and "
             "value; allowed is a model after one forward pass in eager PyTorch (a compiled pass learns nothing)"
         )
-    if not layer.has_run:
+    retrieving = [other for other in layers.values() if not other.skipped]
+    if layer.readers.known:
+        # Of one that did not come by, or in a compiled graph, it is not known what it reads.
+        return is_read or not all(other.readers.came_by for other in retrieving)
+    if not is_read and any(other.place is None for other in retrieving):
+        return True  # put in since the copy or checkpoint, and never run
+    if not is_read:
         for other_name, other in layers.items():
             if other.was_skipped and not other.skipped:
                 raise ValueError(

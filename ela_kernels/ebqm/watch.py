@@ -40,6 +40,9 @@ class Watch:
                 stacklevel=4,
             )
         for layer in self.layers:
+            if not layer.watchers:  # what an EBQM left that was dropped without detach()
+                layer.observations.clear()
+                layer.totals.take()
             layer.watchers.add(self)
             layer.watched = True
 
@@ -70,7 +73,8 @@ class Watch:
     def take(self) -> list[Seen]:
         """What each layer saw since the last call."""
         for layer in self.layers:
-            divergences, totals = list(layer.observations), layer.totals.take()
+            # Detached again: inside torch.func.grad that was for the transform alone.
+            divergences, totals = [kl.detach() for kl in layer.observations], layer.totals.take()
             layer.observations.clear()
             if not divergences and totals is None:
                 continue

@@ -126,10 +126,12 @@ class ResNet(nn.Module):
             assert isinstance(stage, nn.ModuleList)
             for j, block in enumerate(stage):
                 layer = attention[j] if isinstance(attention, StageAttention) else None
+                # What is given away may be changed in place.
+                copy = self.features_only and j == len(stage) - 1
                 if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(_run_block, block, layer, x, history, use_reentrant=False)
+                    x = checkpoint(_run_block, block, layer, x, history, copy, use_reentrant=False)
                 else:
-                    x = _run_block(block, layer, x, history)
+                    x = _run_block(block, layer, x, history, copy)
             maps.append(x)
         return maps
 
@@ -142,12 +144,14 @@ class ResNet(nn.Module):
         return scores
 
 
-def _run_block(block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any) -> Tensor:
+def _run_block(
+    block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any, copy: bool
+) -> Tensor:
     x = block(x)
     if layer is None:
         return x
-    # Nothing here changes a map in place that anybody else may have.
-    out: Tensor = layer(x, history, copy=False) if isinstance(layer, ELA) else layer(x, history)
+    # Nothing between the blocks changes a map in place that anybody else may have.
+    out: Tensor = layer(x, history, copy=copy) if isinstance(layer, ELA) else layer(x, history)
     return out
 
 

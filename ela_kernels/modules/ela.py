@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention, Turn, passed_on
-from ela_kernels.modules.observations import Totals, refuse_static_graph
+from ela_kernels.modules.layer_attention import LayerAttention, Turn, has_hooks, passed_on
+from ela_kernels.modules.observations import Totals, outside_of_transforms, refuse_static_graph
 from ela_kernels.modules.residual import residual_block
 from ela_kernels.modules.skipping import SKIP_MODES, SkipMode, Skipping, check_skip
 from ela_kernels.ops.layer_attention import LayerHistory
@@ -89,7 +89,7 @@ class ELA(Skipping):
         self.stage: int | None = None
         self.place: int | None = None
         self.is_first = False  # in any of its stages
-        self._readers = Readers()
+        self.readers = Readers()
         # From a checkpoint: whether the pair was read then, and whether the layer was skipped.
         self._was_read: bool | None = None
         self.was_skipped = False
@@ -110,7 +110,7 @@ class ELA(Skipping):
         place = history.position
         recomputing = history.recomputing
         turns = history.turns
-        turns.begin(self, self.number)
+        turns.begin(self, self.number, recomputing)
         gives = False
         try:
             # A compiled graph would be made for what they were; setting them takes longer than to look.
@@ -135,22 +135,27 @@ class ELA(Skipping):
                 gives = True
                 out = residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
                 if watched:
-                    self._observe(history.kl)
+                    self._observe(history.kl, history.has_divergence)
                 return out
             gives = True
             return self._decided(x, history, watched)
         finally:
-            turns.end(self._readers if gives and not recomputing else None)
+            turns.end(self.readers if gives and not recomputing else None)
 
     def _pass(self, x: Tensor, history: LayerHistory, probe: bool, copy: bool) -> Tensor:
         """Leave out the retrieval; give key and value where the skip mode says so."""
         attn, provides = self.attn, self.skip == "retrieval"
         if attn is None or not (provides or probe):
             history.pass_by(caller=self)
-            return passed_on(x, copy)
+            return passed_on(x, copy or (not torch.compiler.is_compiling() and has_hooks(self)))
         # By its call, not by a method of it: wrappers and hooks work there.
+        # Hooks may change what they get in place; a compiled graph copies where that needs it.
+        copy = copy or (not torch.compiler.is_compiling() and has_hooks(self, attn))
         turn = Turn(provides=provides, probe=self._observe if probe else None, copy=copy)
         out: Tensor = attn(x, history, turn=turn)
+        if out.dtype != x.dtype and out.dtype != torch.promote_types(out.dtype, x.dtype):
+            # A wrapper (mixed precision of FSDP, say) cast what went in. Not x alone: backward hooks are on `out`.
+            out = torch.where(x.new_zeros((), dtype=torch.bool), out, x)
         if probe:
             self.probe_next = False
         if not provides:
@@ -164,7 +169,8 @@ class ELA(Skipping):
         active = self.decision[0] < 0.5
         turn = Turn(active, active if self.skip == "layer" else None)
         o = self.attn(x, history, turn=turn)
-        if watched and history.kl is not None:
+        # Inside a transform of torch.func the layer is one of several models.
+        if watched and history.kl is not None and torch.compiler.is_compiling():
             self.totals.add(history.kl, history.has_divergence)
         # The norm of a skipped layer keeps its running statistics: it works on copies.
         buffers = dict(self.norm.named_buffers())
@@ -175,35 +181,37 @@ class ELA(Skipping):
                 buffer.copy_(torch.where(active, copies[name], buffer))
         return torch.where(active, out, x)
 
-    def _observe(self, kl: Tensor | None) -> None:
+    def _observe(self, kl: Tensor | None, is_seen: Tensor | None = None) -> None:
+        """Keep a divergence; `is_seen`: whether it is one, where that is data, after layers that are compiled."""
         if kl is None:
             return
         refuse_static_graph()
-        if len(self.observations) < MOST_OBSERVATIONS:
-            self.observations.append(kl.detach())
+        found = outside_of_transforms(kl.detach())
+        if found is None:
+            return
+        if is_seen is not None:
+            self.totals.add(found, is_seen)
+        elif len(self.observations) < MOST_OBSERVATIONS:
+            self.observations.append(found)
 
     def is_read(self) -> bool | None:
         """Whether a layer that retrieves now, or another reader, reads this one's pair; None where it is not known.
 
         Learnt from the passes, or from a checkpoint, where it stands for the decisions then.
         """
-        return self._readers.retrieve() if self._readers.known else self._was_read
+        return self.readers.retrieve() if self.readers.known else self._was_read
 
-    @property
-    def has_run(self) -> bool:
-        """Whether the layer gave a pair to a history in this process, so that it is known who reads it."""
-        return self._readers.known
-
-    def remove_unused(self, provides: bool) -> None:
+    def remove_unused(self, provides: bool, keeps_query: bool = False) -> None:
         """Remove, for good, the parameters that a skipped layer does not need.
 
         Args:
             provides: keep what makes the key and the value. Otherwise the layer is empty from then on.
+            keeps_query: keep what makes the query too, for somebody else who retrieves with the same module.
         """
         self.norm = None
         if not provides:
             self.attn = None
-        elif self.attn is not None:
+        elif self.attn is not None and not keeps_query:
             for module in self.attn.modules():  # a wrapper may be around it
                 if isinstance(module, LayerAttention):
                     module.register_module("Wq", None)
@@ -215,24 +223,26 @@ class ELA(Skipping):
         self.skipped = self.pruned
 
     def get_extra_state(self) -> Tensor:
-        """One tensor: skipped, index of the skip mode, place in the stage, pruned (2: emptied), whether it is read.
+        """One tensor: skipped, index of the skip mode, place in the stage, pruned (2: emptied), whether it is read, and
+        whether it was skipped when that was learnt.
 
-        Place and the last are -1 where they are not known.
+        Place and whether it is read are -1 where they are not known.
         """
         place = -1 if self.place is None else self.place
         pruned = 0 if not self.pruned else 2 if self.attn is None else 1
-        is_read = self.is_read()
+        is_read = self._may_be_read()
         numbers = [
             int(self.skipped),
             SKIP_MODES.index(self.skip),
             place,
             pruned,
             -1 if is_read is None else int(is_read),
+            int(self._skipped_then()),
         ]
         return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` gave, now or in an earlier version, which did not know the last."""
+        """Take over what :meth:`get_extra_state` gave, now or in an earlier version, without the last two."""
         skipped, mode, place, _, *later = (int(s) for s in state.tolist())
         if self.pruned and not skipped:
             raise ValueError(
@@ -247,7 +257,15 @@ class ELA(Skipping):
         if self.stage is None:  # what this model's own passes have shown counts for more
             self.place, self.is_first = None if place < 0 else place, place == 0
         self._was_read = bool(later[0]) if later and later[0] >= 0 else None
-        self.was_skipped = bool(skipped)
+        self.was_skipped = bool(later[1]) if len(later) > 1 else bool(skipped)
+
+    def _may_be_read(self) -> bool | None:
+        """:meth:`is_read` for a copy: with what was known before, since not all readers need have run since then."""
+        return self._was_read or self.is_read()
+
+    def _skipped_then(self) -> bool:
+        """Whether the layer was skipped when it was last learnt who reads whom."""
+        return self.skipped if self.readers.came_by else self.was_skipped
 
     def _load_from_state_dict(
         self,
@@ -265,7 +283,9 @@ class ELA(Skipping):
             pruned = int(extra[3])
             if pruned:
                 # Before the children are loaded, so that none of them misses its parameters.
-                self.remove_unused(provides=pruned == 1)
+                # A module that somebody else retrieves with has its query's filter still.
+                queries = (k.startswith(prefix + "attn.") and ".Wq." in k for k in state_dict)
+                self.remove_unused(provides=pruned == 1, keeps_query=any(queries))
             elif decision in state_dict:
                 # In an average of checkpoints the buffer was averaged, and the rest is that of one of them.
                 state_dict = {**state_dict, key: extra.clone()}
@@ -279,7 +299,8 @@ class ELA(Skipping):
             missing_keys.remove(decision)
         if key in missing_keys:
             missing_keys.remove(key)
-            if decision not in state_dict:
+            # A checkpoint that has nothing of this layer (of a head alone, say) says nothing about it either.
+            if decision not in state_dict and any(k.startswith(prefix) for k in state_dict):
                 self.skipped = self.pruned
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -291,8 +312,8 @@ class ELA(Skipping):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts without the observations of the step under way, and with no EBQM attached.
         state = super().__getstate__()
-        state["_was_read"], state["was_skipped"] = self.is_read(), self.skipped
-        for name in ("observations", "totals", "watchers", "_readers", "number"):
+        state["_was_read"], state["was_skipped"] = self._may_be_read(), self._skipped_then()
+        for name in ("observations", "totals", "watchers", "readers", "number"):
             del state[name]
         state["watched"] = state["probe_next"] = False
         return state
@@ -300,7 +321,7 @@ class ELA(Skipping):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.observations, self.watchers = [], weakref.WeakSet()
-        self.totals, self._readers, self.number, self.stage = (
+        self.totals, self.readers, self.number, self.stage = (
             Totals(),
             Readers(),
             next(_numbers),

@@ -57,6 +57,19 @@ def totals_of(kl: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     )
 
 
+def outside_of_transforms(kl: Tensor) -> Tensor | None:
+    """`kl` without what `torch.func.grad` and its like wrap around it, and which means nothing once they have ended.
+
+    None under `torch.func.vmap`: samples or models apart are no pass of this model.
+    """
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(kl):
+        if not functorch.is_gradtrackingtensor(kl):
+            return None
+        kl = functorch.get_unwrapped(kl)
+    return kl
+
+
 def _dtype_on(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 

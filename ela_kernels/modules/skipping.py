@@ -131,6 +131,8 @@ class Skipping(nn.Module):
             if after.dtype != torch.float32:
                 after = self._buffers["decision"] = torch.empty_like(after, dtype=torch.float32)
             with torch.no_grad():
+                if after.is_inference() and not torch.is_inference_mode_enabled():
+                    after = self._buffers["decision"] = after.clone()
                 for place, number in enumerate(values):
                     after[place] = number
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from support.ela_models import CHANNELS, Network, batch, plant, skipped, train
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import ela_kernels as ek
@@ -89,6 +91,80 @@ class TestPassesThatAreNoTraining:
         network.layers[2].attn = checkpoint_wrapper(network.layers[2].attn)
         network(batch()).sum().backward()
         assert [len(layer.observations) for layer in network.layers] == [0, 1, 1]
+
+
+class TestTransforms:
+    """torch.func works on wrappers of tensors that mean nothing once it has ended."""
+
+    def network(self) -> Network:
+        return Network((3,), norm_layer=lambda dim: nn.GroupNorm(2, dim))
+
+    def test_gradients_of_each_sample_are_no_pass(self) -> None:
+        network = self.network()
+        ebqm = ek.EBQM(network, probe_interval=1)
+        network.layers[1].skipped = True
+
+        def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+            return functional_call(network, parameters, (x[None],)).square().mean()
+
+        parameters = {name: p.detach() for name, p in network.named_parameters()}
+        for _ in range(2):
+            vmap(grad(loss), (None, 0))(parameters, batch())
+            ebqm.step()
+        assert seen(ebqm) == [False] * 3
+
+    def test_a_gradient_is_one(self) -> None:
+        network, x = self.network(), batch()
+        ebqm, other = ek.EBQM(network, probe_interval=1), copy.deepcopy(network)
+        plain = ek.EBQM(other, probe_interval=1)
+
+        def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+            return functional_call(network, parameters, (x,)).square().mean()
+
+        for _ in range(2):
+            grad(loss)({name: p.detach() for name, p in network.named_parameters()})
+            other(x).sum().backward()
+            for each in (ebqm, plain):
+                each.step()
+                each.model.layers[1].skipped = True
+        found, want = ebqm.report().layers, plain.report().layers
+        for layer, wanted in zip(found[1:], want[1:], strict=True):
+            assert layer.divergence == pytest.approx(wanted.divergence, rel=1e-4)
+
+    def test_an_ensemble_is_no_pass_of_one_of_its_models(self) -> None:
+        networks = [Network((3,)) for _ in range(2)]
+        networks[1].layers[1].skipped = True
+        ebqm = ek.EBQM(networks[0])
+        parameters, buffers = stack_module_state(networks)
+        x = batch()
+        out = vmap(lambda p, b: functional_call(networks[0], (p, b), (x,)))(parameters, buffers)
+        ebqm.step()
+        assert seen(ebqm) == [False] * 3
+        want = torch.stack([network(x) for network in networks])
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+def test_what_one_left_behind_that_was_dropped() -> None:
+    network = Network((3,))
+    ebqm = ek.EBQM(network)
+    network(batch())
+    del ebqm
+    gc.collect()
+    ebqm = ek.EBQM(network)
+    ebqm.step()
+    assert seen(ebqm) == [False] * 3
+
+
+def test_nothing_retrieved_before_in_a_compiled_layer() -> None:
+    torch._dynamo.reset()
+    network = Network((3,))
+    ebqm = ek.EBQM(network)
+    network.layers[0].skipped = True
+    network.layers[0].compile(backend="eager")
+    network(batch())
+    ebqm.step()
+    assert ebqm._statistics.read()[:2] == [None, None]
+    assert seen(ebqm) == [False, False, True]
 
 
 class TestTwo:

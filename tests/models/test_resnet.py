@@ -200,6 +200,30 @@ def test_bad_options_are_named(options, message):
         resnet20(**options)
 
 
+@pytest.mark.parametrize("skip", [False, True])
+def test_maps_given_away_may_be_changed_in_place(skip):
+    model = small(attention="ela", features_only=True)
+    model.attentions[-1][-1].skipped = skip
+    kept = []
+    model.stages[-1][-1].register_forward_hook(lambda _, __, out: kept.append((out, out.clone())))
+    last = model(images())[-1]
+    last.mul_(2.0)
+    assert torch.equal(*kept[0])
+    last.sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["retrieval", "layer"])
+@pytest.mark.parametrize("of", ["the layer", "its attention"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_hooks_may_change_the_output_in_place(mode, of, skip):
+    model = small(attention="ela", skip=mode)
+    layer = model.attentions[0][1]
+    layer.skipped = skip
+    hooked = layer if of == "the layer" else layer.attn
+    hooked.register_forward_hook(lambda _, __, out: out.mul_(2.0))
+    model(images()).sum().backward()
+
+
 def test_bad_names_are_named():
     with pytest.raises(ValueError, match="name: got 'resnet21'"):
         build_model("resnet21")

@@ -120,6 +120,19 @@ class TestMoves:
             layer.reset_parameters()
         assert skipped(network) == set()
 
+    def test_of_a_model_made_in_inference_mode(self) -> None:
+        with torch.inference_mode():
+            network = Network((3,)).eval()
+        network.layers[1].skipped = True
+        network.to("cpu")
+        network.float()
+        assert skipped(network) == {1}
+        with torch.inference_mode():
+            network.to(torch.float64)
+        network.layers[2].skipped = True
+        network.to("cpu")
+        assert skipped(network) == {1, 2}
+
     def test_meta_modules_show_and_save_themselves(self) -> None:
         with torch.device("meta"):
             network = Network((2,))
@@ -231,6 +244,12 @@ class TestStateDicts:
         other = Network((5,))
         other.load_state_dict(decided().state_dict(), assign=True)
         assert skipped(other) == {1, 3}
+
+    def test_of_other_parts_of_the_model_alone(self) -> None:
+        network = decided()
+        network.head = nn.Linear(2, 2)
+        network.load_state_dict({"head.bias": torch.ones(2)}, strict=False)
+        assert skipped(network) == {1, 3}
 
     def test_a_pickle_of_a_layer_that_had_attributes(self) -> None:
         layer = ek.ELA(CHANNELS, skip="layer")

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from support.ela_models import Network
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import ela_kernels as ek
 
@@ -63,6 +63,24 @@ def gradients(network: nn.Module, x: Tensor) -> list[Tensor | None]:
     return found
 
 
+def mixed(mesh: DeviceMesh, x: Tensor) -> list[object]:
+    """What a skipped layer makes of its input where only its attention works in half precision."""
+    wrong: list[object] = []
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for mode, new in itertools.product(("retrieval", "layer"), (False, True)):
+        layers = WithConvolution(mode).layers
+        layers[1].skipped = True
+        for layer in layers[:2]:
+            fully_shard(layer.attn, mesh=mesh, mp_policy=policy)
+        history = ek.LayerHistory()
+        before = layers[0](x, history)
+        after = layers[1](before, history, copy=new)
+        after.sum().backward()
+        if after.dtype != before.dtype or not torch.equal(after, before):
+            wrong.append((mode, new, after.dtype))
+    return wrong
+
+
 def run(rank: int, processes: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -104,5 +122,7 @@ def run(rank: int, processes: int, folder: str) -> None:
         seen = [len(layer.observations) for layer in sharded.layers]
         if not same or seen != [len(layer.observations) for layer in plain.layers]:
             wrong.append((way.__name__, mode, sorted(skip), backend, probes, same, seen))
+    ek.use_backend("auto")
+    wrong += mixed(mesh, mine)
     torch.save(wrong, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()

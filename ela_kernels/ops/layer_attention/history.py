@@ -357,6 +357,7 @@ class LayerHistory:
         Returns:
             `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
         """
+        self.turns.note_read()
         held, _, prev = self._read_by(q, self._now)
         keys = [*(key.detach() for key in held), k.detach()]
         prev = None if prev is None else prev.detach()

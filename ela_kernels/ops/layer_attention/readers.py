@@ -14,27 +14,29 @@ class Skippable(Protocol):
     @property
     def skipped(self) -> bool: ...
 
+    @property
+    def readers(self) -> Readers: ...
+
 
 class Readers:
-    """Everybody who retrieved a layer's pair, in all histories that the layer gave one to.
+    """Everybody who can retrieve a layer's pair, in all histories that the layer gave one to.
 
-    Layers that can be skipped are held weakly: whether they retrieve is asked of them later. Any other reader (a
-    `LayerAttention` of its own, a call of :meth:`ela_kernels.LayerHistory.attend`) is taken to go on reading.
+    Layers that can be skipped count, skipped or not, and are held weakly: whether they retrieve is asked of them later.
+    Any other reader (a `LayerAttention` of its own, a call of :meth:`ela_kernels.LayerHistory.attend`) is taken to go
+    on reading.
     """
 
-    __slots__ = ("_layers", "known", "others")
+    __slots__ = ("_layers", "came_by", "known", "others")
 
     def __init__(self) -> None:
         self.known = False  # whether the layer gave a pair to any history
+        self.came_by = False  # whether the layer was called outside of compiled graphs, so that it is among readers
         self.others = False
         self._layers: set[weakref.ref[Skippable]] = set()
 
-    def add(self, reader: weakref.ref[Skippable] | None) -> None:
-        """`reader` retrieved the pair; None for one that cannot be skipped."""
-        if reader is None:
-            self.others = True
-        else:
-            self._layers.add(reader)
+    def add(self, reader: weakref.ref[Skippable]) -> None:
+        """`reader` came by after the pair was given."""
+        self._layers.add(reader)
 
     def retrieve(self) -> bool:
         """Whether one of them would retrieve the pair in a pass now."""
@@ -54,31 +56,36 @@ class Turns:
         watched: whether EBQM watches one of them.
     """
 
-    __slots__ = ("_given_by", "_reader", "stage", "watched")
+    __slots__ = ("_given_by", "_is_on", "stage", "watched")
 
     def __init__(self) -> None:
         self.stage: int | None = None
         self.watched = False
         self._given_by: list[Readers] = []
-        self._reader: weakref.ref[Skippable] | None = None
+        self._is_on = False
 
-    def begin(self, layer: Skippable, number: int) -> None:
-        """`layer`, whose number this is, is the one that reads until :meth:`end`."""
+    def begin(self, layer: Skippable, number: int, recomputing: bool) -> None:
+        """`layer`, whose number this is, may read until :meth:`end`."""
         if self.stage is None:
             self.stage = number
-        if not torch.compiler.is_compiling():
-            self._reader = weakref.ref(layer)
+        self._is_on = True
+        if recomputing or torch.compiler.is_compiling():
+            return
+        layer.readers.came_by = True
+        # Skipped or not: it may come back.
+        reader = weakref.ref(layer)
+        for readers in self._given_by:
+            readers.add(reader)
 
     def end(self, readers: Readers | None) -> None:
-        """The turn is over. Who retrieves from now on is one of `readers`; None where no pair was given."""
-        self._reader = None
+        """The turn is over. Who comes by from now on is one of `readers`; None where no pair was given."""
+        self._is_on = False
         if readers is not None and not torch.compiler.is_compiling():
             readers.known = True
             self._given_by.append(readers)
 
     def note_read(self) -> None:
-        """All pairs held are read, by the layer whose turn it is, or by somebody else."""
-        if torch.compiler.is_compiling():
-            return
-        for readers in self._given_by:
-            readers.add(self._reader)
+        """All pairs held are read: outside of a turn by somebody who cannot be skipped."""
+        if not self._is_on:
+            for readers in self._given_by:
+                readers.others = True
