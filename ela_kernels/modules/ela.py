@@ -128,12 +128,13 @@ class ELA(Skipping):
                 if self.skipped:
                     gives = self.attn is not None and self.skip == "retrieval"
                     return self._pass(x, history, watched and self.probe_next, copy)
-                if self.attn is None or self.norm is None:
+                attn, norm = self.attn, self.norm
+                if attn is None or norm is None:
                     raise RuntimeError(
                         "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
                     )
                 gives = True
-                out = residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
+                out = residual_block(attn, norm, self.act, self.drop_path, x, history)
                 if watched:
                     self._observe(history.kl, history.has_divergence)
                 return out
@@ -166,7 +167,7 @@ class ELA(Skipping):
         """The block where the decision is data: worked out either way, and `x` where the layer is skipped."""
         assert self.attn is not None
         assert self.norm is not None
-        active = self.decision[0] < 0.5
+        active = ~(self.decision[0] > 0.5)  # as in eager PyTorch, at the half and at NaN too
         turn = Turn(active, active if self.skip == "layer" else None)
         o = self.attn(x, history, turn=turn)
         # Inside a transform of torch.func the layer is one of several models.

@@ -99,7 +99,8 @@ class Skipping(nn.Module):
         return self._last
 
     def _know(self, value: Decision) -> None:
-        self._last, self._last_mode = value, value[1]
+        if value != self._last:  # an attribute of a module takes long to set
+            self._last, self._last_mode = value, value[1]
 
     def _decide(self, value: Decision) -> None:
         self._know(value)
@@ -146,7 +147,8 @@ class Skipping(nn.Module):
         super().__setstate__(state)
         if "skipped" in self.__dict__:  # a pickle of a layer that kept its decision in attributes
             skipped, skip = self.__dict__.pop("skipped"), self.__dict__.pop("skip")
-            self._know((bool(skipped), SKIP_MODES.index(skip)))
+            self._last = (bool(skipped), SKIP_MODES.index(skip))
+            self._last_mode = self._last[1]
             self._read_at = None
             if not self.pruned:
                 decision = torch.tensor(self._last, dtype=torch.float32, device="cpu")

@@ -123,6 +123,14 @@ def test_an_average_that_was_compiled_follows_the_decisions() -> None:
         torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("number", [0.5, float("nan"), 0.50001])
+def test_between_two_decisions_it_does_what_eager_does(number: float) -> None:
+    network, x = Network((3,)).eval(), batch()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    network.layers[1].decision[0] = number
+    torch.testing.assert_close(compiled(x), network(x))
+
+
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d, lambda dim: nn.GroupNorm(4, dim), lambda _: nn.Identity()]
 )
