@@ -21,6 +21,9 @@ FACTORIES = frozenset(f.__name__.removeprefix("fft_") for f in _device_construct
 
 # By file and function: why the user's default device is right there.
 ALLOWED = {
+    ("modules/skipping.py", "Skipping.__init__"): (
+        "a buffer is made beside the parameters, which are made on the default device"
+    ),
     ("modules/light.py", "LightLayerAttention.__init__"): (
         "parameters are made on the default device, as PyTorch's own modules make theirs"
     ),

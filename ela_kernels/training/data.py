@@ -106,16 +106,18 @@ def crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
     """Each image moved by up to `padding` pixels either way, filled up with zeros."""
     batch, _, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    top, left = torch.randint(2 * padding + 1, (2, batch, 1, 1), generator=generator)
-    rows = (top + torch.arange(height).view(1, -1, 1)).expand(batch, height, width)
-    columns = (left + torch.arange(width).view(1, 1, -1)).expand(batch, height, width)
-    number = torch.arange(batch).view(-1, 1, 1)
+    device = images.device
+    shape = (2, batch, 1, 1)
+    top, left = torch.randint(2 * padding + 1, shape, generator=generator, device=device)
+    rows = (top + torch.arange(height, device=device).view(1, -1, 1)).expand(batch, height, width)
+    columns = (left + torch.arange(width, device=device)).expand(batch, height, width)
+    number = torch.arange(batch, device=device).view(-1, 1, 1)
     return padded[number, :, rows, columns].permute(0, 3, 1, 2).contiguous()
 
 
 def flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image mirrored left to right with probability one half."""
-    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    mirrored = torch.rand((len(images), 1, 1, 1), generator=generator, device=images.device) < 0.5
     return torch.where(mirrored, images.flip(-1), images)
 
 
@@ -236,7 +238,7 @@ def _cifar_images(files: list[Path], label: bytes, classes: int) -> tuple[Tensor
                 f"data-dir: {path} has the label {wrong[0]!r}; allowed are ints from 0 to {classes - 1}"
             )
         images.append(torch.from_numpy(pixels.copy()).view(-1, 3, 32, 32))
-        labels.append(torch.tensor(numbers))
+        labels.append(torch.tensor(numbers, device="cpu"))
     return torch.cat(images), torch.cat(labels)
 
 
@@ -272,7 +274,7 @@ def _folder(folder: Path, side: int) -> Task:
                 f"data-dir: no image found under {folder / part}. Expected are {layout} "
                 f"(files: {', '.join(IMAGE_SUFFIXES)})"
             )
-        parts.append(FolderImages(paths, torch.tensor(labels), side))
+        parts.append(FolderImages(paths, torch.tensor(labels, device="cpu"), side))
     return Task(parts[0], parts[1], classes, 3, crop_and_flip)
 
 

@@ -59,7 +59,8 @@ class FolderImages:
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
             images = torch.stack(list(pool.map(self._decode, paths)))
         mean, deviation = (
-            torch.tensor(m).view(1, 3, 1, 1) for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
+            torch.tensor(m, device="cpu").view(1, 3, 1, 1)
+            for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
         )
         return (images.float() / 255 - mean) / deviation
 

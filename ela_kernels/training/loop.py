@@ -176,7 +176,8 @@ class Trainer:
         self.model.eval()
         self.processes.copy_first(self.model.buffers())
         totals = self._no_totals()
-        indices = torch.arange(self.processes.rank, len(self.task.test), self.processes.count)
+        first, last, step = self.processes.rank, len(self.task.test), self.processes.count
+        indices = torch.arange(first, last, step, device="cpu")
         for part in indices.split(self.options.batch_size):
             images, labels = self._to_device(self.task.test, part)
             with self._autocast():
@@ -254,7 +255,8 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"][self.processes.rank], self.device)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.task.train), generator=self._generator(_ORDER))
+        generator = self._generator(_ORDER)
+        order = torch.randperm(len(self.task.train), generator=generator, device="cpu")
         batches = range(self.batch, self.steps_per_epoch)
         if self.workers == 0:
             for batch in batches:
@@ -344,7 +346,7 @@ def _totals(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _first(images: Images) -> tuple[Tensor, Tensor]:
-    part = torch.tensor([0])
+    part = torch.tensor([0], device="cpu")
     return images.read(part), images.labels[part]
 
 

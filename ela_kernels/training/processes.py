@@ -34,7 +34,7 @@ class Processes:
         """The largest of the processes' flags, without waiting for a device."""
         if self.count == 1:
             return flag
-        shared = torch.tensor(flag)
+        shared = torch.tensor(flag, device="cpu")
         distributed.all_reduce(shared, op=distributed.ReduceOp.MAX, group=self.hosts)
         return int(shared)
 

@@ -136,7 +136,7 @@ def _moments(saved: Mapping[str, Any], trainer: Trainer) -> None:
             raise _UnfitError(f"{where}; allowed are those from 0 to {len(parameters) - 1}")
         _entries(where, state, _MOMENTS[trainer.options.optimizer])
         for name, value in state.items():
-            expected = torch.zeros(()) if name == "step" else parameters[number]
+            expected = torch.zeros((), device="cpu") if name == "step" else parameters[number]
             _like(f"{where}, {name}", value, expected)
             if name in ("step", "exp_avg_sq") and bool((value < 0).any()):
                 raise _UnfitError(f"{where}, {name} is negative")
@@ -185,7 +185,7 @@ def _scaler(saved: Any, trainer: Trainer) -> None:
 def _sums(state: Mapping[str, Any], trainer: Trainer) -> None:
     """Loss, right answers and images of the epoch so far, and the part of them that a log has had."""
     for name in ("totals", "reported"):
-        _like(name, state[name], torch.zeros(3, dtype=torch.float64))
+        _like(name, state[name], torch.zeros(3, dtype=torch.float64, device="cpu"))
         if not bool((state[name].isfinite() & (state[name] >= 0)).all()):
             raise _UnfitError(
                 f"{name} is {state[name].tolist()}; allowed are numbers of at least 0"
@@ -237,7 +237,7 @@ def _layers(state: Mapping[str, Any], trainer: Trainer) -> None:
         for name, value in ebqm.state_dict().items():
             if name in ("statistics", "skipped", "reasons", "since") and name in saved:
                 _like(f"ebqm, {name}", saved[name], value)
-        if not bool(saved.get("statistics", torch.zeros(())).isfinite().all()):
+        if not bool(saved.get("statistics", torch.zeros((), device="cpu")).isfinite().all()):
             raise _UnfitError("ebqm, statistics has values that are not finite")
     # One call, so that the copy of EBQM watches the copy of the model.
     model, watching = copy.deepcopy((trainer.model, ebqm))
