@@ -18,7 +18,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.layer_attention.history import graph_task
+from ela_kernels.ops.layer_attention.places import graph_task
 
 Attention = Literal["none", "mrla", "mrla_light", "ela"]
 ATTENTIONS: tuple[str, ...] = get_args(Attention)

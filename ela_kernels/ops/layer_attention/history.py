@@ -31,23 +31,14 @@ from ela_kernels.ops.layer_attention.kernels import (
 from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, LayerChoice
 from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS
+from ela_kernels.ops.layer_attention.places import Places
 from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
 from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.readers import Turns
 from ela_kernels.ops.layer_attention.reference import accumulate_dtype
 
 
-def graph_task() -> int:
-    """Which backward pass is running in this thread; -1 outside of one."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
-
-
-def _never_recomputes() -> bool:
-    """True in inference mode: the weights of earlier layers need not stay. torch.compile cannot trace the question."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
-class LayerHistory:
+class LayerHistory(Places):
     """Keys, values and weights of the layers of one stage in one forward pass.
 
     Make one for each stage and forward pass, and hand it to every layer of the stage in turn. Equivalent
@@ -77,11 +68,8 @@ class LayerHistory:
     """
 
     def __init__(self) -> None:
-        self._now = Prefix()
-        self._latest = self._now
-        self._found_by: dict[Any, list[tuple[Prefix, bool]]] = {}
+        super().__init__()
         self._record = Record()
-        self._made_in = graph_task()
         self._layer_kernels = LayerChoice()
         self._decided: Decided | None = None
         self.turns = Turns()
@@ -96,16 +84,6 @@ class LayerHistory:
     def depth(self) -> int:
         """Number of key and value pairs held."""
         return len(self._now.pairs.keys)
-
-    @property
-    def position(self) -> int:
-        """Number of layers that came by, skipped ones included."""
-        return self._now.position
-
-    @property
-    def recomputing(self) -> bool:
-        """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
-        return graph_task() not in (-1, self._made_in)
 
     @property
     def weights(self) -> Tensor | None:
@@ -125,13 +103,13 @@ class LayerHistory:
     @property
     def keys(self) -> tuple[Tensor, ...]:
         """The keys held, `[B, C]` each."""
-        self.turns.note_read()
+        self._note_read()
         return self._now.pairs.keys
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The values held, `[B, C, *spatial]` each."""
-        self.turns.note_read()
+        self._note_read()
         return self._now.pairs.values
 
     def attend(
@@ -178,7 +156,7 @@ class LayerHistory:
         prefix = self._enter(caller, (q, k, v))
         heads = prefix.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
-        self.turns.note_read()
+        self._note_read()
         decided = self._decided_with(prefix, given, active is not None)
         kernels = self._kernels(q, prefix) if decided is None else None
         if kernels is not None:
@@ -282,7 +260,7 @@ class LayerHistory:
             return x + self.attend_layer(x, filters, heads=heads, caller=caller)
         x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
-        self.turns.note_read()
+        self._note_read()
         out, weights, kl, token, k, v = layer_pull(
             resolved(x), filters, prefix.weights, residual, prefix.token, link
         )
@@ -302,7 +280,7 @@ class LayerHistory:
         """
         x, filters = as_autocast(x, filters)
         prefix, heads, link = self._layer_link(x, filters, heads, caller)
-        self.turns.note_read()
+        self._note_read()
         found, statistics = block_pull(
             resolved(x), filters, epilogue, prefix.weights, prefix.token, link
         )
@@ -357,7 +335,7 @@ class LayerHistory:
         Returns:
             `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
         """
-        self.turns.note_read()
+        self._note_read()
         held, _, prev = self._read_by(q, self._now)
         keys = [*(key.detach() for key in held), k.detach()]
         prev = None if prev is None else prev.detach()
@@ -374,37 +352,9 @@ class LayerHistory:
             decided = Decided((None,) * len(prefix.pairs.keys))
         return decided._replace(given=(*decided.given, given))
 
-    def _place_of(self, caller: Any) -> Prefix:
-        """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""
-        found = self._found_by.get(caller) if self.recomputing and caller is not None else None
-        return found[0][0] if found else self._now
-
-    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...]) -> Prefix:
-        """The prefix that this layer extends: the present one, or its old one in a recomputation."""
+    def _note_read(self) -> None:
         if not self.recomputing:
-            if caller is not None and not _never_recomputes():
-                self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
-            return self._now
-        found = self._found_by.get(caller, []) if caller is not None else []
-        if len(found) != 1:
-            raise RuntimeError(
-                "caller: a LayerHistory is used in a backward pass that did not make it, and the layer's place in it "
-                f"is not clear ({len(found)} calls of this caller are on record; allowed is exactly one). Under "
-                "torch.utils.checkpoint pass caller=<the module>, and use each layer once for each history"
-            )
-        prefix, had_grad = found[0]
-        wants_grad = any(x is not None and x.requires_grad for x in inputs)
-        if wants_grad and not had_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "LayerHistory: got reentrant checkpointing, which would lose the gradients between layers; allowed is "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-        return prefix
-
-    def _leave(self, prefix: Prefix) -> None:
-        self._latest = prefix
-        if not self.recomputing:
-            self._now = prefix
+            self.turns.note_read()
 
     def _kernels(self, q: Tensor, prefix: Prefix) -> Kernels | None:
         """Those that serve this layer; None where the functional op, with its push form, does.

@@ -1,0 +1,72 @@
+"""Where in a history a layer stands: at its end, or, while a checkpoint recomputes the layer, where it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.ops.layer_attention.prefix import Prefix
+
+
+def graph_task() -> int:
+    """Which backward pass is running in this thread; -1 outside of one."""
+    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+
+
+def _never_recomputes() -> bool:
+    """True in inference mode: the weights of earlier layers need not stay. torch.compile cannot trace the question."""
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+
+
+class Places:
+    """The prefix that each layer of a history extends, and those that layers found, for their recomputation."""
+
+    def __init__(self) -> None:
+        self._now = Prefix()
+        self._latest = self._now
+        self._found_by: dict[Any, list[tuple[Prefix, bool]]] = {}
+        self._made_in = graph_task()
+
+    @property
+    def position(self) -> int:
+        """Number of layers that came by, skipped ones included."""
+        return self._now.position
+
+    @property
+    def recomputing(self) -> bool:
+        """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
+        return graph_task() not in (-1, self._made_in)
+
+    def _place_of(self, caller: Any) -> Prefix:
+        """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""
+        found = self._found_by.get(caller) if self.recomputing and caller is not None else None
+        return found[0][0] if found else self._now
+
+    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...]) -> Prefix:
+        """The prefix that this layer extends: the present one, or its old one in a recomputation."""
+        if not self.recomputing:
+            if caller is not None and not _never_recomputes():
+                self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
+            return self._now
+        found = self._found_by.get(caller, []) if caller is not None else []
+        if len(found) != 1:
+            raise RuntimeError(
+                "caller: a LayerHistory is used in a backward pass that did not make it, and the layer's place in it "
+                f"is not clear ({len(found)} calls of this caller are on record; allowed is exactly one). Under "
+                "torch.utils.checkpoint pass caller=<the module>, and use each layer once for each history"
+            )
+        prefix, had_grad = found[0]
+        wants_grad = any(x is not None and x.requires_grad for x in inputs)
+        if wants_grad and not had_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "LayerHistory: got reentrant checkpointing, which would lose the gradients between layers; allowed is "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        return prefix
+
+    def _leave(self, prefix: Prefix) -> None:
+        self._latest = prefix
+        if not self.recomputing:
+            self._now = prefix
