@@ -29,8 +29,8 @@ def prune(model: M) -> M:
 
     Args:
         model: a model with :class:`ela_kernels.ELA` layers that has run at least one forward pass in eager PyTorch
-            (compiled ones learn nothing), or that was copied or loaded from the checkpoint of one that has, with the
-            decisions of then or more layers skipped.
+            (compiled ones learn nothing), or that was copied or loaded from the checkpoint of one that has: then a pair
+            is kept that anybody may read, skipped or not, until a pass shows who.
 
     Returns:
         `model`.
@@ -83,18 +83,10 @@ def _serves(name: str, layer: ELA, layers: dict[str, ELA], outside: set[nn.Modul
             f"model: got a skipped layer {name!r} that has never run, so that it is not known who reads its key and "
             "value; allowed is a model after one forward pass in eager PyTorch (a compiled pass learns nothing)"
         )
-    retrieving = [other for other in layers.values() if not other.skipped]
-    if layer.readers.known:
-        # Of one that did not come by, or in a compiled graph, it is not known what it reads.
-        return is_read or not all(other.readers.came_by for other in retrieving)
-    if not is_read and any(other.place is None for other in retrieving):
-        return True  # put in since the copy or checkpoint, and never run
-    if not is_read:
-        for other_name, other in layers.items():
-            if other.was_skipped and not other.skipped:
-                raise ValueError(
-                    f"model: got a layer {other_name!r} that was skipped in the checkpoint or copy that this model "
-                    f"comes from, and retrieves now, so that it is not known whether it reads what {name!r} gives; "
-                    "allowed is a model after one forward pass"
-                )
-    return is_read
+    # Of one that never ran, or in compiled graphs alone, it is not known what it reads.
+    is_known = [
+        other.readers.came_by if layer.readers.known else other.place is not None
+        for other in layers.values()
+        if not other.skipped
+    ]
+    return is_read or not all(is_known)

@@ -90,9 +90,7 @@ class ELA(Skipping):
         self.place: int | None = None
         self.is_first = False  # in any of its stages
         self.readers = Readers()
-        # From a checkpoint: whether the pair was read then, and whether the layer was skipped.
-        self._was_read: bool | None = None
-        self.was_skipped = False
+        self._had_readers: bool | None = None  # before it was copied or saved; None: not known
 
     def forward(self, x: Tensor, history: LayerHistory, copy: bool = True) -> Tensor:
         """The block's output, shape and dtype of `x`.
@@ -196,11 +194,18 @@ class ELA(Skipping):
             self.observations.append(found)
 
     def is_read(self) -> bool | None:
-        """Whether a layer that retrieves now, or another reader, reads this one's pair; None where it is not known.
+        """Whether somebody who retrieves now reads this layer's pair; None where it is not known.
 
-        Learnt from the passes, or from a checkpoint, where it stands for the decisions then.
+        Learnt from the passes. After a copy or a checkpoint, until the next pass: whether anybody may read it at all,
+        since it is not known who.
         """
-        return self.readers.retrieve() if self.readers.known else self._was_read
+        return self.readers.retrieve() if self.readers.known else self._had_readers
+
+    def _has_readers(self) -> bool | None:
+        """Whether anybody may read the pair, whatever the decisions, by all passes of this model and its originals."""
+        if not self.readers.known:
+            return self._had_readers
+        return bool(self._had_readers) or self.readers.exist()
 
     def remove_unused(self, provides: bool, keeps_query: bool = False) -> None:
         """Remove, for good, the parameters that a skipped layer does not need.
@@ -224,26 +229,24 @@ class ELA(Skipping):
         self.skipped = self.pruned
 
     def get_extra_state(self) -> Tensor:
-        """One tensor: skipped, index of the skip mode, place in the stage, pruned (2: emptied), whether it is read, and
-        whether it was skipped when that was learnt.
+        """One tensor: skipped, number of the skip mode, place in the stage, pruned (2: emptied), whether it is read.
 
-        Place and whether it is read are -1 where they are not known.
+        Place and the last are -1 where they are not known.
         """
         place = -1 if self.place is None else self.place
         pruned = 0 if not self.pruned else 2 if self.attn is None else 1
-        is_read = self._may_be_read()
+        has_readers = self._has_readers()
         numbers = [
             int(self.skipped),
             SKIP_MODES.index(self.skip),
             place,
             pruned,
-            -1 if is_read is None else int(is_read),
-            int(self._skipped_then()),
+            -1 if has_readers is None else int(has_readers),
         ]
         return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` gave, now or in an earlier version, without the last two."""
+        """Take over what :meth:`get_extra_state` gave, now or in an earlier version, without the last."""
         skipped, mode, place, _, *later = (int(s) for s in state.tolist())
         if self.pruned and not skipped:
             raise ValueError(
@@ -257,16 +260,7 @@ class ELA(Skipping):
             self.skip = check_skip(SKIP_MODES[mode])
         if self.stage is None:  # what this model's own passes have shown counts for more
             self.place, self.is_first = None if place < 0 else place, place == 0
-        self._was_read = bool(later[0]) if later and later[0] >= 0 else None
-        self.was_skipped = bool(later[1]) if len(later) > 1 else bool(skipped)
-
-    def _may_be_read(self) -> bool | None:
-        """:meth:`is_read` for a copy: with what was known before, since not all readers need have run since then."""
-        return self._was_read or self.is_read()
-
-    def _skipped_then(self) -> bool:
-        """Whether the layer was skipped when it was last learnt who reads whom."""
-        return self.skipped if self.readers.came_by else self.was_skipped
+        self._had_readers = bool(later[0]) if later and later[0] >= 0 else None
 
     def _load_from_state_dict(
         self,
@@ -313,7 +307,7 @@ class ELA(Skipping):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle starts without the observations of the step under way, and with no EBQM attached.
         state = super().__getstate__()
-        state["_was_read"], state["was_skipped"] = self._may_be_read(), self._skipped_then()
+        state["_had_readers"] = self._has_readers()
         for name in ("observations", "totals", "watchers", "readers", "number"):
             del state[name]
         state["watched"] = state["probe_next"] = False
@@ -329,11 +323,7 @@ class ELA(Skipping):
             None,
         )
         self.watched = False
-        for name, value in (
-            ("_was_read", None),
-            ("was_skipped", self.skipped),
-            ("is_first", self.place == 0),
-        ):
+        for name, value in (("_had_readers", None), ("is_first", self.place == 0)):
             self.__dict__.setdefault(name, value)
         if "decision" in self._buffers:
             self.totals.to(self.decision.device)

@@ -98,8 +98,9 @@ class Options:
                 + ", ".join(
                     f"{n}={shown(theirs[n]) if n in theirs else 'missing'} "
                     f"(now {shown(mine[n]) if n in mine else 'missing'})"
-                    for n in differing
+                    for n in differing[:6]
                 )
+                + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
                 + ". Give the same ones, or train into another folder"
             )
 

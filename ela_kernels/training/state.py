@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,9 @@ ENTRIES = (
     *("options", "processes", "model", "optimizer", "schedule", "scaler", "ebqm", "epoch", "batch"),
     *("seconds", "history", "totals", "reported", "random"),
 )
+_LARGEST = 1e100
 # What a schedule's state has of the run so far; all else in it follows from the options.
-_PROGRESS = ("last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step")
+_PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 _MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
 
 
@@ -42,7 +42,7 @@ def check_state(state: Mapping[str, Any], trainer: Trainer, source: str) -> None
         trainer.options.check_same(state["options"], source)
         _progress(state, trainer)
         _model(state["model"], trainer)
-        _optimizer(state["optimizer"], trainer)
+        _optimizer(state["optimizer"], trainer, _steps(state, trainer))
         _schedule(state["schedule"], state["optimizer"], trainer, _steps(state, trainer))
         _scaler(state["scaler"], trainer)
         _sums(state, trainer)
@@ -64,9 +64,7 @@ def _progress(state: Mapping[str, Any], trainer: Trainer) -> None:
     epochs = trainer.options.epochs
     epoch = _count("epoch", state["epoch"], epochs)
     _count("batch", state["batch"], trainer.steps_per_epoch if epoch < epochs else 0)
-    seconds = state["seconds"]
-    if type(seconds) is not float or not (math.isfinite(seconds) and seconds >= 0):
-        raise _UnfitError(f"seconds is {shown(seconds)}; allowed is a number of at least 0")
+    _number("seconds", state["seconds"])
     history = state["history"]
     if not isinstance(history, list) or len(history) != epoch:
         raise _UnfitError(
@@ -75,10 +73,8 @@ def _progress(state: Mapping[str, Any], trainer: Trainer) -> None:
     for number, row in enumerate(history, 1):
         _entries(f"row {number} of history", row, COLUMNS)
         for name, value in row.items():
-            if type(value) not in (int, float):
-                raise _UnfitError(
-                    f"{name} in row {number} of history is {shown(value)}; allowed is a number"
-                )
+            most = 1.0 if name.endswith("accuracy") else _LARGEST
+            _number(f"{name} in row {number} of history", value, most)
         if row["epoch"] != number or row["step"] != number * trainer.steps_per_epoch:
             raise _UnfitError(
                 f"row {number} of history is of another epoch, or of another number of steps"
@@ -92,15 +88,20 @@ def _steps(state: Mapping[str, Any], trainer: Trainer) -> int:
 
 def _model(saved: Any, trainer: Trainer) -> None:
     expected = trainer.model.state_dict()
-    _entries("model", saved, expected)
-    for name, value in expected.items():
+    # Layers know by themselves what they wrote in earlier versions; all is loaded into a copy first.
+    ours = {k: v for k, v in expected.items() if not k.endswith((".decision", "._extra_state"))}
+    _mapping("model", saved)
+    _entries("model", {k: v for k, v in saved.items() if k in ours or k not in expected}, ours)
+    for name, value in ours.items():
         _like(f"model, {name}", saved[name], value)
+        if name.endswith("running_var") and bool((saved[name] < 0).any()):
+            raise _UnfitError(f"model, {name} has negative values")
     found = first_not_finite(saved, {"state": {}})
     if found is not None:
         raise _UnfitError(f"model, {found} has values that are not finite")
 
 
-def _optimizer(saved: Any, trainer: Trainer) -> None:
+def _optimizer(saved: Any, trainer: Trainer, steps: int) -> None:
     expected = trainer.optimizer.state_dict()
     _entries("optimizer", saved, expected)
     groups = saved["param_groups"]
@@ -112,29 +113,38 @@ def _optimizer(saved: Any, trainer: Trainer) -> None:
         where = f"optimizer, group {number}"
         _mapping(where, group)
         for name, value in present.items():
-            # Releases of PyTorch add settings with defaults.
+            # Releases of PyTorch add settings that are off by default, and one that names what AdamW does anyway.
+            added = value is None or value is False or name == "decoupled_weight_decay"
+            if name not in group and not added:
+                raise _UnfitError(f"{where} has no {name}; allowed is {shown(value)}")
             if name not in ("lr", "params") and not same(group.get(name, value), value):
-                raise _UnfitError(f"{where}, {name} is {shown(group[name])}; allowed is {value!r}")
+                raise _UnfitError(
+                    f"{where}, {name} is {shown(group[name])}; allowed is {shown(value)}"
+                )
         if not same(group.get("params"), present["params"]):
             raise _UnfitError(f"{where} has other parameters than this model's")
         lr = group.get("lr")
         # No schedule goes beyond it; a cosine's rate is a product of many rounded factors.
-        if type(lr) is not float or not 0 <= lr <= trainer.options.lr * (1 + 1e-6):
-            raise _UnfitError(
-                f"{where}, lr is {shown(lr)}; allowed is a number from 0 to {trainer.options.lr:g}"
-            )
-    _moments(saved, trainer)
+        _number(f"{where}, lr", lr, trainer.options.lr * (1 + 1e-6))
+    _moments(saved, trainer, steps)
 
 
-def _moments(saved: Mapping[str, Any], trainer: Trainer) -> None:
+def _moments(saved: Mapping[str, Any], trainer: Trainer, steps: int) -> None:
     """The optimizer's averages, one set a parameter that has had a gradient."""
+    options = trainer.options
     parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
     _mapping("optimizer, state", saved["state"])
+    averages = options.optimizer == "adamw" or options.momentum > 0
+    # The first steps in fp16 may all be left out. In other formats every layer is in use in the first step.
+    if steps and averages and options.amp != "fp16" and len(saved["state"]) < len(parameters):
+        raise _UnfitError(
+            f"optimizer, state is of {len(saved['state'])} parameters; allowed are all {len(parameters)}"
+        )
     for number, state in saved["state"].items():
         where = f"optimizer, state of parameter {shown(number)}"
         if type(number) is not int or not 0 <= number < len(parameters):
             raise _UnfitError(f"{where}; allowed are those from 0 to {len(parameters) - 1}")
-        _entries(where, state, _MOMENTS[trainer.options.optimizer])
+        _entries(where, state, _MOMENTS[options.optimizer])
         for name, value in state.items():
             expected = torch.zeros((), device="cpu") if name == "step" else parameters[number]
             _like(f"{where}, {name}", value, expected)
@@ -172,10 +182,7 @@ def _scaler(saved: Any, trainer: Trainer) -> None:
     expected = trainer.scaler.state_dict()
     _entries("scaler", saved, expected)
     for name, value in saved.items():
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            raise _UnfitError(
-                f"scaler, {name} is {shown(value)}; allowed is a number of at least 0"
-            )
+        _number(f"scaler, {name}", value)
         if name not in ("scale", "_growth_tracker") and value != expected[name]:
             raise _UnfitError(f"scaler, {name} is {value}; allowed is {expected[name]}")
     if saved.get("scale", 1.0) == 0:
@@ -228,34 +235,61 @@ def _layers(state: Mapping[str, Any], trainer: Trainer) -> None:
     saved, ebqm = state["ebqm"], trainer.ebqm
     if (saved is None) != (ebqm is None):
         raise _UnfitError(
-            f"ebqm is {shown(saved)}; allowed is {'a state' if ebqm is not None else 'None'}"
+            f"ebqm is {shown(saved)}; allowed is {'None' if ebqm is None else 'a state'}"
         )
     if ebqm is not None:
-        _mapping("ebqm", saved)
-        steps = _steps(state, trainer)
-        _count("ebqm, steps", saved.get("steps"), steps)
-        for name, value in ebqm.state_dict().items():
-            if name in ("statistics", "skipped", "reasons", "since") and name in saved:
-                _like(f"ebqm, {name}", saved[name], value)
-        if not bool(saved.get("statistics", torch.zeros((), device="cpu")).isfinite().all()):
-            raise _UnfitError("ebqm, statistics has values that are not finite")
+        _watching(saved, ebqm.state_dict(), _steps(state, trainer))
     # One call, so that the copy of EBQM watches the copy of the model.
     model, watching = copy.deepcopy((trainer.model, ebqm))
     try:
         model.load_state_dict(state["model"])
         if watching is not None:
+            skipped = watching.state_dict()["skipped"]
             watching.load_state_dict(saved)
-            str(watching.report())
-            rows = [
-                (d.divergence, d.fitted, d.retention, d.skipped)
-                for d in watching.report().decisions
-            ]
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [""])[0][:200].rstrip(". ")
+        line = (str(error).strip().splitlines() or [""])[-1].strip()[:200].rstrip(". ")
         raise _UnfitError(f"model or ebqm cannot be taken over: {line}") from error
-    layers = 0 if watching is None else len(watching.report().layers)
-    if watching is not None and any(len(values) != layers for row in rows for values in row):
-        raise _UnfitError(f"ebqm, decisions are not of {layers} layers each")
+    if watching is not None and not same(saved["skipped"], skipped):
+        raise _UnfitError("ebqm, skipped has other layers than the model has skipped")
+
+
+def _watching(saved: Any, present: Mapping[str, Any], steps: int) -> None:
+    """What EBQM has seen and decided; its entries, settings and layers are for itself to compare."""
+    _mapping("ebqm", saved)
+    for name in ("statistics", "skipped", "reasons", "since"):
+        _like(f"ebqm, {name}", saved.get(name), present[name])
+    statistics = saved["statistics"]
+    if not bool((statistics.isfinite() & (statistics >= 0)).all()):
+        raise _UnfitError("ebqm, statistics has values that are negative or not finite")
+    _mapping("ebqm, settings", saved.get("settings"))
+    if not same(saved.get("layers"), present["layers"]):
+        raise _UnfitError(f"ebqm, layers is {shown(saved.get('layers'))}; allowed are this model's")
+    _count("ebqm, steps", saved.get("steps"), steps)
+    for step in saved["since"]:
+        _count("ebqm, since", step, steps)
+    decisions = saved.get("decisions")
+    if not isinstance(decisions, list):
+        raise _UnfitError(f"ebqm, decisions is {shown(decisions)}; allowed is a list")
+    layers = len(present["layers"])
+    for decision in decisions:
+        _mapping("ebqm, decisions", decision)
+        _count("ebqm, decisions, step", decision.get("step"), steps)
+        if decision.get("fit") is not None:
+            _values("ebqm, decisions, fit", decision["fit"], 3, (int, float))
+        for name in ("divergence", "fitted", "retention"):
+            _values(f"ebqm, decisions, {name}", decision.get(name), layers, (float,))
+        _values("ebqm, decisions, skipped", decision.get("skipped"), layers, (bool,))
+        _values("ebqm, decisions, reasons", decision.get("reasons"), layers, (str,))
+
+
+def _values(where: str, value: Any, count: int, types: tuple[type, ...]) -> None:
+    if (
+        not isinstance(value, list)
+        or len(value) != count
+        or any(type(v) not in types for v in value)
+    ):
+        names = " or ".join(t.__name__ for t in types)
+        raise _UnfitError(f"{where} is {shown(value)}; allowed is a list of {count}, each {names}")
 
 
 def _like(where: str, value: Any, expected: Any) -> None:
@@ -291,6 +325,12 @@ def _entries(where: str, value: Any, expected: Mapping[str, Any] | Sequence[str]
         raise _UnfitError(
             f"{where} {' and '.join(words)} ({len(missing)} entries too few, {len(extra)} too many)"
         )
+
+
+def _number(where: str, value: Any, most: float = _LARGEST) -> None:
+    # NaN is in no order; an int may be too large for a float.
+    if type(value) not in (int, float) or not 0 <= value <= most:
+        raise _UnfitError(f"{where} is {shown(value)}; allowed is a number from 0 to {most:g}")
 
 
 def _count(where: str, value: Any, most: int) -> int:

@@ -254,7 +254,7 @@ class TestStateDicts:
     def test_a_pickle_of_a_layer_that_had_attributes(self) -> None:
         layer = ek.ELA(CHANNELS, skip="layer")
         state = layer.__getstate__()
-        for name in ("_last", "_last_mode", "_read_at", "_was_read", "was_skipped"):
+        for name in ("_last", "_last_mode", "_read_at", "_had_readers", "is_first"):
             del state[name]
         state["_buffers"] = {}
         state.update(skipped=True, skip="layer", observations=None)

@@ -38,6 +38,10 @@ class Readers:
         """`reader` came by after the pair was given."""
         self._layers.add(reader)
 
+    def exist(self) -> bool:
+        """Whether there is anybody who may read the pair, skipped or not."""
+        return self.others or any(reference() is not None for reference in tuple(self._layers))
+
     def retrieve(self) -> bool:
         """Whether one of them would retrieve the pair in a pass now."""
         if self.others:
