@@ -149,6 +149,8 @@ def _ebqm_arguments(pairs: Sequence[str]) -> dict[str, float]:
     arguments: dict[str, float] = {}
     for pair in pairs:
         name, _, number = pair.partition("=")
+        if name in arguments:
+            raise ValueError(f"ebqm: got {name} more than once; allowed is once")
         try:
             arguments[name] = allowed[name](number)
         except (KeyError, ValueError):

@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             device = choose_device(arguments.device)
             processes = join_processes(device)
             trainer, logs = _prepare(arguments, device, processes)
+        except UnwritableFileError:
+            raise
         except (ValueError, TypeError, OSError, MissingLibraryError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1 if isinstance(error, UnwritableFileError) else 2
+            return 2
         return _train(trainer, logs, arguments)
     except KeyboardInterrupt:
         print(f"\nStopped at once; {_saved_before(arguments.out)}.", file=sys.stderr)
@@ -51,9 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = sentence(error)
         if text is None:
             raise
-        # All processes of a run that diverged say the same.
-        if processes.first or not isinstance(error, NotFiniteError):
+        diverged = isinstance(error, NotFiniteError)
+        if processes.first or not diverged:
             print(f"\nerror: {text}; {_saved_before(arguments.out)}", file=sys.stderr)
+        if diverged:
+            # All processes stop here, and torchrun ends those that come later than the first.
+            processes.wait()
         return 1
     finally:
         processes.leave()

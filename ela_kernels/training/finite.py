@@ -70,7 +70,10 @@ class Watch:
     def _message(self, what: str, steps: int) -> str:
         options = self._options
         more = ", or bf16 in the place of fp16" if options.amp == "fp16" else ""
-        return f"{what} not finite: the run diverged; try a smaller lr than {options.lr:g}{more}"
+        return (
+            f"{what} not finite: the run diverged; try a smaller lr (it is {options.lr:g}) or weight-decay (it is "
+            f"{options.weight_decay:g}){more}"
+        )
 
 
 def first_not_finite(model: Mapping[str, Any], optimizer: Mapping[str, Any]) -> str | None:

@@ -74,7 +74,7 @@ class FolderImages:
             *(struct.error, zlib.error, self._pillow.DecompressionBombError),
         ) as error:
             raise UnreadableImageError(
-                f"data-dir: {path} cannot be read as an image: {error}. Remove it, or put a whole one there"
+                f"data-dir: {path} cannot be read as an image: {error}. Remove it, or save it anew"
             ) from error
         scale = self.side / min(image.size)
         width, height = (max(self.side, round(length * scale)) for length in image.size)

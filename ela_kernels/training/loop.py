@@ -67,8 +67,9 @@ class Trainer:
         self.steps_per_epoch = len(task.train) // (options.batch_size * self.processes.count)
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"batch-size: got {options.batch_size} in {self.processes.count} processes for {len(task.train)} "
-                "training images; allowed is one that at least one batch can be filled with"
+                f"batch-size: got {options.batch_size} in {self.processes.count} process(es) for {len(task.train)} "
+                "training images; allowed is one that at least one batch can be filled with, here up to "
+                f"{len(task.train) // self.processes.count}"
             )
         if options.batch_size == 1:
             _check_norms(self.model, self._place(*_first(task.train))[0])

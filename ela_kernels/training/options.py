@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -13,6 +12,8 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "constant")
 # Of epochs, and of images in a batch: numbers of steps stay exact in floats.
 MOST = 10**9
+# Of rates: ten times as much is still a number in float32, which an optimizer makes of it.
+LARGEST = 1e36
 AMP = ("off", "bf16", "fp16")
 
 
@@ -55,13 +56,16 @@ class Options:
                 raise ValueError(
                     f"{_flag(name)}: got {getattr(self, name)}; allowed is an int from 1 to {MOST}"
                 )
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr: got {self.lr}; allowed is a positive number")
+        if not 0 < self.lr <= LARGEST:
+            raise ValueError(
+                f"lr: got {self.lr}; allowed is a positive number of at most {LARGEST:g}"
+            )
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum: got {self.momentum}; allowed is a number in [0, 1)")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+        if not 0 <= self.weight_decay <= LARGEST / max(1.0, self.lr):
             raise ValueError(
-                f"weight-decay: got {self.weight_decay}; allowed is a number of at least 0"
+                f"weight-decay: got {self.weight_decay} with lr={self.lr}; allowed is a number of at least 0, "
+                f"and at most {LARGEST:g} when multiplied with an lr above 1"
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: got {self.seed}; allowed is an int from 0 to 2**63 - 1")

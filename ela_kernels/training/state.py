@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,6 +112,7 @@ def _optimizer(saved: Any, trainer: Trainer, steps: int) -> None:
     for number, (group, present) in enumerate(zip(groups, expected["param_groups"], strict=True)):
         where = f"optimizer, group {number}"
         _mapping(where, group)
+        _no_others(where, group, present)
         for name, value in present.items():
             # Releases of PyTorch add settings that are off by default, and one that names what AdamW does anyway.
             added = value is None or value is False or name == "decoupled_weight_decay"
@@ -158,6 +159,7 @@ def _moments(saved: Mapping[str, Any], trainer: Trainer, steps: int) -> None:
 def _schedule(saved: Any, optimizer: Mapping[str, Any], trainer: Trainer, steps: int) -> None:
     expected = trainer.schedule.state_dict()
     _mapping("schedule", saved)
+    _no_others("schedule", saved, (*expected, "verbose"))  # an entry of earlier releases of PyTorch
     for name, value in expected.items():
         # Names with an underscore come and go with releases of PyTorch.
         if name not in saved and not name.startswith("_"):
@@ -185,8 +187,10 @@ def _scaler(saved: Any, trainer: Trainer) -> None:
         _number(f"scaler, {name}", value)
         if name not in ("scale", "_growth_tracker") and value != expected[name]:
             raise _UnfitError(f"scaler, {name} is {value}; allowed is {expected[name]}")
-    if saved.get("scale", 1.0) == 0:
-        raise _UnfitError("scaler, scale is 0; allowed is a positive number")
+    if saved:
+        _count("scaler, _growth_tracker", saved["_growth_tracker"], expected["growth_interval"])
+        if saved["scale"] == 0:
+            raise _UnfitError("scaler, scale is 0; allowed is a positive number")
 
 
 def _sums(state: Mapping[str, Any], trainer: Trainer) -> None:
@@ -325,6 +329,14 @@ def _entries(where: str, value: Any, expected: Mapping[str, Any] | Sequence[str]
         raise _UnfitError(
             f"{where} {' and '.join(words)} ({len(missing)} entries too few, {len(extra)} too many)"
         )
+
+
+def _no_others(where: str, value: Mapping[str, Any], expected: Iterable[str]) -> None:
+    for name in value:
+        if name not in expected:
+            raise _UnfitError(
+                f"{where} has {shown(name)} besides; allowed are {', '.join(expected)}"
+            )
 
 
 def _number(where: str, value: Any, most: float = _LARGEST) -> None:
