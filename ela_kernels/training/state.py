@@ -253,6 +253,8 @@ def _layers(state: Mapping[str, Any], trainer: Trainer) -> None:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [""])[-1].strip()[:200].rstrip(". ")
         raise _UnfitError(f"model or ebqm cannot be taken over: {line}") from error
+    if model.state_dict().keys() != trainer.model.state_dict().keys():
+        raise _UnfitError("model is one with layers pruned; allowed is one with all of them")
     if watching is not None and not same(saved["skipped"], skipped):
         raise _UnfitError("ebqm, skipped has other layers than the model has skipped")
 
