@@ -193,6 +193,16 @@ def test_drop_path_grows_linearly():
         ({"attention": "ela", "skip": "all"}, "skip: got 'all'"),
         ({"attention": "mrla", "fused": False, "checkpointing": True}, "checkpointing: got True"),
         ({"attention": "ela", "head_dim": 5}, "head_dim: got 5"),
+        # What was given, not what a stage or a layer makes of it.
+        (
+            {"attention": "ela", "head_dim": 24},
+            "head_dim: got 24, for stages of 16, 32, 64 channels",
+        ),
+        ({"attention": "ela", "drop_path": 2}, r"drop_path: got 2; allowed is a float in \[0, 1\]"),
+        ({"drop_path": -0.5}, r"drop_path: got -0\.5"),
+        ({"head_dim": 0}, "head_dim: got 0"),
+        ({"num_classes": 0}, "num_classes: got 0"),
+        ({"in_chans": -1}, "in_chans: got -1"),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -222,6 +232,26 @@ def test_hooks_may_change_the_output_in_place(mode, of, skip):
     hooked = layer if of == "the layer" else layer.attn
     hooked.register_forward_hook(lambda _, __, out: out.mul_(2.0))
     model(images()).sum().backward()
+
+
+def test_options_of_another_type_are_named():
+    for options, message in (
+        ({"head_dim": 16.0}, "head_dim: got float"),
+        ({"drop_path": "0.1"}, "drop_path: got str"),
+        ({"num_classes": "ten"}, "num_classes: got str"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            resnet20(**options)
+    for blocks, widths in ((3, (16,)), ((1.0,), (16,)), ((1,), "16"), ((True,), (16,))):
+        with pytest.raises(TypeError, match="blocks, widths: got"):
+            CifarResNet(blocks, widths)
+    with pytest.raises(
+        ValueError, match="head_dim: got None, which is 16, for stages of 24 channels"
+    ):
+        CifarResNet((1,), (24,), attention="ela")
+    assert (
+        CifarResNet((1,), (24,), attention="ela", head_dim=48).attentions[0][0].attn.head_dim == 24
+    )
 
 
 def test_bad_names_are_named():

@@ -123,9 +123,9 @@ def test_an_image_that_fails_in_the_middle(
 ) -> None:
     write_folder(tmp_path, train=8, val=2)
     (tmp_path / "train" / "dark" / "3.png").write_bytes(b"no image")
-    more = f"--data folder --data-dir {tmp_path} --side 16 --model resnet20 --batch-size 4"
-    more += f" --epochs 1 --threads 1 --workers {workers}"
-    assert main(["train", "--out", str(tmp_path / "out"), *more.split()]) == 1
+    more = "--data folder --side 16 --model resnet20 --batch-size 4 --epochs 1 --threads 1"
+    paths = ["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path)]
+    assert main(["train", *paths, *more.split(), "--workers", str(workers)]) == 1
     error = capsys.readouterr().err
     assert "3.png cannot be read" in error
     assert "Traceback" not in error

@@ -34,8 +34,10 @@ EAGER_EBQM = (
 DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EAGER_EBQM}"
 
 
-def train(out: Path, more: str = DIGITS) -> int:
-    return main(["train", "--out", str(out), *more.split()])
+def train(out: Path, more: str = DIGITS, data: Path | None = None) -> int:
+    """Run the program; `more` is split at blanks, which paths may have."""
+    where = [] if data is None else ["--data-dir", str(data)]
+    return main(["train", "--out", str(out), *where, *more.split()])
 
 
 def read_log(out: Path, name: str = "log.csv") -> list[dict[str, str]]:
@@ -89,14 +91,14 @@ def test_cifar(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "cifar-10-batches-py", each=4)
     more = "--model resnet20 --attention mrla --unfused --epochs 1 --batch-size 10 --threads 1"
     more += " --amp bf16 --optimizer adamw --schedule cosine"
-    assert train(tmp_path / "out", f"--data cifar10 --data-dir {tmp_path} {more}") == 0
+    assert train(tmp_path / "out", f"--data cifar10 {more}", tmp_path) == 0
     assert read_log(tmp_path / "out")[0]["step"] == "2"
 
 
 def test_folder(tmp_path: Path) -> None:
     write_folder(tmp_path, train=12, val=4)
     more = "--side 16 --model resnet20 --attention mrla_light --epochs 4 --batch-size 8 --threads 1"
-    assert train(tmp_path / "out", f"--data folder --data-dir {tmp_path} {more}") == 0
+    assert train(tmp_path / "out", f"--data folder {more}", tmp_path) == 0
     # Dark and light images: anything that learns tells them apart in training.
     assert float(read_log(tmp_path / "out")[-1]["train_accuracy"]) > 0.7
 
@@ -173,8 +175,8 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: int, status: int) 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--data cifar10 --data-dir {out}", "data_batch_1, data_batch_2"),
-        ("--data folder --data-dir {out}", "train/CLASS"),
+        ("--data cifar10 --data-dir", "data_batch_1, data_batch_2"),
+        ("--data folder --data-dir", "train/CLASS"),
         ("--data cifar100", "data-dir: got none"),
         (f"{DIGITS} --resume", "checkpoint.pt not found"),
         ("--epochs 0", "epochs: got 0"),
@@ -196,7 +198,8 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: int, status: int) 
 def test_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
-    assert train(tmp_path / "out", more.format(out=tmp_path)) == 2
+    command = more.removesuffix(" --data-dir")
+    assert train(tmp_path / "out", command, None if command == more else tmp_path) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
