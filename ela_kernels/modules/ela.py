@@ -248,6 +248,11 @@ class ELA(Skipping):
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave, now or in an earlier version, without the last."""
         skipped, mode, place, _, *later = (int(s) for s in state.tolist())
+        if not 0 <= mode < len(SKIP_MODES):
+            raise ValueError(
+                f"state_dict: got the skip mode number {mode} for an ELA layer; allowed are those of "
+                f"{', '.join(map(repr, SKIP_MODES))}, from 0. The state is damaged, or of a later version"
+            )
         if self.pruned and not skipped:
             raise ValueError(
                 "state_dict: got a layer that retrieves for an ELA layer that was pruned; allowed is the state of a "
@@ -283,8 +288,9 @@ class ELA(Skipping):
                 self.remove_unused(provides=pruned == 1, keeps_query=any(queries))
             elif decision in state_dict:
                 # In an average of checkpoints the buffer was averaged, and the rest is that of one of them.
-                state_dict = {**state_dict, key: extra.clone()}
-                state_dict[key][:2] = (state_dict[decision] > 0.5).to(extra)
+                mine = (state_dict[decision] > 0.5).to(extra)
+                if 0 <= int(extra[1]) < len(SKIP_MODES):
+                    state_dict = {**state_dict, key: torch.cat((mine, extra[2:]))}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -131,7 +131,7 @@ CHANGES: list[tuple[tuple[Any, ...], Any, str]] = [
     ),
     (("model", "stem.1.running_var"), torch.full((8,), -1.0), "running_var has negative values"),
     (("model", ANY_LAYER), torch.tensor([1, 7, 1, 0]), "cannot be taken over"),
-    (("model", ANY_LAYER), torch.tensor([1, 0, 1, 2]), "model is one with layers pruned"),
+    (("model", ANY_LAYER), torch.tensor([1, 0, 1, 2]), "cannot be taken over: Unexpected key"),
     (("model", "other.weight"), torch.zeros(1), "model has 'other.weight' besides"),
     (("optimizer",), None, "optimizer is None; allowed is a dict"),
     (("optimizer", "param_groups"), [], "param_groups is a list of 0"),
