@@ -39,6 +39,18 @@ def test_a_run_that_diverges_stops(
     assert not (tmp_path / NAME).exists()
 
 
+def test_a_run_that_diverges_stops_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one CPU, not at the end of an epoch of ten steps only; in the log there is no row of it."""
+    last: list[int] = []
+    after_step(3, lambda trainer: last.append(trainer.steps), monkeypatch)
+    assert train(tmp_path, "--lr 1e30 --epochs 2 --batch-size 140 --log-every 1") == 1
+    assert said(capsys).startswith("error: the loss of step 2 is not finite")
+    assert not last
+    assert len((tmp_path / "steps.csv").read_text().splitlines()) == 2
+
+
 def _weights(trainer: Trainer) -> None:
     next(trainer.model.parameters()).data[0] = math.nan
 
