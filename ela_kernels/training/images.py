@@ -93,7 +93,9 @@ class FolderImages:
         # Pillow would warn of what it leaves out.
         image.info.pop("transparency", None)
         try:
-            return image.convert(_MULTIPLIED.get(mode, mode)).convert("RGB")
+            if mode in _MULTIPLIED:
+                image = image.convert(_MULTIPLIED[mode])
+            return image.convert("RGB")
         except ValueError as error:
             raise ValueError(
                 f"Pillow's mode {mode} has no conversion to RGB; {_ALLOWED}"
