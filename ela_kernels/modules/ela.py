@@ -334,11 +334,5 @@ class ELA(Skipping):
         if "decision" in self._buffers:
             self.totals.to(self.decision.device)
 
-    def __prepare_scriptable__(self) -> ELA:
-        raise NotImplementedError(
-            "torch.jit.script: got an ELA layer, which takes a history and reads its own decision; allowed are "
-            "torch.jit.trace of the whole model and torch.export.export"
-        )
-
     def extra_repr(self) -> str:
         return f"skip={self.skip!r}, skipped={self.skipped}, pruned={self.pruned}"

@@ -25,6 +25,9 @@ class History(Protocol):
     ) -> Tensor: ...
 
 
+_EXPORT = "use torch.export.export, or torch.jit.trace of the whole model"
+
+
 def default_kernel_size(dim: int) -> int:
     """Kernel size of the convolutions over the channel axis: `int(|log2(dim) + 1| / 2)`, the next odd number if even.
 
@@ -146,7 +149,11 @@ class QueryKeyValue(nn.Module):
     def check_input(self, x: object) -> None:
         """Refuse what is no dense `[B, dim, H, W]` tensor."""
         if not isinstance(x, Tensor):
-            raise TypeError(f"x: got {type(x).__name__}; allowed is a torch.Tensor [B, C, H, W]")
+            tracing = isinstance(x, torch.fx.Proxy)
+            raise TypeError(
+                f"x: got {type(x).__name__}; allowed is a torch.Tensor [B, C, H, W]"
+                + (f". torch.fx.symbolic_trace hands over none: {_EXPORT}" if tracing else "")
+            )
         if x.is_nested or x.layout != torch.strided:
             checks.check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.dim:
@@ -228,6 +235,11 @@ class QueryKeyValue(nn.Module):
         ):
             return None
         return filters
+
+    def __prepare_scriptable__(self) -> QueryKeyValue:
+        raise NotImplementedError(
+            f"torch.jit.script: got a {type(self).__name__} layer, which it cannot compile: {_EXPORT}"
+        )
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
