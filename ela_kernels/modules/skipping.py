@@ -89,11 +89,8 @@ class Skipping(nn.Module):
             return self._last
         if _costs_nothing_to_read(decision):
             exact = _exact(decision)
-            value = self._last if exact is None else _rounded(exact)
-            if (
-                value != self._last
-            ):  # seldom, and setting an attribute of a module takes longer than to look
-                self._know(value)
+            if exact is not None:
+                self._know(_rounded(exact))
         else:
             _read_changed(self, decision)
         return self._last
