@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.measure import Contender, interleave, summarize
 from benchmarks.probe import read_probes
 from benchmarks.shapes import StageShape
-from ela_kernels.ops.layer_attention import cpp
-from ela_kernels.ops.layer_attention.kernels import Saved
+from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 
 # Relative L2 distance from float64: sums of at most 23 products in float32, then a sum over a map for the dots.

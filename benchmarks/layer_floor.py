@@ -12,15 +12,20 @@ from torch import Tensor
 from benchmarks.floor import against_probes, percent_of_probe
 from benchmarks.measure import Contender
 from benchmarks.shapes import StageShape
-from ela_kernels.modules.layer_attention import default_kernel_size
-from ela_kernels.ops.layer_attention import cpp, cpp_layer
-from ela_kernels.ops.layer_attention.kernels import Saved
-from ela_kernels.ops.layer_attention.layer_kernels import (
+from ela_kernels.backends.cpp import (
+    attention as cpp,
+)
+from ela_kernels.backends.cpp import (
+    layer as cpp_layer,
+)
+from ela_kernels.backends.types import (
     Attended,
     Filters,
     LayerForward,
     LayerGradients,
+    Saved,
 )
+from ela_kernels.modules.layer_attention import default_kernel_size
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 
 # Relative L2 distance from float64, as in floor.py; the mean over space is one more sum over a map.

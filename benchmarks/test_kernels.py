@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import cpp
-from ela_kernels.ops.layer_attention.kernels import Saved
+from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.layout import accumulate_dtype
+from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.reference import (
-    accumulate_dtype,
     aggregate_reference,
     layer_attention_reference,
 )

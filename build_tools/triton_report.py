@@ -88,13 +88,7 @@ CASES = (
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Records the launches of the package's Triton backend instead of making them."""
-    from ela_kernels.ops.layer_attention.triton_kernels import (
-        launch,
-        launch_backward,
-        norm,
-        producer,
-    )
-    from ela_kernels.ops.light_layer_attention import triton_layer
+    from ela_kernels.backends.triton import attention, attention_backward, light, norm, producer
 
     found: list[Launch] = []
 
@@ -107,7 +101,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     kernels = [
         (module, name, kernel)
-        for module in (launch, launch_backward, norm, producer, triton_layer)
+        for module in (attention, attention_backward, light, norm, producer)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -125,8 +119,8 @@ def launches_of(case: Case) -> list[Launch]:
 
     And of a light layer, whose shape has no depth.
     """
-    from ela_kernels.ops.layer_attention import triton_kernels
-    from ela_kernels.ops.layer_attention.kernels import Saved
+    from ela_kernels.backends.triton import op as triton_kernels
+    from ela_kernels.backends.types import Saved
 
     shape = (case.batch, case.channels, case.size, case.size)
     form = torch.channels_last if case.interleaved else torch.contiguous_format
@@ -152,8 +146,12 @@ def launches_of(case: Case) -> list[Launch]:
 
 def _call_layer(saved: Any, left: list[Any]) -> None:
     """A whole layer as the last of a stage, and a whole block, each forward and backward."""
-    from ela_kernels.ops.layer_attention.layer_kernels import Attended, Epilogue, Filters
-    from ela_kernels.ops.layer_attention.triton_kernels import layer
+    from ela_kernels.backends.triton import layer
+    from ela_kernels.backends.types import (
+        Attended,
+        Epilogue,
+        Filters,
+    )
 
     x, q, heads, weights = saved.values[-1], saved.q, saved.heads, saved.weights
     channels, dtype = q.shape[1], q.dtype
@@ -176,9 +174,12 @@ def _call_layer(saved: Any, left: list[Any]) -> None:
 
 def _call_light_layer(x: Any, q: Any, heads: int, scale: float) -> None:
     """A light layer alone and in a block, forward and backward."""
-    from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
-    from ela_kernels.ops.light_layer_attention import triton_layer
-    from ela_kernels.ops.light_layer_attention.light_kernels import LightFilters, LightForward
+    from ela_kernels.backends.triton import light as triton_layer
+    from ela_kernels.backends.types import (
+        Epilogue,
+        LightFilters,
+        LightForward,
+    )
 
     channels, dtype = q.shape[1], q.dtype
     row, decay = torch.empty(1, 1, 5, dtype=dtype), torch.empty(channels, 1, 1, dtype=dtype)

@@ -12,9 +12,9 @@ from ela_kernels.ops.layer_attention import (
     LayerHistory,
     layer_attention,
     layer_attention_weights,
-    warmup,
 )
 from ela_kernels.ops.light_layer_attention import light_layer_attention
+from ela_kernels.warming import warmup
 
 if _TYPE_CHECKING:
     from ela_kernels import models as models

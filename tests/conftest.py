@@ -28,11 +28,10 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
+from ela_kernels.backends.dispatch import kernels_of, layer_kernels_of
 from ela_kernels.backends.extension import extension, extension_problem
 from ela_kernels.ops.layer_attention import autograd, block, interface, layer
-from ela_kernels.ops.layer_attention.kernels import kernels_of
-from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
-from ela_kernels.ops.layer_attention.pull import Link
+from ela_kernels.ops.layer_attention.record import Link
 
 pytest.register_assert_rewrite("support.layer_tests")  # it holds tests
 
@@ -80,8 +79,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def _backend_in(arguments: tuple[Any, ...]) -> str | None:
     """Whose kernels of a whole layer are among the arguments of a call."""
     links = [a for a in arguments if isinstance(a, Link) and a.layer is not None]
-    # cpp_layer, cuda_layer or triton_kernels.layer
-    return links[0].layer.__name__.split("layer_attention.")[1].split("_")[0] if links else None
+    # ela_kernels.backends.<name>.layer
+    return links[0].layer.__name__.split(".")[2] if links else None
 
 
 @pytest.fixture

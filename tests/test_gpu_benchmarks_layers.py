@@ -18,8 +18,8 @@ from benchmarks.gpu.report import targets, text_report
 from benchmarks.gpu.setting import make_setting
 from benchmarks.gpu.shapes import FLOOR_CASES, INTERLEAVED, LAYER_CASES, STAGE_CASES, Case
 from benchmarks.shapes import StageShape
-from ela_kernels.ops.layer_attention import cpp_layer
-from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
+from ela_kernels.backends.cpp import layer as cpp_layer
+from ela_kernels.backends.dispatch import layer_kernels_of
 
 SHAPE = StageShape(3, 2, 16, 6, 8)
 CPU = torch.device("cpu")

@@ -34,7 +34,7 @@ from benchmarks.gpu.shapes import (
 )
 from benchmarks.gpu.timing import Budget, take_turns
 from benchmarks.shapes import StageShape
-from ela_kernels.ops.layer_attention import cpp
+from ela_kernels.backends.cpp import attention as cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"

@@ -12,7 +12,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import DIVERGENCE_CASES, SMOKE_CASES
 from benchmarks.gpu.timing import Budget, graphed, take_turns
 from benchmarks.measure import quartiles, summarize
-from ela_kernels.ops.layer_attention.kernels import Kernels, kernels_of
+from ela_kernels.backends.contract import Kernels
+from ela_kernels.backends.dispatch import kernels_of
 from ela_kernels.ops.layer_attention.reference import divergence_reference, log_weights_reference
 
 # A kernel of half a millisecond varies by a percent from run to run, so one region holds many.

@@ -18,8 +18,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import GRAPH
 from benchmarks.gpu.timing import Budget, graphed, synchronize, take_turns
 from benchmarks.measure import Contender, ratio, summarize
+from ela_kernels.backends.dispatch import layer_kernels_of
 from ela_kernels.models import build_model
-from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
 
 PLAIN, FUSED, SKIPPING = "plain", "mrla", "ela"
 

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from benchmarks.contenders import WrongResultError
 from benchmarks.gpu.shapes import Case
-from ela_kernels.ops.layer_attention.kernels import Kernels, Saved, kernels_of
+from ela_kernels.backends.contract import Kernels
+from ela_kernels.backends.dispatch import kernels_of
+from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.reference import (
     layer_attention_backward_reference,
     layer_attention_reference,

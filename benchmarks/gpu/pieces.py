@@ -18,13 +18,13 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import PIECE_CASES, SMOKE_CASES, Case
 from benchmarks.gpu.timing import Budget, graphed, take_turns
 from benchmarks.measure import Contender
-from ela_kernels.modules.layer_attention import default_kernel_size
-from ela_kernels.ops.layer_attention.layer_kernels import (
+from ela_kernels.backends.contract import LayerKernels
+from ela_kernels.backends.dispatch import layer_kernels_of
+from ela_kernels.backends.types import (
     Epilogue,
     Filters,
-    LayerKernels,
-    layer_kernels_of,
 )
+from ela_kernels.modules.layer_attention import default_kernel_size
 
 _EPS = 1e-5
 # Elements so near to the activation's zero that float32 may fall on the other side of it.

@@ -25,8 +25,7 @@ from benchmarks.gpu.footprint import OPS, PIECES
 from benchmarks.gpu.ops import LayerOps
 from benchmarks.gpu.pieces import LayerPieces
 from benchmarks.gpu.setting import Setting, make_setting
-from ela_kernels.ops.layer_attention.kernels import kernels_of
-from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
+from ela_kernels.backends.dispatch import kernels_of, layer_kernels_of
 
 Job = Callable[[Setting], None]
 

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 import os
 import threading
 from types import TracebackType
+from typing import Any, cast
 
-from ela_kernels.backends.base import Backend, CppBackend, EagerBackend, Request
-from ela_kernels.backends.gpu import CudaBackend, TritonBackend
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.contract import (
+    Backend,
+    EagerBackend,
+    Kernels,
+    LayerKernels,
+    LightKernels,
+    Request,
+)
+from ela_kernels.backends.cpp import CppBackend
+from ela_kernels.backends.cuda import CudaBackend
+from ela_kernels.backends.tracing import is_transformed
+from ela_kernels.backends.triton import TritonBackend
 
 logger = logging.getLogger("ela_kernels")
 
@@ -191,3 +206,98 @@ def _log_fallback(device_type: str, refusals: str) -> None:
         device_type,
         refusals,
     )
+
+
+_MODULES = {"cpp": "cpp.attention", "cuda": "cuda.attention", "triton": "triton.op"}
+
+
+@functools.cache
+def kernels_of(backend: str) -> Kernels:
+    """The kernels of a backend that can run here; imported at their first use, since Triton takes a second."""
+    module = importlib.import_module(f"ela_kernels.backends.{_MODULES[backend]}")
+    return cast(Kernels, module)
+
+
+def choose_kernels(op: str, q: Tensor, depth: int, needs_grad: bool = False) -> Kernels | None:
+    """The kernels that serve a call under the present setting; None where eager PyTorch does.
+
+    Raises:
+        ValueError: the forced backend cannot serve it; the message holds its reasons.
+    """
+    backend = choose_backend(Request(op, q.device, q.dtype, depth, needs_grad, is_transformed()))
+    return None if backend is EAGER else kernels_of(backend.name)
+
+
+_LAYER_MODULES = {"cpp": "cpp.layer", "cuda": "cuda.layer", "triton": "triton.layer"}
+
+
+@functools.cache
+def layer_kernels_of(backend: str) -> LayerKernels | None:
+    """The kernels of a whole layer that a backend has; None for one that has none."""
+    if backend not in _LAYER_MODULES:
+        return None
+    return cast(
+        LayerKernels,
+        importlib.import_module(f"ela_kernels.backends.{_LAYER_MODULES[backend]}"),
+    )
+
+
+def choose_layer_kernels(
+    x: Tensor, depth: int, dtype: torch.dtype | None = None, setting: str | None = None
+) -> tuple[str, LayerKernels] | None:
+    """The backend that serves a layer attention over `depth` maps like `x`, with its kernels of a whole layer.
+
+    In `dtype`, where `x` is to be cast to one; under the present setting, or under one asked for before.
+
+    None where it has none.
+
+    Raises:
+        ValueError: the forced backend cannot serve it; the message holds its reasons.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    request = Request("layer_attention", x.device, dtype, depth, False)
+    backend = choose_backend(request, setting).name
+    kernels = layer_kernels_of(backend)
+    return None if kernels is None else (backend, kernels)
+
+
+class LayerChoice:
+    """:func:`choose_layer_kernels` with its last answer kept, since every layer asks twice."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        # Question and answer in one, so that no thread finds one without the other.
+        self._last: tuple[Any, tuple[str, LayerKernels] | None] = (None, None)
+
+    def __call__(
+        self, x: Tensor, depth: int, dtype: torch.dtype | None = None
+    ) -> tuple[str, LayerKernels] | None:
+        dtype = x.dtype if dtype is None else dtype
+        setting = current_setting()
+        request = (dtype, x.device, depth, setting)
+        last, found = self._last
+        if last != request:
+            found = choose_layer_kernels(x, depth, dtype, setting)
+            self._last = request, found
+        return found
+
+    def again(self, x: Tensor, depth: int) -> tuple[str, LayerKernels] | None:
+        """The last answer, where there was one and the question is the same; else a new one.
+
+        Between the two another thread may have set another backend: the layer goes on as it began.
+        """
+        last, found = self._last
+        if found is not None and last[:3] == (x.dtype, x.device, depth):
+            return found
+        return self(x, depth)
+
+
+_LIGHT_MODULES = {"triton": "triton.light", "cpp": "cpp.light"}
+
+
+@functools.cache
+def light_kernels_of(backend: str) -> LightKernels:
+    """The kernels of a whole light layer of a backend that can run here; imported at their first use."""
+    module = importlib.import_module(f"ela_kernels.backends.{_LIGHT_MODULES[backend]}")
+    return cast(LightKernels, module)

@@ -10,11 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ela_kernels.ops.layer_attention import checks
-from ela_kernels.ops.layer_attention.autocast import fits_layer_dtype, layer_dtype
+from ela_kernels.backends.memory import (
+    PLAIN_TENSORS,
+    check_not_freed,
+)
+from ela_kernels.backends.types import Filters
+from ela_kernels.ops import checks
+from ela_kernels.ops.autocast import (
+    fits_layer_dtype,
+    layer_dtype,
+)
 from ela_kernels.ops.layer_attention.history import LayerHistory
-from ela_kernels.ops.layer_attention.layer_kernels import Filters
-from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS, check_not_freed
 
 
 class History(Protocol):

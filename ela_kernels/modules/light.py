@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.types import LightFilters
 from ela_kernels.modules.layer_attention import QueryKeyValue
-from ela_kernels.ops.layer_attention import checks
-from ela_kernels.ops.layer_attention.autocast import may_be_cast
-from ela_kernels.ops.layer_attention.interface import is_autocast_on
+from ela_kernels.ops import checks
+from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
 from ela_kernels.ops.light_layer_attention import light_layer_attention
+from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
 from ela_kernels.ops.light_layer_attention.layer import light_layer
-from ela_kernels.ops.light_layer_attention.light_kernels import LightFilters, choose_light_kernels
 
 
 class LightLayerAttention(QueryKeyValue):

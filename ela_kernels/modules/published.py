@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.modules.layer_attention import QueryKeyValue
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.layer_attention.reference import accumulate_dtype, divergence_reference
+from ela_kernels.ops.layer_attention.reference import divergence_reference
 
 
 class ConcatHistory:

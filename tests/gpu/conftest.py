@@ -11,8 +11,7 @@ import torch
 from support.on_gpu import BACKENDS, DEVICE
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention.kernels import kernels_of
-from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
+from ela_kernels.backends.dispatch import kernels_of, layer_kernels_of
 
 _FUNCTIONS = ("forward", "backward", "weights", "gather")
 _LAYER_FUNCTIONS = ("layer_forward", "layer_backward")

@@ -14,7 +14,7 @@ from support.on_gpu import BACKENDS, DEVICE, case_on, evaluate_on
 from support.oracle import assert_matches
 
 import ela_kernels as ek
-from ela_kernels.backends.base import Request
+from ela_kernels.backends.contract import Request
 from ela_kernels.backends.dispatch import choose_backend
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_only")]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp import layer as cpp_layer
+from ela_kernels.backends.cpp import light as cpp_light_layer
 from ela_kernels.modules import ConcatHistory, ConcatLayerAttention
-from ela_kernels.ops.layer_attention import cpp_layer
-from ela_kernels.ops.light_layer_attention import cpp_layer as cpp_light_layer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 FILTERS = ("Wq", "Wk", "Wv")

@@ -13,7 +13,7 @@ import torch
 from support.freed import CHANNELS, HEADS, a_map, a_row, make
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import cpp
+from ela_kernels.backends.cpp import attention as cpp
 
 # The place of each address that has to be there, by the names of csrc/binding. Lists and maps begin with theirs.
 REQUIRED = {

@@ -201,8 +201,11 @@ def test_dtypes(dtype, form):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_statistics_of_values_far_from_zero(form):
     """A difference of two large sums would lose the variance: 1e4 squared times a float's precision is ten."""
-    from ela_kernels.ops.layer_attention.cpp_layer import layer_forward
-    from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
+    from ela_kernels.backends.cpp.layer import layer_forward
+    from ela_kernels.backends.types import (
+        Epilogue,
+        Filters,
+    )
 
     x = (1e4 + torch.randn(4, 8, 20, 15)).contiguous(memory_format=form)
     center = torch.zeros(8, 1, 3, 3)
@@ -229,7 +232,7 @@ def test_nan_passes_the_activation():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("batch", [3, 8])
 def test_the_same_bits_on_any_number_of_threads(batch, form, monkeypatch):
-    monkeypatch.setattr("ela_kernels.ops.layer_attention.cpp._ONE_THREAD_ELEMENTS", 0)
+    monkeypatch.setattr("ela_kernels.backends.cpp.attention._ONE_THREAD_ELEMENTS", 0)
     blocks, x = make_blocks((batch, 20, 19, 9), 3, 5, torch.float32, form)
     first = None
     for threads in (1, 2, 3, *[4] * 8):

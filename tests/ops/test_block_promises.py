@@ -11,10 +11,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp.layer import layer_forward
 from ela_kernels.backends.extension import extension
+from ela_kernels.backends.types import (
+    Epilogue,
+    Filters,
+)
 from ela_kernels.models.blocks import PreviousOutput
-from ela_kernels.ops.layer_attention.cpp_layer import layer_forward
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

@@ -23,7 +23,7 @@ from support.stage_forms import check_freed_after_a_failed_pass
 from torch import Tensor
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import cuda
+from ela_kernels.backends.cuda import attention as cuda
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)

@@ -12,7 +12,7 @@ from support import cuda_on_cpu, memory_tests
 from support.freed import HEADS, a_map, a_row, make
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import cuda
+from ela_kernels.backends.cuda import attention as cuda
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,13 @@ from support.cuda_on_cpu import launched, off_by
 from support.layouts import MAP_LAYOUTS, channels_last, contiguous
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.cuda_norm import (
+from ela_kernels.backends.cuda.norm import (
     Moments,
     norm_backward,
     norm_forward,
     statistics_of,
 )
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
+from ela_kernels.backends.types import Epilogue
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)

@@ -21,7 +21,7 @@ from support.oracle import assert_matches
 from torch import Tensor
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import cuda
+from ela_kernels.backends.cuda import attention as cuda
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)
@@ -211,7 +211,7 @@ def test_addresses_beyond_32_bits(shape, strides, last, dtype, monkeypatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a map was copied: the kernel did not see its strides")
 
-    monkeypatch.setattr("ela_kernels.ops.layer_attention.gpu._compact", refuse)
+    monkeypatch.setattr("ela_kernels.backends.gpu_tables._compact", refuse)
     assert_matches(evaluate(case), case)
 
 

@@ -26,12 +26,12 @@ from support.layouts import (
 )
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.cuda_producer import (
+from ela_kernels.backends.cuda.producer import (
     ProducerGradients,
     produce,
     produce_backward,
 )
-from ela_kernels.ops.layer_attention.layer_kernels import Filters
+from ela_kernels.backends.types import Filters
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)

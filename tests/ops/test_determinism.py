@@ -54,7 +54,7 @@ def test_the_thread_count_follows_torch(kernels, monkeypatch):
             seen.append(args[-1])
             return kernels.forward(*args)
 
-    monkeypatch.setattr("ela_kernels.ops.layer_attention.cpp.kernels", Recording)
+    monkeypatch.setattr("ela_kernels.backends.cpp.attention.kernels", Recording)
     case = make_case((2, 12, 64, 64), through="")  # enough work for more than one thread
     for threads in (1, 3):
         torch.set_num_threads(threads)

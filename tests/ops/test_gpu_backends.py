@@ -7,8 +7,12 @@ import torch
 
 import ela_kernels as ek
 from ela_kernels.backends import dispatch, extension, gpu
-from ela_kernels.backends.base import Request
-from ela_kernels.backends.gpu import CudaBackend, TritonBackend, architecture_reason
+from ela_kernels.backends.contract import Request
+from ela_kernels.backends.cuda import (
+    CudaBackend,
+    architecture_reason,
+)
+from ela_kernels.backends.triton import TritonBackend
 
 DEVICE = torch.device("cuda", 0)
 

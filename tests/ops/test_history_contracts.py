@@ -20,8 +20,8 @@ from support.history_stages import (
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp import attention as cpp
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention import cpp
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

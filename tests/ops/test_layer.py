@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp import layer as cpp_layer
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention import cpp_layer
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
@@ -276,7 +276,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
 def test_the_same_bits_on_any_number_of_threads(batch, form, monkeypatch):
     """A batch is worked on sample by sample or as a whole, by the number of threads; nothing may depend on it."""
-    monkeypatch.setattr("ela_kernels.ops.layer_attention.cpp._ONE_THREAD_ELEMENTS", 0)
+    monkeypatch.setattr("ela_kernels.backends.cpp.attention._ONE_THREAD_ELEMENTS", 0)
     layers, x = make_stage((batch, 20, 19, 9), 3, 5, torch.float32, form)
     first = None
     for threads in (1, 2, 3, *[4] * 12):  # often enough for threads to meet

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp import layer as cpp_layer
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import CifarResNet
-from ela_kernels.ops.layer_attention import cpp_layer
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

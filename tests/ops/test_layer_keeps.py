@@ -11,7 +11,7 @@ from support.layer_stages import make_stage, run_stage
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention import saved
+from ela_kernels.ops.layer_attention import saved_tensors as saved
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

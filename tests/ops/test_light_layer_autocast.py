@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp import light as cpp_layer
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import CifarResNet
 from ela_kernels.models.blocks import PreviousOutput
 from ela_kernels.modules import light, residual
-from ela_kernels.ops.light_layer_attention import cpp_layer
-from ela_kernels.ops.light_layer_attention.light_kernels import choose_light_kernels
+from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

@@ -16,7 +16,7 @@ import torch
 
 import ela_kernels as ek
 from ela_kernels.backends import dispatch, extension
-from ela_kernels.ops.layer_attention.layer_kernels import Filters
+from ela_kernels.backends.types import Filters
 
 STRESS = Path(__file__).resolve().parents[1] / "support" / "thread_stress.py"
 
@@ -77,7 +77,7 @@ def test_many_new_shapes(arguments: tuple[str, ...]) -> None:
 @pytest.mark.usefixtures("kernels")
 def test_what_a_plan_makes_later_is_right_whoever_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread may run wherever a tensor is made: here it does, and asks for other depths."""
-    from ela_kernels.ops.layer_attention import cpp_layer
+    from ela_kernels.backends.cpp import layer as cpp_layer
 
     plan = cpp_layer.Plan(torch.empty(2, 8, 3, 5, device="meta"), 2, 3)
     empty, others = torch.empty, [3, 1, 6]

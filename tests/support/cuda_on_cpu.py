@@ -33,8 +33,8 @@ import ela_kernels as ek
 from build_tools.compilers import BuildError, CxxCompiler, find_cxx
 from build_tools.options import available_memory, core_count, job_count
 from ela_kernels.backends import dispatch
-from ela_kernels.backends.gpu import CudaBackend
-from ela_kernels.ops.layer_attention import cuda
+from ela_kernels.backends.cuda import CudaBackend
+from ela_kernels.backends.cuda import attention as cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "native" / "cuda_on_cpu"

@@ -20,7 +20,11 @@ from support.layer_stages import (
 from torch import nn
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, layer_kernels_of
+from ela_kernels.backends.dispatch import layer_kernels_of
+from ela_kernels.backends.types import (
+    Epilogue,
+    Filters,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -20,9 +20,9 @@ from support.layouts import channel_slice, channels_last, contiguous
 from support.oracle import assert_matches
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp import attention as cpp
 from ela_kernels.backends.extension import extension
 from ela_kernels.models.blocks import MRLALight, PreviousOutput
-from ela_kernels.ops.layer_attention import cpp
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import ela_kernels as ek
+from ela_kernels.backends.cpp.attention import DTYPE_CODES
+from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.residual import light_residual_block
-from ela_kernels.ops.layer_attention.cpp import DTYPE_CODES
-from ela_kernels.ops.layer_attention.cpp import kernels as compiled
 
 THREADS = 4
 CHANNELS, HEAD_DIM = 16, 4

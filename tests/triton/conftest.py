@@ -10,7 +10,7 @@ import torch
 
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
-from ela_kernels.backends.gpu import triton_problem
+from ela_kernels.backends.triton import triton_problem
 
 COMPILES = torch.cuda.is_available()
 
@@ -18,8 +18,9 @@ if triton_problem() is None and not COMPILES:
     # Triton reads the variable where a kernel is defined, and the backend where it is asked.
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    import ela_kernels.ops.layer_attention.triton_kernels
-    import ela_kernels.ops.light_layer_attention.triton_layer
+    import ela_kernels.backends.triton.layer
+    import ela_kernels.backends.triton.light
+    import ela_kernels.backends.triton.op
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]
@@ -43,7 +44,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Itera
 @pytest.fixture
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Large tiles: the interpreter takes its time for each program, and a small call is cut fine for a GPU's sake."""
-    from ela_kernels.ops.layer_attention.triton_kernels import plan
+    from ela_kernels.backends.triton import plan
 
     caches = (plan.make_plan, plan.make_patch_plan)
     for cached in caches:

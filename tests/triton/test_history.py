@@ -8,7 +8,7 @@ from support.history_stages import all_inputs, grads, make_layers, run_stage
 from support.stage_forms import check_freed_after_a_failed_pass
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import triton_kernels
+from ela_kernels.backends.triton import op as triton_kernels
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 

@@ -20,13 +20,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
+from ela_kernels.backends.dispatch import light_kernels_of
 from ela_kernels.backends.extension import extension
+from ela_kernels.backends.types import Epilogue
 from ela_kernels.models.blocks import PreviousOutput
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue
-from ela_kernels.ops.light_layer_attention.light_kernels import (
-    choose_light_kernels,
-    light_kernels_of,
-)
+from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
 
 # One head, heads of one channel, channels that are few and more than a strip; positions that are one and several.
 SHAPES = [

@@ -10,7 +10,7 @@ from benchmarks.gpu.footprint import PIECES
 from benchmarks.gpu.pieces import LayerPieces
 from benchmarks.gpu.shapes import INTERLEAVED, PLANAR, Case
 from benchmarks.shapes import StageShape
-from ela_kernels.ops.layer_attention.layer_kernels import layer_kernels_of
+from ela_kernels.backends.dispatch import layer_kernels_of
 
 SHAPE = StageShape(1, 2, 16, 6, 8)
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention,
     layer_attention_weights,
 )
-from ela_kernels.ops.layer_attention.warmup import warmup
+from ela_kernels.warming import warmup
 
 __all__ = [
     "LayerAttentionOutput",

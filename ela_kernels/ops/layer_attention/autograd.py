@@ -13,21 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.kernels import (
-    Kernels,
-    Saved,
-    choose_kernels,
+from ela_kernels.backends.contract import Kernels
+from ela_kernels.backends.dispatch import choose_kernels
+from ela_kernels.backends.layout import (
+    accumulate_dtype,
+    empty_map,
+    is_interleaved,
     resolved,
 )
-from ela_kernels.ops.layer_attention.layout import empty_map, is_interleaved
-from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS
+from ela_kernels.backends.tracing import needs_dispatcher
+from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.reference import (
-    accumulate_dtype,
     layer_attention_backward_reference,
     layer_attention_reference,
 )
-from ela_kernels.ops.layer_attention.saved import save, unpacked
+from ela_kernels.ops.layer_attention.saved_tensors import (
+    save,
+    unpacked,
+)
 
 _library = torch.library.Library("ela_kernels", "FRAGMENT")
 _library.define(
@@ -205,15 +209,6 @@ def _differentiable_gradients(
         )
     )
     return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
-
-
-def needs_dispatcher(q: Tensor) -> bool:
-    """True where a call has to be seen by PyTorch: tracing, fake tensors, subclasses, dispatch modes."""
-    return (
-        torch.compiler.is_compiling()
-        or type(q) not in PLAIN_TENSORS
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 @opaque

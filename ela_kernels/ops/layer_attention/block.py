@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.layer import LayerOutput, attended, gradients
-from ela_kernels.ops.layer_attention.layer_kernels import (
+from ela_kernels.backends.layout import readable
+from ela_kernels.backends.types import (
     Epilogue,
     Filters,
     LayerForward,
     NormGradients,
 )
-from ela_kernels.ops.layer_attention.layout import readable
+from ela_kernels.ops.layer_attention.layer import LayerOutput, attended, gradients
 from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.pull import (
+from ela_kernels.ops.layer_attention.record import (
     Link,
     applied,
     in_form_of,
@@ -30,7 +30,7 @@ from ela_kernels.ops.layer_attention.pull import (
     refuse_second_derivative,
     token_gradient,
 )
-from ela_kernels.ops.layer_attention.saved import (
+from ela_kernels.ops.layer_attention.saved_tensors import (
     release_pairs,
     save_with_pairs,
     unpacked_with_pairs,

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.ops.layer_attention.interface import layer_attention
 from ela_kernels.ops.layer_attention.reference import (
-    accumulate_dtype,
     aggregate_reference,
     divergence_reference,
     log_weights_reference,

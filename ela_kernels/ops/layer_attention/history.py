@@ -9,33 +9,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.base import is_transformed
-from ela_kernels.ops.layer_attention import checks
-from ela_kernels.ops.layer_attention.autocast import as_autocast, fits_layer_dtype, layer_dtype
-from ela_kernels.ops.layer_attention.autograd import needs_dispatcher
+from ela_kernels.backends.contract import Kernels
+from ela_kernels.backends.dispatch import (
+    LayerChoice,
+    choose_kernels,
+    kernels_of,
+)
+from ela_kernels.backends.layout import accumulate_dtype, resolved
+from ela_kernels.backends.memory import PLAIN_TENSORS
+from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
+from ela_kernels.backends.types import (
+    Epilogue,
+    Filters,
+)
+from ela_kernels.ops import checks
+from ela_kernels.ops.autocast import (
+    as_autocast,
+    autocast_inputs,
+    fits_layer_dtype,
+    is_autocast_on,
+    layer_dtype,
+)
 from ela_kernels.ops.layer_attention.block import block_pull
 from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
-    autocast_inputs,
-    is_autocast_on,
     layer_attention,
     layer_attention_weights,
 )
-from ela_kernels.ops.layer_attention.kernels import (
-    Kernels,
-    choose_kernels,
-    kernels_of,
-    resolved,
-)
 from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters, LayerChoice
-from ela_kernels.ops.layer_attention.memory import PLAIN_TENSORS
 from ela_kernels.ops.layer_attention.places import Places
-from ela_kernels.ops.layer_attention.prefix import Pairs, Prefix
-from ela_kernels.ops.layer_attention.pull import Link, Record, attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.readers import Turns
-from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+from ela_kernels.ops.layer_attention.record import (
+    Link,
+    Record,
+    attend_pull,
+    provide_pull,
+)
+from ela_kernels.ops.layer_attention.snapshot import (
+    Pairs,
+    Prefix,
+)
 
 
 class LayerHistory(Places):

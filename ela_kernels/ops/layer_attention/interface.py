@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention import checks
-from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd, needs_dispatcher
-from ela_kernels.ops.layer_attention.kernels import choose_kernels
-from ela_kernels.ops.layer_attention.memory import check_not_freed
+from ela_kernels.backends.dispatch import choose_kernels
+from ela_kernels.backends.layout import accumulate_dtype
+from ela_kernels.backends.memory import check_not_freed
+from ela_kernels.backends.tracing import needs_dispatcher
+from ela_kernels.ops import checks
+from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
+from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd
 from ela_kernels.ops.layer_attention.reference import (
-    accumulate_dtype,
     divergence_reference,
     layer_attention_reference,
     log_weights_reference,
@@ -164,22 +166,3 @@ def layer_attention_weights(
     log_weights = log_weights_reference(q, key_list, heads, scale)
     kl = None if prev is None else divergence_reference(prev, log_weights)
     return LayerAttentionWeights(log_weights.exp(), kl)
-
-
-def is_autocast_on(q: Tensor) -> bool:
-    return q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
-
-
-def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any]:
-    """Cast as PyTorch's own matrix products are under autocast; float64 and foreign types stay."""
-    dtype = torch.get_autocast_dtype(q.device.type)
-
-    def cast(x: Any, name: str) -> Any:
-        if isinstance(x, Tensor):
-            if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
-                return x
-            check_not_freed(name, x)
-            return x.to(dtype)
-        return tuple(cast(y, name) for y in x) if isinstance(x, (tuple, list)) else x
-
-    return cast(q, "q"), cast(keys, "keys"), cast(values, "values")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.prefix import Prefix
+from ela_kernels.ops.layer_attention.snapshot import Prefix
 
 
 def graph_task() -> int:

@@ -10,12 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.saved import past_hooks
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of weights, divergence and sums: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ela_kernels.backends.layout import accumulate_dtype
+from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
 
 
 def log_weights_reference(

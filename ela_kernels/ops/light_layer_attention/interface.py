@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention import checks
-from ela_kernels.ops.layer_attention.memory import check_not_freed
-from ela_kernels.ops.layer_attention.reference import accumulate_dtype
+from ela_kernels.backends.layout import accumulate_dtype
+from ela_kernels.backends.memory import check_not_freed
+from ela_kernels.ops import checks
 
 _NAMES = ("q", "k", "v", "prev_out", "decay")
 

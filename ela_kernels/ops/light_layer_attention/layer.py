@@ -7,20 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.autocast import as_autocast
-from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
-from ela_kernels.ops.layer_attention.kernels import resolved
-from ela_kernels.ops.layer_attention.layer_kernels import Epilogue, Filters
-from ela_kernels.ops.layer_attention.layout import readable
-from ela_kernels.ops.layer_attention.memory import cast as to_dtype
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.pull import in_form_of
-from ela_kernels.ops.layer_attention.saved import save, unpacked
-from ela_kernels.ops.light_layer_attention.light_kernels import (
+from ela_kernels.backends.contract import LightKernels
+from ela_kernels.backends.layout import as_read_beside, readable, resolved
+from ela_kernels.backends.memory import cast as to_dtype
+from ela_kernels.backends.types import (
+    Epilogue,
+    Filters,
     LightFilters,
     LightForward,
-    LightKernels,
-    as_read_beside,
+)
+from ela_kernels.ops.autocast import as_autocast
+from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
+from ela_kernels.ops.layer_attention.opaque import opaque
+from ela_kernels.ops.layer_attention.record import in_form_of
+from ela_kernels.ops.layer_attention.saved_tensors import (
+    save,
+    unpacked,
 )
 
 

@@ -1,0 +1,65 @@
+"""Sizes that a kernel relies on, looked at again in each call: a parameter's `.data` is set behind autograd's back."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import Tensor
+
+from ela_kernels.backends.types import Attended, Epilogue, Filters, LightFilters, LightForward
+
+
+def check_sizes(channels: int, filters: Filters) -> None:
+    """Refuse filters of other sizes than the forward had: a parameter's `.data` is set behind autograd's back."""
+    wq, wk, wv = filters
+    if wv.numel() != 9 * channels or (wq is not None and wq.numel() != wk.numel()):
+        refuse_sizes(channels, filters)
+
+
+def check_shape(x: Tensor, mean: Tensor, own: Attended | None) -> None:
+    """The same of a layer's input, in its backward."""
+    shape = x.shape
+    if len(shape) != 4 or mean.shape != shape[:2] or (own and own.saved.values[-1].shape != shape):
+        raise ValueError(
+            f"x: got shape {list(shape)} in the backward; allowed is that of the forward. A tensor must keep its data "
+            "until the backward is done"
+        )
+
+
+def refuse_sizes(channels: int, filters: Filters) -> NoReturn:
+    wq, wk, wv = filters
+    raise ValueError(
+        f"Wq, Wk, Wv: got shapes {None if wq is None else list(wq.shape)}, {list(wk.shape)}, {list(wv.shape)}; "
+        f"allowed is [1, 1, size], the same for both, and [{channels}, 1, 3, 3]. A parameter must keep its data until "
+        "the backward is done"
+    )
+
+
+def check_norm_sizes(channels: int, epilogue: Epilogue) -> None:
+    """As :func:`check_sizes`, of a norm's parameters."""
+    for name, t in (("weight", epilogue.gamma), ("bias", epilogue.beta)):
+        if t is not None and t.numel() != channels:
+            raise ValueError(
+                f"norm.{name}: got shape {list(t.shape)}; allowed is [{channels}]. A parameter must keep its data "
+                "until the backward is done"
+            )
+
+
+def check_light_sizes(channels: int, filters: LightFilters) -> None:
+    """As :func:`~ela_kernels.backends.checks.check_sizes`, with the decay."""
+    wq, wk, wv, decay = filters
+    check_sizes(channels, Filters(wq, wk, wv))
+    if decay.numel() != channels:
+        raise ValueError(
+            f"lambda_t: got shape {list(decay.shape)}; allowed is [{channels}, 1, 1]. A parameter must keep its data "
+            "until the backward is done"
+        )
+
+
+def check_light_shape(x: Tensor, kept: LightForward) -> None:
+    """As :func:`~ela_kernels.backends.checks.check_shape`."""
+    if x.shape != kept.v.shape:
+        raise ValueError(
+            f"x: got shape {list(x.shape)} in the backward; allowed is that of the forward, {list(kept.v.shape)}. A "
+            "tensor must keep its data until the backward is done"
+        )

@@ -1,0 +1,341 @@
+"""The glue to the compiled CPU kernels: layouts, allocation and calls. Arguments are checked already."""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.cpp.addresses import (
+    maps,
+    row,
+    rows,
+)
+from ela_kernels.backends.extension import extension
+from ela_kernels.backends.layout import (
+    MapView,
+    accumulate_dtype,
+    dense,
+    empty_map,
+    in_form,
+    is_interleaved,
+    kernel_sizes,
+    new_row,
+    readable_view,
+    resolved,
+)
+from ela_kernels.backends.memory import address
+from ela_kernels.backends.types import (
+    Gradients,
+    Saved,
+)
+
+Sizes = tuple[int, int, int, int, int]
+
+# Waking a second thread takes longer than the work on fewer elements than these.
+_ONE_THREAD_ELEMENTS = 16 * 1024
+
+DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+NO_MAP: MapView = (0, 0, 0)
+
+
+def kernels() -> Any:
+    module = extension()
+    if module is None:
+        raise RuntimeError(
+            "the compiled kernels are not available: see `python -m ela_kernels info`"
+        )
+    return module
+
+
+@functools.lru_cache(maxsize=1024)
+def _aggregate_workspace(sizes: Sizes, sources: int) -> int:
+    return int(kernels().aggregate_workspace(sizes, sources))
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_workspace(sizes: Sizes, depth: int) -> int:
+    return int(kernels().backward_workspace(sizes, depth))
+
+
+def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
+    return torch.empty(elements, dtype=dtype, device="cpu") if elements else None
+
+
+_has_woken_threads = _threads_are_lost = False
+
+
+def thread_count(elements: int) -> int:
+    global _has_woken_threads
+    if elements <= _ONE_THREAD_ELEMENTS or _threads_are_lost:
+        return 1
+    count = torch.get_num_threads()
+    if count > 1:
+        _has_woken_threads = True
+    return count
+
+
+def _forked() -> None:
+    """A fork copies what OpenMP knows of its threads, but not the threads: the child would wait for them for ever."""
+    global _threads_are_lost
+    _threads_are_lost = _has_woken_threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
+    _, channels, _, positions, interleaved = sizes
+    new = empty_map(like, channels_last, bool(interleaved))
+    inner = channels if interleaved else positions
+    return new, (address(new), channels * positions, inner)
+
+
+def _new(dtype: torch.dtype, *sizes: int) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="cpu")
+
+
+def forward(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    heads: int,
+    scale: float,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`(out, weights, kl)` in one call of the extension."""
+    last = values[-1]
+    depth = len(values)
+    interleaved = is_interleaved(last, channels_last)
+    sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    accumulate = accumulate_dtype(q.dtype)
+    query, query_stride, query_copy = row(q)
+    key_addresses, key_strides, key_copies = rows(keys)
+    value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
+    out, out_view = new_map(last, sizes, channels_last)
+    weights = _new(accumulate, sizes[0], heads, depth)
+    prev_weights = dense(prev_weights)
+    kl = None if prev_weights is None else _new(accumulate, sizes[0], heads)
+    workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
+    kernels().forward(
+        DTYPE_CODES[q.dtype],
+        sizes,
+        scale,
+        query,
+        query_stride,
+        key_addresses,
+        key_strides,
+        value_addresses,
+        value_strides,
+        address(prev_weights, "prev_weights"),
+        0 if prev_weights is None else prev_weights.shape[2],
+        address(weights),
+        address(kl),
+        out_view,
+        address(workspace),
+        thread_count(last.numel() * depth),
+    )
+    del query_copy, key_copies, value_copies
+    return out, weights, kl
+
+
+def weights(
+    q: Tensor, keys: Sequence[Tensor], heads: int, scale: float, prev_weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`(weights, kl)`; no value is read."""
+    accumulate = accumulate_dtype(q.dtype)
+    q, keys = resolved(q), [resolved(k) for k in keys]
+    query, query_stride, query_copy = row(q)
+    key_addresses, key_strides, key_copies = rows(keys)
+    weights = _new(accumulate, q.shape[0], heads, len(keys))
+    prev_weights = dense(prev_weights)
+    kl = None if prev_weights is None else _new(accumulate, q.shape[0], heads)
+    kernels().weights(
+        DTYPE_CODES[q.dtype],
+        (*q.shape, heads, 1, 0),
+        scale,
+        query,
+        query_stride,
+        key_addresses,
+        key_strides,
+        address(prev_weights, "prev_weights"),
+        0 if prev_weights is None else prev_weights.shape[2],
+        address(weights),
+        address(kl),
+        thread_count(q.numel() * len(keys)),
+    )
+    del query_copy, key_copies
+    return weights, kl
+
+
+def backward(
+    saved: Saved,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    need_q: bool,
+    need_prev: bool,
+    need_keys: Sequence[bool] = (),
+    need_values: Sequence[bool] = (),
+) -> Gradients:
+    """Gradients of scores, query and previous weights, and in the push form of every key and value."""
+    q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
+    last = values[-1]
+    depth = len(values)
+    interleaved = is_interleaved(last, channels_last)
+    sizes = kernel_sizes(last, heads, channels_last, interleaved)
+    query, query_stride, query_copy = row(q)
+    key_addresses, key_strides, key_copies = rows(keys)
+    value_addresses: list[int] = []
+    value_strides: list[int] = []
+    copies: list[Tensor] = []
+    dout_view = NO_MAP
+    dvalues: list[Tensor | None] = [None] * depth
+    dvalue_addresses: list[int] = []
+    dvalue_strides: list[int] = []
+    if dout is not None:
+        dout = resolved(dout)
+        (dout_address,), (dout_batch, dout_inner), copies = maps(
+            (dout,), channels_last, interleaved
+        )
+        dout_view = dout_address, dout_batch, dout_inner
+        value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
+        copies += value_copies
+        if any(need_values):
+            pairs = [new_map(last, sizes, channels_last) if n else None for n in need_values]
+            dvalues = [None if p is None else p[0] for p in pairs]
+            if last.numel():  # an empty map has no address, and needs no kernel
+                dvalue_addresses = [0 if p is None else p[1][0] for p in pairs]
+                dvalue_strides = [*next(p[1][1:] for p in pairs if p is not None)]
+    dkeys = [new_row(q) if n else None for n in need_keys]
+    dq = new_row(q) if need_q else None
+    dscores = torch.empty_like(weights)
+    dweights, dkl, prev_weights = dense(dweights), dense(dkl), dense(prev_weights)
+    dprev = None
+    if need_prev and dkl is not None and prev_weights is not None:
+        dprev = torch.empty_like(prev_weights)
+    workspace = _workspace(_backward_workspace(sizes, depth), weights.dtype)
+    kernels().backward(
+        DTYPE_CODES[q.dtype],
+        sizes,
+        scale,
+        query,
+        query_stride,
+        key_addresses,
+        key_strides,
+        value_addresses,
+        value_strides,
+        address(prev_weights, "prev_weights"),
+        0 if prev_weights is None else prev_weights.shape[2],
+        address(weights, "weights"),
+        dout_view,
+        address(dweights, "gradient of the weights"),
+        address(dkl, "gradient of kl"),
+        address(dscores),
+        address(dq),
+        [address(d) for d in dkeys] if any(need_keys) else [],
+        address(dprev),
+        dvalue_addresses,
+        dvalue_strides,
+        address(workspace),
+        thread_count(last.numel() * depth),
+    )
+    del query_copy, key_copies, copies
+    return Gradients(dscores, dq, dprev, dkeys, dvalues)
+
+
+class Retrieved:
+    """What one layer's backward leaves for the layers that it retrieved from, and the addresses that they will need.
+
+    The tensors live as long as this does, so addresses stay true.
+    """
+
+    __slots__ = ("dout", "dout_version", "dscores", "interleaved", "packed", "q", "weights")
+
+    def __init__(
+        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+    ) -> None:
+        self.weights, self.dscores, self.dout = weights, dscores, dout
+        self.dout_version, self.interleaved = 0, None
+        where, stride, self.q = row(q)
+        view = None
+        if dout is not None:
+            self.dout_version = dout._version
+            self.interleaved = is_interleaved(dout, channels_last)
+            view = readable_view(dout, channels_last, self.interleaved, "gradient of the output")
+        self.packed = _pack(
+            where,
+            stride,
+            address(dscores),
+            weights.shape[2],
+            *(view or NO_MAP),
+            address(weights),
+        )
+
+
+# One source of a gradient, as the extension takes many of them at once (struct Source in csrc/binding/views.h).
+_pack = struct.Struct("8q").pack
+
+
+def packed_sources(
+    retrieved: Sequence[Retrieved], channels_last: bool, interleaved: bool
+) -> tuple[bytes, list[Retrieved]]:
+    """`retrieved` as the extension takes it, output gradients in the given form; and what must live until then."""
+    alike = [r.packed for r in retrieved if r.interleaved is interleaved or r.dout is None]
+    if len(alike) == len(retrieved):
+        return b"".join(alike), []
+    copies = []
+    for r in retrieved:
+        dout = None if r.dout is None else in_form(r.dout, channels_last, interleaved)
+        copies.append(Retrieved(r.q, r.weights, r.dscores, dout, channels_last))
+    return b"".join([c.packed for c in copies]), copies
+
+
+def gather(
+    retrieved: Sequence[Retrieved],
+    index: int,
+    heads: int,
+    channels_last: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`(dk, dv)` of the layer at `index`, each a sum over the layers that retrieved it.
+
+    `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`.
+    """
+    q = retrieved[0].q
+    like = next((r.dout for r in retrieved if r.dout is not None), None)
+    need_value = need_value and like is not None
+    if not need_key and not need_value:
+        return None, None
+    dkey = new_row(q) if need_key else None
+    sizes: Sizes = (*q.shape, heads, 1, 0)
+    dvalue, dvalue_view, workspace, elements, interleaved = None, NO_MAP, None, q.numel(), False
+    if need_value:
+        assert like is not None
+        interleaved = is_interleaved(like, channels_last)
+        sizes = kernel_sizes(like, heads, channels_last, interleaved)
+        dvalue, dvalue_view = new_map(like, sizes, channels_last)
+        accumulate = retrieved[0].weights.dtype
+        workspace = _workspace(_aggregate_workspace(sizes, len(retrieved)), accumulate)
+        elements = dvalue.numel()
+    sources, keeps = packed_sources(retrieved, channels_last, interleaved)
+    kernels().gather(
+        DTYPE_CODES[q.dtype],
+        sizes,
+        sources,
+        index,
+        address(dkey),
+        dvalue_view,
+        address(workspace),
+        thread_count(elements * len(retrieved)),
+    )
+    del keeps
+    return dkey, dvalue

@@ -1,0 +1,198 @@
+"""The glue to the compiled CPU kernels of a whole light layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.checks import (
+    check_light_shape,
+    check_light_sizes,
+)
+from ela_kernels.backends.cpp.attention import (
+    DTYPE_CODES,
+    NO_MAP,
+    new_map,
+    thread_count,
+)
+from ela_kernels.backends.cpp.attention import kernels as compiled
+from ela_kernels.backends.cpp.norm import (
+    ImageSizes,
+    NormCall,
+    norm_backward,
+    norm_call,
+)
+from ela_kernels.backends.layout import (
+    MapView,
+    accumulate_dtype,
+    as_read_beside,
+    contiguous,
+    is_interleaved,
+    kernel_sizes,
+    readable_view,
+)
+from ela_kernels.backends.memory import (
+    address,
+    cast,
+)
+from ela_kernels.backends.types import (
+    Epilogue,
+    LightFilters,
+    LightForward,
+    LightGradients,
+)
+
+# No norm_forward: light_layer_forward() does all of a block.
+__all__ = ["light_layer_backward", "light_layer_forward", "norm_backward"]
+
+
+def _sizes(x: Tensor) -> ImageSizes:
+    batch, channels, height, width = x.shape
+    return batch, channels, height, width, int(is_interleaved(x, False))
+
+
+def _view(tensor: Tensor, interleaved: int, name: str = "a map") -> MapView:
+    view = readable_view(tensor, False, bool(interleaved), name)
+    assert view is not None  # as_read_beside() made it so
+    return view
+
+
+def _readable(x: Tensor, filters: LightFilters) -> LightFilters:
+    """The filters as the kernels read them.
+
+    All of the maps' dtype: a decay in float32 beside half precision is rounded, as autocast rounds the filters.
+    """
+    check_light_sizes(x.shape[1], filters)
+    dtype = x.dtype
+    return LightFilters(*(contiguous(cast(w, dtype, "a filter")) for w in filters))
+
+
+def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -> Tensor:
+    elements = compiled().light_workspace(sizes, size, threads)
+    return torch.empty(elements, dtype=dtype, device="cpu")
+
+
+def light_layer_forward(
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    heads: int,
+    scale: float,
+    epilogue: Epilogue | None = None,
+) -> LightForward:
+    """`gate * v + decay * prev` in one call, and all of a block; `x` and `prev` in one form that the kernels can read.
+
+    The factors `[2, B, C]` are what each channel takes of its value and of the previous output: gate and decay.
+    """
+    sizes = _sizes(x)
+    flat = kernel_sizes(x, heads, False, bool(sizes[4]))
+    accumulate = accumulate_dtype(x.dtype)
+    wq, wk, wv, decay = _readable(x, filters)
+    v, v_view = new_map(x, flat, False)
+    out, out_view = new_map(x, flat, False)
+    mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
+    factors = torch.empty((2, *x.shape[:2]), dtype=accumulate, device="cpu")
+    statistics = block = norm = None
+    if epilogue is not None:
+        given = epilogue.statistics
+        if given is None:
+            statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
+        block, block_view = new_map(x, flat, False)
+        views = (out_view, _view(x, sizes[4], "x"), block_view, NO_MAP)
+        norm = norm_call(views, sizes, given, epilogue)
+    threads = thread_count(4 * x.numel())
+    workspace = _workspace(sizes, wk.numel(), threads, accumulate)
+    compiled().light_layer(
+        DTYPE_CODES[x.dtype],
+        sizes,
+        heads,
+        scale,
+        _view(x, sizes[4], "x"),
+        address(wq, "Wq"),
+        address(wk, "Wk"),
+        wk.numel(),
+        address(wv, "Wv"),
+        address(decay, "lambda_t"),
+        _view(prev, sizes[4], "prev_out"),
+        address(mean),
+        address(q),
+        address(k),
+        v_view,
+        address(factors),
+        out_view,
+        address(statistics),
+        0 if statistics is None else address(statistics[1]),
+        None if norm is None else norm.arguments,
+        address(workspace),
+        threads,
+    )
+    return LightForward(out, mean, q, k, v, factors, statistics, block)
+
+
+def light_layer_backward(
+    x: Tensor,
+    filters: LightFilters,
+    prev: Tensor,
+    heads: int,
+    scale: float,
+    kept: LightForward,
+    dout: Tensor,
+    residual: Tensor | None,
+    needs: Sequence[bool],
+    pending: NormCall | None = None,
+) -> LightGradients:
+    """All gradients of a layer in one call.
+
+    Args:
+        residual: what arrives at `x` past the layer, added to its gradient.
+        needs: of x, wq, wk, wv, decay, prev.
+        pending: what `norm_backward` left to do first.
+    """
+    check_light_shape(x, kept)
+    sizes = _sizes(x)
+    interleaved = bool(sizes[4])
+    flat = kernel_sizes(x, heads, False, interleaved)
+    dout = as_read_beside(x, dout)
+    residual = None if residual is None else as_read_beside(x, residual)
+    wq, wk, wv, decay = _readable(x, filters)
+    dx, dx_view = new_map(x, flat, False) if needs[0] else (None, NO_MAP)
+    dprev, dprev_view = new_map(x, flat, False) if needs[5] else (None, NO_MAP)
+    dfilters = [
+        torch.empty_like(w) if need else None
+        for w, need in zip((wq, wk, wv, decay), needs[1:5], strict=True)
+    ]
+    threads = thread_count(6 * x.numel())
+    workspace = _workspace(sizes, wk.numel(), threads, kept.factors.dtype)
+    compiled().light_layer_backward(
+        DTYPE_CODES[x.dtype],
+        sizes,
+        heads,
+        scale,
+        _view(x, sizes[4], "x"),
+        address(wq, "Wq"),
+        address(wk, "Wk"),
+        wk.numel(),
+        address(wv, "Wv"),
+        address(decay, "lambda_t"),
+        _view(prev, sizes[4], "prev_out"),
+        address(kept.mean),
+        address(kept.q),
+        address(kept.k),
+        _view(kept.v, sizes[4]),
+        address(kept.factors),
+        _view(dout, sizes[4], "gradient of the output"),
+        NO_MAP if residual is None else _view(residual, sizes[4]),
+        dx_view,
+        *(address(d) for d in dfilters),
+        dprev_view,
+        None if pending is None else pending.arguments,
+        pending is not None and pending.batch_statistics,
+        address(workspace),
+        threads,
+    )
+    dwq, dwk, dwv, ddecay = dfilters
+    if ddecay is not None:
+        ddecay = ddecay.to(filters.decay.dtype)
+    return LightGradients(dx, dwq, dwk, dwv, ddecay, dprev)

@@ -1,0 +1,101 @@
+"""What the compiled CPU kernels of a whole layer take for a residual block's end: `x + mask * act(norm(o))`, and back.
+
+The end is done in the call of the layer: with given statistics right after each sample's retrieval, with those of the
+batch as soon as they are known; backward, right before each sample's attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.checks import check_norm_sizes
+from ela_kernels.backends.cpp.addresses import one_map
+from ela_kernels.backends.cpp.attention import (
+    NO_MAP,
+    new_map,
+)
+from ela_kernels.backends.cpp.attention import kernels as compiled
+from ela_kernels.backends.layout import (
+    MapView,
+    accumulate_dtype,
+    dense,
+    is_interleaved,
+    kernel_sizes,
+)
+from ela_kernels.backends.memory import (
+    address,
+    cast,
+)
+from ela_kernels.backends.types import (
+    Epilogue,
+    NormGradients,
+)
+
+ImageSizes = tuple[int, int, int, int, int]
+"""B, C, H, W, interleaved."""
+
+
+class NormCall(NamedTuple):
+    """The arguments as the extension takes them, and what must live until the kernel has run."""
+
+    arguments: tuple[Any, ...]
+    batch_statistics: bool
+    keeps: list[Any]
+
+
+def _vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else dense(cast(tensor, dtype, "a parameter of the norm"))
+
+
+def norm_call(
+    views: tuple[MapView, MapView, MapView, MapView],
+    sizes: ImageSizes,
+    statistics: Tensor,
+    epilogue: Epilogue,
+    dgamma: Tensor | None = None,
+    dbeta: Tensor | None = None,
+) -> NormCall:
+    """Of the maps o, x and out (backward: o, dout, do, and what is added to do)."""
+    check_norm_sizes(sizes[1], epilogue)
+    dtype = statistics.dtype
+    vectors = [_vector(t, dtype) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)]
+    workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype, device="cpu")
+    pointers = (
+        address(statistics, "statistics"),
+        address(statistics[1], "statistics"),
+        *(address(v, "a parameter of the norm") for v in vectors),
+        address(dgamma),
+        address(dbeta),
+        address(workspace),
+    )
+    arguments = (views, pointers, epilogue.eps, epilogue.relu)
+    keeps = [vectors, workspace, statistics, dgamma, dbeta]
+    return NormCall(arguments, epilogue.statistics is None, keeps)
+
+
+def norm_backward(
+    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
+) -> NormGradients:
+    """What the backward of the layer will fill in the same call. `also` is added to the gradient of `o`."""
+    interleaved = is_interleaved(o, False)
+    sizes = (*o.shape, int(interleaved))
+    do, do_view = new_map(o, kernel_sizes(o, 1, False, interleaved), False)
+    views, keeps = [], []
+    for tensor in (o, dout, also):
+        if tensor is None:
+            views.append(NO_MAP)
+            continue
+        view, kept = one_map(tensor, False, interleaved)
+        views.append(view)
+        keeps.append(kept)
+    accumulate = accumulate_dtype(o.dtype)
+    dgamma, dbeta = (
+        None if t is None else torch.empty(t.shape, dtype=accumulate, device="cpu")
+        for t in (epilogue.gamma, epilogue.beta)
+    )
+    ordered = (views[0], views[1], do_view, views[2])
+    call = norm_call(ordered, sizes, statistics, epilogue, dgamma, dbeta)
+    return NormGradients(do, dgamma, dbeta, call._replace(keeps=[*call.keeps, *keeps]))

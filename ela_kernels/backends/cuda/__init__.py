@@ -1,0 +1,82 @@
+"""The compiled CUDA kernels in `csrc/cuda`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+from ela_kernels.backends.gpu import GpuBackend, no_device_reason
+
+
+class CudaBackend(GpuBackend):
+    """The compiled CUDA kernels in `csrc/cuda`."""
+
+    name = "cuda"
+    max_depth = 256  # that many pointers go by value
+
+    def unavailable_reason(self) -> str | None:
+        from ela_kernels.backends.extension import build_info, extension, extension_problem
+
+        module = extension()
+        if module is None:
+            return extension_problem()
+        if not module.has_cuda:
+            left_out = build_info().get("cuda_problem") or "the build had no nvcc"
+            return (
+                f"the compiled extension was built without CUDA: {left_out}; reinstall ela_kernels where nvcc is, with "
+                "ELA_KERNELS_BUILD=cuda to see what is missing"
+            )
+        if torch.version.hip is not None:
+            return "this PyTorch is built for AMD GPUs, and these kernels are CUDA C++; the triton backend serves those"
+        return no_device_reason() or _driver_reason()
+
+    def device_reason(self, device: torch.device) -> str | None:
+        from ela_kernels.backends.extension import build_info
+
+        capability = torch.cuda.get_device_capability(device)
+        return architecture_reason(
+            build_info().get("cuda_architectures", ()),
+            capability,
+            torch.cuda.get_device_name(device),
+        )
+
+
+@functools.cache
+def _driver_reason() -> str | None:
+    """What the CUDA runtime linked into the extension says of the driver: it may be newer than PyTorch's."""
+    from ela_kernels.backends.extension import extension
+
+    module = extension()
+    assert module is not None
+    problem = module.cuda_devices()["problem"]
+    if problem is None:
+        return None
+    version = module.cuda_runtime_version()
+    built_with = f"{version // 1000}.{version % 1000 // 10}"
+    return (
+        f"the CUDA {built_with} runtime that the extension was built with finds no device: {problem}; update the "
+        "driver, or reinstall ela_kernels with an older nvcc"
+    )
+
+
+def architecture_reason(
+    built: Sequence[str], capability: tuple[int, int], device_name: str
+) -> str | None:
+    """Why a build for the architectures `built` (`"9.0"`, `"9.0a"`, `"12.0+PTX"`) has no code for a device."""
+    major, minor = capability
+    for entry in built:
+        name, _, ptx = entry.partition("+")
+        number = name.rstrip("af")
+        entry_major, entry_minor = (int(part) for part in number.split("."))
+        if name.endswith("a"):
+            serves = (entry_major, entry_minor) == capability
+        else:
+            serves = entry_major == major and entry_minor <= minor
+        if serves or (ptx and not name.endswith("a") and (entry_major, entry_minor) <= capability):
+            return None
+    return (
+        f"the compiled extension holds code for {', '.join(built) or 'no architecture'}, and {device_name} has compute "
+        f"capability {major}.{minor}; reinstall ela_kernels with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+    )

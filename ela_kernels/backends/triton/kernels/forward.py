@@ -1,0 +1,376 @@
+"""Scores, softmax, divergence and aggregation in one launch; the weights-only pass; and the gather of the pull form.
+
+Least bytes of the forward: every value and the residual, where there is one, read once, the output written once. Scores
+cost a read of the keys for each tile, from the caches; the tile is made large enough for that to stay small (see
+plan.py).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ela_kernels.backends.triton.kernels.tiles import (
+    along,
+    decoded,
+    divergence_terms,
+    log_softmax,
+    moments,
+    offsets,
+    part_at,
+    scores,
+    tile_at,
+    where_exists,
+)
+
+# Values that are read before the first of them is used.
+GROUP = tl.constexpr(4)
+
+
+@triton.jit
+def _write_weights(
+    q_ptr,
+    key_ptrs,
+    prev_ptr,  # [B, G, prev_depth]
+    weights_ptr,  # [B, G, depth]
+    kl_ptr,  # [B, G]
+    stride_qb,
+    stride_kb,
+    item,
+    mask_item,
+    heads,
+    head_dim,
+    depth,
+    prev_depth,
+    scale,
+    HAS_PREV: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    s = scores(
+        q_ptr,
+        key_ptrs,
+        stride_qb,
+        stride_kb,
+        item,
+        mask_item,
+        heads,
+        head_dim,
+        depth,
+        scale,
+        HEADS,
+        T,
+        BLOCK_D,
+    )
+    log_weights = log_softmax(s)
+    offs_t = tl.arange(0, T)
+    mask_w = mask_item[:, None] & (offs_t < depth)[None, :]
+    offs = item.to(tl.int64)[:, None] * depth + offs_t[None, :]
+    tl.store(weights_ptr + offs, tl.exp(log_weights), mask=mask_w)
+    if HAS_PREV:
+        mask_p = mask_item[:, None] & (offs_t < prev_depth)[None, :]
+        offs = item.to(tl.int64)[:, None] * prev_depth + offs_t[None, :]
+        prev = tl.load(prev_ptr + offs, mask=mask_p, other=0.0)
+        kl = tl.sum(divergence_terms(prev, log_weights), axis=1)
+        tl.store(kl_ptr + item, kl, mask=mask_item)
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "depth", "prev_depth"])
+def layer_attention_weights_kernel(
+    q_ptr,
+    key_ptrs,
+    prev_ptr,
+    weights_ptr,
+    kl_ptr,
+    batch,
+    heads,
+    head_dim,
+    stride_qb,
+    stride_kb,
+    depth,
+    prev_depth,
+    scale,
+    HAS_PREV: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    item = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    _write_weights(
+        q_ptr,
+        key_ptrs,
+        prev_ptr,
+        weights_ptr,
+        kl_ptr,
+        stride_qb,
+        stride_kb,
+        item,
+        item < batch * heads,
+        heads,
+        head_dim,
+        depth,
+        prev_depth,
+        scale,
+        HAS_PREV,
+        HEADS,
+        T,
+        BLOCK_D,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "heads",
+        "positions",
+        "rows",
+        "chunks",
+        "depth",
+        "prev_depth",
+        "parts",
+    ]
+)
+def layer_attention_fwd_kernel(
+    q_ptr,  # [B, C]
+    key_ptrs,  # depth of [B, C]
+    value_ptrs,  # depth of [B, C, N] or [B, N, C], by strides
+    prev_ptr,  # [B, G, prev_depth]
+    residual_ptr,
+    out_ptr,
+    weights_ptr,  # [B, G, depth]
+    kl_ptr,  # [B, G]
+    partial_ptr,  # [2, parts, C], means of the output, and sums of squared distances from them
+    batch,
+    channels,
+    heads,
+    positions,
+    rows,
+    row_units,
+    chunks,
+    stride_qb,
+    stride_kb,
+    stride_vb,
+    stride_vr,
+    stride_xb,
+    stride_xr,
+    stride_ob,
+    stride_or,
+    depth,
+    prev_depth,
+    parts,
+    scale,
+    HAS_PREV: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,  # the weights are written already
+    HAS_RESIDUAL: tl.constexpr,
+    STATISTICS: tl.constexpr,  # a planar tile's rows are of channels
+    INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    HEADS: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    sample, row, column, mask, item, mask_line, place, number = tile_at(
+        pid,
+        batch,
+        channels,
+        heads,
+        positions,
+        rows,
+        row_units,
+        chunks,
+        UNIT,
+        ROWS,
+        COLS,
+        INTERLEAVED,
+    )
+    if not HAS_WEIGHTS:
+        head_dim = channels // heads
+        if INTERLEAVED:
+            strips = tl.cdiv(channels, COLS)
+            head = pid % strips * COLS // head_dim + tl.arange(0, HEADS)
+            own, mask_own = pid // (chunks * strips) * heads + head, head < heads
+        else:
+            own, mask_own = item, mask_line
+        # Every program writes the weights of its heads, all the same bits, and reads them back by element.
+        _write_weights(
+            q_ptr,
+            key_ptrs,
+            prev_ptr,
+            weights_ptr,
+            kl_ptr,
+            stride_qb,
+            stride_kb,
+            own,
+            mask_own,
+            heads,
+            head_dim,
+            depth,
+            prev_depth,
+            scale,
+            HAS_PREV,
+            HEADS,
+            T,
+            BLOCK_D,
+        )
+        tl.debug_barrier()
+    v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
+    w_ptrs = weights_ptr + item.to(tl.int64) * depth
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for first in tl.static_range(0, T, GROUP):
+        if first < depth:
+            for j in tl.static_range(first, min(first + GROUP, T)):
+                w = tl.load(w_ptrs + j, mask=where_exists(mask_line, j, depth), other=0.0)
+                v_mask = where_exists(mask, j, depth)
+                v = tl.load(value_ptrs[j] + v_offs, mask=v_mask, other=0.0)
+                acc += along(w, INTERLEAVED) * v.to(tl.float32)
+    if HAS_RESIDUAL:
+        x_offs = offsets(sample, row, column, stride_xb, stride_xr, UNIT)
+        acc += tl.load(residual_ptr + x_offs, mask=mask, other=0.0).to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offsets(sample, row, column, stride_ob, stride_or, UNIT), out, mask=mask)
+    if STATISTICS:
+        mean, square = moments(
+            out.to(tl.float32),
+            mask,
+            number,
+            place,
+            positions,
+            chunks,
+            ROWS,
+            COLS,
+            INTERLEAVED,
+        )
+        at = part_at(number, place, channels, chunks, INTERLEAVED)
+        tl.store(partial_ptr + at, mean, mask=mask_line)
+        tl.store(partial_ptr + parts.to(tl.int64) * channels + at, square, mask=mask_line)
+
+
+@triton.jit
+def _gather_key(
+    query_ptrs,
+    dscores_ptrs,
+    score_depths,
+    dkey_ptr,
+    first,
+    batch,
+    channels,
+    head_dim,
+    stride_qb,
+    index,
+    sources,
+    Q: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of the key's gradient, numbered through the whole batch."""
+    offs = first + tl.arange(0, BLOCK).to(tl.int64)
+    mask = offs < batch.to(tl.int64) * channels
+    b, c = offs // channels, offs % channels
+    item = b * (channels // head_dim) + c // head_dim
+    acc = tl.zeros([BLOCK], tl.float32)
+    for start in tl.static_range(0, Q, GROUP):
+        if start < sources:
+            for m in tl.static_range(start, min(start + GROUP, Q)):
+                there = where_exists(mask, m, sources)
+                s_offs = item * decoded(score_depths[m]) + index
+                dscores = tl.load(dscores_ptrs[m] + s_offs, mask=there, other=0.0)
+                q = tl.load(query_ptrs[m] + b * stride_qb + c, mask=there, other=0.0)
+                acc += dscores * q.to(tl.float32)
+    tl.store(dkey_ptr + offs, acc.to(dkey_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "heads",
+        "positions",
+        "rows",
+        "chunks",
+        "index",
+        "tiles",
+        "queries",
+        "sources",
+    ]
+)
+def layer_attention_bwd_gather_kernel(
+    query_ptrs,  # of [B, C]
+    dscores_ptrs,  # of [B, G, t]
+    score_depths,  # t of each, encoded
+    dkey_ptr,  # [B, C]
+    dout_ptrs,  # of maps
+    weights_ptrs,  # of [B, G, t]
+    weight_depths,  # t of each, encoded
+    dvalue_ptr,
+    batch,
+    channels,
+    heads,
+    positions,
+    rows,
+    row_units,
+    chunks,
+    stride_qb,
+    stride_db,
+    stride_dr,
+    stride_vb,
+    stride_vr,
+    index,  # the wanted column of weights and score gradients
+    tiles,  # programs that work on the value's gradient; those after them on the key's
+    queries,
+    sources,
+    INTERLEAVED: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    Q: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    if pid < tiles:
+        sample, row, column, mask, item, mask_line, _, _ = tile_at(
+            pid,
+            batch,
+            channels,
+            heads,
+            positions,
+            rows,
+            row_units,
+            chunks,
+            UNIT,
+            ROWS,
+            COLS,
+            INTERLEAVED,
+        )
+        d_offs = offsets(sample, row, column, stride_db, stride_dr, UNIT)
+        acc = tl.zeros([ROWS, COLS], tl.float32)
+        for first in tl.static_range(0, M, GROUP):
+            if first < sources:
+                for m in tl.static_range(first, min(first + GROUP, M)):
+                    w_offs = item.to(tl.int64) * decoded(weight_depths[m]) + index
+                    w_mask = where_exists(mask_line, m, sources)
+                    w = tl.load(weights_ptrs[m] + w_offs, mask=w_mask, other=0.0)
+                    d_mask = where_exists(mask, m, sources)
+                    dout = tl.load(dout_ptrs[m] + d_offs, mask=d_mask, other=0.0)
+                    acc += along(w, INTERLEAVED) * dout.to(tl.float32)
+        dvalue = acc.to(dvalue_ptr.dtype.element_ty)
+        v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
+        tl.store(dvalue_ptr + v_offs, dvalue, mask=mask)
+    else:
+        _gather_key(
+            query_ptrs,
+            dscores_ptrs,
+            score_depths,
+            dkey_ptr,
+            (pid - tiles).to(tl.int64) * BLOCK_KEY,
+            batch,
+            channels,
+            channels // heads,
+            stride_qb,
+            index,
+            queries,
+            Q,
+            BLOCK_KEY,
+        )

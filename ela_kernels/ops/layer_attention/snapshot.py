@@ -1,0 +1,163 @@
+"""What a history holds, as immutable values: the pairs so far, and the place where one layer found them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from operator import add, attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.layout import with_one_more
+from ela_kernels.ops import checks
+
+
+class Pairs(NamedTuple):
+    """Keys and values held, each pair with a number of its own, and the versions that they were appended at.
+
+    They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on,
+    and `mixed` where they are of several dtypes, which no kernel reads together.
+    """
+
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    path: tuple[int, ...] = ()
+    versions: tuple[int, ...] = ()
+    linked: bool = True
+    mixed: bool = False
+
+    def extended(
+        self,
+        key: Tensor,
+        value: Tensor,
+        path: tuple[int, ...] | None = None,
+        is_linked: bool = True,
+    ) -> Pairs:
+        """With one more pair, whose place is the end of `path` where it has one already."""
+        keys, values, old_path, versions, linked, mixed = self
+        mixed = mixed or not self.are_all(value.dtype)
+        # Neither path nor versions can be traced, and a compiled graph needs neither.
+        if torch.compiler.is_compiling():
+            path, version = old_path, -1
+            keys, values = (*keys, key), (*values, value)
+        else:
+            path = self.next_path() if path is None else path
+            version = _version(key, value)
+            keys, values = with_one_more(keys, key), with_one_more(values, value)
+        linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
+        return Pairs(keys, values, path, (*versions, version), linked, mixed)
+
+    def are_all(self, dtype: torch.dtype) -> bool:
+        """Whether every pair held has this dtype."""
+        # By length: torch.compile cannot negate a tuple.
+        return len(self.values) == 0 or (not self.mixed and self.values[0].dtype == dtype)
+
+    def next_path(self) -> tuple[int, ...]:
+        return (*self.path, next(_serials))
+
+    def changed(self) -> int | None:
+        """The first layer whose key or value was changed in place since it was appended; None if none was."""
+        versions = self.versions
+        if -1 not in versions:
+            # Asked at every layer about all before it, so without a loop in Python.
+            found = map(add, map(_version_of, self.keys), map(_version_of, self.values))
+            if tuple(found) == versions:
+                return None
+        for j, version in enumerate(versions):
+            if version >= 0 and _version(self.keys[j], self.values[j]) != version:
+                return j
+        return None
+
+
+_serials = itertools.count(1)
+_version_of = attrgetter("_version")
+
+
+def _version(key: Tensor, value: Tensor) -> int:
+    """Versions only grow, so their sum tells whether either has; inference tensors have none."""
+    return -1 if value.is_inference() or key.is_inference() else key._version + value._version
+
+
+def _check_promotes(held: torch.dtype, dtype: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Refuse a layer of `dtype` where its matrix product with what was concatenated in `held` is refused.
+
+    Args:
+        autocast: the dtype that autocast casts such a product to, where it is on.
+    """
+    wider = torch.promote_types(held, dtype)
+    if wider == dtype or (held == torch.float32 and dtype == autocast):
+        return
+    raise ValueError(
+        f"q: got {dtype} for a history of {held}; allowed is {wider}, which holds both (autocast casts float32 and its "
+        "own dtype, and no other). Convert the layer and its input, or make a new LayerHistory"
+    )
+
+
+class Prefix:
+    """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
+
+    __slots__ = ("heads", "kl", "pairs", "position", "token", "weights")
+
+    def __init__(
+        self,
+        pairs: Pairs = Pairs(),  # noqa: B008 - immutable
+        position: int = 0,
+        heads: int | None = None,
+        weights: Tensor | None = None,
+        kl: Tensor | None = None,
+        token: Tensor | None = None,
+    ) -> None:
+        self.pairs, self.position, self.heads = pairs, position, heads
+        self.weights, self.kl, self.token = weights, kl, token
+
+    def check_pair(self, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool) -> int:
+        """The heads, after the checks against q and against what is held."""
+        checks.check_tensor("k", k)
+        checks.check_like("k", k, q)
+        if k.shape != q.shape:
+            raise ValueError(f"k: got shape {list(k.shape)}; allowed is q's shape {list(q.shape)}")
+        checks.check_map("v", v, q, channels_last)
+        heads = checks.check_heads(heads, q.shape[1])
+        self.check_fits(v, heads)
+        return heads
+
+    def in_dtype_of(
+        self, q: Tensor, autocast: torch.dtype | None, weights: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
+        """Keys, values and the last weights as a layer of query `q` reads them, promoted as concatenating them does.
+
+        Args:
+            autocast: as of :func:`_check_promotes`.
+            weights: the dtype of its weights.
+
+        Raises:
+            ValueError: what is held is of a dtype that does not go with that of `q`.
+        """
+        dtype, pairs = q.dtype, self.pairs
+        held = functools.reduce(torch.promote_types, [v.dtype for v in pairs.values])
+        _check_promotes(held, dtype, autocast)
+        keys, values = (tuple(t.to(dtype) for t in some) for some in (pairs.keys, pairs.values))
+        return keys, values, None if self.weights is None else self.weights.to(weights)
+
+    def check_fits(self, v: Tensor, heads: int) -> None:
+        """Refuse a value or heads that differ from those held, and a pair that was changed since."""
+        if not self.pairs.keys:
+            return
+        first = self.pairs.values[0]
+        if v.shape != first.shape or v.device != first.device:
+            raise ValueError(
+                f"v: got shape {list(v.shape)} on {v.device}; allowed is what the history holds, "
+                f"{list(first.shape)} on {first.device}. Make a new LayerHistory for each stage and forward pass"
+            )
+        if heads != self.heads:
+            raise ValueError(
+                f"heads: got {heads}; allowed is {self.heads}, as the layers before it in this history"
+            )
+        changed = self.pairs.changed()
+        if changed is not None:
+            raise RuntimeError(
+                f"history: the key or value of layer {changed} was changed in place after it was appended; allowed is "
+                "an out-of-place operation, or a clone given to the history"
+            )
