@@ -7,13 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
+from ela_kernels.backends.dispatch import Refusal
 from ela_kernels.backends.layout import accumulate_dtype
-from ela_kernels.backends.types import (
-    Epilogue,
-    Filters,
-)
+from ela_kernels.backends.types import RESIDUAL, Filters, NormAct
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.interface import layer_attention, layer_attention_weights
+from ela_kernels.ops.layer_attention.plan import LayerPlan
 
 
 def warmup(
@@ -114,18 +113,28 @@ def _run_layers(x: torch.Tensor, depth: int, heads: int, training: bool) -> None
     x.requires_grad_(training)
     wq, wk = (x.new_zeros((1, 1, 3), requires_grad=training) for _ in range(2))
     filters = Filters(wq, wk, x.new_zeros((channels, 1, 3, 3), requires_grad=training))
-    if not LayerHistory().serves_layer(x, filters):
+    if isinstance(LayerHistory().plan_layer(x, filters), Refusal):
         return
     statistics = torch.ones((2, channels), dtype=accumulate_dtype(x.dtype), device=x.device)
     gamma, beta = (x.new_ones(channels, requires_grad=training) for _ in range(2))
     # A block's norm takes the statistics of the batch, or running ones.
     for given in (None, statistics):
-        epilogue = Epilogue(gamma, beta, given, None, 1e-5, True)
+        norm = NormAct(gamma, beta, given, None, 1e-5, True)
         of_layers, of_blocks = LayerHistory(), LayerHistory()
-        of_layers.provide_layer(x, filters, heads=heads)
+        of_layers.provide_layer(x, _plan(of_layers, x, filters), heads=heads)
         outs = []
         for _ in range(depth):
-            outs.append(of_layers.attend_layer(x, filters, heads=heads, residual=given is not None))
-            outs.append(of_blocks.attend_block(x, filters, epilogue, heads=heads)[0])
+            for history, epilogue in (
+                (of_layers, None if given is None else RESIDUAL),
+                (of_blocks, norm),
+            ):
+                plan = _plan(history, x, filters)
+                outs.append(history.attend_layer(x, plan, heads=heads, epilogue=epilogue))
         if training:
             torch.autograd.backward(outs, [torch.zeros_like(x)] * len(outs))
+
+
+def _plan(history: LayerHistory, x: torch.Tensor, filters: Filters) -> LayerPlan:
+    plan = history.plan_layer(x, filters)
+    assert isinstance(plan, LayerPlan)  # asked before
+    return plan

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ela_kernels.backends.types import Attended, Epilogue, Filters, LightFilters, LightForward
+from ela_kernels.backends.types import Filters, LightFilters, NormAct, Saved
 
 
 def check_sizes(channels: int, filters: Filters) -> None:
@@ -16,10 +16,14 @@ def check_sizes(channels: int, filters: Filters) -> None:
         refuse_sizes(channels, filters)
 
 
-def check_shape(x: Tensor, mean: Tensor, own: Attended | None) -> None:
+def check_shape(x: Tensor, mean: Tensor, attention: Saved | None) -> None:
     """The same of a layer's input, in its backward."""
     shape = x.shape
-    if len(shape) != 4 or mean.shape != shape[:2] or (own and own.saved.values[-1].shape != shape):
+    if (
+        len(shape) != 4
+        or mean.shape != shape[:2]
+        or (attention and attention.values[-1].shape != shape)
+    ):
         raise ValueError(
             f"x: got shape {list(shape)} in the backward; allowed is that of the forward. A tensor must keep its data "
             "until the backward is done"
@@ -35,9 +39,9 @@ def refuse_sizes(channels: int, filters: Filters) -> NoReturn:
     )
 
 
-def check_norm_sizes(channels: int, epilogue: Epilogue) -> None:
+def check_norm_sizes(channels: int, norm: NormAct) -> None:
     """As :func:`check_sizes`, of a norm's parameters."""
-    for name, t in (("weight", epilogue.gamma), ("bias", epilogue.beta)):
+    for name, t in (("weight", norm.gamma), ("bias", norm.beta)):
         if t is not None and t.numel() != channels:
             raise ValueError(
                 f"norm.{name}: got shape {list(t.shape)}; allowed is [{channels}]. A parameter must keep its data "
@@ -56,10 +60,10 @@ def check_light_sizes(channels: int, filters: LightFilters) -> None:
         )
 
 
-def check_light_shape(x: Tensor, kept: LightForward) -> None:
+def check_light_shape(x: Tensor, v: Tensor) -> None:
     """As :func:`~ela_kernels.backends.checks.check_shape`."""
-    if x.shape != kept.v.shape:
+    if x.shape != v.shape:
         raise ValueError(
-            f"x: got shape {list(x.shape)} in the backward; allowed is that of the forward, {list(kept.v.shape)}. A "
+            f"x: got shape {list(x.shape)} in the backward; allowed is that of the forward, {list(v.shape)}. A "
             "tensor must keep its data until the backward is done"
         )

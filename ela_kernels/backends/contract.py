@@ -1,53 +1,71 @@
-"""What a backend is: a name, a reason why it cannot run here, reasons why it cannot serve one call, and its kernels."""
+"""What a backend is: a name, its limits, the reasons why it cannot serve a call, and its kernels."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ela_kernels.backends.types import (
-    Attended,
+    Arrived,
+    Contribution,
     Epilogue,
     Filters,
     Gradients,
     LayerForward,
     LayerGradients,
+    LayerNeeds,
     LightFilters,
     LightForward,
     LightGradients,
-    NormGradients,
-    Retrieval,
+    LightNeeds,
+    NormAct,
     Saved,
+    SavedLayer,
+    SavedLightLayer,
 )
+
+HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
+# An op, the weights alone, a whole layer with its residual, with all of its residual block, and the light form of both.
+ATTENTION_OPS = frozenset({"layer_attention", "layer_attention_weights", "layer", "block"})
+LIGHT_OPS = frozenset({"light_layer", "light_block"})
 
 
 class Request(NamedTuple):
     """The facts about one call that decide which backend can serve it.
 
     Hashable on purpose: the choice is cached, so that a training step does not pay for it.
+
+    Attributes:
+        op: one of `ATTENTION_OPS` or `LIGHT_OPS`, or `light_layer_attention`, which has no kernels of its own.
+        device, dtype: of the tensors, as they are computed with.
+        depth: layers in the history, this one included.
+        needs_grad: whether a backward may follow.
+        transformed: whether `torch.func` and its like have to see what is done (`tracing.is_transformed`).
+        obstacles: what else stands between this call and any kernel.
     """
 
     op: str
     device: torch.device
     dtype: torch.dtype
     depth: int
-    needs_grad: bool
+    needs_grad: bool = False
     transformed: bool = False
+    obstacles: tuple[str, ...] = ()
 
 
-class Backend:
-    """Base of the backends; the limits are class constants, so that they can be listed."""
+class Backend(ABC):
+    """A name and limits; the limits are class constants, so that they can be listed."""
 
-    name: str
-    device_types: frozenset[str] | None = None
-    dtypes: frozenset[torch.dtype] | None = None
-    ops: frozenset[str] | None = None
-    forward_only_ops: frozenset[str] = frozenset()
-    max_depth: int | None = None
-    reads_memory = True
+    name: ClassVar[str]
+    device_types: ClassVar[frozenset[str] | None] = None
+    dtypes: ClassVar[frozenset[torch.dtype] | None] = None
+    ops: ClassVar[frozenset[str] | None] = None
+    forward_only_ops: ClassVar[frozenset[str]] = frozenset()
+    max_depth: ClassVar[int | None] = None
 
     def unavailable_reason(self) -> str | None:
         """Why this backend cannot run on this machine, or None when it can."""
@@ -59,32 +77,9 @@ class Backend:
 
     def call_reasons(self, request: Request) -> list[str]:
         """One sentence for each thing about `request` itself that this backend cannot serve; asks no device."""
-        reasons = []
-        if self.ops is not None and request.op not in self.ops:
-            reasons.append(f"it has no kernel for {request.op}")
-        if self.device_types is not None and request.device.type not in self.device_types:
-            served = ", ".join(sorted(self.device_types))
-            reasons.append(f"it serves tensors on {served}, and these are on {request.device.type}")
-        if self.dtypes is not None and request.dtype not in self.dtypes:
-            served = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
-            reasons.append(f"it serves {served}, and the values are {request.dtype}")
-        if self.max_depth is not None and request.depth > self.max_depth:
-            reasons.append(
-                f"it serves up to {self.max_depth} layers in one history, and these are {request.depth}"
-            )
-        if request.transformed and self.reads_memory:
-            reasons.append(
-                "it has no rules for torch.func, for forward-mode derivatives and for torch.jit.trace: "
-                "call it outside of them"
-            )
-        if request.needs_grad and request.op in self.forward_only_ops:
-            reasons.append(
-                f"its {request.op} has no backward, and an input requires grad: "
-                "call it under torch.no_grad() or detach the inputs"
-            )
-        return reasons
+        return []
 
-    def not_supported_reasons(self, request: Request) -> list[str]:
+    def reasons(self, request: Request) -> list[str]:
         """One sentence for each reason why this backend cannot serve `request`; empty when it can."""
         reasons = self.call_reasons(request)
         unavailable = self.unavailable_reason()
@@ -98,25 +93,24 @@ class Backend:
         Devices are asked only for calls that are theirs: a process that computes on the CPU must not wake a driver,
         which would keep the processes that it forks from using the GPU.
         """
-        return self.call_reasons(request) or self.not_supported_reasons(request)
+        return self.call_reasons(request) or self.reasons(request)
 
 
 class EagerBackend(Backend):
-    """Plain PyTorch: the reference and the fallback. Serves every call, on any device."""
+    """Plain PyTorch: the reference and the fallback. Serves every call, on any device, by the operations themselves."""
 
     name = "eager"
-    reads_memory = False
 
 
-HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
-KERNEL_OPS = frozenset({"layer_attention", "layer_attention_weights"})
-FORWARD_ONLY_OPS = frozenset({"layer_attention_weights"})
+class KernelBackend(Backend):
+    """A backend with kernels.
 
+    Arguments have been checked by the operations. Maps are `[B, C, *spatial]` or with `channels_last`
+    `[B, *spatial, C]`, in any layout that `layout.py` knows or copies into one; those of whole layers `[B, C, H, W]`.
+    """
 
-class Kernels(Protocol):
-    """The five names that a backend's module has."""
-
-    def forward(
+    @abstractmethod
+    def attend(
         self,
         q: Tensor,
         keys: Sequence[Tensor],
@@ -128,6 +122,7 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(out, weights, kl)`; `out` in the memory format of the last value."""
 
+    @abstractmethod
     def weights(
         self,
         q: Tensor,
@@ -138,7 +133,8 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor | None]:
         """`(weights, kl)`; no value is read."""
 
-    def backward(
+    @abstractmethod
+    def attend_backward(
         self,
         saved: Saved,
         dout: Tensor | None,
@@ -151,9 +147,16 @@ class Kernels(Protocol):
     ) -> Gradients:
         """Gradients of scores, query and previous weights, and in the push form of every key and value."""
 
+    @abstractmethod
+    def contribution(
+        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+    ) -> Contribution:
+        """Keeps what :meth:`gather` will need of one layer."""
+
+    @abstractmethod
     def gather(
         self,
-        retrieved: Sequence[Any],
+        contributions: Sequence[Any],
         index: int,
         heads: int,
         channels_last: bool,
@@ -163,18 +166,13 @@ class Kernels(Protocol):
         """`(dk, dv)` of the layer at `index`, each a sum over the layers that retrieved it.
 
         `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`.
+
+        Args:
+            contributions: what :meth:`contribution` made, in order of depth.
         """
 
-    def Retrieved(  # noqa: N802 - a class in each module
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
-    ) -> Retrieval:
-        """Keeps what :meth:`gather` will need of one layer."""
-
-
-class LayerKernels(Protocol):
-    """The four names that a backend's module has."""
-
-    def layer_forward(
+    @abstractmethod
+    def layer(
         self,
         x: Tensor,
         filters: Filters,
@@ -183,108 +181,81 @@ class LayerKernels(Protocol):
         heads: int,
         scale: float,
         prev_weights: Tensor | None,
-        has_residual: bool,
         epilogue: Epilogue | None = None,
-        keeps_out: bool = True,
+        keeps_retrieved: bool = True,
     ) -> LayerForward:
-        """Query, key and value from `x` (as `layout.readable` gave it), and what the query retrieves.
+        """Query, key and value from `x` (as `layout.readable` gave it), what the query retrieves, and what follows.
 
         Args:
             keys, values: those of the layers before; without `filters.wq` nothing is retrieved.
-            epilogue: what follows in a residual block. Statistics of the batch are taken where it wants them; the rest
-                of it may be done here, or is left to :meth:`norm_forward`.
-            keeps_out: whether `out` will be needed after that.
+            epilogue: what follows the retrieval.
+            keeps_retrieved: whether a backward may need what a norm was given.
         """
 
+    @abstractmethod
     def layer_backward(
         self,
-        x: Tensor,
-        filters: Filters,
-        mean: Tensor,
-        heads: int,
+        saved: SavedLayer,
+        arrived: Arrived,
+        contributions: Sequence[Any],
         index: int,
-        own: Attended | None,
-        retrieved: Sequence[Any],
-        dk: Tensor | None,
-        dv: Tensor | None,
-        residual: Tensor | None,
-        needs: Sequence[bool],
-        pending: Any = None,
-    ) -> LayerGradients:
-        """All gradients of the layer at `index`.
+        needs: LayerNeeds,
+    ) -> tuple[LayerGradients, Contribution | None]:
+        """All gradients of the layer at `index`, and what it leaves to those before it, None where that is nothing.
 
         Args:
-            own: its attention, where a gradient arrived through it.
-            retrieved: what the layers that retrieved this one left, this one included if it did.
-            dk, dv: gradients of key and value from elsewhere, if there are any.
-            residual: what arrives past the retrieval, added to the gradient of `x`.
-            needs: of x, wq, wk, wv.
-            pending: what :meth:`norm_backward` left to do first.
+            contributions: what the later layers that retrieved this one left, in order of depth.
         """
 
-    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
-        """`x + mask * act(norm(o))`; asked for where :meth:`layer_forward` did not do it."""
-
-    def norm_backward(
-        self,
-        o: Tensor,
-        dout: Tensor,
-        statistics: Tensor,
-        epilogue: Epilogue,
-        also: Tensor | None = None,
-    ) -> NormGradients:
-        """The gradients of what :meth:`norm_forward` does, from that of its output; `also` is added to that of `o`."""
-
-
-class LightKernels(Protocol):
-    """The four names that a backend's module has. Maps are in one form: that of a readable `x`."""
-
-    def light_layer_forward(
+    def light_layer(
         self,
         x: Tensor,
         filters: LightFilters,
         prev: Tensor,
         heads: int,
         scale: float,
-        epilogue: Epilogue | None = None,
+        epilogue: NormAct | None = None,
     ) -> LightForward:
-        """Query, key and value from `x`, and `gate * v + decay * prev`.
-
-        Args:
-            epilogue: what follows in a residual block. Statistics of the batch are taken where it wants them; the rest
-                of it may be done here, or is left to :meth:`norm_forward`.
-        """
+        """Query, key and value from `x`, `gate * v + decay * prev`, and what follows. Maps are in the form of `x`."""
+        raise NotImplementedError(f"{self.name} has no kernels of a light layer")
 
     def light_layer_backward(
         self,
-        x: Tensor,
-        filters: LightFilters,
-        prev: Tensor,
-        heads: int,
-        scale: float,
-        kept: LightForward,
-        dout: Tensor,
-        residual: Tensor | None,
-        needs: Sequence[bool],
-        pending: Any = None,
+        saved: SavedLightLayer,
+        dout: Tensor | None,
+        dnext: Tensor | None,
+        needs: LightNeeds,
     ) -> LightGradients:
-        """All gradients of a layer.
+        """All gradients of a light layer.
 
         Args:
-            residual: what arrives at `x` past the layer, added to its gradient.
-            needs: of x, wq, wk, wv, decay, prev.
-            pending: what :meth:`norm_backward` left to do first.
+            dout: of the block's output, where a norm follows; otherwise None.
+            dnext: of the light output.
         """
+        raise NotImplementedError(f"{self.name} has no kernels of a light layer")
 
-    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
-        """As of :class:`~ela_kernels.backends.contract.LayerKernels`."""
-
-    def norm_backward(
-        self,
-        o: Tensor,
-        dout: Tensor,
-        statistics: Tensor,
-        epilogue: Epilogue,
-        also: Tensor | None = None,
-    ) -> NormGradients:
-        """As of :class:`~ela_kernels.backends.contract.LayerKernels`."""
+    def call_reasons(self, request: Request) -> list[str]:
+        reasons = []
+        if self.ops is not None and request.op not in self.ops:
+            reasons.append(f"it has no kernel for {request.op}")
+        if self.device_types is not None and request.device.type not in self.device_types:
+            served = ", ".join(sorted(self.device_types))
+            reasons.append(f"it serves tensors on {served}, and these are on {request.device.type}")
+        if self.dtypes is not None and request.dtype not in self.dtypes:
+            served = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
+            reasons.append(f"it serves {served}, and the values are {request.dtype}")
+        if self.max_depth is not None and request.depth > self.max_depth:
+            reasons.append(
+                f"it serves up to {self.max_depth} layers in one history, and these are {request.depth}"
+            )
+        if request.transformed:
+            reasons.append(
+                "it has no rules for torch.func, for forward-mode derivatives and for torch.jit.trace: "
+                "call it outside of them"
+            )
+        if request.needs_grad and request.op in self.forward_only_ops:
+            reasons.append(
+                f"its {request.op} has no backward, and an input requires grad: "
+                "call it under torch.no_grad() or detach the inputs"
+            )
+        return reasons

@@ -1,119 +1,120 @@
-"""The one function that chooses a backend, and the setting that forces one."""
+"""The one table of backends, and the one function that decides which of them serves a call."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
-import os
 import threading
-from types import TracebackType
-from typing import Any, cast
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import (
-    Backend,
-    EagerBackend,
-    Kernels,
-    LayerKernels,
-    LightKernels,
-    Request,
-)
-from ela_kernels.backends.cpp import CppBackend
-from ela_kernels.backends.cuda import CudaBackend
-from ela_kernels.backends.tracing import is_transformed
-from ela_kernels.backends.triton import TritonBackend
+from ela_kernels.backends.contract import Backend, EagerBackend, KernelBackend, Request
+from ela_kernels.backends.cpp.backend import CppBackend
+from ela_kernels.backends.cuda.backend import CudaBackend
+from ela_kernels.backends.setting import NAMES, checked, current_setting
+from ela_kernels.backends.tracing import TRACED, is_transformed
+from ela_kernels.backends.triton.backend import TritonBackend
 
 logger = logging.getLogger("ela_kernels")
 
 EAGER = EagerBackend()
-# In the order in which `auto` asks them; eager serves everything and therefore stands last. CUDA before Triton: it has
-# no compile time and the cheaper launch.
-BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (CudaBackend(), TritonBackend(), CppBackend(), EAGER)
+KERNELS: dict[str, KernelBackend] = {
+    b.name: b for b in (CudaBackend(), TritonBackend(), CppBackend())
 }
-SETTINGS = (*BACKENDS, "auto")
+BACKENDS: dict[str, Backend] = {name: KERNELS.get(name, EAGER) for name in NAMES}
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in SETTINGS:
-        raise ValueError(f"{source}: got {name!r}; allowed are {', '.join(sorted(SETTINGS))}")
-    return name
+class Refusal(NamedTuple):
+    """Why no kernel serves a call.
 
-
-# Checked at the first call, not here: a wrong value must not keep `info` from reporting it.
-_initial = _setting = os.environ.get("ELA_KERNELS_BACKEND") or "auto"
-# The calls of use_backend that hold, the latest last. Blocks of several threads may be left in any order, so that what
-# was in force when a block began need not be what is to be in force when it ends.
-_calls: list[use_backend] = []
-_lock = threading.RLock()
-
-
-class use_backend:  # noqa: N801 - reads as a function, as torch.no_grad does
-    """Force a backend, for the rest of the process or for a `with` block.
-
-    The setting takes effect on the call itself and is process-wide: it holds in every thread. Of the
-    blocks that several threads are in at once, the one begun last holds until it ends. A forced
-    backend that cannot serve a call raises `ValueError` with its reasons; `"auto"` takes the fastest
-    backend that can, and eager PyTorch otherwise.
-
-    Args:
-        name: `"eager"`, `"cpp"`, `"triton"`, `"cuda"` or `"auto"`. The environment variable
-            `ELA_KERNELS_BACKEND` sets the initial value.
-
-    Raises:
-        ValueError: unknown name.
-
-    Example:
-        >>> import ela_kernels as ek
-        >>> with ek.use_backend("eager"):
-        ...     pass
+    Attributes:
+        reasons: of the backends, one sentence each; several backends are told apart by their names.
+        forced: the backend that the setting asks for; None where any would do.
+        obstacles: what the call itself brought, whichever backend.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = _checked(name, "use_backend(name)")
-        self._thread, self._is_block = threading.get_ident(), False
-        with _lock:
-            # Of two calls for good, one after the other, the first has had its time.
-            before = [c for c in _calls if c._thread == self._thread][-2:]
-            if len(before) == 2 and not any(c._is_block for c in before):
-                _calls.remove(before[0])
-            _calls.append(self)
-            _take_the_latest()
-
-    def __enter__(self) -> use_backend:
-        with _lock:
-            self._is_block = True
-            if self not in _calls:  # of one object the second block
-                _calls.append(self)
-                _take_the_latest()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with _lock:
-            if self not in _calls:
-                return
-            i = _calls.index(self)
-            # With the block ends what was set for good inside of it.
-            _calls[i:] = [c for c in _calls[i + 1 :] if c._is_block or c._thread != self._thread]
-            _take_the_latest()
+    reasons: tuple[str, ...]
+    forced: str | None
+    obstacles: tuple[str, ...] = ()
 
 
-def _take_the_latest() -> None:
-    global _setting
-    _setting = _calls[-1]._name if _calls else _initial
+def plan(request: Request) -> KernelBackend | Refusal:
+    """The backend whose kernels serve `request` under the present setting, or every reason why none does.
+
+    Raises:
+        ValueError: the environment variable `ELA_KERNELS_BACKEND` names no backend.
+    """
+    return _plan(current_setting(), request)
 
 
-def current_setting() -> str:
-    """The name in force: one of the backends, or `"auto"`."""
-    return _setting
+@functools.lru_cache(maxsize=4096)
+def _plan(setting: str, request: Request) -> KernelBackend | Refusal:
+    obstacles, request = request.obstacles, request._replace(obstacles=())
+    reasons: list[str] = []
+    if checked(setting, "ELA_KERNELS_BACKEND") == EAGER.name:
+        return Refusal((f"use_backend({EAGER.name!r}) is in force",), EAGER.name, obstacles)
+    if setting != "auto":
+        reasons = KERNELS[setting].reasons(request)
+        if reasons or obstacles:
+            return Refusal(tuple(reasons), setting, obstacles)
+        return KERNELS[setting]
+    for name, backend in KERNELS.items():
+        found = backend.automatic_reasons(request)
+        if not found:
+            return Refusal((), None, obstacles) if obstacles else backend
+        if request.device.type in (backend.device_types or ()):
+            # Others were never meant for it.
+            reasons.append(f"{name}: {', '.join(found)}")
+    return Refusal(tuple(reasons), None, obstacles)
+
+
+def refusal_in_a_graph() -> Refusal:
+    """Of a call in a graph that is being compiled: no backend is asked, so that there is little to trace."""
+    setting = current_setting()
+    return Refusal((), None if setting == "auto" else setting, (TRACED,))
+
+
+def require(request: Request) -> KernelBackend | None:
+    """As :func:`plan`, for what must be served: None where eager PyTorch does, which is told once.
+
+    Raises:
+        ValueError: the forced backend cannot serve it; the message holds its reasons.
+    """
+    found = plan(request)
+    if not isinstance(found, Refusal):
+        return found
+    refuse_forced(request, found)
+    if found.forced is None and request.device.type != "meta" and not _only_no_backward(request):
+        with _lock:  # two threads at once would each find that it was not said yet
+            _log_fallback(request.device.type, "; ".join(found.reasons))
+    return None
+
+
+def refuse_forced(request: Request, refusal: Refusal) -> None:
+    """Raise where a backend with kernels was forced, and cannot serve.
+
+    Raises:
+        ValueError: the message holds all reasons.
+    """
+    if refusal.forced in (None, EAGER.name):
+        return
+    raise ValueError(
+        f"backend {refusal.forced!r} was forced and cannot serve this {request.op} call "
+        f"({request.dtype} on {request.device.type}, depth {request.depth}): "
+        f"{'; '.join((*refusal.obstacles, *refusal.reasons))}. Use use_backend('auto') to let another backend serve it."
+    )
+
+
+def kernels_for(op: str, q: Tensor, depth: int, needs_grad: bool = False) -> KernelBackend | None:
+    """:func:`require` of an operation on query `q`."""
+    return require(Request(op, q.device, q.dtype, depth, needs_grad, is_transformed()))
+
+
+def why_eager(op: str, q: Tensor, depth: int) -> Refusal:
+    """The reasons, where :func:`kernels_for` gave None."""
+    found = plan(Request(op, q.device, q.dtype, depth, False, is_transformed()))
+    return found if isinstance(found, Refusal) else Refusal((), None)
 
 
 def backend_status() -> dict[str, str]:
@@ -129,73 +130,13 @@ def backend_status() -> dict[str, str]:
     return status
 
 
-def choose_backend(request: Request, setting: str | None = None) -> Backend:
-    """The backend that serves `request` under the present setting, or under one asked for before.
-
-    Raises:
-        ValueError: the forced backend cannot serve it; the message holds its reasons.
-    """
-    return _choose(_setting if setting is None else setting, request)
-
-
-def that_would_serve(names: tuple[str, ...], request: Request) -> str | None:
-    """The first of some backends that may serve `request` under the present setting and can, or None.
-
-    Never raises, and warns of nothing: for kernels that do in one call what is otherwise done in several, which a
-    forced backend serves still.
-    """
-    return _that_would_serve(_setting, names, request)
-
-
-@functools.lru_cache(maxsize=4096)
-def _that_would_serve(setting: str, names: tuple[str, ...], request: Request) -> str | None:
-    for name in names:
-        if setting == name:
-            reasons = BACKENDS[name].not_supported_reasons(request)
-        elif setting == "auto":
-            reasons = BACKENDS[name].automatic_reasons(request)
-        else:
-            continue
-        if not reasons:
-            return name
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(setting: str, request: Request) -> Backend:
-    if _checked(setting, "ELA_KERNELS_BACKEND") != "auto":
-        reasons = BACKENDS[setting].not_supported_reasons(request)
-        if reasons:
-            raise ValueError(
-                f"backend {setting!r} was forced and cannot serve this {request.op} call "
-                f"({request.dtype} on {request.device.type}, depth {request.depth}): "
-                f"{'; '.join(reasons)}. Use use_backend('auto') to let another backend serve it."
-            )
-        return BACKENDS[setting]
-    refusals: list[str] = []
-    for name, backend in BACKENDS.items():
-        reasons = backend.automatic_reasons(request)
-        if not reasons:
-            if (
-                backend is EAGER
-                and request.device.type != "meta"
-                and not _only_no_backward(request)
-            ):
-                with _lock:  # two threads at once would each find that it was not said yet
-                    _log_fallback(request.device.type, "; ".join(refusals))
-            return backend
-        if request.device.type in (backend.device_types or ()):  # others were never meant for it
-            refusals.append(f"{name}: {', '.join(reasons)}")
-    raise AssertionError("the eager backend serves every call")
+_lock = threading.Lock()
 
 
 def _only_no_backward(request: Request) -> bool:
     """True when a kernel would serve this call but for the gradient: not worth a warning."""
-    return request.needs_grad and any(
-        not b.automatic_reasons(request._replace(needs_grad=False))
-        for b in BACKENDS.values()
-        if b is not EAGER
-    )
+    without = request._replace(needs_grad=False)
+    return request.needs_grad and any(not b.automatic_reasons(without) for b in KERNELS.values())
 
 
 @functools.lru_cache(maxsize=256)
@@ -206,98 +147,3 @@ def _log_fallback(device_type: str, refusals: str) -> None:
         device_type,
         refusals,
     )
-
-
-_MODULES = {"cpp": "cpp.attention", "cuda": "cuda.attention", "triton": "triton.op"}
-
-
-@functools.cache
-def kernels_of(backend: str) -> Kernels:
-    """The kernels of a backend that can run here; imported at their first use, since Triton takes a second."""
-    module = importlib.import_module(f"ela_kernels.backends.{_MODULES[backend]}")
-    return cast(Kernels, module)
-
-
-def choose_kernels(op: str, q: Tensor, depth: int, needs_grad: bool = False) -> Kernels | None:
-    """The kernels that serve a call under the present setting; None where eager PyTorch does.
-
-    Raises:
-        ValueError: the forced backend cannot serve it; the message holds its reasons.
-    """
-    backend = choose_backend(Request(op, q.device, q.dtype, depth, needs_grad, is_transformed()))
-    return None if backend is EAGER else kernels_of(backend.name)
-
-
-_LAYER_MODULES = {"cpp": "cpp.layer", "cuda": "cuda.layer", "triton": "triton.layer"}
-
-
-@functools.cache
-def layer_kernels_of(backend: str) -> LayerKernels | None:
-    """The kernels of a whole layer that a backend has; None for one that has none."""
-    if backend not in _LAYER_MODULES:
-        return None
-    return cast(
-        LayerKernels,
-        importlib.import_module(f"ela_kernels.backends.{_LAYER_MODULES[backend]}"),
-    )
-
-
-def choose_layer_kernels(
-    x: Tensor, depth: int, dtype: torch.dtype | None = None, setting: str | None = None
-) -> tuple[str, LayerKernels] | None:
-    """The backend that serves a layer attention over `depth` maps like `x`, with its kernels of a whole layer.
-
-    In `dtype`, where `x` is to be cast to one; under the present setting, or under one asked for before.
-
-    None where it has none.
-
-    Raises:
-        ValueError: the forced backend cannot serve it; the message holds its reasons.
-    """
-    dtype = x.dtype if dtype is None else dtype
-    request = Request("layer_attention", x.device, dtype, depth, False)
-    backend = choose_backend(request, setting).name
-    kernels = layer_kernels_of(backend)
-    return None if kernels is None else (backend, kernels)
-
-
-class LayerChoice:
-    """:func:`choose_layer_kernels` with its last answer kept, since every layer asks twice."""
-
-    __slots__ = ("_last",)
-
-    def __init__(self) -> None:
-        # Question and answer in one, so that no thread finds one without the other.
-        self._last: tuple[Any, tuple[str, LayerKernels] | None] = (None, None)
-
-    def __call__(
-        self, x: Tensor, depth: int, dtype: torch.dtype | None = None
-    ) -> tuple[str, LayerKernels] | None:
-        dtype = x.dtype if dtype is None else dtype
-        setting = current_setting()
-        request = (dtype, x.device, depth, setting)
-        last, found = self._last
-        if last != request:
-            found = choose_layer_kernels(x, depth, dtype, setting)
-            self._last = request, found
-        return found
-
-    def again(self, x: Tensor, depth: int) -> tuple[str, LayerKernels] | None:
-        """The last answer, where there was one and the question is the same; else a new one.
-
-        Between the two another thread may have set another backend: the layer goes on as it began.
-        """
-        last, found = self._last
-        if found is not None and last[:3] == (x.dtype, x.device, depth):
-            return found
-        return self(x, depth)
-
-
-_LIGHT_MODULES = {"triton": "triton.light", "cpp": "cpp.light"}
-
-
-@functools.cache
-def light_kernels_of(backend: str) -> LightKernels:
-    """The kernels of a whole light layer of a backend that can run here; imported at their first use."""
-    module = importlib.import_module(f"ela_kernels.backends.{_LIGHT_MODULES[backend]}")
-    return cast(LightKernels, module)

@@ -1,4 +1,4 @@
-"""What the two GPU backends share: tables of tensors that lie alike, and the order of a layer's backward launches.
+"""What the two GPU backends share: tables of tensors that lie alike, what they make, and what they look at before.
 
 A GPU kernel takes its tensors' addresses by value, and one set of strides for all of a list. Nearly always the maps of
 a history lie alike; those that do not are copied into compact ones.
@@ -6,7 +6,7 @@ a history lie alike; those that do not are copied into compact ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,16 +14,13 @@ from torch import Tensor
 
 from ela_kernels.backends.checks import (
     check_norm_sizes,
-    check_shape,
     check_sizes,
 )
 from ela_kernels.backends.layout import (
     MapView,
-    dense,
     empty_map,
     is_interleaved,
     new_row,
-    resolved,
     view_in_form,
 )
 from ela_kernels.backends.memory import (
@@ -32,11 +29,9 @@ from ela_kernels.backends.memory import (
     check_readable,
 )
 from ela_kernels.backends.types import (
-    Attended,
-    Epilogue,
     Filters,
     Gradients,
-    LayerGradients,
+    NormAct,
     Saved,
 )
 
@@ -209,15 +204,15 @@ _NORM_NAMES = (
 
 
 def check_norm(
-    o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
+    o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
 ) -> None:
     """As :func:`check_inputs`, of a block's end."""
-    given = (o, x, statistics, epilogue.gamma, epilogue.beta, epilogue.mask, also)
+    given = (o, x, statistics, norm.gamma, norm.beta, norm.mask, also)
     check_readable(o.get_device(), _NORM_NAMES, given)
-    check_norm_sizes(o.shape[1], epilogue)
+    check_norm_sizes(o.shape[1], norm)
 
 
-class Retrieved:
+class GpuContribution:
     """What one layer's backward leaves for the layers that it retrieved from.
 
     `weights` and `dscores` are `[B, G, t]`; of a layer at `index` their column `[..., index]` is wanted.
@@ -241,59 +236,9 @@ class ProducerGradients(NamedTuple):
     wv: Tensor | None
 
 
-def layer_backward(
-    backward: Callable[..., Gradients],
-    gather: Callable[..., tuple[Tensor | None, Tensor | None]],
-    produce_backward: Callable[..., ProducerGradients],
-    x: Tensor,
-    filters: Filters,
-    mean: Tensor,
-    heads: int,
-    index: int,
-    own: Attended | None,
-    retrieved: Sequence[Retrieved],
-    dk: Tensor | None,
-    dv: Tensor | None,
-    residual: Tensor | None,
-    needs: Sequence[bool],
-    pending: None = None,
-) -> LayerGradients:
-    """All gradients of the layer at `index`: its attention's, the gathered ones of key and value, and those before.
+class NormGradients(NamedTuple):
+    """Of the retrieval, and of `gamma` and `beta` in any dtype, None where the norm has no such parameter."""
 
-    Args:
-        backward, gather, produce_backward: a backend's own launches: the attention's backward, the gradients that the
-            layers retrieving this one left, and what query, key and value send back.
-        own: its attention, where a gradient arrived through it.
-        retrieved: what the layers that retrieved this one left, this one included if it did.
-        dk, dv: gradients of key and value from elsewhere, if there are any.
-        residual: what arrives past the retrieval, added to the gradient of `x`.
-        needs: of x, wq, wk, wv.
-    """
-    need_x, need_wq, need_wk, need_wv = needs
-    check_shape(x, mean, own)
-    dq = dprev = None
-    if own is not None:
-        found = backward(
-            own.saved,
-            own.dout,
-            own.dweights,
-            own.dkl,
-            need_x or need_wq,
-            own.need_prev,
-            into=own.dscores,
-        )
-        dq, dprev = found.dq, found.dprev
-    need_key, need_value = need_x or need_wk, need_x or need_wv
-    if retrieved:
-        more_dk, more_dv = gather(retrieved, index, heads, False, need_key, need_value)
-        dk, dv = _sum(dk, more_dk), _sum(dv, more_dv)
-    dk = dense(dk) if need_key else None
-    dv = resolved(dv) if need_value and dv is not None else None
-    produced = produce_backward(x, filters, mean, dq, dk, dv, residual, needs)
-    return LayerGradients(*produced, dprev)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
+    o: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None

@@ -8,6 +8,9 @@ from torch.autograd import forward_ad
 
 from ela_kernels.backends.memory import PLAIN_TENSORS
 
+# Why no kernel serves a call that PyTorch has to see.
+TRACED = "PyTorch has to see every operation here (torch.compile, a fake tensor, a subclass or a dispatch mode)"
+
 
 def is_transformed() -> bool:
     """Whether PyTorch has to see every operation: `torch.func`, forward-mode derivatives, `torch.jit.trace`.

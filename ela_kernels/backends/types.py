@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Saved(NamedTuple):
-    """What the forward of one layer leaves to its backward."""
+    """What the attention of one layer leaves to its backward."""
 
     q: Tensor
     keys: Sequence[Tensor]
@@ -22,7 +22,7 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of one layer; None where none was asked for. `dkeys` and `dvalues` only in the push form.
+    """Gradients of one attention; None where none was asked for. `dkeys` and `dvalues` only in the push form.
 
     `dscores` is that of the dot products before the scale, so that a key's gradient is a plain sum over layers.
     """
@@ -34,8 +34,8 @@ class Gradients(NamedTuple):
     dvalues: list[Tensor | None]
 
 
-class Retrieval(Protocol):
-    """What one layer's backward leaves for the layers that it retrieved from; made by :meth:`Kernels.Retrieved`."""
+class Contribution(Protocol):
+    """What one layer's backward leaves for the layers that it retrieved from; each backend has its own kind."""
 
     dout: Tensor | None
     dout_version: int
@@ -49,54 +49,21 @@ class Filters(NamedTuple):
     wv: Tensor
 
 
-class LayerForward(NamedTuple):
-    """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
-
-    `statistics` are mean and biased variance of `out` for each channel, `[2, C]`, where they were asked for. `block` is
-    what a residual block makes of it, where the kernels did that in the same call; `out` may then be None.
-    """
-
-    mean: Tensor
-    q: Tensor | None
-    k: Tensor
-    v: Tensor
-    out: Tensor | None
-    weights: Tensor | None
-    kl: Tensor | None
-    statistics: Tensor | None
-    block: Tensor | None = None
+class Residual(NamedTuple):
+    """What follows the retrieval `o` of a layer: `x + o`."""
 
 
-class Attended(NamedTuple):
-    """A layer's own attention for its backward: what it saved, and the gradients that arrived.
+class NormAct(NamedTuple):
+    """What follows the retrieval `o` in a residual block: `x + mask * act(norm(o))`.
 
-    `dscores` is written in the backward, and is part of what the layer leaves to those before it.
-    """
-
-    saved: Saved
-    dout: Tensor | None
-    dweights: Tensor | None
-    dkl: Tensor | None
-    dscores: Tensor
-    need_prev: bool
-
-
-class LayerGradients(NamedTuple):
-    """Gradients of a layer's input, filters and previous weights; None where none was asked for."""
-
-    x: Tensor | None
-    wq: Tensor | None
-    wk: Tensor | None
-    wv: Tensor | None
-    prev: Tensor | None
-
-
-class Epilogue(NamedTuple):
-    """What follows the retrieval in a residual block.
-
-    `gamma` and `beta` `[C]` of the norm, None where it has none. `statistics`: mean and variance `[2, C]` to norm
-    with, None where those of the batch are to be taken. `mask`: a factor for each sample `[B]`, or None. `track` is
-    given the statistics that were taken: inside the node, since a checkpoint that recomputes it may stop right there.
+    Attributes:
+        gamma, beta: `[C]` of the norm, None where it has none.
+        statistics: mean and variance `[2, C]` to norm with, None where those of the batch are to be taken.
+        mask: a factor for each sample `[B]`, or None.
+        eps: of the norm.
+        relu: whether the activation is a ReLU, or nothing.
+        track: is given the statistics that were taken: inside the node, since a checkpoint that recomputes it may stop
+            right there.
     """
 
     gamma: Tensor | None
@@ -108,20 +75,97 @@ class Epilogue(NamedTuple):
     track: Callable[[Tensor], None] | None = None
 
 
-class NormGradients(NamedTuple):
-    """Gradients of the retrieval, and of `gamma` and `beta` in any dtype, None where the norm has no such parameter.
+Epilogue = Residual | NormAct
+RESIDUAL = Residual()
 
-    Where something is `pending`, it is for :meth:`LayerKernels.layer_backward`, which fills them in the same call.
+
+class LayerForward(NamedTuple):
+    """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
+
+    Attributes:
+        mean, q, k, v: of `x`; q is None without its filter.
+        out: what the layer gives, its epilogue included.
+        weights, kl: of its attention.
+        retrieved: with a norm, what was normed, if it was to be kept; None otherwise.
+        statistics: with a norm, mean and biased variance `[2, C]` that it normed with.
     """
 
-    o: Tensor | None
-    gamma: Tensor | None
-    beta: Tensor | None
-    pending: Any = None
+    mean: Tensor
+    q: Tensor | None
+    k: Tensor
+    v: Tensor
+    out: Tensor | None = None
+    weights: Tensor | None = None
+    kl: Tensor | None = None
+    retrieved: Tensor | None = None
+    statistics: Tensor | None = None
+
+
+class SavedLayer(NamedTuple):
+    """What a whole layer leaves to its backward.
+
+    Attributes:
+        x, filters: its input and parameters.
+        mean: of `x` over space.
+        heads: of the history.
+        attention: None for a layer that only provides.
+        epilogue: without its `track`.
+        retrieved, statistics: as of :class:`LayerForward`.
+    """
+
+    x: Tensor
+    filters: Filters
+    mean: Tensor
+    heads: int
+    attention: Saved | None
+    epilogue: Epilogue | None
+    retrieved: Tensor | None
+    statistics: Tensor | None
+
+
+class Arrived(NamedTuple):
+    """The gradients that arrive at a whole layer: of its outputs, and of key and value from elsewhere than the record.
+
+    `out` is in the form of the layer's maps; see `layout.in_form_of`.
+    """
+
+    out: Tensor | None
+    weights: Tensor | None
+    kl: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+
+
+class LayerNeeds(NamedTuple):
+    """Which gradients of a layer's inputs are wanted; those of a norm's parameters always are."""
+
+    x: bool
+    wq: bool
+    wk: bool
+    wv: bool
+    prev: bool
+
+
+class LayerGradients(NamedTuple):
+    """Gradients of a layer's inputs, of previous weights and of a norm's parameters; None where none was asked for.
+
+    Those of `gamma` and `beta` may be of another dtype than the parameters.
+    """
+
+    x: Tensor | None = None
+    wq: Tensor | None = None
+    wk: Tensor | None = None
+    wv: Tensor | None = None
+    prev: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+
+
+NO_GRADIENTS = LayerGradients()
 
 
 class LightFilters(NamedTuple):
-    """The parameters of a layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`.
+    """The parameters of a light layer: `wq` and `wk` `[1, 1, size]`, `wv` `[C, 1, 3, 3]`, `decay` `[C, 1, 1]`.
 
     The decay may be in float32 beside maps in half precision.
     """
@@ -133,11 +177,14 @@ class LightFilters(NamedTuple):
 
 
 class LightForward(NamedTuple):
-    """What a layer makes of its input; all but `out` and what follows the factors is kept for the backward.
+    """What a light layer makes of its input; all but `out` and what follows the factors is kept for the backward.
 
-    `factors` are the gates as the backend's backward reads them. `statistics` `[2, C]` are mean and biased variance of
-    `out` for each channel, where an epilogue takes those of the batch. `block` is what a residual block makes of it,
-    where the kernels did that in the same call.
+    Attributes:
+        out: the light output, which goes on to the next layer.
+        mean, q, k, v: of the input.
+        factors: the gates as the backend's backward reads them.
+        statistics: with a norm, mean and biased variance `[2, C]` that it normed with.
+        block: with a norm, `x + mask * act(norm(out))`.
     """
 
     out: Tensor
@@ -146,16 +193,50 @@ class LightForward(NamedTuple):
     k: Tensor
     v: Tensor
     factors: Tensor
-    statistics: Tensor | None
+    statistics: Tensor | None = None
     block: Tensor | None = None
 
 
-class LightGradients(NamedTuple):
-    """Gradients of a layer's inputs; None where none was asked for."""
+class SavedLightLayer(NamedTuple):
+    """What a light layer leaves to its backward: its inputs, and what the forward made of them.
 
-    x: Tensor | None
-    wq: Tensor | None
-    wk: Tensor | None
-    wv: Tensor | None
-    decay: Tensor | None
-    prev: Tensor | None
+    `out` and `statistics` are there where a norm follows.
+    """
+
+    x: Tensor
+    filters: LightFilters
+    prev: Tensor
+    heads: int
+    scale: float
+    epilogue: NormAct | None
+    mean: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    factors: Tensor
+    out: Tensor | None
+    statistics: Tensor | None
+
+
+class LightNeeds(NamedTuple):
+    """Which gradients of a light layer's inputs are wanted; those of a norm's parameters always are."""
+
+    x: bool
+    wq: bool
+    wk: bool
+    wv: bool
+    decay: bool
+    prev: bool
+
+
+class LightGradients(NamedTuple):
+    """Gradients of a light layer's inputs and of a norm's parameters; None where none was asked for."""
+
+    x: Tensor | None = None
+    wq: Tensor | None = None
+    wk: Tensor | None = None
+    wv: Tensor | None = None
+    decay: Tensor | None = None
+    prev: Tensor | None = None
+    gamma: Tensor | None = None
+    beta: Tensor | None = None

@@ -19,7 +19,7 @@ from ela_kernels.models.blocks import (
 )
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import ELA
-from ela_kernels.modules.layer_attention import check_count
+from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 
 Block = Literal["basic", "bottleneck"]

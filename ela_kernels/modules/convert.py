@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from ela_kernels.modules.layer_attention import LayerAttention, QueryKeyValue
+from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.published import ConcatLayerAttention
+from ela_kernels.modules.query_key_value import QueryKeyValue
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.contract import Request
+from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph, refuse_forced
 from ela_kernels.backends.types import LightFilters
-from ela_kernels.modules.layer_attention import QueryKeyValue
+from ela_kernels.explaining import refused, served
+from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
 from ela_kernels.ops.light_layer_attention import light_layer_attention
-from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
 from ela_kernels.ops.light_layer_attention.layer import light_layer
+from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
 
 
 class LightLayerAttention(QueryKeyValue):
@@ -41,12 +44,31 @@ class LightLayerAttention(QueryKeyValue):
         super().__init__(dim, head_dim, kernel_size)
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
 
-    def light_filters(self, x: Tensor, prev_out: Tensor) -> LightFilters | None:
-        """The parameters, for the kernels that serve a whole layer; None where a module may not be passed by."""
-        filters = self.filters(lambda: choose_light_kernels(x, (), prev_out) is not None)
-        if filters is None or filters.wq is None or self.lambda_t.shape != (self.dim, 1, 1):
-            return None
-        return LightFilters(filters.wq, filters.wk, filters.wv, self.lambda_t)
+    def plan(
+        self, x: Tensor, prev_out: Tensor, op: str = "light_layer", obstacles: tuple[str, ...] = ()
+    ) -> LightPlan | Refusal:
+        """The kernels that serve this layer, with its parameters, or every reason why none does.
+
+        Raises:
+            ValueError: a backend is forced and cannot serve a whole light layer; the message holds the reasons.
+        """
+        if torch.compiler.is_compiling():
+            return refusal_in_a_graph()
+        obstacles = (*obstacles, *self.obstacles())
+        if obstacles or self.is_parametrized():
+            found = plan_light_layer(x, (), prev_out, op, obstacles)
+            if isinstance(found, Refusal):
+                return found
+        wq, wk, wv = filters = self.filters()
+        obstacles = self.shape_obstacles(filters)
+        if wq is None:
+            obstacles = (*obstacles, "Wq is missing")
+            wq = wk
+        if self.lambda_t.shape != (self.dim, 1, 1):
+            obstacles = (*obstacles, "lambda_t has another shape than the layer was made with")
+        of_light = LightFilters(wq, wk, wv, self.lambda_t)
+        found = plan_light_layer(x, of_light, prev_out, op, obstacles)
+        return found if isinstance(found, Refusal) else LightPlan(found, of_light)
 
     def forward(self, x: Tensor, prev_out: Tensor) -> Tensor:
         """The output `[B, C, H, W]`.
@@ -57,11 +79,15 @@ class LightLayerAttention(QueryKeyValue):
                 than `x` outside of autocast, the wider of the two is that of the output.
         """
         self.check_input(x)
-        filters = self.light_filters(x, prev_out) if isinstance(prev_out, Tensor) else None
-        if filters is not None:
-            kernels = choose_light_kernels(x, filters, prev_out)
-            if kernels is not None:
-                return light_layer(kernels, x, filters, prev_out, self.heads, self.head_dim**-0.5)
+        if isinstance(prev_out, Tensor):
+            plan = self.plan(x, prev_out)
+            if isinstance(plan, LightPlan):
+                served(self, "layer", plan.backend.name)
+                scale = self.head_dim**-0.5
+                return light_layer(plan.backend, x, plan.filters, prev_out, self.heads, scale)[0]
+            refused(self, "layer", plan)
+            refuse_forced(Request("light_layer", x.device, x.dtype, 1), plan)
+        served(self, "eager", "eager")
         q, k, v = self.query_key_value(x)
         if isinstance(prev_out, Tensor) and prev_out.dtype in checks.ALLOWED_DTYPES:
             if is_autocast_on(x) and may_be_cast(prev_out):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.layout import accumulate_dtype
-from ela_kernels.modules.layer_attention import QueryKeyValue
+from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.reference import divergence_reference
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,20 +9,20 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.tracing import needs_dispatcher
-from ela_kernels.backends.types import Epilogue
+from ela_kernels.backends.types import NormAct
+from ela_kernels.explaining import refused, served
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention, has_hooks, runs_as
+from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
+from ela_kernels.modules.query_key_value import QueryKeyValue, has_hooks, runs_as
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
-from ela_kernels.ops.light_layer_attention.layer import light_block
+from ela_kernels.ops.layer_attention.plan import LayerPlan
+from ela_kernels.ops.light_layer_attention.layer import light_layer
+from ela_kernels.ops.light_layer_attention.plan import LightPlan
 
 # Dtypes of a norm and of its input: beside half precision it may stay in float32.
 MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
-
-FusedBlock = Callable[[Epilogue], tuple[Tensor, Tensor]]
-"""From what follows the retrieval to the block's output and the statistics that it was normed with."""
 
 
 def residual_block(
@@ -35,22 +34,15 @@ def residual_block(
     history: LayerHistory,
 ) -> Tensor:
     """`x + drop_path(act(norm(attn(x, history))))`, in one call of the kernels where they can serve all of it."""
-    if type(attn) is LayerAttention and may_pass_by(attn, norm, act, drop_path):
-        attn.check_input(x)
-        layer, filters = attn, None
-        if fits(norm, x):
-            filters = attn.filters(lambda: history.serves_layer(x, (), layer))
-        if filters is not None and history.serves_layer(x, filters, attn):
-            served, heads = filters, attn.heads
-            return fused_block(
-                lambda epilogue: history.attend_block(
-                    x, served, epilogue, heads=heads, caller=attn
-                ),
-                norm,
-                act,
-                drop_path,
-                x,
-            )
+    obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x)
+    if obstacles is not None:
+        assert isinstance(attn, LayerAttention)
+        plan = attn.plan(x, history, "block", obstacles)
+        if isinstance(plan, LayerPlan):
+            served(attn, "block", plan.backend.name)
+            epilogue = epilogue_of(norm, act, drop_path, x)
+            return history.attend_layer(x, plan, heads=attn.heads, epilogue=epilogue, caller=attn)
+        refused(attn, "block", plan)
     out: Tensor = x + drop_path(act(norm(attn(x, history))))
     return out
 
@@ -64,53 +56,90 @@ def light_residual_block(
     prev_out: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`x + drop_path(act(norm(o)))` with `o = attn(x, prev_out)`, and `o`; in one call where the kernels can."""
-    if type(attn) is LightLayerAttention and may_pass_by(attn, norm, act, drop_path):
-        attn.check_input(x)
-        filters = attn.light_filters(x, prev_out) if fits(norm, x) else None
-        kernels = None if filters is None else choose_light_kernels(x, filters, prev_out)
-        if filters is not None and kernels is not None:
-            served, found = filters, []
-
-            def run(epilogue: Epilogue) -> tuple[Tensor, Tensor]:
-                result, o, statistics = light_block(
-                    kernels, x, served, prev_out, epilogue, attn.heads, attn.head_dim**-0.5
-                )
-                found.append(o)
-                return result, statistics
-
-            return fused_block(run, norm, act, drop_path, x), found[0]
+    obstacles = _obstacles(attn, LightLayerAttention, norm, act, drop_path, x)
+    if obstacles is not None:
+        plan = attn.plan(x, prev_out, "light_block", obstacles)
+        if isinstance(plan, LightPlan):
+            served(attn, "block", plan.backend.name)
+            epilogue = epilogue_of(norm, act, drop_path, x)
+            scale = attn.head_dim**-0.5
+            o, block = light_layer(
+                plan.backend, x, plan.filters, prev_out, attn.heads, scale, epilogue
+            )
+            assert block is not None
+            return block, o
+        refused(attn, "block", plan)
     o = attn(x, prev_out)
     # It goes on to the next layer, so neither norm nor activation may change it in place.
     out: Tensor = x + drop_path(act(norm(o)))
     return out, o
 
 
-def may_pass_by(attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: DropPath) -> bool:
-    """Whether a kernel may do the work of these modules without calling them."""
-    return (
-        type(norm) is nn.BatchNorm2d
-        and type(act) in (nn.ReLU, nn.Identity)
-        and type(drop_path) is DropPath
-        and all(runs_as(module, type(module)) for module in (attn, norm, act, drop_path))
-        and not has_hooks(attn, norm, act, drop_path)
-    )
+def _obstacles(
+    attn: nn.Module,
+    kind: type[QueryKeyValue],
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: DropPath,
+    x: Tensor,
+) -> tuple[str, ...] | None:
+    """Why no kernel may do the work of a block without calling its modules; empty where one may.
+
+    None where that is not asked: of another layer than `kind`, of an input that the layer will refuse, and in a
+    compiled graph, which is made of PyTorch's own pieces.
+    """
+    if type(attn) is not kind or torch.compiler.is_compiling():
+        return None
+    found = module_obstacles(attn, norm, act, drop_path)
+    if not found:
+        attn.check_input(x)  # not before hooks on it have seen it
+    elif not isinstance(x, Tensor) or x.dim() != 4:
+        return None
+    if isinstance(norm, nn.BatchNorm2d):
+        found += _norm_obstacles(norm, x)
+    return tuple(found)
 
 
-def fits(norm: nn.Module, x: Tensor) -> bool:
-    """Whether the kernels serve this norm on `x`; where they do not, PyTorch's own may have something to say.
+def module_obstacles(
+    attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: DropPath
+) -> list[str]:
+    """Modules that kernels do not know, or that do more than their kind."""
+    found = []
+    of_norm, of_act, of_drop_path = type(norm), type(act), type(drop_path)
+    if of_norm is not nn.BatchNorm2d:
+        found.append(f"norm is {of_norm.__name__}, and the kernels know BatchNorm2d")
+    if of_act is not nn.ReLU and of_act is not nn.Identity:
+        found.append(f"act is {of_act.__name__}, and the kernels know ReLU and Identity")
+    if of_drop_path is not DropPath:
+        found.append(f"drop_path is {of_drop_path.__name__}, and the kernels know DropPath")
+    found += [
+        f"{type(module).__name__} has a forward of its own"
+        for module in (attn, norm, act, drop_path)
+        if not runs_as(module, type(module))
+    ]
+    if has_hooks(attn, norm, act, drop_path):
+        found.append("attn, norm, act or drop_path has hooks, or all modules have")
+    return found
+
+
+def _norm_obstacles(norm: nn.BatchNorm2d, x: Tensor) -> list[str]:
+    """Why the kernels do not serve this norm on `x`; where they do not, PyTorch's own may have something to say.
 
     They add to `x` in one dtype, which under autocast need not be that of `x`.
     """
-    assert isinstance(norm, nn.BatchNorm2d)
+    found = []
+    if norm.num_features != x.shape[1] or (norm.weight is None) != (norm.bias is None):
+        found.append("norm is for another number of channels, or has one parameter of two")
+    if x.dtype != layer_dtype(x):
+        found.append(f"x is {x.dtype}, and autocast computes the layer in {layer_dtype(x)}")
+    if not has_usual_parameters(norm, x):
+        found.append(
+            "norm's parameters or statistics are not plain ones that fit x in dtype and device"
+        )
     # One number a channel has no variance.
-    enough = x.shape[0] * x.shape[2] * x.shape[3] > 1
-    given = norm.num_features == x.shape[1] and (norm.weight is None) == (norm.bias is None)
-    return (
-        given
-        and x.dtype == layer_dtype(x)
-        and has_usual_parameters(norm, x)
-        and (enough or not takes_batch(norm))
-    )
+    if x.shape[0] * x.shape[2] * x.shape[3] <= 1 and takes_batch(norm):
+        found.append("one number a channel has no variance")
+    return found
 
 
 def has_usual_parameters(norm: nn.BatchNorm2d, x: Tensor) -> bool:
@@ -137,10 +166,8 @@ def takes_batch(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def fused_block(
-    run: FusedBlock, norm: nn.Module, act: nn.Module, drop_path: DropPath, x: Tensor
-) -> Tensor:
-    """The block by `run`, and the norm's running statistics kept as `nn.BatchNorm2d` keeps them."""
+def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: DropPath, x: Tensor) -> NormAct:
+    """What follows the retrieval, and keeps the norm's running statistics as `nn.BatchNorm2d` keeps them."""
     assert isinstance(norm, nn.BatchNorm2d)
     statistics = None
     if not takes_batch(norm):
@@ -152,18 +179,15 @@ def fused_block(
     mask, track = drop_path.mask(x), None
     if norm.training and norm.track_running_stats:
         track = partial(_track, norm, x.numel() // x.shape[1])
-    out, _ = run(
-        Epilogue(
-            norm.weight,
-            norm.bias,
-            statistics,
-            None if mask is None else mask.view(-1),
-            norm.eps,
-            isinstance(act, nn.ReLU),
-            track,
-        )
+    return NormAct(
+        norm.weight,
+        norm.bias,
+        statistics,
+        None if mask is None else mask.view(-1),
+        norm.eps,
+        isinstance(act, nn.ReLU),
+        track,
     )
-    return out
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def _new(dtype: torch.dtype, *sizes: int) -> Tensor:
     return torch.empty(sizes, dtype=dtype, device="cpu")
 
 
-def forward(
+def attend(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -175,7 +175,7 @@ def weights(
     return weights, kl
 
 
-def backward(
+def attend_backward(
     saved: Saved,
     dout: Tensor | None,
     dweights: Tensor | None,
@@ -251,7 +251,7 @@ def backward(
     return Gradients(dscores, dq, dprev, dkeys, dvalues)
 
 
-class Retrieved:
+class CppContribution:
     """What one layer's backward leaves for the layers that it retrieved from, and the addresses that they will need.
 
     The tensors live as long as this does, so addresses stay true.
@@ -285,21 +285,21 @@ _pack = struct.Struct("8q").pack
 
 
 def packed_sources(
-    retrieved: Sequence[Retrieved], channels_last: bool, interleaved: bool
-) -> tuple[bytes, list[Retrieved]]:
-    """`retrieved` as the extension takes it, output gradients in the given form; and what must live until then."""
-    alike = [r.packed for r in retrieved if r.interleaved is interleaved or r.dout is None]
-    if len(alike) == len(retrieved):
+    contributions: Sequence[CppContribution], channels_last: bool, interleaved: bool
+) -> tuple[bytes, list[CppContribution]]:
+    """`contributions` as the extension takes it, output gradients in the given form; and what must live until then."""
+    alike = [r.packed for r in contributions if r.interleaved is interleaved or r.dout is None]
+    if len(alike) == len(contributions):
         return b"".join(alike), []
     copies = []
-    for r in retrieved:
+    for r in contributions:
         dout = None if r.dout is None else in_form(r.dout, channels_last, interleaved)
-        copies.append(Retrieved(r.q, r.weights, r.dscores, dout, channels_last))
+        copies.append(CppContribution(r.q, r.weights, r.dscores, dout, channels_last))
     return b"".join([c.packed for c in copies]), copies
 
 
 def gather(
-    retrieved: Sequence[Retrieved],
+    contributions: Sequence[CppContribution],
     index: int,
     heads: int,
     channels_last: bool,
@@ -310,8 +310,8 @@ def gather(
 
     `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`.
     """
-    q = retrieved[0].q
-    like = next((r.dout for r in retrieved if r.dout is not None), None)
+    q = contributions[0].q
+    like = next((r.dout for r in contributions if r.dout is not None), None)
     need_value = need_value and like is not None
     if not need_key and not need_value:
         return None, None
@@ -323,10 +323,10 @@ def gather(
         interleaved = is_interleaved(like, channels_last)
         sizes = kernel_sizes(like, heads, channels_last, interleaved)
         dvalue, dvalue_view = new_map(like, sizes, channels_last)
-        accumulate = retrieved[0].weights.dtype
-        workspace = _workspace(_aggregate_workspace(sizes, len(retrieved)), accumulate)
+        accumulate = contributions[0].weights.dtype
+        workspace = _workspace(_aggregate_workspace(sizes, len(contributions)), accumulate)
         elements = dvalue.numel()
-    sources, keeps = packed_sources(retrieved, channels_last, interleaved)
+    sources, keeps = packed_sources(contributions, channels_last, interleaved)
     kernels().gather(
         DTYPE_CODES[q.dtype],
         sizes,
@@ -335,7 +335,7 @@ def gather(
         address(dkey),
         dvalue_view,
         address(workspace),
-        thread_count(elements * len(retrieved)),
+        thread_count(elements * len(contributions)),
     )
     del keeps
     return dkey, dvalue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +22,13 @@ from ela_kernels.backends.cpp.addresses import (
 from ela_kernels.backends.cpp.attention import (
     DTYPE_CODES,
     NO_MAP,
-    Retrieved,
+    CppContribution,
     packed_sources,
     thread_count,
 )
 from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.backends.cpp.norm import (
     ImageSizes,
-    NormCall,
     norm_backward,
     norm_call,
 )
@@ -51,15 +49,17 @@ from ela_kernels.backends.memory import (
     addresses,
 )
 from ela_kernels.backends.types import (
-    Attended,
+    NO_GRADIENTS,
+    Arrived,
     Epilogue,
     Filters,
     LayerForward,
     LayerGradients,
+    LayerNeeds,
+    NormAct,
+    Residual,
+    SavedLayer,
 )
-
-# No norm_forward: layer_forward() does all of a block.
-__all__ = ["layer_backward", "layer_forward", "norm_backward"]
 
 
 class Plan:
@@ -149,7 +149,7 @@ def _readable(plan: Plan, filters: Filters) -> Filters:
     return Filters(dense(wq), contiguous(wk), contiguous(wv))
 
 
-def layer_forward(
+def layer(
     x: Tensor,
     filters: Filters,
     keys: Sequence[Tensor],
@@ -157,11 +157,10 @@ def layer_forward(
     heads: int,
     scale: float,
     prev_weights: Tensor | None,
-    has_residual: bool,
-    epilogue: Epilogue | None = None,
-    keeps_out: bool = True,
+    epilogue: Epilogue | None,
+    keeps_retrieved: bool,
 ) -> LayerForward:
-    """Query, key and value from `x` (which :func:`readable` gave), and what the query retrieves, in one call.
+    """Query, key and value from `x` (which :func:`readable` gave), what the query retrieves and what follows: one call.
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
@@ -171,20 +170,20 @@ def layer_forward(
     retrieves = wq is not None
     depth = len(keys) + 1
     v, mean, k = plan.new_map(x), torch.empty_like(plan.row), torch.empty_like(plan.row)
-    q = out = weights = kl = statistics = block = norm = None
+    q = out = weights = kl = statistics = block = norm = measured = None
     if retrieves:
         q, out, weights = torch.empty_like(plan.row), plan.new_map(x), plan.new_weights(depth)
         prev_weights = dense(prev_weights)
         if prev_weights is not None:
             kl = torch.empty_like(plan.divergence)
-        if epilogue is not None:
-            given = epilogue.statistics
-            if given is None:
-                statistics = given = torch.empty_like(plan.statistics)
-            block = plan.new_map(x) if keeps_out else out
+        if type(epilogue) is NormAct:
+            statistics = epilogue.statistics
+            if statistics is None:
+                statistics = measured = torch.empty_like(plan.statistics)
+            block = plan.new_map(x) if keeps_retrieved else out
             x_view, out_view = plan.map_view(x)[0], (out.data_ptr(), *plan.made)
             views = (out_view, x_view, (block.data_ptr(), *plan.made), NO_MAP)
-            norm = norm_call(views, plan.norm_sizes, given, epilogue)
+            norm = norm_call(views, plan.norm_sizes, statistics, epilogue)
     key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
     compiled().layer(
         plan.call,
@@ -204,67 +203,74 @@ def layer_forward(
         address(weights),
         address(kl),
         address(out),
-        has_residual,
-        address(statistics),
-        0 if statistics is None else statistics[1].data_ptr(),
+        type(epilogue) is Residual,
+        address(measured),
+        0 if measured is None else measured[1].data_ptr(),
         None if norm is None else norm.arguments,
         thread_count(plan.elements * depth),
     )
     del key_table, value_table, norm
-    return LayerForward(mean, q, k, v, out, weights, kl, statistics, block)
+    if block is None:
+        return LayerForward(mean, q, k, v, out, weights, kl)
+    return LayerForward(
+        mean, q, k, v, block, weights, kl, out if keeps_retrieved else None, statistics
+    )
 
 
 def layer_backward(
-    x: Tensor,
-    filters: Filters,
-    mean: Tensor,
-    heads: int,
+    saved: SavedLayer,
+    arrived: Arrived,
+    contributions: Sequence[CppContribution],
     index: int,
-    own: Attended | None,
-    retrieved: Sequence[Retrieved],
-    dk: Tensor | None,
-    dv: Tensor | None,
-    residual: Tensor | None,
-    needs: Sequence[bool],
-    pending: NormCall | None = None,
-) -> LayerGradients:
-    """All gradients of the layer at `index` in one call; its value's is gathered and convolved, never stored.
-
-    Args:
-        own: its attention, where a gradient arrived through it.
-        retrieved: what the layers that retrieved this one left, this one included if it did.
-        dk, dv: gradients of key and value from elsewhere, if there are any.
-        residual: what arrives past the retrieval, added to the gradient of `x`.
-        needs: of x, wq, wk, wv.
-    """
-    need_x, need_wq, need_wk, need_wv = needs
-    check_shape(x, mean, own)
+    needs: LayerNeeds,
+) -> tuple[LayerGradients, CppContribution | None]:
+    """All gradients of the layer at `index` in one call; its value's is gathered and convolved, never stored."""
+    x, filters, mean, heads, attention, epilogue, retrieved, statistics = saved
+    dout, dweights, dkl, dk, dv = arrived
+    residual = norm = dgamma = dbeta = None
+    if epilogue is not None and dout is not None:
+        residual = dout
+        if type(epilogue) is NormAct:
+            assert retrieved is not None
+            assert statistics is not None
+            dout, dgamma, dbeta, norm = norm_backward(retrieved, dout, statistics, epilogue)
+    own = None
+    if attention is not None and (dout is not None or dweights is not None or dkl is not None):
+        written = torch.empty_like(attention.weights)
+        own = CppContribution(attention.q, attention.weights, written, dout, False)
+        contributions = [own, *contributions]
+    elif not contributions and dk is None and dv is None:
+        return NO_GRADIENTS, None
+    need_x, need_wq, need_wk, need_wv, need_prev = needs
+    check_shape(x, mean, None if own is None else attention)
     plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
     wq, wk, wv = _readable(plan, filters)
-    sources, copies = packed_sources(retrieved, False, plan.interleaved)
-    keeps: list[Any] = [copies]
-    wants_key = (need_x or need_wk) and (bool(retrieved) or dk is not None)
+    sources, copies = packed_sources(contributions, False, plan.interleaved)
+    wants_key = (need_x or need_wk) and (bool(contributions) or dk is not None)
     dk, dv_view = dense(dk), NO_MAP
     if dv is not None:
         dv_view, dv = plan.map_view(resolved(dv))
 
     key_table = value_table = NO_TABLE
     dout_view = NO_MAP
-    query = weights = dscores = dweights = dkl = prev = dprev = None
+    query = weights = dscores = prev = dprev = None
     scale, depth, wants_query = 1.0, 0, False
     if own is not None:
-        saved = own.saved
-        query, weights, dscores, scale = saved.q, saved.weights, own.dscores, saved.scale
-        depth = len(saved.keys)
-        key_table, value_table = plan.tables(saved.keys, saved.values)
-        dweights, dkl, prev = dense(own.dweights), dense(own.dkl), dense(saved.prev_weights)
-        if own.need_prev and dkl is not None and prev is not None:
+        assert attention is not None
+        query, weights, scale, dscores = (
+            attention.q,
+            attention.weights,
+            attention.scale,
+            own.dscores,
+        )
+        depth = len(attention.keys)
+        key_table, value_table = plan.tables(attention.keys, attention.values)
+        dweights, dkl, prev = dense(dweights), dense(dkl), dense(attention.prev_weights)
+        if need_prev and dkl is not None and prev is not None:
             dprev = torch.empty_like(prev)
         wants_query = need_x or need_wq
-        if own.dout is not None:
-            dout_view, dout = plan.map_view(own.dout)
-            keeps.append(dout)
-
+        if dout is not None:
+            dout_view, dout = plan.map_view(dout)
     residual_view = NO_MAP
     if residual is not None:
         residual_view, residual = plan.map_view(residual)
@@ -306,11 +312,11 @@ def layer_backward(
         address(dwq) if has_rows else 0,
         address(dwk) if has_rows else 0,
         address(dwv),
-        None if pending is None else pending.arguments,
-        pending is not None and pending.batch_statistics,
-        thread_count(plan.elements * (depth + len(retrieved) + 1)),
+        None if norm is None else norm.arguments,
+        norm is not None and norm.batch_statistics,
+        thread_count(plan.elements * (depth + len(contributions) + 1)),
     )
-    del keeps, key_table, value_table
+    del copies, key_table, value_table, dout, norm
     if not has_rows:
         dwq, dwk = (None if d is None else d.zero_() for d in (dwq, dwk))
-    return LayerGradients(dx, dwq, dwk, dwv, dprev)
+    return LayerGradients(dx, dwq, dwk, dwv, dprev, dgamma, dbeta), own

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -20,7 +18,6 @@ from ela_kernels.backends.cpp.attention import (
 from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.backends.cpp.norm import (
     ImageSizes,
-    NormCall,
     norm_backward,
     norm_call,
 )
@@ -38,14 +35,13 @@ from ela_kernels.backends.memory import (
     cast,
 )
 from ela_kernels.backends.types import (
-    Epilogue,
     LightFilters,
     LightForward,
     LightGradients,
+    LightNeeds,
+    NormAct,
+    SavedLightLayer,
 )
-
-# No norm_forward: light_layer_forward() does all of a block.
-__all__ = ["light_layer_backward", "light_layer_forward", "norm_backward"]
 
 
 def _sizes(x: Tensor) -> ImageSizes:
@@ -74,13 +70,13 @@ def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -
     return torch.empty(elements, dtype=dtype, device="cpu")
 
 
-def light_layer_forward(
+def light_layer(
     x: Tensor,
     filters: LightFilters,
     prev: Tensor,
     heads: int,
     scale: float,
-    epilogue: Epilogue | None = None,
+    epilogue: NormAct | None,
 ) -> LightForward:
     """`gate * v + decay * prev` in one call, and all of a block; `x` and `prev` in one form that the kernels can read.
 
@@ -94,14 +90,14 @@ def light_layer_forward(
     out, out_view = new_map(x, flat, False)
     mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
     factors = torch.empty((2, *x.shape[:2]), dtype=accumulate, device="cpu")
-    statistics = block = norm = None
+    statistics = block = norm = measured = None
     if epilogue is not None:
-        given = epilogue.statistics
-        if given is None:
-            statistics = given = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
+        statistics = epilogue.statistics
+        if statistics is None:
+            statistics = measured = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
         block, block_view = new_map(x, flat, False)
         views = (out_view, _view(x, sizes[4], "x"), block_view, NO_MAP)
-        norm = norm_call(views, sizes, given, epilogue)
+        norm = norm_call(views, sizes, statistics, epilogue)
     threads = thread_count(4 * x.numel())
     workspace = _workspace(sizes, wk.numel(), threads, accumulate)
     compiled().light_layer(
@@ -122,8 +118,8 @@ def light_layer_forward(
         v_view,
         address(factors),
         out_view,
-        address(statistics),
-        0 if statistics is None else address(statistics[1]),
+        address(measured),
+        0 if measured is None else address(measured[1]),
         None if norm is None else norm.arguments,
         address(workspace),
         threads,
@@ -132,25 +128,21 @@ def light_layer_forward(
 
 
 def light_layer_backward(
-    x: Tensor,
-    filters: LightFilters,
-    prev: Tensor,
-    heads: int,
-    scale: float,
-    kept: LightForward,
-    dout: Tensor,
-    residual: Tensor | None,
-    needs: Sequence[bool],
-    pending: NormCall | None = None,
+    saved: SavedLightLayer, dout: Tensor | None, dnext: Tensor | None, needs: LightNeeds
 ) -> LightGradients:
-    """All gradients of a layer in one call.
-
-    Args:
-        residual: what arrives at `x` past the layer, added to its gradient.
-        needs: of x, wq, wk, wv, decay, prev.
-        pending: what `norm_backward` left to do first.
-    """
-    check_light_shape(x, kept)
+    """All gradients of a layer in one call, and of its block's norm."""
+    x, filters, prev, heads, scale, epilogue, mean, q, k, v, factors, out, statistics = saved
+    residual = norm = dgamma = dbeta = None
+    if dout is not None and epilogue is not None:
+        assert out is not None
+        assert statistics is not None
+        residual = dout
+        dout, dgamma, dbeta, norm = norm_backward(out, dout, statistics, epilogue, dnext)
+    else:
+        dout = dnext
+    if dout is None:
+        return LightGradients()
+    check_light_shape(x, v)
     sizes = _sizes(x)
     interleaved = bool(sizes[4])
     flat = kernel_sizes(x, heads, False, interleaved)
@@ -164,7 +156,7 @@ def light_layer_backward(
         for w, need in zip((wq, wk, wv, decay), needs[1:5], strict=True)
     ]
     threads = thread_count(6 * x.numel())
-    workspace = _workspace(sizes, wk.numel(), threads, kept.factors.dtype)
+    workspace = _workspace(sizes, wk.numel(), threads, factors.dtype)
     compiled().light_layer_backward(
         DTYPE_CODES[x.dtype],
         sizes,
@@ -177,22 +169,22 @@ def light_layer_backward(
         address(wv, "Wv"),
         address(decay, "lambda_t"),
         _view(prev, sizes[4], "prev_out"),
-        address(kept.mean),
-        address(kept.q),
-        address(kept.k),
-        _view(kept.v, sizes[4]),
-        address(kept.factors),
+        address(mean),
+        address(q),
+        address(k),
+        _view(v, sizes[4]),
+        address(factors),
         _view(dout, sizes[4], "gradient of the output"),
         NO_MAP if residual is None else _view(residual, sizes[4]),
         dx_view,
         *(address(d) for d in dfilters),
         dprev_view,
-        None if pending is None else pending.arguments,
-        pending is not None and pending.batch_statistics,
+        None if norm is None else norm.arguments,
+        norm is not None and norm.batch_statistics,
         address(workspace),
         threads,
     )
     dwq, dwk, dwv, ddecay = dfilters
     if ddecay is not None:
         ddecay = ddecay.to(filters.decay.dtype)
-    return LightGradients(dx, dwq, dwk, dwv, ddecay, dprev)
+    return LightGradients(dx, dwq, dwk, dwv, ddecay, dprev, dgamma, dbeta)

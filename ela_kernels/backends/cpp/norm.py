@@ -29,10 +29,7 @@ from ela_kernels.backends.memory import (
     address,
     cast,
 )
-from ela_kernels.backends.types import (
-    Epilogue,
-    NormGradients,
-)
+from ela_kernels.backends.types import NormAct
 
 ImageSizes = tuple[int, int, int, int, int]
 """B, C, H, W, interleaved."""
@@ -54,14 +51,14 @@ def norm_call(
     views: tuple[MapView, MapView, MapView, MapView],
     sizes: ImageSizes,
     statistics: Tensor,
-    epilogue: Epilogue,
+    norm: NormAct,
     dgamma: Tensor | None = None,
     dbeta: Tensor | None = None,
 ) -> NormCall:
     """Of the maps o, x and out (backward: o, dout, do, and what is added to do)."""
-    check_norm_sizes(sizes[1], epilogue)
+    check_norm_sizes(sizes[1], norm)
     dtype = statistics.dtype
-    vectors = [_vector(t, dtype) for t in (epilogue.gamma, epilogue.beta, epilogue.mask)]
+    vectors = [_vector(t, dtype) for t in (norm.gamma, norm.beta, norm.mask)]
     workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype, device="cpu")
     pointers = (
         address(statistics, "statistics"),
@@ -71,14 +68,23 @@ def norm_call(
         address(dbeta),
         address(workspace),
     )
-    arguments = (views, pointers, epilogue.eps, epilogue.relu)
+    arguments = (views, pointers, norm.eps, norm.relu)
     keeps = [vectors, workspace, statistics, dgamma, dbeta]
-    return NormCall(arguments, epilogue.statistics is None, keeps)
+    return NormCall(arguments, norm.statistics is None, keeps)
+
+
+class NormBackward(NamedTuple):
+    """What a layer's backward will fill in the same call: gradients of the retrieval, and of gamma and beta."""
+
+    o: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+    call: NormCall
 
 
 def norm_backward(
-    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
-) -> NormGradients:
+    o: Tensor, dout: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
+) -> NormBackward:
     """What the backward of the layer will fill in the same call. `also` is added to the gradient of `o`."""
     interleaved = is_interleaved(o, False)
     sizes = (*o.shape, int(interleaved))
@@ -94,8 +100,8 @@ def norm_backward(
     accumulate = accumulate_dtype(o.dtype)
     dgamma, dbeta = (
         None if t is None else torch.empty(t.shape, dtype=accumulate, device="cpu")
-        for t in (epilogue.gamma, epilogue.beta)
+        for t in (norm.gamma, norm.beta)
     )
     ordered = (views[0], views[1], do_view, views[2])
-    call = norm_call(ordered, sizes, statistics, epilogue, dgamma, dbeta)
-    return NormGradients(do, dgamma, dbeta, call._replace(keeps=[*call.keeps, *keeps]))
+    call = norm_call(ordered, sizes, statistics, norm, dgamma, dbeta)
+    return NormBackward(do, dgamma, dbeta, call._replace(keeps=[*call.keeps, *keeps]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ela_kernels.backends.extension import extension
 from ela_kernels.backends.gpu_tables import (
-    Retrieved,
+    GpuContribution,
     Sizes,
     alike_maps,
     alike_rows,
@@ -46,7 +46,7 @@ from ela_kernels.backends.types import (
     Saved,
 )
 
-__all__ = ["Retrieved", "backward", "forward", "gather", "weights"]
+__all__ = ["attend", "attend_backward", "gather", "weights"]
 
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _NO_MAP: MapView = (0, 0, 0)
@@ -83,7 +83,7 @@ def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, M
     return new, (address(new), *compact_strides(sizes))
 
 
-def forward(
+def attend(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -160,7 +160,7 @@ def weights(
     return weights_out, kl
 
 
-def backward(
+def attend_backward(
     saved: Saved,
     dout: Tensor | None,
     dweights: Tensor | None,
@@ -234,7 +234,7 @@ def backward(
 
 
 def gather(
-    retrieved: Sequence[Retrieved],
+    contributions: Sequence[GpuContribution],
     index: int,
     heads: int,
     channels_last: bool,
@@ -242,16 +242,16 @@ def gather(
     need_value: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`(dk, dv)` of the layer at `index` in one launch, each a sum over the layers that retrieved it."""
-    with_dout = [r for r in retrieved if r.dout is not None]
+    with_dout = [r for r in contributions if r.dout is not None]
     need_value = need_value and bool(with_dout)
     if not need_key and not need_value:
         return None, None
     check_list_readable(
-        retrieved[0].q.get_device(),
+        contributions[0].q.get_device(),
         "what a layer's backward left",
-        [t for r in retrieved for t in (r.dscores, r.weights)],
+        [t for r in contributions for t in (r.dscores, r.weights)],
     )
-    queries, query_stride = alike_rows([r.q for r in retrieved])
+    queries, query_stride = alike_rows([r.q for r in contributions])
     q = queries[0]
     dkey = new_row(q) if need_key else None
     sizes: Sizes = (q.shape[0], q.shape[1], heads, 1, 0)
@@ -276,8 +276,8 @@ def gather(
                 sizes,
                 addresses(queries),
                 query_stride,
-                [address(r.dscores) + offset for r in retrieved],
-                [r.dscores.shape[2] for r in retrieved],
+                [address(r.dscores) + offset for r in contributions],
+                [r.dscores.shape[2] for r in contributions],
                 address(dkey),
                 addresses(douts),
                 dout_strides,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ela_kernels.backends.cuda import attention as cuda
 from ela_kernels.backends.gpu_tables import (
+    NormGradients,
     Sizes,
     check_norm,
     compact_strides,
@@ -29,10 +30,7 @@ from ela_kernels.backends.memory import (
     address,
     cast,
 )
-from ela_kernels.backends.types import (
-    Epilogue,
-    NormGradients,
-)
+from ela_kernels.backends.types import NormAct
 
 __all__ = [
     "Moments",
@@ -95,9 +93,9 @@ def _sizes(o: Tensor, interleaved: bool) -> Sizes:
     return kernel_sizes(o, o.shape[1], False, interleaved)
 
 
-def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
     """`x + mask * act(norm(o))` in one launch."""
-    check_norm(o, x, statistics, epilogue)
+    check_norm(o, x, statistics, norm)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o, interleaved)
     out = empty_map(o, False, interleaved)
@@ -106,7 +104,7 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
     o, o_view = map_view(o, False, interleaved)
     x, x_view = map_view(x, False, interleaved)
     statistics = statistics.contiguous()
-    gamma, beta, mask = (parameter(p) for p in (epilogue.gamma, epilogue.beta, epilogue.mask))
+    gamma, beta, mask = (parameter(p) for p in (norm.gamma, norm.beta, norm.mask))
     cuda._launched(
         cuda._kernels().cuda_norm_forward(
             *cuda._device(o),
@@ -117,8 +115,8 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
                 parameter_view(gamma),
                 parameter_view(beta),
                 parameter_view(mask),
-                epilogue.eps,
-                epilogue.relu,
+                norm.eps,
+                norm.relu,
             ),
             o_view,
             x_view,
@@ -129,17 +127,17 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
 
 
 def norm_backward(
-    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
+    o: Tensor, dout: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
 ) -> NormGradients:
-    """All of it at once: nothing is pending. `also` is added to the gradient of `o`.
+    """The gradients of what :func:`norm_forward` does. `also` is added to the gradient of `o`.
 
     Three launches with the batch's statistics, the sums first; two with given ones, or one without parameters.
     """
-    check_norm(o, dout, statistics, epilogue, also)
+    check_norm(o, dout, statistics, norm, also)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o, interleaved)
     do = empty_map(o, False, interleaved)
-    gamma, beta, mask = (parameter(p) for p in (epilogue.gamma, epilogue.beta, epilogue.mask))
+    gamma, beta, mask = (parameter(p) for p in (norm.gamma, norm.beta, norm.mask))
     if not o.numel():
         dgamma, dbeta = (None if p is None else torch.zeros_like(p) for p in (gamma, beta))
         return NormGradients(do, dgamma, dbeta)
@@ -151,7 +149,7 @@ def norm_backward(
         also, also_view = map_view(also, False, interleaved)
     statistics = statistics.contiguous()
     partial = moved = None
-    if epilogue.statistics is None:
+    if norm.statistics is None:
         moved = torch.empty_like(statistics)
     if moved is not None or dgamma is not None or dbeta is not None:
         elements = _partials(cuda._DTYPE_CODES[o.dtype], sizes)
@@ -166,8 +164,8 @@ def norm_backward(
                 parameter_view(gamma),
                 parameter_view(beta),
                 parameter_view(mask),
-                epilogue.eps,
-                epilogue.relu,
+                norm.eps,
+                norm.relu,
             ),
             o_view,
             dout_view,

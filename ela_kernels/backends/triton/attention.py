@@ -133,7 +133,7 @@ def weights(
     return weights_out, kl
 
 
-def forward(
+def attend(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -149,10 +149,10 @@ def forward(
         return empty_map(last, channels_last, interleaved), *weights(
             q, keys, heads, scale, prev_weights
         )
-    return attend(q, keys, values, heads, scale, prev_weights, channels_last)[:3]
+    return attend_with(q, keys, values, heads, scale, prev_weights, channels_last)[:3]
 
 
-def attend(
+def attend_with(
     q: Tensor,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
@@ -163,7 +163,7 @@ def attend(
     residual: Tensor | None = None,
     wants_moments: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Moments | None]:
-    """As :func:`forward` of maps that are not empty, with a map to be added to the output, and the output's moments."""
+    """As :func:`attend` of maps that are not empty, with a map to be added to the output, and the output's moments."""
     check_inputs(q, keys, values, prev_weights)
     last = values[-1]
     interleaved = is_interleaved(last, channels_last)

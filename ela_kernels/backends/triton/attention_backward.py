@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.gpu_tables import (
-    Retrieved,
+    GpuContribution,
     alike_maps,
     alike_rows,
     check_saved,
@@ -51,7 +51,7 @@ _TAIL_ELEMENTS = 512
 _KEY_ELEMENTS = 512
 
 
-def backward(
+def attend_backward(
     saved: Saved,
     dout: Tensor | None,
     dweights: Tensor | None,
@@ -169,7 +169,7 @@ def _flags(tensors: Sequence[Tensor | None], length: int) -> tuple[int, ...]:
 
 
 def gather(
-    retrieved: Sequence[Retrieved],
+    contributions: Sequence[GpuContribution],
     index: int,
     heads: int,
     channels_last: bool,
@@ -177,17 +177,17 @@ def gather(
     need_value: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """`(dk, dv)` of the layer at `index` in one launch, each a sum over the layers that retrieved it."""
-    douts: Sequence[Tensor] = [r.dout for r in retrieved if r.dout is not None]
-    with_dout = [r for r in retrieved if r.dout is not None]
+    douts: Sequence[Tensor] = [r.dout for r in contributions if r.dout is not None]
+    with_dout = [r for r in contributions if r.dout is not None]
     need_value = need_value and bool(douts)
     if not need_key and not need_value:
         return None, None
     check_list_readable(
-        retrieved[0].q.get_device(),
+        contributions[0].q.get_device(),
         "what a layer's backward left",
-        [t for r in retrieved for t in (r.dscores, r.weights)],
+        [t for r in contributions for t in (r.dscores, r.weights)],
     )
-    queries, query_stride = alike_rows([r.q for r in retrieved])
+    queries, query_stride = alike_rows([r.q for r in contributions])
     q = queries[0]
     batch, channels = q.shape
     dkey = new_row(q) if need_key else None
@@ -210,7 +210,7 @@ def gather(
     if not programs or plan is None:
         return dkey, dvalue
     query_bucket, source_bucket = bucket(len(queries)), bucket(sources)
-    dscores = [r.dscores for r in retrieved]
+    dscores = [r.dscores for r in contributions]
     weights_in = [r.weights for r in with_dout] if tiles else dscores[:1]
     with guard(q.device):
         layer_attention_bwd_gather_kernel[(programs,)](

@@ -1,37 +1,18 @@
-"""Launches of a whole layer: query, key and value from a feature map, what they retrieve, and back."""
+"""A whole layer's forward in Triton: query, key and value from a feature map, and what they retrieve."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ela_kernels.backends import gpu_tables as gpu
-from ela_kernels.backends.triton.attention import attend
-from ela_kernels.backends.triton.attention_backward import (
-    backward,
-    gather,
-)
-from ela_kernels.backends.triton.norm import (
-    norm_backward,
-    norm_forward,
-    statistics_of,
-)
-from ela_kernels.backends.triton.producer import (
-    produce,
-    producer_backward,
-)
-from ela_kernels.backends.types import (
-    Epilogue,
-    Filters,
-    LayerForward,
-)
-
-__all__ = ["layer_backward", "layer_forward", "norm_backward", "norm_forward"]
+from ela_kernels.backends.triton.attention import attend_with
+from ela_kernels.backends.triton.norm import statistics_of
+from ela_kernels.backends.triton.producer import produce
+from ela_kernels.backends.types import Filters, LayerForward
 
 
-def layer_forward(
+def retrieve(
     x: Tensor,
     filters: Filters,
     keys: Sequence[Tensor],
@@ -40,8 +21,7 @@ def layer_forward(
     scale: float,
     prev_weights: Tensor | None,
     has_residual: bool,
-    epilogue: Epilogue | None = None,
-    keeps_out: bool = True,
+    wants_statistics: bool,
 ) -> LayerForward:
     """Query, key and value from `x` in two launches, and what the query retrieves in one or two more.
 
@@ -49,8 +29,8 @@ def layer_forward(
     """
     mean, q, k, v = produce(x, filters)
     if q is None:
-        return LayerForward(mean, None, k, v, None, None, None, None)
-    out, weights, kl, moments = attend(
+        return LayerForward(mean, None, k, v)
+    out, weights, kl, moments = attend_with(
         q,
         (*keys, k),
         (*values, v),
@@ -59,10 +39,7 @@ def layer_forward(
         prev_weights,
         False,
         x if has_residual else None,
-        epilogue is not None and epilogue.statistics is None,
+        wants_statistics,
     )
     statistics = None if moments is None else statistics_of(moments)
-    return LayerForward(mean, q, k, v, out, weights, kl, statistics)
-
-
-layer_backward = functools.partial(gpu.layer_backward, backward, gather, producer_backward)
+    return LayerForward(mean, q, k, v, out, weights, kl, None, statistics)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -36,8 +34,6 @@ from ela_kernels.backends.triton.kernels.light import (
     light_layer_gates_kernel,
 )
 from ela_kernels.backends.triton.norm import (
-    norm_backward,
-    norm_forward,
     statistics_of,
 )
 from ela_kernels.backends.triton.plan import (
@@ -50,17 +46,17 @@ from ela_kernels.backends.triton.plan import (
 from ela_kernels.backends.triton.producer import (
     Light,
     produce,
-    producer_backward,
+    produce_backward,
 )
 from ela_kernels.backends.types import (
-    Epilogue,
     Filters,
     LightFilters,
     LightForward,
     LightGradients,
+    LightNeeds,
+    NormAct,
+    SavedLightLayer,
 )
-
-__all__ = ["light_layer_backward", "light_layer_forward", "norm_backward", "norm_forward"]
 
 _NAMES = ("x", "Wq", "Wk", "Wv", "lambda_t", "prev_out")
 _KEPT_NAMES = (
@@ -94,13 +90,13 @@ def _tile_heads(plan: Plan) -> int:
     return power_of_two((plan.ROWS + segments - 2) // segments + 1)
 
 
-def light_layer_forward(
+def light_layer(
     x: Tensor,
     filters: LightFilters,
     prev: Tensor,
     heads: int,
     scale: float,
-    epilogue: Epilogue | None = None,
+    epilogue: NormAct | None,
 ) -> LightForward:
     """Query, key and value in two launches, `gate * v + decay * prev` in a third; the statistics in one more.
 
@@ -167,28 +163,20 @@ def light_layer_forward(
 
 
 def light_layer_backward(
-    x: Tensor,
-    filters: LightFilters,
-    prev: Tensor,
-    heads: int,
-    scale: float,
-    kept: LightForward,
-    dout: Tensor,
-    residual: Tensor | None,
-    needs: Sequence[bool],
-    pending: None = None,
+    saved: SavedLightLayer, dout: Tensor, residual: Tensor | None, needs: LightNeeds
 ) -> LightGradients:
     """All gradients of a layer: dot products and the previous output's gradient in one launch, the rows' in a second.
 
     Then the producers' two. The value's gradient is not stored.
 
     Args:
+        dout: the gradient of the light output.
         residual: what arrives at `x` past the layer, added to its gradient.
-        needs: of x, wq, wk, wv, decay, prev.
     """
+    x, filters, prev, heads, scale, _, mean, q, k, v, gates, _, _ = saved
     check_readable(x.get_device(), _NAMES, (x, *filters, prev))
-    check_readable(x.get_device(), _KEPT_NAMES, (*kept[1:6], dout, residual))
-    check_light_shape(x, kept)
+    check_readable(x.get_device(), _KEPT_NAMES, (mean, q, k, v, gates, dout, residual))
+    check_light_shape(x, v)
     check_light_sizes(x.shape[1], filters)
     need_x, need_wq, need_wk, need_wv, need_decay, need_prev = needs
     wants_dq, wants_dk = need_x or need_wq, need_x or need_wk
@@ -197,10 +185,10 @@ def light_layer_backward(
     compact = compact_strides(kernel_sizes(x, heads, False, interleaved))
     (dout,), dout_strides = alike_maps((dout,), False, interleaved)
     (prev,), prev_strides = alike_maps((prev,), False, interleaved)
-    decay, gates, v = dense(filters.decay), kept.factors, kept.v
+    decay = dense(filters.decay)
     assert decay is not None
-    dq = new_row(kept.q) if wants_dq else None
-    dk = new_row(kept.k) if wants_dk else None
+    dq = new_row(q) if wants_dq else None
+    dk = new_row(k) if wants_dk else None
     ddecay = new_row(decay) if need_decay else None
     dprev = empty_map(x, False, interleaved) if need_prev else None
     plan = _plan(x, heads, interleaved, dout_strides, compact, prev_strides)
@@ -208,7 +196,7 @@ def light_layer_backward(
     if need_gate or need_decay:
         partial = torch.empty((2, plan.parts, plan.channels), dtype=torch.float32, device=x.device)
     if need_decay:
-        decays = torch.empty(kept.mean.shape, dtype=torch.float32, device=x.device)
+        decays = torch.empty(mean.shape, dtype=torch.float32, device=x.device)
     block = min(power_of_two(plan.head_dim), _ROW_CHANNELS)
     row_heads = _ROW_CHANNELS // block
     with guard(x.device):
@@ -237,12 +225,12 @@ def light_layer_backward(
             )
         if need_gate or need_decay:
             light_layer_bwd_rows_kernel[(-(-gates.numel() // row_heads),)](
-                kept.q,
-                kept.k,
+                q,
+                k,
                 gates,
                 partial,
-                kept.q if dq is None else dq,
-                kept.k if dk is None else dk,
+                q if dq is None else dq,
+                k if dk is None else dk,
                 decays,
                 gates.numel(),
                 heads,
@@ -258,10 +246,10 @@ def light_layer_backward(
                 BLOCK_D=block,
                 num_warps=NUM_WARPS,
             )
-    found = producer_backward(
+    found = produce_backward(
         x,
         Filters(filters.wq, filters.wk, filters.wv),
-        kept.mean,
+        mean,
         dq,
         dk,
         dout if need_x or need_wv else None,

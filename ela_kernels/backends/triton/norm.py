@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.gpu_tables import (
+    NormGradients,
     Sizes,
     Strides,
     alike_maps,
@@ -34,10 +35,7 @@ from ela_kernels.backends.triton.plan import (
     Plan,
     make_plan,
 )
-from ela_kernels.backends.types import (
-    Epilogue,
-    NormGradients,
-)
+from ela_kernels.backends.types import NormAct
 
 # What a program of a second launch reads at once of partial sums: parts by channels.
 _BLOCK_P = 128
@@ -75,15 +73,15 @@ def _sizes(o: Tensor) -> Sizes:
     return kernel_sizes(o, o.shape[1], False, is_interleaved(o, False))
 
 
-def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -> Tensor:
+def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
     """`x + mask * act(norm(o))` in one launch."""
-    check_norm(o, x, statistics, epilogue)
+    check_norm(o, x, statistics, norm)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o)
     (o,), o_strides = alike_maps((o,), False, interleaved)
     (x,), x_strides = alike_maps((x,), False, interleaved)
     out, out_strides = empty_map(o, False, interleaved), compact_strides(sizes)
-    gamma, beta, mask = dense(epilogue.gamma), dense(epilogue.beta), dense(epilogue.mask)
+    gamma, beta, mask = dense(norm.gamma), dense(norm.beta), dense(norm.mask)
     statistics = statistics.contiguous()
     plan = _plan(sizes, (o_strides, x_strides, out_strides), o.dtype)
     with guard(o.device):
@@ -99,11 +97,11 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
             *units(plan, o_strides),
             *units(plan, x_strides),
             *units(plan, out_strides),
-            epilogue.eps,
+            norm.eps,
             HAS_GAMMA=gamma is not None,
             HAS_BETA=beta is not None,
             HAS_MASK=mask is not None,
-            RELU=epilogue.relu,
+            RELU=norm.relu,
             INTERLEAVED=plan.interleaved,
             UNIT=plan.UNIT,
             ROWS=plan.ROWS,
@@ -114,13 +112,13 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, epilogue: Epilogue) -
 
 
 def norm_backward(
-    o: Tensor, dout: Tensor, statistics: Tensor, epilogue: Epilogue, also: Tensor | None = None
+    o: Tensor, dout: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
 ) -> NormGradients:
-    """All of it at once: nothing is pending. `also` is added to the gradient of `o`.
+    """The gradients of what :func:`norm_forward` does. `also` is added to the gradient of `o`.
 
     Three launches with the batch's statistics, the sums first; two with given ones, or one without parameters.
     """
-    check_norm(o, dout, statistics, epilogue, also)
+    check_norm(o, dout, statistics, norm, also)
     interleaved = is_interleaved(o, False)
     sizes = _sizes(o)
     (o,), o_strides = alike_maps((o,), False, interleaved)
@@ -129,12 +127,12 @@ def norm_backward(
     also_strides = do_strides
     if also is not None:
         (also,), also_strides = alike_maps((also,), False, interleaved)
-    gamma, beta, mask = dense(epilogue.gamma), dense(epilogue.beta), dense(epilogue.mask)
+    gamma, beta, mask = dense(norm.gamma), dense(norm.beta), dense(norm.mask)
     statistics = statistics.contiguous()
     dgamma = None if gamma is None else torch.empty_like(gamma)
     dbeta = None if beta is None else torch.empty_like(beta)
     plan = _plan(sizes, (o_strides, dout_strides, do_strides, also_strides), o.dtype)
-    is_moved = epilogue.statistics is None
+    is_moved = norm.statistics is None
     has_sums = is_moved or gamma is not None or beta is not None
     channels = plan.channels
     partial = moved = statistics
@@ -160,12 +158,12 @@ def norm_backward(
             *units(plan, dout_strides),
             *units(plan, do_strides),
             *units(plan, also_strides),
-            epilogue.eps,
+            norm.eps,
             plan.parts,
             HAS_GAMMA=gamma is not None,
             HAS_BETA=beta is not None,
             HAS_MASK=mask is not None,
-            RELU=epilogue.relu,
+            RELU=norm.relu,
             SUMS=takes_sums,
             WRITES=writes,
             MOVED=is_moved,
@@ -189,7 +187,7 @@ def norm_backward(
                 channels,
                 plan.parts,
                 plan.batch * plan.positions,
-                epilogue.eps,
+                norm.eps,
                 HAS_GAMMA=dgamma is not None,
                 HAS_BETA=dbeta is not None,
                 MOVED=is_moved,

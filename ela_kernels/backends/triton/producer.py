@@ -127,7 +127,7 @@ class Light(NamedTuple):
     decays: Tensor | None
 
 
-def producer_backward(
+def produce_backward(
     x: Tensor,
     filters: Filters,
     mean: Tensor,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import Kernels
-from ela_kernels.backends.dispatch import choose_kernels
+from ela_kernels.backends.contract import KernelBackend
+from ela_kernels.backends.dispatch import kernels_for
 from ela_kernels.backends.layout import (
     accumulate_dtype,
     empty_map,
@@ -54,15 +54,15 @@ def _forward_op(
     prev_weights: Tensor | None,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = choose_kernels("layer_attention", q, len(keys))
-    if kernels is None:
+    backend = kernels_for("layer_attention", q, len(keys))
+    if backend is None:
         out, weights, kl = layer_attention_reference(
             q, keys, values, heads, scale, prev_weights, channels_last
         )
         like = empty_map(values[-1], channels_last, is_interleaved(values[-1], channels_last))
         out = like.copy_(out)  # one memory format, whichever backend ran
     else:
-        out, weights, kl = kernels.forward(
+        out, weights, kl = backend.attend(
             resolved(q),
             [resolved(k) for k in keys],
             [resolved(v) for v in values],
@@ -113,8 +113,8 @@ def _backward_op(
     dprev: Tensor | None
     dkeys: Sequence[Tensor | None]
     dvalues: Sequence[Tensor | None]
-    kernels = choose_kernels("layer_attention", q, depth)
-    if kernels is None:
+    backend = kernels_for("layer_attention", q, depth)
+    if backend is None:
         dq, dkeys, dvalues, dprev = layer_attention_backward_reference(
             q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
         )
@@ -131,7 +131,7 @@ def _backward_op(
             channels_last,
         )
         every = [True] * depth
-        g = kernels.backward(saved, dout, dweights, dkl, True, True, every, every)
+        g = backend.attend_backward(saved, dout, dweights, dkl, True, True, every, every)
         dq, dprev, dkeys, dvalues = g.dq, g.dprev, g.dkeys, g.dvalues
     dq_out, dkeys_out, dvalues_out, dprev_out = _backward_shapes(
         q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
@@ -223,13 +223,13 @@ class _LayerAttention(torch.autograd.Function):
         heads: int,
         scale: float,
         channels_last: bool,
-        kernels: Kernels,
+        backend: KernelBackend,
         *maps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         depth = len(maps) // 2
         ctx.set_materialize_grads(False)
-        ctx.heads, ctx.scale, ctx.channels_last, ctx.kernels = heads, scale, channels_last, kernels
-        out, weights, kl = kernels.forward(
+        ctx.heads, ctx.scale, ctx.channels_last, ctx.backend = heads, scale, channels_last, backend
+        out, weights, kl = backend.attend(
             q, maps[:depth], maps[depth:], heads, scale, prev_weights, channels_last
         )
         save(ctx, q, prev_weights, weights, *maps)
@@ -249,7 +249,7 @@ class _LayerAttention(torch.autograd.Function):
             return (found[0], found[1], None, None, None, None, *found[2:])
         need = ctx.needs_input_grad
         saved = Saved(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last)
-        g = ctx.kernels.backward(
+        g = ctx.backend.attend_backward(
             saved, dout, dweights, dkl, need[0], need[1], need[6 : 6 + depth], need[6 + depth :]
         )
         return (g.dq, g.dprev, None, None, None, None, *g.dkeys, *g.dvalues)
@@ -263,17 +263,17 @@ def layer_attention_autograd(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
-    kernels: Kernels | None,
+    backend: KernelBackend | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`(out, weights, kl)` of `kernels`, differentiable; of those that the operator chooses where there are none."""
-    if kernels is None or needs_dispatcher(q):
+    """`(out, weights, kl)` of a backend's kernels, differentiable; of what the operator chooses where there is none."""
+    if backend is None or needs_dispatcher(q):
         out, weights, kl = torch.ops.ela_kernels.layer_attention(
             q, list(keys), list(values), heads, scale, prev_weights, channels_last
         )
         return out, weights, None if prev_weights is None else kl
     maps = [resolved(x) for x in (*keys, *values)]
     out, weights, kl = _LayerAttention.apply(
-        resolved(q), prev_weights, heads, scale, channels_last, kernels, *maps
+        resolved(q), prev_weights, heads, scale, channels_last, backend, *maps
     )
     return out, weights, kl
 

@@ -9,47 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import Kernels
-from ela_kernels.backends.dispatch import (
-    LayerChoice,
-    choose_kernels,
-    kernels_of,
-)
+from ela_kernels.backends.contract import KernelBackend, Request
+from ela_kernels.backends.dispatch import Refusal, kernels_for, plan
 from ela_kernels.backends.layout import accumulate_dtype, resolved
-from ela_kernels.backends.memory import PLAIN_TENSORS
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
-from ela_kernels.backends.types import (
-    Epilogue,
-    Filters,
-)
+from ela_kernels.backends.types import Epilogue, Filters, Residual
+from ela_kernels.explaining import refused, served
 from ela_kernels.ops import checks
-from ela_kernels.ops.autocast import (
-    as_autocast,
-    autocast_inputs,
-    fits_layer_dtype,
-    is_autocast_on,
-    layer_dtype,
-)
-from ela_kernels.ops.layer_attention.block import block_pull
+from ela_kernels.ops.autocast import as_autocast, autocast_inputs, is_autocast_on, layer_dtype
+from ela_kernels.ops.layer_attention.attend_node import attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
-    layer_attention,
     layer_attention_weights,
+    retrieve,
 )
-from ela_kernels.ops.layer_attention.layer import layer_pull, provider_pull
+from ela_kernels.ops.layer_attention.layer_node import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.places import Places
+from ela_kernels.ops.layer_attention.plan import (
+    DECIDED,
+    LayerPlan,
+    all_fit,
+    filter_obstacles,
+    pair_obstacles,
+    unseen_obstacles,
+)
 from ela_kernels.ops.layer_attention.readers import Turns
-from ela_kernels.ops.layer_attention.record import (
-    Link,
-    Record,
-    attend_pull,
-    provide_pull,
-)
-from ela_kernels.ops.layer_attention.snapshot import (
-    Pairs,
-    Prefix,
-)
+from ela_kernels.ops.layer_attention.record import Link, Record
+from ela_kernels.ops.layer_attention.snapshot import Pairs, Snapshot
 
 
 class LayerHistory(Places):
@@ -81,18 +68,19 @@ class LayerHistory(Places):
         (torch.Size([2, 2, 3]), torch.Size([2, 2]))
     """
 
+    _retrieves_its_own_way = False
+
     def __init__(self) -> None:
         super().__init__()
         self._record = Record()
-        self._layer_kernels = LayerChoice()
         self._decided: Decided | None = None
         self.turns = Turns()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Whole layers would pass by an `attend` or `provide` of a subclass: they do not serve one that has its own."""
         super().__init_subclass__(**kwargs)
-        if {"attend", "provide"} & vars(cls).keys() and "serves_layer" not in vars(cls):
-            cls.serves_layer = lambda *_, **__: False  # type: ignore[method-assign]
+        if {"attend", "provide"} & vars(cls).keys() and "plan_layer" not in vars(cls):
+            cls._retrieves_its_own_way = True
 
     @property
     def depth(self) -> int:
@@ -167,32 +155,33 @@ class LayerHistory(Places):
         q = checks.check_query(q)
         if is_autocast_on(q):
             q, k, v = autocast_inputs(q, k, v)
-        prefix = self._enter(caller, (q, k, v))
-        heads = prefix.check_pair(q, k, v, heads, channels_last)
+        snapshot = self._enter(caller, (q, k, v))
+        heads = snapshot.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
         self._note_read()
-        decided = self._decided_with(prefix, given, active is not None)
-        kernels = self._kernels(q, prefix) if decided is None else None
-        if kernels is not None:
+        decided = self._decided_with(snapshot, given, active is not None)
+        backend = self._backend(q, snapshot, caller) if decided is None else None
+        if backend is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
-        is_linked = kernels is not None and torch.is_grad_enabled()
-        pairs = prefix.pairs.extended(k, v, is_linked=is_linked)
-        if kernels is not None:
-            link = self._link(pairs, heads, scale, channels_last, kernels)
-            out, weights, kl, token = attend_pull(q, k, v, prefix.token, prefix.weights, link)
+        is_linked = backend is not None and torch.is_grad_enabled()
+        pairs = snapshot.pairs.extended(k, v, is_linked=is_linked)
+        if backend is not None:
+            served(caller, "op", backend.name)
+            link = self._link(pairs, heads, scale, channels_last, backend)
+            out, weights, kl, token = attend_pull(q, k, v, snapshot.token, snapshot.weights, link)
         else:
-            keys, values, prev = self._read_by(q, prefix)
+            keys, values, prev = self._read_by(q, snapshot)
             keys, values = (*keys, k), (*values, v)
             if decided is None:
-                out, weights, kl = layer_attention(
-                    q, keys, values, heads, scale, prev, channels_last
+                out, weights, kl = retrieve(
+                    q, keys, values, heads, scale, prev, channels_last, caller or self
                 )
             else:
                 out, weights, kl, self._decided = attend_decided(
                     q, keys, values, heads, scale, prev, channels_last, decided, active
                 )
-            token = prefix.token
-        self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
+            token = snapshot.token
+        self._leave(Snapshot(pairs, snapshot.position + 1, heads, weights, kl, token))
         return out
 
     def provide(
@@ -202,47 +191,82 @@ class LayerHistory(Places):
         checks.check_query(k, "k")
         if is_autocast_on(k):
             k, _, v = autocast_inputs(k, (), v)
-        prefix = self._enter(caller, (k, v))
-        heads = prefix.check_pair(k, k, v, heads, channels_last)
-        self._decided = self._decided_with(prefix, None)
-        kernels = self._kernels(k, prefix) if self._decided is None else None
-        if kernels is not None:
+        snapshot = self._enter(caller, (k, v))
+        heads = snapshot.check_pair(k, k, v, heads, channels_last)
+        self._decided = self._decided_with(snapshot, None)
+        backend = self._backend(k, snapshot, caller) if self._decided is None else None
+        if backend is not None:
             k, v = resolved(k), resolved(v)
-        is_linked = kernels is not None and torch.is_grad_enabled()
-        pairs = prefix.pairs.extended(k, v, is_linked=is_linked)
-        token = prefix.token
-        if kernels is not None:
+        is_linked = backend is not None and torch.is_grad_enabled()
+        pairs = snapshot.pairs.extended(k, v, is_linked=is_linked)
+        token = snapshot.token
+        if backend is not None:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
-            link = self._link(pairs, heads, 1.0, channels_last, kernels)
+            link = self._link(pairs, heads, 1.0, channels_last, backend)
             token = provide_pull(k, v, token, link)
-        self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
-
-    def serves_layer(self, x: Tensor, filters: Sequence[Tensor | None], caller: Any = None) -> bool:
-        """Whether :meth:`attend_layer` and :meth:`provide_layer` can serve `x`: the backend has kernels of a layer."""
-        if needs_dispatcher(x) or not x.numel():
-            return False
-        dtype, device = layer_dtype(x), x.device
-        for w in filters:
-            # Of what needs a dispatcher only a class of its own can differ from x.
-            if w is not None and (
-                w.device != device
-                or type(w) not in PLAIN_TENSORS
-                or (w.dtype is not dtype and not fits_layer_dtype(w, x))
-            ):
-                return False
-        if is_transformed() or self._decided is not None:
-            return False
-        pairs = self._place_of(caller).pairs
-        return (
-            pairs.linked
-            and pairs.are_all(dtype)
-            and self._layer_kernels(x, len(pairs.keys) + 1, dtype) is not None
+        self._leave(
+            Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
         )
 
+    def plan_layer(
+        self,
+        x: Tensor,
+        filters: Sequence[Tensor | None],
+        op: str = "layer",
+        obstacles: tuple[str, ...] = (),
+        caller: Any = None,
+    ) -> LayerPlan | Refusal:
+        """The kernels that serve a whole layer of `x` here, or every reason why none does.
+
+        Args:
+            x: feature map `[B, C, H, W]`.
+            filters: as of :meth:`attend_layer`; none where they are not known yet.
+            op: `"layer"`, or `"block"` with the residual block around it.
+            obstacles: what else stands between the layer and its kernels.
+            caller: the module that calls.
+        """
+        dtype = layer_dtype(x)
+        pairs = self._place_of(caller).pairs
+        if (
+            obstacles
+            or needs_dispatcher(x)
+            or not x.numel()
+            or self._decided is not None
+            or not pairs.linked
+            or not pairs.are_all(dtype)
+            or self._retrieves_its_own_way
+            or not all_fit(filters, x, dtype)
+        ):
+            obstacles = (*obstacles, *self._obstacles(x, filters, dtype, pairs))
+        request = Request(
+            op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed(), obstacles
+        )
+        found = plan(request)
+        if isinstance(found, Refusal):
+            return found
+        return LayerPlan(found, filters, dtype)  # type: ignore[arg-type]
+
+    def _obstacles(
+        self, x: Tensor, filters: Sequence[Tensor | None], dtype: torch.dtype, pairs: Pairs
+    ) -> list[str]:
+        found = unseen_obstacles(x)
+        if self._decided is not None:
+            found.append(DECIDED)
+        found += pair_obstacles(pairs, dtype)
+        if self._retrieves_its_own_way:
+            found.append(f"{type(self).__name__} has an attend or provide of its own")
+        return found + filter_obstacles(filters, x, dtype)
+
     def attend_layer(
-        self, x: Tensor, filters: Filters, *, heads: int, residual: bool = False, caller: Any = None
+        self,
+        x: Tensor,
+        plan: LayerPlan,
+        *,
+        heads: int,
+        epilogue: Epilogue | None = None,
+        caller: Any = None,
     ) -> Tensor:
-        """Make query, key and value from `x`, append, and retrieve, all in one call; see :meth:`serves_layer`.
+        """Make query, key and value from `x`, append, retrieve and add what follows, all in one call.
 
         Equivalent PyTorch::
 
@@ -250,15 +274,17 @@ class LayerHistory(Places):
             q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
             v = F.conv2d(x, wv, padding=1, groups=C)
             out = history.attend(q, k, v, heads=heads)
-            out = x + out if residual else out
+            out = x + out                                                         # with RESIDUAL
+            out = x + mask * act(norm(out))                                       # with a NormAct
 
         Under autocast `x` and the filters are cast to its dtype, as a convolution casts them.
 
         Args:
             x: feature map `[B, C, H, W]`.
-            filters: `wq` and `wk` `[1, 1, size]` with an odd size, `wv` `[C, 1, 3, 3]`, of x's dtype.
+            plan: what :meth:`plan_layer` gave for it, with `wq` and `wk` `[1, 1, size]` with an odd size, and `wv`
+                `[C, 1, 3, 3]`.
             heads: G, the same for all layers of the history.
-            residual: add `x`.
+            epilogue: what follows. With a norm `x` has autocast's dtype already.
             caller: the module that calls; needed under `torch.utils.checkpoint`.
 
         Returns:
@@ -270,71 +296,48 @@ class LayerHistory(Places):
         Source:
             MRLA (arXiv 2302.03985), base form.
         """
-        if residual and x.dtype != layer_dtype(x):
-            return x + self.attend_layer(x, filters, heads=heads, caller=caller)
-        x, filters = as_autocast(x, filters)
-        prefix, heads, link = self._layer_link(x, filters, heads, caller)
+        if x.dtype != plan.dtype and type(epilogue) is Residual:
+            return x + self.attend_layer(x, plan, heads=heads, caller=caller)
+        x, filters = as_autocast(x, plan.filters)
+        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan.backend)
         self._note_read()
-        out, weights, kl, token, k, v = layer_pull(
-            resolved(x), filters, prefix.weights, residual, prefix.token, link
+        out, weights, kl, token, k, v, _ = layer_pull(
+            resolved(x), filters, epilogue, snapshot.weights, snapshot.token, link
         )
-        pairs = prefix.pairs.extended(k, v, link.path)
-        self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
+        pairs = snapshot.pairs.extended(k, v, link.path)
+        self._leave(Snapshot(pairs, snapshot.position + 1, heads, weights, kl, token))
         return out
 
-    def attend_block(
-        self, x: Tensor, filters: Filters, epilogue: Epilogue, *, heads: int, caller: Any = None
-    ) -> tuple[Tensor, Tensor]:
-        """A residual block, `x + mask * act(norm(attend_layer(x)))`, in one node; arguments as :meth:`attend_layer`.
-
-        Under autocast `x` has its dtype already.
-
-        Returns:
-            The block's output, like `x`, and mean and biased variance of each channel `[2, C]` that it was normed with.
-        """
-        x, filters = as_autocast(x, filters)
-        prefix, heads, link = self._layer_link(x, filters, heads, caller)
-        self._note_read()
-        found, statistics = block_pull(
-            resolved(x), filters, epilogue, prefix.weights, prefix.token, link
-        )
-        out, weights, kl, token, k, v = found
-        pairs = prefix.pairs.extended(k, v, link.path)
-        self._leave(Prefix(pairs, prefix.position + 1, heads, weights, kl, token))
-        return out, statistics
-
     def _layer_link(
-        self, x: Tensor, filters: Filters, heads: int, caller: Any
-    ) -> tuple[Prefix, int, Link]:
+        self, x: Tensor, filters: Filters, heads: int, caller: Any, backend: KernelBackend
+    ) -> tuple[Snapshot, int, Link]:
         """Where a layer is in the history, its heads, and the pairs before it."""
-        prefix = self._enter(caller, (x, *filters))
-        pairs = prefix.pairs
+        snapshot = self._enter(caller, (x, *filters))
+        pairs = snapshot.pairs
         channels = x.shape[1]
-        if type(heads) is not int or heads != prefix.heads:  # the same number is checked already
+        if type(heads) is not int or heads != snapshot.heads:  # the same number is checked already
             heads = checks.check_heads(heads, channels)
-        prefix.check_fits(x, heads)
+        snapshot.check_fits(x, heads)
         scale = 1.0 / math.sqrt(channels // heads)
         keys, values = pairs.keys, pairs.values
-        may_serve = pairs.linked and pairs.are_all(x.dtype)
-        served = self._layer_kernels.again(x, len(keys) + 1) if may_serve else None
-        if served is None:
-            raise ValueError("x: no kernel of a whole layer serves it; ask serves_layer first")
-        path, kernels, layer = pairs.next_path(), kernels_of(served[0]), served[1]
-        link = Link(path, keys, values, heads, scale, False, kernels, self._record, layer, pairs)
-        return prefix, heads, link
+        path = pairs.next_path()
+        link = Link(path, keys, values, heads, scale, False, backend, self._record, pairs)
+        return snapshot, heads, link
 
-    def provide_layer(self, x: Tensor, filters: Filters, *, heads: int, caller: Any = None) -> None:
+    def provide_layer(self, x: Tensor, plan: LayerPlan, *, heads: int, caller: Any = None) -> None:
         """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
-        x, filters = as_autocast(x, filters._replace(wq=None))
-        prefix, heads, link = self._layer_link(x, filters, heads, caller)
-        token, k, v = provider_pull(resolved(x), filters, prefix.token, link)
-        pairs = prefix.pairs.extended(k, v, link.path)
-        self._leave(Prefix(pairs, prefix.position + 1, heads, prefix.weights, prefix.kl, token))
+        x, filters = as_autocast(x, plan.filters._replace(wq=None))
+        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan.backend)
+        token, k, v = provider_pull(resolved(x), filters, snapshot.token, link)
+        pairs = snapshot.pairs.extended(k, v, link.path)
+        self._leave(
+            Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
+        )
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         p = self._enter(caller, ())
-        self._leave(Prefix(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token))
+        self._leave(Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token))
 
     @torch.no_grad()
     def probe(
@@ -356,42 +359,46 @@ class LayerHistory(Places):
         return layer_attention_weights(q.detach(), keys, heads, scale, prev)
 
     def _decided_with(
-        self, prefix: Prefix, given: Tensor | None, is_decided: bool = False
+        self, snapshot: Snapshot, given: Tensor | None, is_decided: bool = False
     ) -> Decided | None:
         """What is decided only when a graph runs, with one more pair; None where nothing is."""
         decided = self._decided
         if decided is None:
             if given is None and not is_decided:
                 return None
-            decided = Decided((None,) * len(prefix.pairs.keys))
+            decided = Decided((None,) * len(snapshot.pairs.keys))
         return decided._replace(given=(*decided.given, given))
 
     def _note_read(self) -> None:
         if not self.recomputing:
             self.turns.note_read()
 
-    def _kernels(self, q: Tensor, prefix: Prefix) -> Kernels | None:
+    def _backend(self, q: Tensor, snapshot: Snapshot, caller: Any) -> KernelBackend | None:
         """Those that serve this layer; None where the functional op, with its push form, does.
 
         It does so too after a layer that it served: nothing would gather the gradient of that layer's pair. And where
         dtypes differ.
         """
-        if needs_dispatcher(q) or not prefix.pairs.linked or not prefix.pairs.are_all(q.dtype):
+        pairs = snapshot.pairs
+        if needs_dispatcher(q):
             return None
-        return choose_kernels("layer_attention", q, len(prefix.pairs.keys) + 1)
+        if not pairs.linked or not pairs.are_all(q.dtype):
+            refused(caller or self, "op", Refusal((), None, tuple(pair_obstacles(pairs, q.dtype))))
+            return None
+        return kernels_for("layer_attention", q, len(pairs.keys) + 1)
 
     @staticmethod
     def _read_by(
-        q: Tensor, prefix: Prefix
+        q: Tensor, snapshot: Snapshot
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor | None]:
         """Keys, values and weights before a layer, in the dtypes that it reads them in."""
-        if prefix.pairs.are_all(q.dtype):
-            return prefix.pairs.keys, prefix.pairs.values, prefix.weights
+        if snapshot.pairs.are_all(q.dtype):
+            return snapshot.pairs.keys, snapshot.pairs.values, snapshot.weights
         autocast = torch.get_autocast_dtype(q.device.type) if is_autocast_on(q) else None
-        return prefix.in_dtype_of(q, autocast, accumulate_dtype(q.dtype))
+        return snapshot.in_dtype_of(q, autocast, accumulate_dtype(q.dtype))
 
     def _link(
-        self, pairs: Pairs, heads: int, scale: float, channels_last: bool, kernels: Kernels
+        self, pairs: Pairs, heads: int, scale: float, channels_last: bool, backend: KernelBackend
     ) -> Link:
         keys, values, path = pairs.keys, pairs.values, pairs.path
-        return Link(path, keys, values, heads, scale, channels_last, kernels, self._record)
+        return Link(path, keys, values, heads, scale, channels_last, backend, self._record)

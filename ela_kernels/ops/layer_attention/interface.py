@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.dispatch import choose_kernels
+from ela_kernels.backends.dispatch import kernels_for, why_eager
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.memory import check_not_freed
 from ela_kernels.backends.tracing import needs_dispatcher
+from ela_kernels.explaining import refused, served
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
 from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd
@@ -85,6 +86,20 @@ def layer_attention(
         between adjacent layers: ELA (arXiv 2503.06473); its direction, previous to current with the previous
         weights padded by zeros, is our definition.
     """
+    return retrieve(q, keys, values, heads, scale, prev_weights, channels_last)
+
+
+def retrieve(
+    q: Tensor,
+    keys: Sequence[Tensor] | Tensor,
+    values: Sequence[Tensor] | Tensor,
+    heads: int,
+    scale: float | None,
+    prev_weights: Tensor | None,
+    channels_last: bool,
+    caller: Any = None,
+) -> LayerAttentionOutput:
+    """:func:`layer_attention` for the layer `caller`, whose history has no pull form for it."""
     q = checks.check_query(q)
     if is_autocast_on(q):
         q, keys, values = autocast_inputs(q, keys, values)
@@ -95,10 +110,16 @@ def layer_attention(
     prev = checks.check_prev_weights(
         prev_weights, q, heads, len(key_list), accumulate_dtype(q.dtype)
     )
-    kernels = None
+    backend = None
     if not torch.compiler.is_compiling():
-        kernels = choose_kernels("layer_attention", q, len(key_list))
-        if kernels is None:
+        backend = kernels_for("layer_attention", q, len(key_list))
+        if backend is None:
+            refused(
+                caller,
+                "op" if caller is None else "push",
+                why_eager("layer_attention", q, len(key_list)),
+            )
+            served(caller, "eager", "eager")
             check_not_freed("q", q)
             check_not_freed("keys", *key_list)
             check_not_freed("values", *value_list)
@@ -108,9 +129,10 @@ def layer_attention(
                     q, key_list, value_list, heads, scale, prev, channels_last
                 )
             )
+        served(caller, "op" if caller is None else "push", backend.name)
     return LayerAttentionOutput(
         *layer_attention_autograd(
-            q, key_list, value_list, heads, scale, prev, channels_last, kernels
+            q, key_list, value_list, heads, scale, prev, channels_last, backend
         )
     )
 
@@ -157,9 +179,9 @@ def layer_attention_weights(
         needs_grad = torch.is_grad_enabled() and any(
             t.requires_grad for t in (q, *key_list, *(() if prev is None else (prev,)))
         )
-        kernels = choose_kernels("layer_attention_weights", q, depth, needs_grad)
-        if kernels is not None:
-            return LayerAttentionWeights(*kernels.weights(q, key_list, heads, scale, prev))
+        backend = kernels_for("layer_attention_weights", q, depth, needs_grad)
+        if backend is not None:
+            return LayerAttentionWeights(*backend.weights(q, key_list, heads, scale, prev))
     check_not_freed("q", q)
     check_not_freed("keys", *key_list)
     check_not_freed("prev_weights", prev)

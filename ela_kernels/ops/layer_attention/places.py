@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.snapshot import Prefix
+from ela_kernels.ops.layer_attention.snapshot import Snapshot
 
 
 def graph_task() -> int:
@@ -21,12 +21,12 @@ def _never_recomputes() -> bool:
 
 
 class Places:
-    """The prefix that each layer of a history extends, and those that layers found, for their recomputation."""
+    """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
     def __init__(self) -> None:
-        self._now = Prefix()
+        self._now = Snapshot()
         self._latest = self._now
-        self._found_by: dict[Any, list[tuple[Prefix, bool]]] = {}
+        self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
         self._made_in = graph_task()
 
     @property
@@ -39,13 +39,13 @@ class Places:
         """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
         return graph_task() not in (-1, self._made_in)
 
-    def _place_of(self, caller: Any) -> Prefix:
+    def _place_of(self, caller: Any) -> Snapshot:
         """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""
         found = self._found_by.get(caller) if self.recomputing and caller is not None else None
         return found[0][0] if found else self._now
 
-    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...]) -> Prefix:
-        """The prefix that this layer extends: the present one, or its old one in a recomputation."""
+    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...]) -> Snapshot:
+        """The snapshot that this layer extends: the present one, or its old one in a recomputation."""
         if not self.recomputing:
             if caller is not None and not _never_recomputes():
                 self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
@@ -57,16 +57,16 @@ class Places:
                 f"is not clear ({len(found)} calls of this caller are on record; allowed is exactly one). Under "
                 "torch.utils.checkpoint pass caller=<the module>, and use each layer once for each history"
             )
-        prefix, had_grad = found[0]
+        snapshot, had_grad = found[0]
         wants_grad = any(x is not None and x.requires_grad for x in inputs)
         if wants_grad and not had_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "LayerHistory: got reentrant checkpointing, which would lose the gradients between layers; allowed is "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
-        return prefix
+        return snapshot
 
-    def _leave(self, prefix: Prefix) -> None:
-        self._latest = prefix
+    def _leave(self, snapshot: Snapshot) -> None:
+        self._latest = snapshot
         if not self.recomputing:
-            self._now = prefix
+            self._now = snapshot

@@ -17,24 +17,16 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import Kernels, LayerKernels
+from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.layout import (
     in_form,
     is_interleaved,
     resolved,
 )
-from ela_kernels.backends.types import (
-    Retrieval,
-    Saved,
-)
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.saved_tensors import (
-    save,
-    unpacked,
-)
+from ela_kernels.backends.types import Contribution
 from ela_kernels.ops.layer_attention.snapshot import Pairs
 
-Entry = tuple[tuple[int, ...], Retrieval]
+Entry = tuple[tuple[int, ...], Contribution]
 """The path of a layer, and what its backward leaves for the layers on it."""
 
 
@@ -53,33 +45,33 @@ class Pass(list[Entry]):
 
 
 class Record:
-    """Retrievals of the backward passes under way over one stage, by graph task."""
+    """Contributions of the backward passes under way over one stage, by graph task."""
 
     def __init__(self) -> None:
         self._passes: dict[int, ref[Pass]] = {}
         self._token_gradient: Tensor | None = None
 
-    def _left(self) -> Pass | None:
+    def _entries(self) -> Pass | None:
         """What the pass under way has left so far."""
         found = self._passes.get(torch._C._current_graph_task_id())
         return None if found is None else found()
 
-    def add(self, path: tuple[int, ...], left: Retrieval) -> None:
-        entries = self._left()
+    def add(self, path: tuple[int, ...], contribution: Contribution) -> None:
+        entries = self._entries()
         if entries is None:
             entries, passes, task = Pass(), self._passes, torch._C._current_graph_task_id()
             torch.autograd.Variable._execution_engine.queue_callback(entries)
             passes[task] = ref(entries, lambda _: passes.pop(task, None))
-        elif entries and type(entries[0][1]) is not type(left):
+        elif entries and type(entries[0][1]) is not type(contribution):
             raise RuntimeError(
                 "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
                 "allowed is one backend for the layers of a history, and eager PyTorch beside it"
             )
-        entries.append((path, left))
+        entries.append((path, contribution))
 
-    def retrieved(self, path: tuple[int, ...]) -> list[Retrieval]:
+    def contributions(self, path: tuple[int, ...]) -> list[Contribution]:
         """What those left that retrieved from the layer at the end of `path`, in order of depth."""
-        entries = self._left()
+        entries = self._entries()
         if entries is None:
             return []
         index, serial = len(path) - 1, path[-1]
@@ -91,9 +83,9 @@ class Record:
 
     def forget(self, path: tuple[int, ...]) -> None:
         """Drop what no layer before the one at the end of `path` will ask for."""
-        entries = self._left()
+        entries = self._entries()
         if entries:
-            served = {id(left) for left in self.retrieved(path)}
+            served = {id(left) for left in self.contributions(path)}
             entries[:] = [entry for entry in entries if id(entry[1]) not in served]
 
     def token_gradient(self, token: Tensor) -> Tensor:
@@ -104,7 +96,12 @@ class Record:
 
 
 class Link(NamedTuple):
-    """One layer's place in its history, its own pair last; for a whole layer, which makes its own, those before it."""
+    """One layer's place in its history: its path, its own number last, and the pairs that it retrieves from.
+
+    Attributes:
+        keys, values: up to the layer's own; of a whole layer, which makes its own, those before it.
+        before: the pairs before a whole layer, which stand for `keys` and `values`.
+    """
 
     path: tuple[int, ...]
     keys: Sequence[Tensor]
@@ -112,21 +109,14 @@ class Link(NamedTuple):
     heads: int
     scale: float
     channels_last: bool
-    kernels: Kernels
+    backend: KernelBackend
     record: Record
-    layer: LayerKernels | None = None
     before: Pairs | None = None
 
 
-def layer_kernels(link: Link) -> LayerKernels:
-    """Those of a link that was made for a whole layer."""
-    assert link.layer is not None
-    return link.layer
-
-
-def left_by_later_layers(ctx: Any) -> list[Any]:
-    """What those left that retrieved the layer that `ctx` belongs to, itself included, in order of depth."""
-    found: list[Retrieval] = ctx.record.retrieved(ctx.path)
+def contributions(ctx: Any) -> list[Any]:
+    """What those left so far that retrieved the layer that `ctx` belongs to, in order of depth."""
+    found: list[Contribution] = ctx.record.contributions(ctx.path)
     for left in found:
         dout = left.dout
         if dout is not None and dout._version != left.dout_version:
@@ -135,18 +125,6 @@ def left_by_later_layers(ctx: Any) -> list[Any]:
                 "but earlier layers still need it; return a new tensor from the hook instead"
             )
     return found
-
-
-def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
-    """`(dk, dv)` of the layer that `ctx` belongs to."""
-    left = left_by_later_layers(ctx)
-    if not left:
-        return None, None
-    index = len(ctx.path) - 1
-    gathered: tuple[Tensor | None, Tensor | None] = ctx.kernels.gather(
-        left, index, ctx.heads, ctx.channels_last, need_key, need_value
-    )
-    return gathered
 
 
 def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
@@ -177,8 +155,7 @@ def keep(ctx: Any, link: Link) -> None:
     # Not the link itself: ctx outlives the backward, and would keep all values alive with it.
     ctx.set_materialize_grads(False)
     ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
-    ctx.channels_last, ctx.kernels, ctx.record = link.channels_last, link.kernels, link.record
-    ctx.layer = link.layer
+    ctx.channels_last, ctx.backend, ctx.record = link.channels_last, link.backend, link.record
 
 
 def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
@@ -200,94 +177,3 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 def new_token(token: Tensor | None, like: Tensor) -> Tensor:
     """A token for the next layer. Nobody reads it, so no kernel fills it."""
     return like.new_empty(1) if token is None else torch.empty_like(token)
-
-
-@opaque
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prev_weights: Tensor | None,
-        token: Tensor | None,
-        link: Link,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        keep(ctx, link)
-        ctx.token = token
-        out, weights, kl = link.kernels.forward(
-            q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
-        )
-        save(ctx, q, weights, prev_weights, *link.keys, *link.values)
-        return out, weights, kl, new_token(token, q)
-
-    @staticmethod
-    def backward(
-        ctx: Any,
-        dout: Tensor | None,
-        dweights: Tensor | None,
-        dkl: Tensor | None,
-        _: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        need_q, need_k, need_v, need_prev = ctx.needs_input_grad[:4]
-        dq = dprev = None
-        if dout is not None or dweights is not None or dkl is not None:
-            q, weights, prev_weights, *maps = unpacked(ctx)
-            depth = len(maps) // 2
-            values = maps[depth:]
-            if dout is not None:
-                dout = in_form_of(values[-1], dout, ctx.channels_last)
-            saved = Saved(
-                q,
-                maps[:depth],
-                values,
-                ctx.heads,
-                ctx.scale,
-                prev_weights,
-                weights,
-                ctx.channels_last,
-            )
-            found = ctx.kernels.backward(saved, dout, dweights, dkl, need_q, need_prev)
-            dq, dprev = found.dq, found.dprev
-            left = ctx.kernels.Retrieved(q, weights, found.dscores, dout, ctx.channels_last)
-            ctx.record.add(ctx.path, left)
-        dk, dv = _gather(ctx, need_k, need_v)
-        return dq, dk, dv, dprev, token_gradient(ctx, ctx.token), None
-
-
-@opaque
-class _Provide(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor:
-        keep(ctx, link)
-        ctx.token = token
-        return new_token(token, k)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
-        dk, dv = _gather(ctx, ctx.needs_input_grad[0], ctx.needs_input_grad[1])
-        return dk, dv, token_gradient(ctx, ctx.token), None
-
-
-def attend_pull(
-    q: Tensor, k: Tensor, v: Tensor, token: Tensor | None, prev_weights: Tensor | None, link: Link
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """`(out, weights, kl, token)`; the token of the last layer that has a gradient goes on."""
-    if not torch.is_grad_enabled():
-        out, weights, kl = link.kernels.forward(
-            q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
-        )
-        return out, weights, kl, token
-    out, weights, kl, own = applied(_Attend, q, k, v, prev_weights, token, link)
-    return out, weights, kl, own if own.requires_grad else token
-
-
-def provide_pull(k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor | None:
-    """The token after a layer that gives its pair and retrieves nothing."""
-    if not torch.is_grad_enabled():
-        return token
-    own = applied(_Provide, k, v, token, link)
-    return own if own.requires_grad else token

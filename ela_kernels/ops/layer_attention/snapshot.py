@@ -95,7 +95,7 @@ def _check_promotes(held: torch.dtype, dtype: torch.dtype, autocast: torch.dtype
     )
 
 
-class Prefix:
+class Snapshot:
     """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
 
     __slots__ = ("heads", "kl", "pairs", "position", "token", "weights")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ela_kernels.backends.contract import Request
+from ela_kernels.backends.dispatch import Refusal, plan, refusal_in_a_graph, refuse_forced
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.memory import check_not_freed
 from ela_kernels.ops import checks
@@ -40,7 +43,8 @@ def light_layer_attention(
 
     Raises:
         TypeError: not a tensor, an integer or sparse tensor, or mixed dtypes.
-        ValueError: shapes, heads or devices that do not fit.
+        ValueError: shapes, heads or devices that do not fit, or a backend with kernels is forced: they serve whole
+            layers (:class:`ela_kernels.LightLayerAttention`), not the operation alone.
 
     Source:
         MRLA (arXiv 2302.03985), the light form.
@@ -70,6 +74,10 @@ def light_layer_attention(
         )
     for name, tensor in zip(_NAMES, (q, k, v, prev_out, decay), strict=True):
         check_not_freed(name, tensor)
+    request = Request("light_layer_attention", q.device, q.dtype, 1)
+    found = refusal_in_a_graph() if torch.compiler.is_compiling() else plan(request)
+    assert isinstance(found, Refusal)  # no backend has kernels of the operation alone
+    refuse_forced(request, found)
     dtype = accumulate_dtype(v.dtype)
     product = (q.to(dtype) * k.to(dtype)).unflatten(1, (heads, -1)).sum(-1)
     gate = (scale * product).sigmoid().repeat_interleave(channels // heads, dim=1)

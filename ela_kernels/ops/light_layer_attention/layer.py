@@ -7,23 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import LightKernels
+from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.layout import as_read_beside, readable, resolved
 from ela_kernels.backends.memory import cast as to_dtype
 from ela_kernels.backends.types import (
-    Epilogue,
     Filters,
     LightFilters,
     LightForward,
+    LightNeeds,
+    NormAct,
+    SavedLightLayer,
 )
 from ela_kernels.ops.autocast import as_autocast
-from ela_kernels.ops.layer_attention.block import NO_NORM_GRADIENTS, of_parameters
+from ela_kernels.ops.layer_attention.layer_node import in_dtype_of
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.record import in_form_of
-from ela_kernels.ops.layer_attention.saved_tensors import (
-    save,
-    unpacked,
-)
+from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 
 
 def _refuse_second_derivative() -> None:
@@ -32,12 +31,6 @@ def _refuse_second_derivative() -> None:
             "LightLayerAttention: a second derivative was asked for (create_graph=True), and the kernels have none; "
             "use ela_kernels.use_backend('eager'), or the functional light_layer_attention"
         )
-
-
-def _kept(tensors: tuple[Tensor, ...]) -> tuple[Tensor, LightFilters, Tensor, LightForward]:
-    """What `_save` saved: x, the filters, the previous output, and what the forward left for the backward."""
-    x, wq, wk, wv, decay, prev, out, mean, q, k, v, factors = tensors
-    return x, LightFilters(wq, wk, wv, decay), prev, LightForward(out, mean, q, k, v, factors, None)
 
 
 @opaque
@@ -51,101 +44,77 @@ class _LightLayer(torch.autograd.Function):
         wv: Tensor,
         decay: Tensor,
         prev: Tensor,
-        heads: int,
-        scale: float,
-        kernels: LightKernels,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.heads, ctx.scale, ctx.kernels = heads, scale, kernels
-        filters = LightFilters(wq, wk, wv, decay)
-        r = kernels.light_layer_forward(x, filters, prev, heads, scale)
-        # Not its own output, which the backward has no use for.
-        save(ctx, x, *filters, prev, None, *r[1:6])
-        return r.out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
-        if dout is None:
-            return (None,) * 9
-        x, filters, prev, kept = _kept(unpacked(ctx))
-        dout = in_form_of(kept.v, dout, False)
-        needs = ctx.needs_input_grad[:6]
-        found = ctx.kernels.light_layer_backward(
-            x, filters, prev, ctx.heads, ctx.scale, kept, dout, None, needs
-        )
-        return *found, None, None, None
-
-
-@opaque
-class _LightBlock(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        wq: Tensor,
-        wk: Tensor,
-        wv: Tensor,
-        decay: Tensor,
-        prev: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
-        epilogue: Epilogue,
+        epilogue: NormAct | None,
         heads: int,
         scale: float,
-        kernels: LightKernels,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        backend: KernelBackend,
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        ctx.heads, ctx.scale, ctx.kernels = heads, scale, kernels
-        ctx.epilogue = epilogue._replace(gamma=None, beta=None, track=None)
+        ctx.heads, ctx.scale, ctx.backend, ctx.epilogue = heads, scale, backend, None
         filters = LightFilters(wq, wk, wv, decay)
-        r, statistics, out = _end(kernels, x, filters, prev, epilogue, heads, scale)
-        save(ctx, x, *filters, prev, r.out, *r[1:6], gamma, beta, statistics)
-        ctx.mark_non_differentiable(statistics)
-        return out, r.out, statistics
+        r = _run(backend, x, filters, prev, epilogue, heads, scale)
+        of_norm: tuple[Tensor | None, ...] = ()
+        if epilogue is not None:
+            assert r.statistics is not None
+            # Parameters are saved, so that autograd checks their versions.
+            ctx.epilogue = epilogue._replace(gamma=None, beta=None, track=None)
+            of_norm = (r.out, r.statistics, gamma, beta)
+            ctx.mark_non_differentiable(r.statistics)
+        # Without a norm not its own output, which the backward has no use for.
+        save(ctx, x, *filters, prev, *r[1:6], *of_norm)
+        return r.out, r.block, r.statistics
 
     @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, dnext: Tensor | None, _: Tensor | None
+        ctx: Any, dnext: Tensor | None, dout: Tensor | None, _: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        *tensors, gamma, beta, statistics = unpacked(ctx)
-        x, filters, prev, kept = _kept(tuple(tensors))
-        # The gradient of the light output: from the next layer, and from the norm.
-        norm = NO_NORM_GRADIENTS
-        do = None if dnext is None else in_form_of(kept.v, dnext, False)
-        if dout is not None:
-            dout = in_form_of(kept.v, dout, False)
-            epilogue = ctx.epilogue._replace(gamma=gamma, beta=beta)
-            norm = ctx.kernels.norm_backward(kept.out, dout, statistics, epilogue, do)
-            do = norm.o
-        if do is None:
+        if dout is None and dnext is None:
             return (None,) * 12
-        needs = ctx.needs_input_grad[:6]
-        found = ctx.kernels.light_layer_backward(
-            x, filters, prev, ctx.heads, ctx.scale, kept, do, dout, needs, norm.pending
+        x, wq, wk, wv, decay, prev, mean, q, k, v, factors, *of_norm = unpacked(ctx)
+        out, statistics, gamma, beta = of_norm or (None, None, None, None)
+        epilogue = ctx.epilogue
+        if epilogue is not None:
+            epilogue = epilogue._replace(gamma=gamma, beta=beta)
+        saved = SavedLightLayer(
+            x,
+            LightFilters(wq, wk, wv, decay),
+            prev,
+            ctx.heads,
+            ctx.scale,
+            epilogue,
+            mean,
+            q,
+            k,
+            v,
+            factors,
+            out,
+            statistics,
         )
-        return *found, *of_parameters(norm, gamma, beta), None, None, None, None
+        dnext = None if dnext is None else in_form_of(v, dnext, False)
+        dout = None if dout is None else in_form_of(v, dout, False)
+        needs = LightNeeds(*ctx.needs_input_grad[:6])
+        *inputs, dgamma, dbeta = ctx.backend.light_layer_backward(saved, dout, dnext, needs)
+        of_parameters = in_dtype_of(gamma, dgamma), in_dtype_of(beta, dbeta)
+        return *inputs, *of_parameters, None, None, None, None
 
 
-def _end(
-    kernels: LightKernels,
+def _run(
+    backend: KernelBackend,
     x: Tensor,
     filters: LightFilters,
     prev: Tensor,
-    epilogue: Epilogue,
+    epilogue: NormAct | None,
     heads: int,
     scale: float,
-) -> tuple[LightForward, Tensor, Tensor]:
-    """The layer, the statistics that it is normed with, and the block's output."""
-    r = kernels.light_layer_forward(x, filters, prev, heads, scale, epilogue)
-    statistics = r.statistics if epilogue.statistics is None else epilogue.statistics
-    assert statistics is not None
-    if epilogue.track is not None:
-        epilogue.track(statistics)
-    if r.block is not None:
-        return r, statistics, r.block
-    return r, statistics, kernels.norm_forward(r.out, x, statistics, epilogue)
+) -> LightForward:
+    r = backend.light_layer(x, filters, prev, heads, scale, epilogue)
+    if epilogue is not None and epilogue.track is not None:
+        assert r.statistics is not None
+        epilogue.track(r.statistics)
+    return r
 
 
 def _as_read(x: Tensor, filters: LightFilters, prev: Tensor) -> tuple[Tensor, LightFilters, Tensor]:
@@ -165,14 +134,15 @@ def _as_read(x: Tensor, filters: LightFilters, prev: Tensor) -> tuple[Tensor, Li
 
 
 def light_layer(
-    kernels: LightKernels,
+    backend: KernelBackend,
     x: Tensor,
     filters: LightFilters,
     prev: Tensor,
     heads: int,
     scale: float,
-) -> Tensor:
-    """What a light layer makes of `x` and the previous output, each `[B, C, H, W]`; see :func:`choose_light_kernels`.
+    epilogue: NormAct | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What a light layer makes of `x` and the previous output, each `[B, C, H, W]`, and of it the block around it.
 
     Equivalent PyTorch::
 
@@ -180,35 +150,22 @@ def light_layer(
         q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
         v = F.conv2d(x, wv, padding=1, groups=C)
         out = ek.light_layer_attention(q, k, v, prev, decay, heads, scale)
+        block = x + mask * act(norm(out))                                         # with an epilogue; None without
 
-    Under autocast the maps and filters are cast to its dtype, as a convolution casts them.
+    Under autocast the maps and filters are cast to its dtype, as a convolution casts them; `x` of a block has it
+    already.
+
+    Args:
+        backend: what :func:`~ela_kernels.ops.light_layer_attention.plan.plan_light_layer` gave.
     """
     x, filters, prev = _as_read(x, filters, prev)
     if not torch.is_grad_enabled():
-        return kernels.light_layer_forward(x, filters, prev, heads, scale).out
-    out: Tensor = _LightLayer.apply(x, *filters, prev, heads, scale, kernels)
-    return out
-
-
-def light_block(
-    kernels: LightKernels,
-    x: Tensor,
-    filters: LightFilters,
-    prev: Tensor,
-    epilogue: Epilogue,
-    heads: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`x + mask * act(norm(o))` of what :func:`light_layer` gives, o; and o; and the norm's statistics `[2, C]`.
-
-    Under autocast `x` has its dtype already.
-    """
-    x, filters, prev = _as_read(x, filters, prev)
-    if not torch.is_grad_enabled():
-        r, statistics, out = _end(kernels, x, filters, prev, epilogue, heads, scale)
-        return out, r.out, statistics
-    gamma, beta = epilogue.gamma, epilogue.beta
-    found: tuple[Tensor, Tensor, Tensor] = _LightBlock.apply(
-        x, *filters, prev, gamma, beta, epilogue, heads, scale, kernels
+        r = _run(backend, x, filters, prev, epilogue, heads, scale)
+        return r.out, r.block
+    gamma = beta = None
+    if epilogue is not None:
+        gamma, beta = epilogue.gamma, epilogue.beta
+    out, block, _ = _LightLayer.apply(
+        x, *filters, prev, gamma, beta, epilogue, heads, scale, backend
     )
-    return found
+    return out, block

@@ -1,0 +1,149 @@
+"""The backend of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, LIGHT_OPS, KernelBackend
+from ela_kernels.backends.cpp import attention, layer, light
+from ela_kernels.backends.cpp.attention import CppContribution
+from ela_kernels.backends.extension import extension, extension_problem
+from ela_kernels.backends.types import (
+    Arrived,
+    Epilogue,
+    Filters,
+    Gradients,
+    LayerForward,
+    LayerGradients,
+    LayerNeeds,
+    LightFilters,
+    LightForward,
+    LightGradients,
+    LightNeeds,
+    NormAct,
+    Saved,
+    SavedLayer,
+    SavedLightLayer,
+)
+
+
+class CppBackend(KernelBackend):
+    """The compiled CPU kernels in `csrc/cpu`."""
+
+    name = "cpp"
+    device_types = frozenset({"cpu"})
+    dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
+    ops = ATTENTION_OPS | LIGHT_OPS
+    forward_only_ops = frozenset({"layer_attention_weights"})
+
+    def unavailable_reason(self) -> str | None:
+        module = extension()
+        if module is None:
+            return extension_problem()
+        try:
+            module.simd_level()
+        except ValueError as error:  # ELA_KERNELS_SIMD names what this processor or build has not
+            return str(error)
+        return None
+
+    def attend(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        heads: int,
+        scale: float,
+        prev_weights: Tensor | None,
+        channels_last: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return attention.attend(q, keys, values, heads, scale, prev_weights, channels_last)
+
+    def weights(
+        self,
+        q: Tensor,
+        keys: Sequence[Tensor],
+        heads: int,
+        scale: float,
+        prev_weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        return attention.weights(q, keys, heads, scale, prev_weights)
+
+    def attend_backward(
+        self,
+        saved: Saved,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        need_q: bool,
+        need_prev: bool,
+        need_keys: Sequence[bool] = (),
+        need_values: Sequence[bool] = (),
+    ) -> Gradients:
+        return attention.attend_backward(
+            saved, dout, dweights, dkl, need_q, need_prev, need_keys, need_values
+        )
+
+    def contribution(
+        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+    ) -> CppContribution:
+        return CppContribution(q, weights, dscores, dout, channels_last)
+
+    def gather(
+        self,
+        contributions: Sequence[CppContribution],
+        index: int,
+        heads: int,
+        channels_last: bool,
+        need_key: bool,
+        need_value: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return attention.gather(contributions, index, heads, channels_last, need_key, need_value)
+
+    def layer(
+        self,
+        x: Tensor,
+        filters: Filters,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        heads: int,
+        scale: float,
+        prev_weights: Tensor | None,
+        epilogue: Epilogue | None = None,
+        keeps_retrieved: bool = True,
+    ) -> LayerForward:
+        return layer.layer(
+            x, filters, keys, values, heads, scale, prev_weights, epilogue, keeps_retrieved
+        )
+
+    def layer_backward(
+        self,
+        saved: SavedLayer,
+        arrived: Arrived,
+        contributions: Sequence[CppContribution],
+        index: int,
+        needs: LayerNeeds,
+    ) -> tuple[LayerGradients, CppContribution | None]:
+        return layer.layer_backward(saved, arrived, contributions, index, needs)
+
+    def light_layer(
+        self,
+        x: Tensor,
+        filters: LightFilters,
+        prev: Tensor,
+        heads: int,
+        scale: float,
+        epilogue: NormAct | None = None,
+    ) -> LightForward:
+        return light.light_layer(x, filters, prev, heads, scale, epilogue)
+
+    def light_layer_backward(
+        self,
+        saved: SavedLightLayer,
+        dout: Tensor | None,
+        dnext: Tensor | None,
+        needs: LightNeeds,
+    ) -> LightGradients:
+        return light.light_layer_backward(saved, dout, dnext, needs)

@@ -1,0 +1,186 @@
+"""Which kernels serve the layers of a model, and every reason against better ones."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ela_kernels.backends.dispatch import EAGER, Refusal
+from ela_kernels.backends.tracing import TRACED
+
+logger = logging.getLogger("ela_kernels")
+
+_FORMS = {
+    "block": "the residual block in one call",
+    "layer": "the whole layer in one call",
+    "op": "the retrieval in one call",
+    "push": "the retrieval in one call, with a gradient of its own for each value",
+    "eager": "eager PyTorch",
+    "pair": "key and value in one call",
+    "pieces": "key and value by eager PyTorch",
+    "skipped": "nothing: the layer is skipped",
+}
+
+
+class LayerExplanation(NamedTuple):
+    """How one call of a layer was served.
+
+    Attributes:
+        name: of the layer in the model, as `named_modules()` has it; `""` for the model itself, and for a call that no
+            layer of the model made.
+        layer: name of its class.
+        form: `"block"` (one call of the kernels for the whole residual block), `"layer"` (for the whole layer), `"op"`
+            (for the retrieval alone), `"push"` (the same, with T gradients for T values, which PyTorch adds up),
+            `"eager"`, and of a layer that gives its pair and retrieves nothing `"pair"`,
+            `"pieces"` or `"skipped"`.
+        backend: the name of what served it.
+        reasons: of each better form that did not serve it, every reason.
+    """
+
+    name: str
+    layer: str
+    form: str
+    backend: str
+    reasons: dict[str, tuple[str, ...]]
+
+
+class Explanation(tuple[LayerExplanation, ...]):
+    """One :class:`LayerExplanation` for each call of a layer, in order; printed as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        if not self:
+            return "no call of a layer of ela_kernels was seen: the model has none, or runs a compiled graph"
+        rows = [("layer", "class", "served by", "what")]
+        rows += [(e.name or "-", e.layer, e.backend, _FORMS[e.form]) for e in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = []
+        for row, explanation in zip(rows, (None, *self), strict=True):
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+            lines.append("  ".join((*cells, row[3])))
+            if explanation is not None:
+                for form, reasons in explanation.reasons.items():
+                    lines += [f"    not {_FORMS[form]}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+
+class _Watch:
+    """What the layers tell while a pass is explained."""
+
+    def __init__(self, names: dict[nn.Module, str]) -> None:
+        self.names = names
+        self.found: list[LayerExplanation] = []
+        self._refused: dict[int, dict[str, tuple[str, ...]]] = {}
+
+    def refused(self, layer: Any, form: str, reasons: tuple[str, ...]) -> None:
+        self._refused.setdefault(id(layer), {})[form] = reasons
+
+    def served(self, layer: Any, form: str, backend: str) -> None:
+        name = self.names.get(layer, "") if isinstance(layer, nn.Module) else ""
+        kind = "function" if layer is None else type(layer).__name__
+        reasons = self._refused.pop(id(layer), {})
+        self.found.append(LayerExplanation(name, kind, form, backend, reasons))
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("ela_kernels_explain", default=None)
+
+
+def served(layer: Any, form: str, backend: str) -> None:
+    """`layer` (None: a function that was called by itself) is served by `backend` in this form."""
+    if torch.compiler.is_compiling():
+        return
+    watch = _watch.get()
+    if watch is not None:
+        watch.served(layer, form, backend)
+
+
+def refused(layer: Any, form: str, refusal: Refusal) -> None:
+    """No kernels serve `layer` in this form. A model that could be changed so that they do is told so, once."""
+    if torch.compiler.is_compiling():
+        return
+    watch = _watch.get()
+    if watch is not None:
+        watch.refused(layer, form, (*refusal.obstacles, *refusal.reasons))
+    if refusal.obstacles and refusal.forced != EAGER.name:
+        _tell(type(layer).__name__, form, refusal.obstacles)
+
+
+_lock = threading.Lock()
+# Not worth a warning: whoever does this knows it.
+_EXPECTED = frozenset({TRACED, "the input is empty"})
+
+
+def _tell(layer: str, form: str, obstacles: tuple[str, ...]) -> None:
+    if _EXPECTED.isdisjoint(obstacles):
+        with _lock:  # two threads at once would each find that it was not said yet
+            for obstacle in obstacles:
+                _tell_once(layer, form, obstacle)
+
+
+@functools.lru_cache(maxsize=256)
+def _tell_once(layer: str, form: str, obstacle: str) -> None:
+    logger.warning(
+        "%s: the kernels do not serve %s, and a slower way is taken: %s. "
+        "`print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
+        layer,
+        _FORMS[form],
+        obstacle,
+    )
+
+
+def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
+    """Run one forward pass, and say for each layer which kernels served it, and why not better ones.
+
+    The pass runs in the mode that the model is in, with or without gradients as they are enabled, and leaves no trace:
+    buffers (running statistics, say) and the state of the random numbers are what they were before.
+
+    Args:
+        model: a layer of this package, or a model with such layers in it.
+        inputs, options: what it is called with; a history for a single layer, say.
+
+    Returns:
+        One entry for each call of a layer, in order; `print` shows them as a table. Empty where the model runs a graph
+        that was compiled: explain the model that was given to the compiler.
+
+    Example:
+        >>> import torch, ela_kernels as ek
+        >>> model = ek.models.resnet20(attention="ela").eval()
+        >>> found = ek.explain(model, torch.randn(1, 3, 32, 32))
+        >>> found[0].name, found[0].layer
+        ('stages.0.attentions.0.attn', 'LayerAttention')
+    """
+    names = {module: name for name, module in model.named_modules()}
+    watch = _Watch(names)
+    token = _watch.set(watch)
+    try:
+        with _unchanged(model):
+            model(*inputs, **options)
+    finally:
+        _watch.reset(token)
+    return Explanation(watch.found)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Buffers and random numbers are afterwards what they were."""
+    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kinds = {device.type for device in devices}
+    device_type = kinds.pop() if len(kinds) == 1 else "cuda"
+    indices = [d.index for d in devices if d.type == device_type and d.index is not None]
+    try:
+        with torch.random.fork_rng(indices, device_type=device_type):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

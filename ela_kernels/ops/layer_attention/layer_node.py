@@ -1,0 +1,243 @@
+"""A whole layer in one autograd node, alone or with the residual block around it, with the pull form of the backward.
+
+From a feature map to what it retrieves and what follows. The value's gradient is gathered from the later layers' output
+gradients, and convolved; on the CPU a part at a time, while that part is in cache, so that it is never stored. Key and
+value are outputs of the node too: a later layer that no kernel serves reads them as autograd inputs, and what it sends
+back is added.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.layout import readable
+from ela_kernels.backends.types import (
+    Arrived,
+    Epilogue,
+    Filters,
+    LayerForward,
+    LayerGradients,
+    LayerNeeds,
+    NormAct,
+    Saved,
+    SavedLayer,
+)
+from ela_kernels.ops.layer_attention.opaque import opaque
+from ela_kernels.ops.layer_attention.record import (
+    Link,
+    applied,
+    contributions,
+    in_form_of,
+    keep,
+    new_token,
+    refuse_second_derivative,
+    token_gradient,
+)
+from ela_kernels.ops.layer_attention.saved_tensors import (
+    release_pairs,
+    save,
+    save_with_pairs,
+    unpacked,
+    unpacked_with_pairs,
+)
+
+
+class LayerOutput(NamedTuple):
+    """What a layer on a history gives, and what the history keeps of it; `statistics` `[2, C]` with a norm."""
+
+    out: Tensor
+    weights: Tensor
+    kl: Tensor | None
+    token: Tensor | None
+    key: Tensor
+    value: Tensor
+    statistics: Tensor | None
+
+
+def without_parameters(epilogue: Epilogue | None) -> Epilogue | None:
+    """As a node keeps it: the parameters are saved, so that autograd checks their versions."""
+    if type(epilogue) is NormAct:
+        return epilogue._replace(gamma=None, beta=None, track=None)
+    return epilogue
+
+
+def with_parameters(
+    epilogue: Epilogue | None, gamma: Tensor | None, beta: Tensor | None
+) -> Epilogue | None:
+    return epilogue._replace(gamma=gamma, beta=beta) if type(epilogue) is NormAct else epilogue
+
+
+def in_dtype_of(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
+
+
+def _gradients(ctx: Any, saved: SavedLayer, arrived: Arrived, needs: LayerNeeds) -> LayerGradients:
+    """The backend's, and into the record what the layers before this one will need."""
+    found: LayerGradients
+    index = len(ctx.path) - 1
+    found, own = ctx.backend.layer_backward(saved, arrived, contributions(ctx), index, needs)
+    if own is not None:
+        ctx.record.add(ctx.path, own)
+    return found
+
+
+def _tracked(r: LayerForward, epilogue: Epilogue | None) -> LayerForward:
+    if type(epilogue) is NormAct and epilogue.track is not None:
+        assert r.statistics is not None
+        epilogue.track(r.statistics)
+    return r
+
+
+@opaque
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor,
+        wk: Tensor,
+        wv: Tensor,
+        prev_weights: Tensor | None,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        epilogue: Epilogue | None,
+        token: Tensor | None,
+        link: Link,
+    ) -> tuple[Tensor | None, ...]:
+        keep(ctx, link)
+        ctx.token, ctx.epilogue = token, without_parameters(epilogue)
+        r = _retrieve(x, Filters(wq, wk, wv), prev_weights, epilogue, link, True)
+        of_norm: tuple[Tensor | None, ...] = ()
+        if r.statistics is not None:
+            of_norm = (gamma, beta, r.retrieved, r.statistics)
+            ctx.mark_non_differentiable(r.statistics)
+        save_with_pairs(
+            ctx, link, r.k, r.v, x, wq, wk, wv, r.mean, r.q, r.weights, prev_weights, *of_norm
+        )
+        return r.out, r.weights, r.kl, new_token(token, x), r.k, r.v, r.statistics
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        _: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        __: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        tensors, keys, values = unpacked_with_pairs(ctx)
+        x, wq, wk, wv, mean, q, weights, prev, *of_norm = tensors
+        gamma, beta, retrieved, statistics = of_norm or (None, None, None, None)
+        if dout is not None:
+            dout = in_form_of(values[-1], dout, ctx.channels_last)
+        attention = Saved(q, keys, values, ctx.heads, ctx.scale, prev, weights, ctx.channels_last)
+        epilogue = with_parameters(ctx.epilogue, gamma, beta)
+        filters = Filters(wq, wk, wv)
+        saved = SavedLayer(x, filters, mean, ctx.heads, attention, epilogue, retrieved, statistics)
+        needs = LayerNeeds(*ctx.needs_input_grad[:5])
+        found = _gradients(ctx, saved, Arrived(dout, dweights, dkl, dk, dv), needs)
+        release_pairs(ctx)
+        *inputs, dgamma, dbeta = found
+        return (
+            *inputs,
+            in_dtype_of(gamma, dgamma),
+            in_dtype_of(beta, dbeta),
+            None,
+            token_gradient(ctx, ctx.token),
+            None,
+        )
+
+
+@opaque
+class _Provider(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, wk: Tensor, wv: Tensor, token: Tensor | None, link: Link
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        keep(ctx, link)
+        ctx.token = token
+        r = _provide(x, Filters(None, wk, wv), link)
+        save(ctx, x, wk, wv, r.mean)
+        return new_token(token, x), r.k, r.v
+
+    @staticmethod
+    def backward(
+        ctx: Any, _: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
+        x, wk, wv, mean = unpacked(ctx)
+        saved = SavedLayer(x, Filters(None, wk, wv), mean, ctx.heads, None, None, None, None)
+        need_x, need_wk, need_wv = ctx.needs_input_grad[:3]
+        needs = LayerNeeds(need_x, False, need_wk, need_wv, False)
+        found = _gradients(ctx, saved, Arrived(None, None, None, dk, dv), needs)
+        return found.x, found.wk, found.wv, token_gradient(ctx, ctx.token), None
+
+
+def _retrieve(
+    x: Tensor,
+    filters: Filters,
+    prev_weights: Tensor | None,
+    epilogue: Epilogue | None,
+    link: Link,
+    keeps_retrieved: bool,
+) -> LayerForward:
+    return _tracked(
+        link.backend.layer(
+            x,
+            filters,
+            link.keys,
+            link.values,
+            link.heads,
+            link.scale,
+            prev_weights,
+            epilogue,
+            keeps_retrieved,
+        ),
+        epilogue,
+    )
+
+
+def _provide(x: Tensor, filters: Filters, link: Link) -> LayerForward:
+    return link.backend.layer(x, filters, (), (), link.heads, link.scale, None)
+
+
+def layer_pull(
+    x: Tensor,
+    filters: Filters,
+    epilogue: Epilogue | None,
+    prev_weights: Tensor | None,
+    token: Tensor | None,
+    link: Link,
+) -> LayerOutput:
+    """One layer on a history: `link` holds the keys and values before it, and its own place last in the path."""
+    x = readable(x)
+    if not torch.is_grad_enabled():
+        r = _retrieve(x, filters, prev_weights, epilogue, link, False)
+        assert r.out is not None
+        assert r.weights is not None
+        return LayerOutput(r.out, r.weights, r.kl, token, r.k, r.v, r.statistics)
+    gamma = beta = None
+    if type(epilogue) is NormAct:
+        gamma, beta = epilogue.gamma, epilogue.beta
+    out, weights, kl, own, k, v, statistics = applied(
+        _Layer, x, *filters, prev_weights, gamma, beta, epilogue, token, link
+    )
+    return LayerOutput(out, weights, kl, own if own.requires_grad else token, k, v, statistics)
+
+
+def provider_pull(
+    x: Tensor, filters: Filters, token: Tensor | None, link: Link
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """`(token, key, value)` of a layer that gives its pair and retrieves nothing."""
+    x = readable(x)
+    if not torch.is_grad_enabled():
+        r = _provide(x, filters._replace(wq=None), link)
+        return token, r.k, r.v
+    own, k, v = applied(_Provider, x, filters.wk, filters.wv, token, link)
+    return own if own.requires_grad else token, k, v
