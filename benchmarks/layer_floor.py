@@ -25,7 +25,7 @@ from ela_kernels.backends.types import (
     LayerGradients,
     Saved,
 )
-from ela_kernels.modules.layer_attention import default_kernel_size
+from ela_kernels.modules.query_key_value import default_kernel_size
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 
 # Relative L2 distance from float64, as in floor.py; the mean over space is one more sum over a map.

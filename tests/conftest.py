@@ -28,10 +28,10 @@ sys.path.append(str(Path(__file__).resolve().parent))
 
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
-from ela_kernels.backends.dispatch import kernels_of, layer_kernels_of
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension, extension_problem
-from ela_kernels.ops.layer_attention import autograd, block, interface, layer
-from ela_kernels.ops.layer_attention.record import Link
+from ela_kernels.backends.types import NormAct
+from ela_kernels.ops.layer_attention import autograd, interface
 
 pytest.register_assert_rewrite("support.layer_tests")  # it holds tests
 
@@ -76,36 +76,32 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def _backend_in(arguments: tuple[Any, ...]) -> str | None:
-    """Whose kernels of a whole layer are among the arguments of a call."""
-    links = [a for a in arguments if isinstance(a, Link) and a.layer is not None]
-    # ela_kernels.backends.<name>.layer
-    return links[0].layer.__name__.split(".")[2] if links else None
-
-
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the calls made so far ran: the backend, and `forward`, `backward`, `weights` or `gather`."""
     record: list[str] = []
 
-    def spy(module: Any, function: str, what: str) -> None:
-        original: Callable[..., Any] = getattr(module, function)
+    def spy(owner: Any, function: str, what: str) -> None:
+        original: Callable[..., Any] = getattr(owner, function)
 
         @functools.wraps(original)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            record.append(what.format(backend=_backend_in(args)))
+            is_block = any(type(a) is NormAct for a in args)
+            record.append(what.replace("layer", "block") if is_block else what)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, function, recorded)
+        monkeypatch.setattr(owner, function, recorded)
 
     for backend in ("cpp", "cuda"):
-        for function in ("forward", "backward", "weights", "gather"):
-            spy(kernels_of(backend), function, f"{backend} {function}")
-    spy(block, "_end", "{backend} block")
-    spy(layer, "_retrieve", "{backend} layer")
-    spy(layer, "_provide", "{backend} layer")
-    for backend in ("cpp", "cuda"):
-        spy(layer_kernels_of(backend), "layer_backward", f"{backend} layer backward")
+        for function, what in (
+            ("attend", "forward"),
+            ("attend_backward", "backward"),
+            ("weights", "weights"),
+            ("gather", "gather"),
+            ("layer", "layer"),
+            ("layer_backward", "layer backward"),
+        ):
+            spy(KERNELS[backend], function, f"{backend} {what}")
     spy(interface, "log_weights_reference", "eager weights")
     for module in (autograd, interface):
         spy(module, "layer_attention_reference", "eager forward")

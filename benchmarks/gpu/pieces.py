@@ -24,7 +24,7 @@ from ela_kernels.backends.types import (
     Epilogue,
     Filters,
 )
-from ela_kernels.modules.layer_attention import default_kernel_size
+from ela_kernels.modules.query_key_value import default_kernel_size
 
 _EPS = 1e-5
 # Elements so near to the activation's zero that float32 may fall on the other side of it.

@@ -63,9 +63,9 @@ def whole_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, **k: (made.append(name), real(*a, **k))[1])
 
-    for name in ("layer_forward", "layer_backward"):
+    for name in ("layer", "layer_backward"):
         counted(cpp_layer, name)
-    for name in ("light_layer_forward", "light_layer_backward"):
+    for name in ("light_layer", "light_layer_backward"):
         counted(cpp_light_layer, name)
     return made
 
@@ -96,7 +96,7 @@ def test_base_layers_give_the_published_numbers(
     (y * torch.from_numpy(data["cotangent"])).sum().backward()
     check_gradients(x, layers, data)
     fused = len(layers) if form == "fused" and backend == "cpp" else 0
-    assert whole_layers == ["layer_forward"] * fused + ["layer_backward"] * fused
+    assert whole_layers == ["layer"] * fused + ["layer_backward"] * fused
 
 
 def test_light_layers_give_the_published_numbers(backend: str, whole_layers: list[str]) -> None:
@@ -114,4 +114,4 @@ def test_light_layers_give_the_published_numbers(backend: str, whole_layers: lis
     for i, layer in enumerate(layers):
         close(layer.lambda_t.grad, data[f"grad_lambda_{i}"], f"grad_lambda_{i}")
     fused = len(layers) if backend == "cpp" else 0
-    assert whole_layers == ["light_layer_forward"] * fused + ["light_layer_backward"] * fused
+    assert whole_layers == ["light_layer"] * fused + ["light_layer_backward"] * fused

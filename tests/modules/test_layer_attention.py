@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.modules import ConcatHistory, ConcatLayerAttention
-from ela_kernels.modules.layer_attention import default_kernel_size
+from ela_kernels.modules.query_key_value import default_kernel_size
 
 # float32 results of two orders of summation over 9 or fewer terms and C / G = 16 products differ by a few roundings
 # (6e-8 each) of numbers near 1; gradients add some tens of them.

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import ela_kernels as ek
+from ela_kernels.backends.dispatch import Refusal
+from ela_kernels.backends.types import NormAct
 from ela_kernels.modules import light, residual
 
 
@@ -41,14 +43,20 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
 
         return call
 
-    for owner, name, what in (
-        (ek.LayerHistory, "attend_layer", "layer"),
-        (ek.LayerHistory, "provide_layer", "provide"),
-        (ek.LayerHistory, "attend_block", "block"),
-        (light, "light_layer", "light_layer"),
-        (residual, "light_block", "light_block"),
-    ):
-        monkeypatch.setattr(owner, name, counted(getattr(owner, name), what))
+    def layer(history: Any, x: Any, plan: Any, **options: Any) -> Any:
+        made["block" if isinstance(options.get("epilogue"), NormAct) else "layer"] += 1
+        return attend_layer(history, x, plan, **options)
+
+    def light_layer(*args: Any) -> Any:
+        made["light_block" if isinstance(args[-1], NormAct) else "light_layer"] += 1
+        return of_light(*args)
+
+    attend_layer, of_light = ek.LayerHistory.attend_layer, light.light_layer
+    provide = counted(ek.LayerHistory.provide_layer, "provide")
+    monkeypatch.setattr(ek.LayerHistory, "attend_layer", layer)
+    monkeypatch.setattr(ek.LayerHistory, "provide_layer", provide)
+    for module in (light, residual):
+        monkeypatch.setattr(module, "light_layer", light_layer)
 
     def outcome(run: Callable[[], Sequence[Any]]) -> list[Any]:
         try:
@@ -63,9 +71,9 @@ def both_ways(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
         found = outcome(run)
         assert dict(made) == {what: n for what, n in calls.items() if n}, found
         with monkeypatch.context() as patch:
-            patch.setattr(ek.LayerHistory, "serves_layer", lambda *_, **__: False)
-            for module in (light, residual):
-                patch.setattr(module, "choose_light_kernels", lambda *_: None)
+            refusal = Refusal(("a test",), None)
+            patch.setattr(ek.LayerHistory, "plan_layer", lambda *_, **__: refusal)
+            patch.setattr(light, "plan_light_layer", lambda *_, **__: refusal)
             made.clear()
             expected = outcome(run)
             assert not made

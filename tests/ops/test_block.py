@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
+from ela_kernels.backends.dispatch import Refusal
 from ela_kernels.backends.extension import extension
+from ela_kernels.backends.types import Filters, NormAct
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
@@ -32,16 +34,18 @@ def compare(monkeypatch):
 
     def on_both(run, calls=3, tolerance=EXACT):
         made = []
-        real = ek.LayerHistory.attend_block
-        monkeypatch.setattr(
-            ek.LayerHistory,
-            "attend_block",
-            lambda *a, **k: (made.append(1), real(*a, **k))[1],
-        )
+        real = ek.LayerHistory.attend_layer
+
+        def counted(*args, **options):
+            if isinstance(options["epilogue"], NormAct):
+                made.append(1)
+            return real(*args, **options)
+
+        monkeypatch.setattr(ek.LayerHistory, "attend_layer", counted)
         found = run()
         assert len(made) == calls
         with monkeypatch.context() as patch:
-            patch.setattr(ek.LayerHistory, "serves_layer", lambda *a, **k: False)
+            patch.setattr(ek.LayerHistory, "plan_layer", lambda *a, **k: Refusal(("a test",), None))
             made.clear()
             expected = run()
             assert not made
@@ -201,18 +205,14 @@ def test_dtypes(dtype, form):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_statistics_of_values_far_from_zero(form):
     """A difference of two large sums would lose the variance: 1e4 squared times a float's precision is ten."""
-    from ela_kernels.backends.cpp.layer import layer_forward
-    from ela_kernels.backends.types import (
-        Epilogue,
-        Filters,
-    )
+    from ela_kernels.backends.cpp.layer import layer
 
     x = (1e4 + torch.randn(4, 8, 20, 15)).contiguous(memory_format=form)
     center = torch.zeros(8, 1, 3, 3)
     center[:, :, 1, 1] = 1.0
     ones = torch.ones(1, 1, 1)
-    epilogue = Epilogue(None, None, None, None, 1e-5, True)
-    r = layer_forward(x, Filters(ones, ones, center), (), (), 2, 1.0, None, False, epilogue)
+    norm = NormAct(None, None, None, None, 1e-5, True)
+    r = layer(x, Filters(ones, ones, center), (), (), 2, 1.0, None, norm, True)
     torch.testing.assert_close(
         r.statistics[0], x.double().mean((0, 2, 3)).float(), rtol=1e-6, atol=0
     )

@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp.layer import layer_forward
+from ela_kernels.backends.cpp.layer import layer
 from ela_kernels.backends.extension import extension
 from ela_kernels.backends.types import (
-    Epilogue,
     Filters,
+    NormAct,
 )
 from ela_kernels.models.blocks import PreviousOutput
 
@@ -121,9 +121,9 @@ def test_statistics_with_a_value_far_from_the_others(form):
     x = x.contiguous(memory_format=form)
     center, one = torch.zeros(4, 1, 3, 3), torch.ones(1, 1, 1)
     center[:, :, 1, 1] = 1.0
-    epilogue = Epilogue(None, None, None, None, 1e-5, True)
+    norm = NormAct(None, None, None, None, 1e-5, True)
     filters = Filters(one, one, center)
-    r = layer_forward(x, filters, (), (), 2, 1.0, None, False, epilogue)
+    r = layer(x, filters, (), (), 2, 1.0, None, norm, True)
     mean, variance = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)
     # Sums of a thousand numbers in float32, joined; the mean beside the spread.
     assert ((r.statistics[0] - mean).abs() <= 1e-5 * variance.sqrt()).all()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import ela_kernels as ek
 from ela_kernels.backends.cuda import attention as cuda
+from ela_kernels.backends.gpu_tables import GpuContribution
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)
@@ -46,12 +47,12 @@ def retrievals(
     dtype: torch.dtype,
     makers: Maker | Sequence[Maker] = contiguous,
     channels_last: bool = False,
-) -> list[cuda.Retrieved]:
+) -> list[GpuContribution]:
     """What layers of some depths have left; `makers` lay their output gradients out, repeated in turn."""
     makers = [makers] if callable(makers) else list(makers)
     batch, channels = shape[0], shape[-1 if channels_last else 1]
     return [
-        cuda.Retrieved(
+        GpuContribution(
             torch.randn(batch, channels).to(dtype),
             torch.randn(batch, heads, depth).softmax(-1),
             torch.randn(batch, heads, depth),
@@ -78,7 +79,7 @@ def assert_sum(found: Tensor, terms: Sequence[Tensor]) -> None:
 
 
 def check_gather(
-    retrieved: list[cuda.Retrieved],
+    retrieved: list[GpuContribution],
     index: int,
     heads: int,
     channels_last: bool = False,

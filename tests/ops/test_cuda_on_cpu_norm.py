@@ -20,7 +20,7 @@ from ela_kernels.backends.cuda.norm import (
     norm_forward,
     statistics_of,
 )
-from ela_kernels.backends.types import Epilogue
+from ela_kernels.backends.types import NormAct
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)
@@ -55,7 +55,7 @@ def make_epilogue(
     mask: bool = True,
     relu: bool = True,
     dtype: torch.dtype = torch.float32,
-) -> tuple[Epilogue, Tensor]:
+) -> tuple[NormAct, Tensor]:
     """An epilogue, and the statistics to norm with."""
     batch, channels = o.shape[:2]
     gamma, beta = torch.randn(2, channels).to(dtype)
@@ -63,7 +63,7 @@ def make_epilogue(
     if given:
         statistics = torch.stack([torch.randn(channels), torch.rand(channels) + 0.5])
     factors = (torch.arange(batch) % 3).to(dtype) * 0.75  # drop-path: some are zero
-    epilogue = Epilogue(
+    epilogue = NormAct(
         gamma if affine else None,
         beta if affine else None,
         statistics if given else None,
@@ -77,7 +77,7 @@ def make_epilogue(
 class Exact:
     """Everything in float64 from the formulas, with the sums of absolute values that rounding errors grow with."""
 
-    def __init__(self, o: Tensor, statistics: Tensor, epilogue: Epilogue) -> None:
+    def __init__(self, o: Tensor, statistics: Tensor, epilogue: NormAct) -> None:
         channels = o.shape[1]
         gamma, beta, moved = epilogue.gamma, epilogue.beta, epilogue.statistics is None
         self.count = o.numel() // channels if moved else None
@@ -143,7 +143,7 @@ def away_from_the_bend(dout: Tensor, exact: Exact) -> Tensor:
 
 
 def check(
-    o: Tensor, x: Tensor, dout: Tensor, epilogue: Epilogue, statistics: Tensor, also=None
+    o: Tensor, x: Tensor, dout: Tensor, epilogue: NormAct, statistics: Tensor, also=None
 ) -> None:
     exact = Exact(o, statistics, epilogue)
     out = norm_forward(o, x, statistics, epilogue)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import ela_kernels as ek
 from ela_kernels.backends.cuda import attention as cuda
+from ela_kernels.backends.gpu_tables import GpuContribution
 
 DTYPES = (torch.float32, *HALF_TYPES)
 FORMS = (contiguous, channels_last)
@@ -262,7 +263,7 @@ def test_every_instance_runs_and_is_right(kernels):
         ek.layer_attention_weights(case.q, case.keys, heads)
         like = case.values[0]
         weights = torch.rand(shape[0], heads, depth).softmax(-1)
-        retrieved = [cuda.Retrieved(case.q, weights, weights, like, False) for _ in range(depth)]
+        retrieved = [GpuContribution(case.q, weights, weights, like, False) for _ in range(depth)]
         dkey, dvalue = cuda.gather(retrieved, depth - 1, heads, False, True, True)
         factor = depth * weights[..., -1].double().repeat_interleave(shape[1] // heads, 1)
         for found, x, c in ((dkey, case.q, factor), (dvalue, like, factor[..., None, None])):

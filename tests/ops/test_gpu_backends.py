@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import ela_kernels as ek
-from ela_kernels.backends import dispatch, extension, gpu
+from ela_kernels.backends import dispatch, extension
 from ela_kernels.backends.contract import Request
-from ela_kernels.backends.cuda import (
+from ela_kernels.backends.cuda import backend as cuda_backend
+from ela_kernels.backends.cuda.backend import (
     CudaBackend,
     architecture_reason,
 )
-from ela_kernels.backends.triton import TritonBackend
+from ela_kernels.backends.triton.backend import TritonBackend
 
 DEVICE = torch.device("cuda", 0)
 
@@ -42,7 +43,7 @@ def gpu_machine(monkeypatch):
         available: bool = True,
         built: tuple[str, ...] = ("9.0",),
     ) -> None:
-        gpu._driver_reason.cache_clear()
+        cuda_backend._driver_reason.cache_clear()
         module = FakeExtension() if module is None else module
         monkeypatch.setattr(extension, "extension", lambda: module)
         monkeypatch.setattr(extension, "build_info", lambda: {"cuda_architectures": [*built]})
@@ -55,7 +56,7 @@ def gpu_machine(monkeypatch):
 
     change()
     yield change
-    gpu._driver_reason.cache_clear()
+    cuda_backend._driver_reason.cache_clear()
 
 
 def request(
@@ -74,9 +75,9 @@ def test_a_fitting_machine_is_served(gpu_machine, backend, dtype):
         pytest.importorskip("triton")
     assert backend.unavailable_reason() is None
     for op in ("layer_attention", "layer_attention_weights"):
-        assert backend.not_supported_reasons(request(dtype, op=op)) == []
+        assert backend.reasons(request(dtype, op=op)) == []
         assert backend.automatic_reasons(request(dtype, op=op)) == []
-    assert backend.not_supported_reasons(request(dtype, depth=backend.max_depth)) == []
+    assert backend.reasons(request(dtype, depth=backend.max_depth)) == []
 
 
 @pytest.mark.parametrize(
@@ -84,35 +85,36 @@ def test_a_fitting_machine_is_served(gpu_machine, backend, dtype):
     [("auto", "triton"), ("triton", "triton"), ("cuda", None), ("eager", None)],
 )
 def test_light_layers_are_triton_s_on_a_gpu(gpu_machine, setting, served):
-    """CUDA has no kernel for them: `auto` goes on to the next, and forced it serves the parts that it can."""
+    """CUDA has no kernel for them: `auto` goes on to the next, and forced it refuses."""
     pytest.importorskip("triton")
-    dispatch._that_would_serve.cache_clear()
+    dispatch._plan.cache_clear()
     with ek.use_backend(setting):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            found = dispatch.that_would_serve(
-                ("triton", "cpp"), request(dtype, 1, op="light_layer")
-            )
-            assert found == served
+            found = dispatch.plan(request(dtype, 1, op="light_layer"))
+            assert getattr(found, "name", None) == served
+            if setting == "cuda":
+                with pytest.raises(ValueError, match="it has no kernel for light_layer"):
+                    dispatch.require(request(dtype, 1, op="light_layer"))
         double = request(torch.float64, 1, op="light_layer")
-        assert dispatch.that_would_serve(("triton", "cpp"), double) is None
-    dispatch._that_would_serve.cache_clear()
+        assert isinstance(dispatch.plan(double), dispatch.Refusal)
+    dispatch._plan.cache_clear()
 
 
 @pytest.mark.parametrize("backend", [CudaBackend(), TritonBackend()], ids=lambda b: b.name)
 def test_what_is_outside_of_the_envelope_is_refused(gpu_machine, backend):
     if backend.name == "triton":
         pytest.importorskip("triton")
-    (reason,) = backend.not_supported_reasons(request(torch.float64))
+    (reason,) = backend.reasons(request(torch.float64))
     assert reason == "it serves bfloat16, float16, float32, and the values are torch.float64"
     most = {"cuda": 256, "triton": 128}[backend.name]
-    (reason,) = backend.not_supported_reasons(request(depth=most + 1))
+    (reason,) = backend.reasons(request(depth=most + 1))
     assert reason == f"it serves up to {most} layers in one history, and these are {most + 1}"
-    (reason,) = backend.not_supported_reasons(request(op="light_layer_attention"))
+    (reason,) = backend.reasons(request(op="light_layer_attention"))
     assert reason == "it has no kernel for light_layer_attention"
-    (reason,) = backend.not_supported_reasons(request(device=torch.device("cpu")))
+    (reason,) = backend.reasons(request(device=torch.device("cpu")))
     assert reason == "it serves tensors on cuda, and these are on cpu"
     needs_grad = request(op="layer_attention_weights")._replace(needs_grad=True)
-    (reason,) = backend.not_supported_reasons(needs_grad)
+    (reason,) = backend.reasons(needs_grad)
     assert "no backward" in reason
 
 
@@ -155,7 +157,7 @@ def test_no_device(gpu_machine, backend, monkeypatch):
 def test_a_device_too_old_for_triton(gpu_machine):
     pytest.importorskip("triton")
     gpu_machine(capability=(7, 5))
-    (reason,) = TritonBackend().not_supported_reasons(request())
+    (reason,) = TritonBackend().reasons(request())
     assert reason == "Triton compiles for compute capability 8.0 and later, and Test GPU has 7.5"
 
 
@@ -200,6 +202,6 @@ def test_triton_interprets_only_when_forced(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     on_cpu = request(device=torch.device("cpu"))
     assert TritonBackend().unavailable_reason() is None
-    assert TritonBackend().not_supported_reasons(on_cpu) == []
+    assert TritonBackend().reasons(on_cpu) == []
     assert TritonBackend().automatic_reasons(on_cpu)
     assert ek.backend_status()["triton"] == "available"

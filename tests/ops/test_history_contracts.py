@@ -20,22 +20,22 @@ from support.history_stages import (
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
 
 def test_the_kernels_ran(monkeypatch):
-    calls = []
-    for name in ("forward", "backward"):
+    calls, cpp = [], KERNELS["cpp"]
+    for name in ("attend", "attend_backward"):
         real = getattr(cpp, name)
         monkeypatch.setattr(
             cpp, name, lambda *a, n=name, r=real, **k: (calls.append(n), r(*a, **k))[1]
         )
     layers, x = make_layers(3)
     run_stage(layers, x)[0][-1].sum().backward()
-    assert calls == ["forward"] * 3 + ["backward"] * 3
+    assert calls == ["attend"] * 3 + ["attend_backward"] * 3
 
 
 @pytest.mark.parametrize("chunk", [1, 2])

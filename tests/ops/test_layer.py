@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.backends.cpp import layer as cpp_layer
+from ela_kernels.backends.dispatch import Refusal
 from ela_kernels.backends.extension import extension
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
@@ -26,12 +27,12 @@ def compare(monkeypatch):
 
     def on_both(run, tolerance=EXACT, calls=None):
         made = []
-        real = cpp_layer.layer_forward
-        monkeypatch.setattr(cpp_layer, "layer_forward", lambda *a: (made.append(1), real(*a))[1])
+        real = cpp_layer.layer
+        monkeypatch.setattr(cpp_layer, "layer", lambda *a: (made.append(1), real(*a))[1])
         found = run()
         assert made if calls is None else len(made) == calls
         with monkeypatch.context() as patch:
-            patch.setattr(ek.LayerHistory, "serves_layer", lambda *a, **k: False)
+            patch.setattr(ek.LayerHistory, "plan_layer", lambda *a, **k: Refusal(("a test",), None))
             made.clear()
             expected = run()
             assert not made
@@ -230,7 +231,7 @@ def test_a_gradient_changed_in_place_is_refused():
 def test_modules_that_may_not_be_passed_by(compare, monkeypatch):
     layers, x = make_stage((2, 6, 4, 5), 2, 3)
     monkeypatch.setattr(
-        cpp_layer, "layer_forward", lambda *a: pytest.fail("the kernels passed by a module")
+        cpp_layer, "layer", lambda *a: pytest.fail("the kernels passed by a module")
     )
     called = []
     layers[0].Wv.register_forward_hook(lambda *a: called.append("hook"))

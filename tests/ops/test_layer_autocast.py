@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.backends.cpp import layer as cpp_layer
+from ela_kernels.backends.dispatch import Refusal
 from ela_kernels.backends.extension import extension
+from ela_kernels.backends.types import NormAct
 from ela_kernels.models import CifarResNet
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
@@ -33,11 +35,19 @@ AUTOCAST = [torch.bfloat16, torch.float16]
 def calls(monkeypatch):
     """What the kernels of a layer, and of a block, were called for."""
     made = []
-    for name in ("attend_layer", "attend_block", "provide_layer"):
-        real = getattr(ek.LayerHistory, name)
-        monkeypatch.setattr(
-            ek.LayerHistory, name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
-        )
+    attend, provide = ek.LayerHistory.attend_layer, ek.LayerHistory.provide_layer
+
+    def attended(*args, **options):
+        is_block = isinstance(options.get("epilogue"), NormAct)
+        made.append("attend_block" if is_block else "attend_layer")
+        return attend(*args, **options)
+
+    def provided(*args, **options):
+        made.append("provide_layer")
+        return provide(*args, **options)
+
+    monkeypatch.setattr(ek.LayerHistory, "attend_layer", attended)
+    monkeypatch.setattr(ek.LayerHistory, "provide_layer", provided)
     return made
 
 
@@ -115,11 +125,21 @@ def test_float64_is_left_alone(calls):
 
 def test_dtypes_that_autocast_does_not_bring_together_are_pytorchs_to_refuse(calls):
     layers, x = make_stage((2, 6, 4, 5), 2, 3)
-    filters = layers[0].filters(lambda: True)
+
+    def obstacles(x):
+        found = layers[0].plan(x, ek.LayerHistory())
+        assert isinstance(found, Refusal)
+        return found.obstacles
+
     with torch.autocast("cpu", torch.bfloat16):
-        assert not ek.LayerHistory().serves_layer(x.float(), filters)
-        assert not ek.LayerHistory().serves_layer(x, layers.float()[0].filters(lambda: True))
-    assert not ek.LayerHistory().serves_layer(x.bfloat16(), layers[0].filters(lambda: True))
+        assert (
+            "torch.float64, and the layer is computed in torch.bfloat16" in obstacles(x.float())[0]
+        )
+        layers.float()
+        assert "torch.float32, and the layer is computed in torch.float64" in obstacles(x)[0]
+    assert (
+        "torch.float32, and the layer is computed in torch.bfloat16" in obstacles(x.bfloat16())[0]
+    )
     assert not calls
 
 
@@ -167,7 +187,7 @@ def test_a_network(monkeypatch, calls):
     found = run(network, images)
     assert calls == ["attend_block"] * 4
     with monkeypatch.context() as patch:
-        patch.setattr(ek.LayerHistory, "serves_layer", lambda *a, **k: False)
+        patch.setattr(ek.LayerHistory, "plan_layer", lambda *a, **k: Refusal(("a test",), None))
         plain = run(network, images)
     exact = run(network.double(), images.double(), autocast=False)
     assert len(calls) == 8  # the float64 network's
@@ -178,9 +198,9 @@ def test_a_network(monkeypatch, calls):
 
 def test_the_extension_is_asked_in_the_dtype_of_autocast(monkeypatch):
     seen = []
-    real = cpp_layer.layer_forward
+    real = cpp_layer.layer
     monkeypatch.setattr(
-        cpp_layer, "layer_forward", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1]
+        cpp_layer, "layer", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1]
     )
     layers, x = make_stage((2, 6, 4, 5), 1, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
-from ela_kernels.modules.layer_attention import ChannelFilter
+from ela_kernels.modules.query_key_value import ChannelFilter
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

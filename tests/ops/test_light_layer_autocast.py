@@ -14,23 +14,23 @@ from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.backends.cpp import light as cpp_layer
+from ela_kernels.backends.dispatch import KERNELS, Refusal
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import CifarResNet
 from ela_kernels.models.blocks import PreviousOutput
-from ela_kernels.modules import light, residual
-from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
+from ela_kernels.modules import light
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
 AUTOCAST = [torch.bfloat16, torch.float16]
-IN_LAYER = ["light_layer_forward", "light_layer_backward"]
-IN_BLOCK = ["light_layer_forward", "norm_backward", "light_layer_backward"]
+IN_LAYER = ["light_layer", "light_layer_backward"]
+IN_BLOCK = ["light_layer", "light_layer_backward", "norm_backward"]
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """What the compiled kernels of a light layer were called for."""
-    names = ("light_layer_forward", "light_layer_backward", "norm_backward")
+    names = ("light_layer", "light_layer_backward", "norm_backward")
     return recorded_calls(monkeypatch, cpp_layer, names)
 
 
@@ -87,7 +87,7 @@ def test_the_same_samples_are_dropped(calls):
     found = dropped()
     with ek.use_backend("eager"):
         expected = dropped()
-    assert calls == ["light_layer_forward"] * 2
+    assert calls == ["light_layer"] * 2
     assert 0 < int(found.sum()) < 8
     assert torch.equal(found, expected)
 
@@ -98,20 +98,19 @@ def test_float64_is_left_alone(calls):
     with torch.autocast("cpu", torch.bfloat16):
         found = layer(x, prev)
     assert torch.equal(found, expected)
-    assert calls == ["light_layer_forward"] * 2
+    assert calls == ["light_layer"] * 2
 
 
 def test_dtypes_that_autocast_does_not_bring_together_are_pytorchs_to_refuse():
     layer, x, prev = make_layer((2, 6, 4, 5), 3)
-    double = layer.light_filters(x, prev)
-    single = copy.deepcopy(layer).float().light_filters(x, prev)
+    single = copy.deepcopy(layer).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert choose_light_kernels(x, double, prev) is cpp_layer
-        assert choose_light_kernels(x.float(), single, prev.float()) is cpp_layer
-        assert choose_light_kernels(x.float(), single, prev) is None
-        assert choose_light_kernels(x.float(), double, prev.float()) is None
-        assert choose_light_kernels(x, single, prev) is None
-    assert choose_light_kernels(x.bfloat16(), single, prev.bfloat16()) is None
+        assert layer.plan(x, prev).backend is KERNELS["cpp"]
+        assert single.plan(x.float(), prev.float()).backend is KERNELS["cpp"]
+        assert single.plan(x.float(), prev).obstacles
+        assert layer.plan(x.float(), prev.float()).obstacles
+        assert single.plan(x, prev).obstacles
+    assert single.plan(x.bfloat16(), prev.bfloat16()).obstacles
 
 
 def test_recomputed_blocks(calls):
@@ -127,7 +126,7 @@ def test_recomputed_blocks(calls):
 
     plain = run(lambda block, *args: block(*args))
     again = run(lambda block, *args: checkpoint(block, *args, use_reentrant=False))
-    assert calls.count("light_layer_forward") == 9
+    assert calls.count("light_layer") == 9
     for a, b in zip(again, plain, strict=True):
         assert torch.equal(a, b)
 
@@ -149,8 +148,8 @@ def test_a_network(monkeypatch, calls):
     assert sorted(calls) == sorted(4 * IN_BLOCK)
     calls.clear()
     with monkeypatch.context() as patch:
-        for module in (light, residual):
-            patch.setattr(module, "choose_light_kernels", lambda *_: None)
+        refusal = Refusal(("a test",), None)
+        patch.setattr(light, "plan_light_layer", lambda *_, **__: refusal)
         plain = run(network, images)
         exact = run(network.double(), images.double(), autocast=False)
     assert not calls
@@ -161,10 +160,10 @@ def test_a_network(monkeypatch, calls):
 
 def test_the_kernels_are_asked_in_the_dtype_of_autocast(monkeypatch):
     seen = []
-    real = cpp_layer.light_layer_forward
+    real = cpp_layer.light_layer
     monkeypatch.setattr(
         cpp_layer,
-        "light_layer_forward",
+        "light_layer",
         lambda *a: (seen.append((a[0].dtype, a[2].dtype)), real(*a))[1],
     )
     layer, x, prev = make_layer((2, 6, 4, 5), 3, torch.float32)

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import ela_kernels as ek
-from ela_kernels.backends import dispatch, extension
+from ela_kernels.backends import dispatch, extension, setting
 from ela_kernels.backends.types import Filters
+from ela_kernels.ops.layer_attention.plan import LayerPlan
 
 STRESS = Path(__file__).resolve().parents[1] / "support" / "thread_stress.py"
 
@@ -133,10 +134,10 @@ def test_settings_in_blocks_and_for_good() -> None:
             ek.use_backend("eager")
             assert dispatch.current_setting() == "eager"
         assert dispatch.current_setting() == "cpp"
-    count = len(dispatch._calls)
+    count = len(setting._calls)
     for _ in range(10):
         ek.use_backend("eager")
-    assert len(dispatch._calls) <= count + 2
+    assert len(setting._calls) <= count + 2
     assert dispatch.current_setting() == "eager"
 
 
@@ -145,13 +146,14 @@ def test_a_setting_that_changes_within_a_layer() -> None:
     """Another thread may set a backend after a layer has asked who serves it."""
     x = torch.randn(2, 8, 4, 5)
     filters = Filters(torch.randn(1, 1, 3), torch.randn(1, 1, 3), torch.randn(8, 1, 3, 3))
-    expected = ek.LayerHistory().attend_layer(x, filters, heads=2)
-    history = ek.LayerHistory()
+    first, history = ek.LayerHistory(), ek.LayerHistory()
+    expected = first.attend_layer(x, first.plan_layer(x, filters), heads=2)
     with ek.use_backend("auto"):
-        assert history.serves_layer(x, filters)
+        plan = history.plan_layer(x, filters)
+        assert isinstance(plan, LayerPlan)
         with ek.use_backend("eager"):
-            assert torch.equal(history.attend_layer(x, filters, heads=2), expected)
-            assert not history.serves_layer(x, filters)
+            assert torch.equal(history.attend_layer(x, plan, heads=2), expected)
+            assert isinstance(history.plan_layer(x, filters), dispatch.Refusal)
 
 
 def test_a_fallback_is_said_once_by_all_threads(
@@ -168,13 +170,13 @@ def test_a_fallback_is_said_once_by_all_threads(
 
     monkeypatch.setattr(dispatch.logger, "warning", slow)
     q, v = torch.randn(2, 6), torch.randn(2, 6, 4)
-    dispatch._choose.cache_clear()
+    dispatch._plan.cache_clear()
     dispatch._log_fallback.cache_clear()
     try:
         with ek.use_backend("auto"), caplog.at_level(logging.WARNING, "ela_kernels"):
             at_once(lambda: ek.layer_attention(q, [q], [v], 2))
     finally:
-        dispatch._choose.cache_clear()
+        dispatch._plan.cache_clear()
         dispatch._log_fallback.cache_clear()
     assert len(said) == 1
 

@@ -33,8 +33,8 @@ import ela_kernels as ek
 from build_tools.compilers import BuildError, CxxCompiler, find_cxx
 from build_tools.options import available_memory, core_count, job_count
 from ela_kernels.backends import dispatch
-from ela_kernels.backends.cuda import CudaBackend
 from ela_kernels.backends.cuda import attention as cuda
+from ela_kernels.backends.cuda.backend import CudaBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "native" / "cuda_on_cpu"
@@ -244,7 +244,7 @@ def kernels_on_cpu() -> Iterator[Any]:
         patch.setattr(cuda, "_device", lambda tensor: (0, 0))
         with ek.use_backend("cuda"):
             yield kernels
-    dispatch._choose.cache_clear()  # it remembers that this backend served tensors on the CPU
+    dispatch._plan.cache_clear()  # it remembers that this backend served tensors on the CPU
 
 
 def instances(prefix: str) -> set[str]:

@@ -20,10 +20,10 @@ from support.layer_stages import (
 from torch import nn
 
 import ela_kernels as ek
-from ela_kernels.backends.dispatch import layer_kernels_of
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.types import (
-    Epilogue,
     Filters,
+    NormAct,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,7 +41,7 @@ SHAPES = [
 
 
 def recorded_calls(monkeypatch, kernels, names):
-    """What the functions of a backend's module are called for from now on, in order."""
+    """What the methods of a backend are called for from now on, in order."""
     made = []
     for name in names:
         real = getattr(kernels, name)
@@ -52,8 +52,8 @@ def recorded_calls(monkeypatch, kernels, names):
 
 
 def layer_calls(monkeypatch, backend):
-    names = ("layer_forward", "layer_backward", "norm_forward", "norm_backward")
-    return recorded_calls(monkeypatch, layer_kernels_of(backend), names)
+    names = ("layer", "layer_backward", "norm_forward", "norm_backward")
+    return recorded_calls(monkeypatch, KERNELS[backend], names)
 
 
 def layer_step(residual=True, skip=(), losses=("out", "first", "kl", "weights")):
@@ -75,7 +75,7 @@ def layer_step(residual=True, skip=(), losses=("out", "first", "kl", "weights"))
 def check_stage(shape, head_dim, form, calls):
     layers, x = make_stage(shape, 2, head_dim, torch.float32, form)
     check(layer_step(), layers, x)
-    assert calls == ["layer_forward"] * 2 + ["layer_backward"] * 2
+    assert calls == ["layer"] * 2 + ["layer_backward"] * 2
 
 
 def check_stage_of_blocks(shape, head_dim, training, form, calls):
@@ -85,7 +85,7 @@ def check_stage_of_blocks(shape, head_dim, training, form, calls):
         nn.init.uniform_(block.norm.running_var, 0.5, 2)
     blocks.train(training)
     check(step, blocks, x)
-    forward, backward = ["layer_forward", "norm_forward"], ["norm_backward", "layer_backward"]
+    forward, backward = ["layer", "norm_forward"], ["layer_backward", "norm_backward"]
     assert calls == 2 * forward + 2 * backward
 
 
@@ -119,7 +119,7 @@ class LayerTests:
     def test_layers_that_only_provide(self, skip, form, calls):
         layers, x = make_stage((2, 6, 3, 4), 4, 3, torch.float32, form)
         self.check(layer_step(skip=skip), layers, x)
-        assert calls.count("layer_forward") == 4
+        assert calls.count("layer") == 4
 
     @pytest.mark.parametrize("losses", [("kl",), ("weights",), ("first",), ("kl", "out")], ids=str)
     def test_gradients_that_do_not_arrive(self, losses):
@@ -225,11 +225,9 @@ class LayerTests:
         center = torch.zeros(8, 1, 3, 3)
         center[:, :, 1, 1] = 1.0
         ones = torch.ones(1, 1, 1)
-        kernels = layer_kernels_of(self.backend)
-        epilogue = Epilogue(None, None, None, None, 1e-5, True)
-        r = kernels.layer_forward(
-            x, Filters(ones, ones, center), (), (), 2, 1.0, None, False, epilogue
-        )
+        kernels = KERNELS[self.backend]
+        norm = NormAct(None, None, None, None, 1e-5, True)
+        r = kernels.layer(x, Filters(ones, ones, center), (), (), 2, 1.0, None, norm)
         mean, variance = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)
         torch.testing.assert_close(r.statistics[0], mean.float(), rtol=1e-6, atol=0)
         # The values themselves are rounded to 1e-3.
@@ -238,8 +236,8 @@ class LayerTests:
     def test_nan_passes_the_activation(self):
         o = torch.zeros(1, 2, 2, 2)
         o[0, 0, 0, 0] = torch.nan
-        epilogue = Epilogue(None, None, torch.ones(2, 2), None, 1e-5, True)
-        out = layer_kernels_of(self.backend).norm_forward(o, o, epilogue.statistics, epilogue)
+        norm = NormAct(None, None, torch.ones(2, 2), None, 1e-5, True)
+        out = KERNELS[self.backend].norm_forward(o, o, norm.statistics, norm)
         assert out[0, 0, 0, 0].isnan()
         assert not out[0, 1].isnan().any()
 
@@ -251,7 +249,7 @@ class LayerTests:
 
         blocks, x = make_blocks((2, 6, 3, 4), 2, 3, torch.float32)
         self.check(run, blocks, x.detach())
-        assert calls == ["layer_forward", "norm_forward"] * 2
+        assert calls == ["layer", "norm_forward"] * 2
 
     def test_maps_without_elements_go_to_the_modules(self, calls):
         layers, x = make_stage((0, 6, 3, 4), 2, 3, torch.float32)

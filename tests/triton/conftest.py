@@ -10,7 +10,7 @@ import torch
 
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
-from ela_kernels.backends.triton import triton_problem
+from ela_kernels.backends.triton.backend import triton_problem
 
 COMPILES = torch.cuda.is_available()
 
@@ -18,9 +18,9 @@ if triton_problem() is None and not COMPILES:
     # Triton reads the variable where a kernel is defined, and the backend where it is asked.
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
+    import ela_kernels.backends.triton.attention_backward
     import ela_kernels.backends.triton.layer
     import ela_kernels.backends.triton.light
-    import ela_kernels.backends.triton.op
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]
@@ -36,7 +36,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> Itera
         pytest.skip("kernels are compiled on a machine with a GPU: tests/gpu runs them")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
-    dispatch._that_would_serve.cache_clear()  # a test elsewhere may have asked where nothing is interpreted
+    dispatch._plan.cache_clear()  # a test elsewhere may have asked where nothing is interpreted
     with ek.use_backend("triton"):
         yield
 

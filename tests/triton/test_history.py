@@ -8,7 +8,7 @@ from support.history_stages import all_inputs, grads, make_layers, run_stage
 from support.stage_forms import check_freed_after_a_failed_pass
 
 import ela_kernels as ek
-from ela_kernels.backends.triton import op as triton_kernels
+from ela_kernels.backends.dispatch import KERNELS
 
 pytestmark = pytest.mark.usefixtures("few_programs")
 
@@ -47,15 +47,15 @@ def test_outputs_that_the_loss_leaves_out():
 
 
 def test_the_kernels_ran(monkeypatch):
-    calls = []
-    for name in ("forward", "backward", "gather"):
-        real = getattr(triton_kernels, name)
+    calls, triton = [], KERNELS["triton"]
+    for name in ("attend", "attend_backward", "gather"):
+        real = getattr(triton, name)
         monkeypatch.setattr(
-            triton_kernels, name, lambda *a, n=name, r=real, **k: (calls.append(n), r(*a, **k))[1]
+            triton, name, lambda *a, n=name, r=real, **k: (calls.append(n), r(*a, **k))[1]
         )
     layers, x = make_layers(3, dtype=torch.float32)
     run_stage(layers, x)[0][-1].sum().backward()
-    assert calls == ["forward"] * 3 + ["backward", "gather"] * 3
+    assert calls == ["attend"] * 3 + ["attend_backward", "gather"] * 3
 
 
 @pytest.mark.parametrize("form", ["op", "layer", "block"])

@@ -20,11 +20,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.backends.dispatch import light_kernels_of
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension
-from ela_kernels.backends.types import Epilogue
+from ela_kernels.backends.types import LightFilters
 from ela_kernels.models.blocks import PreviousOutput
-from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
 
 # One head, heads of one channel, channels that are few and more than a strip; positions that are one and several.
 SHAPES = [
@@ -40,14 +39,15 @@ SHAPES = [
 @pytest.fixture
 def calls(monkeypatch):
     """What the Triton kernels of a light layer were called for, in order."""
-    names = ("light_layer_forward", "light_layer_backward", "norm_forward", "norm_backward")
-    return recorded_calls(monkeypatch, light_kernels_of("triton"), names)
+    names = ("light_layer", "light_layer_backward", "norm_forward", "norm_backward")
+    return recorded_calls(monkeypatch, KERNELS["triton"], names)
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that are the light form's own, as they are launched."""
-    module = light_kernels_of("triton")
+    from ela_kernels.backends.triton import light as module
+
     names = []
 
     class Counted:
@@ -83,7 +83,7 @@ def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_
 @pytest.mark.parametrize(("shape", "head_dim"), SHAPES, ids=str)
 def test_a_layer(shape, head_dim, form, calls):
     check_layer(shape, head_dim, form=form)
-    assert calls == ["light_layer_forward", "light_layer_backward"]
+    assert calls == ["light_layer", "light_layer_backward"]
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -158,8 +158,8 @@ def test_blocks(shape, head_dim, training, form, calls):
         nn.init.uniform_(block.norm.running_var, 0.5, 2)
     blocks.train(training)
     check(block_step, blocks, x)
-    forward = ["light_layer_forward", "norm_forward"]
-    assert calls == 2 * forward + 2 * ["norm_backward", "light_layer_backward"]
+    forward = ["light_layer", "norm_forward"]
+    assert calls == 2 * forward + 2 * ["light_layer_backward", "norm_backward"]
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -214,11 +214,11 @@ def test_autocast(dtype, form, calls):
         lambda blocks, x: (run_blocks(blocks, x), None), blocks, x, torch.bfloat16
     )
     assert_as_close(*found, torch.bfloat16, INTERPRETED)
-    in_layer = ["light_layer_forward"] * 2 + ["light_layer_backward"] * 2
-    in_block = ["light_layer_forward", "norm_forward"] * 2
-    in_block += ["norm_backward", "light_layer_backward"] * 2
+    in_layer = ["light_layer"] * 2 + ["light_layer_backward"] * 2
+    in_block = ["light_layer", "norm_forward"] * 2
+    in_block += ["light_layer_backward", "norm_backward"] * 2
     assert calls == [
-        "light_layer_forward",
+        "light_layer",
         "light_layer_backward",
         *(in_layer if dtype == torch.float32 else in_block),
     ]
@@ -247,7 +247,7 @@ def test_checkpointing(calls):
         return [out, *gradients(out.square().sum(), [x, *blocks.parameters()])]
 
     check(run, *make_blocks((2, 6, 3, 4), 2, 3, dtype=torch.float32))
-    assert calls.count("light_layer_forward") == 4
+    assert calls.count("light_layer") == 4
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -274,7 +274,7 @@ def test_without_gradients(mode, calls):
 
     blocks, x = make_blocks((2, 6, 3, 4), 1, 3, dtype=torch.float32)
     check(run, blocks, x.detach())
-    assert calls == ["light_layer_forward", "norm_forward"]
+    assert calls == ["light_layer", "norm_forward"]
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -287,15 +287,14 @@ def test_the_same_call_gives_the_same_bits(form):
 
 def test_a_gate_at_both_ends():
     """Scores beyond what an exponential of float32 holds: the gate is 0 or 1, and no NaN."""
-    kernels = light_kernels_of("triton")
+    kernels = KERNELS["triton"]
     layer, _, prev = make_layer((2, 2, 2, 2), 1, torch.float32)
     ones, center = torch.ones(1, 1, 1), torch.zeros(2, 1, 3, 3)
     center[:, :, 1, 1] = 1.0
-    filters = layer.light_filters(prev, prev)._replace(wq=ones, wk=-ones, wv=center)
+    filters = LightFilters(ones, -ones, center, layer.lambda_t.detach())
     x = torch.full((2, 2, 2, 2), 20.0)
-    epilogue = Epilogue(None, None, torch.ones(2, 2), None, 1e-5, True)
     for key, gate in ((-ones, 0.0), (ones, 1.0)):
-        r = kernels.light_layer_forward(x, filters._replace(wk=key), prev, 2, 1.0, epilogue)
+        r = kernels.light_layer(x, filters._replace(wk=key), prev, 2, 1.0)
         assert r.block is None
         torch.testing.assert_close(r.factors, torch.full((2, 2), gate), rtol=0, atol=1e-30)
         torch.testing.assert_close(r.out, gate * x + filters.decay * prev)
@@ -303,19 +302,23 @@ def test_a_gate_at_both_ends():
 
 def test_which_kernels_serve(monkeypatch):
     layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32)
-    filters = layer.light_filters(x, prev)
-    triton = light_kernels_of("triton")
-    assert choose_light_kernels(x, filters, prev) is triton
-    for backend in ("eager", "cuda"):  # forced; the second has none, and serves what it can
-        with ek.use_backend(backend):
-            assert choose_light_kernels(x, filters, prev) is None
+    triton = KERNELS["triton"]
+    assert layer.plan(x, prev).backend is triton
+    with ek.use_backend("eager"):
+        assert layer.plan(x, prev).forced == "eager"
+    with ek.use_backend("cuda"):
+        assert layer.plan(x, prev).forced == "cuda"
+        with pytest.raises(ValueError, match="it has no kernel for light_layer"):
+            layer(x, prev)
     if extension() is not None:
         for backend in ("auto", "cpp"):  # on the CPU Triton is never taken of itself
             with ek.use_backend(backend):
-                assert choose_light_kernels(x, filters, prev) is light_kernels_of("cpp")
+                assert layer.plan(x, prev).backend is KERNELS["cpp"]
     with torch.autocast("cpu", torch.bfloat16):
-        assert choose_light_kernels(x, filters, prev) is triton
-    double, doubled = layer.double().light_filters(x, prev), x.double()
-    assert choose_light_kernels(doubled, double, prev.double()) is None
-    assert choose_light_kernels(x[:0], filters, prev[:0]) is None
-    assert choose_light_kernels(x, filters, prev[:, :, :1]) is None
+        assert layer.plan(x, prev).backend is triton
+    assert layer.plan(x[:0], prev[:0]).obstacles == ("the input is empty",)
+    assert "prev_out has shape" in layer.plan(x, prev[:, :, :1]).obstacles[0]
+    double = layer.double().plan(x.double(), prev.double())
+    assert double.reasons == (
+        "it serves bfloat16, float16, float32, and the values are torch.float64",
+    )

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ela_kernels.backends import extension as built
 from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, LIGHT_OPS, KernelBackend
 from ela_kernels.backends.cpp import attention, layer, light
 from ela_kernels.backends.cpp.attention import CppContribution
-from ela_kernels.backends.extension import extension, extension_problem
 from ela_kernels.backends.types import (
     Arrived,
     Epilogue,
@@ -40,9 +40,9 @@ class CppBackend(KernelBackend):
     forward_only_ops = frozenset({"layer_attention_weights"})
 
     def unavailable_reason(self) -> str | None:
-        module = extension()
+        module = built.extension()
         if module is None:
-            return extension_problem()
+            return built.extension_problem()
         try:
             module.simd_level()
         except ValueError as error:  # ELA_KERNELS_SIMD names what this processor or build has not

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ela_kernels.backends import extension as built
 from ela_kernels.backends.cuda import attention, layer, producer
 from ela_kernels.backends.cuda import norm as norms
-from ela_kernels.backends.extension import build_info, extension, extension_problem
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
 from ela_kernels.backends.gpu_tables import GpuContribution, NormGradients, ProducerGradients
 from ela_kernels.backends.types import Filters, Gradients, LayerForward, NormAct, Saved
@@ -23,11 +23,11 @@ class CudaBackend(GpuBackend):
     max_depth = 256  # that many pointers go by value
 
     def unavailable_reason(self) -> str | None:
-        module = extension()
+        module = built.extension()
         if module is None:
-            return extension_problem()
+            return built.extension_problem()
         if not module.has_cuda:
-            left_out = build_info().get("cuda_problem") or "the build had no nvcc"
+            left_out = built.build_info().get("cuda_problem") or "the build had no nvcc"
             return (
                 f"the compiled extension was built without CUDA: {left_out}; reinstall ela_kernels where nvcc is, with "
                 "ELA_KERNELS_BUILD=cuda to see what is missing"
@@ -39,7 +39,7 @@ class CudaBackend(GpuBackend):
     def device_reason(self, device: torch.device) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         return architecture_reason(
-            build_info().get("cuda_architectures", ()),
+            built.build_info().get("cuda_architectures", ()),
             capability,
             torch.cuda.get_device_name(device),
         )
@@ -139,7 +139,7 @@ class CudaBackend(GpuBackend):
 @functools.cache
 def _driver_reason() -> str | None:
     """What the CUDA runtime linked into the extension says of the driver: it may be newer than PyTorch's."""
-    module = extension()
+    module = built.extension()
     assert module is not None
     problem = module.cuda_devices()["problem"]
     if problem is None:
