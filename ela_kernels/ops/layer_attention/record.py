@@ -149,17 +149,22 @@ def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, 
     return gathered
 
 
-def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
-    """An output gradient as the kernels read it beside the values; once, not for every earlier layer.
-
-    The gradient of a sum is expanded, for instance.
-    """
+def _plain(dout: Tensor) -> Tensor:
+    """An output gradient that has memory of its own to read."""
     if torch._C._functorch.is_legacy_batchedtensor(dout):
         raise RuntimeError(
             "layer attention: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
             "have no memory for a kernel to read; use ela_kernels.use_backend('eager')"
         )
-    dout = resolved(dout)
+    return resolved(dout)
+
+
+def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
+    """An output gradient as the kernels read it beside a map that they made; once, not for every earlier layer.
+
+    The gradient of a sum is expanded, for instance.
+    """
+    dout = _plain(dout)
     if dout.stride() == value.stride():
         return dout
     return in_form(dout, channels_last, is_interleaved(value, channels_last))
@@ -238,7 +243,9 @@ class _Attend(torch.autograd.Function):
             depth = len(maps) // 2
             values = maps[depth:]
             if dout is not None:
-                dout = in_form_of(values[-1], dout, ctx.channels_last)
+                # A user's value may be in no form that the kernels read, and the gradient be strided as it is.
+                form = ctx.channels_last, is_interleaved(values[-1], ctx.channels_last)
+                dout = in_form(_plain(dout), *form)
             saved = Saved(
                 q,
                 maps[:depth],
