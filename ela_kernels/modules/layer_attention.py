@@ -21,6 +21,14 @@ from ela_kernels.ops.autocast import (
     layer_dtype,
 )
 from ela_kernels.ops.layer_attention.history import LayerHistory
+from ela_kernels.torch_internals import (
+    has_hooks,
+    is_parametrized,
+    is_plain_convolution,
+    own_weight,
+    tracing_state,
+    weight_of,
+)
 
 
 class History(Protocol):
@@ -85,7 +93,7 @@ class ChannelFilter(nn.Conv1d):
     def windows(y: Tensor, size: int) -> Tensor:
         """The `size` neighbours of each channel, `[B, C, size]`, of `[B, C]` padded with zeros."""
         padded = F.pad(y, (size // 2, size // 2))
-        if torch._C._get_tracing_state() is not None:
+        if tracing_state() is not None:
             # ONNX has no word for the other, which is a view.
             return torch.stack([padded[:, i : i + y.shape[1]] for i in range(size)], -1)
         return padded.unfold(1, size, 1)
@@ -93,26 +101,6 @@ class ChannelFilter(nn.Conv1d):
     def forward(self, windows: Tensor) -> Tensor:
         """`[B, C]` from :meth:`windows`."""
         return windows @ self.weight.view(-1)
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether calling any of `modules` runs more than its forward."""
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
-            return True
-    return bool(torch.nn.modules.module._has_any_global_hook())
-
-
-def _weight(module: Any) -> Tensor:
-    """`module.weight`; asked of the dictionary first, which is five times as fast, and lacks a parametrised one."""
-    weight: Tensor | None = module._parameters.get("weight")
-    found: Tensor = module.weight if weight is None else weight
-    return found
 
 
 def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -176,7 +164,7 @@ class QueryKeyValue(nn.Module):
         """
         checks.check_tensor("x", x)
         convolution: Any = self._modules["Wv"]
-        weight = convolution._parameters.get("weight")
+        weight = own_weight(convolution)
         if (
             type(weight) not in PLAIN_TENSORS
             or not runs_as(convolution, nn.Conv2d)
@@ -215,7 +203,7 @@ class QueryKeyValue(nn.Module):
         modules = (wk, wv) if wq is None else (wq, wk, wv)
         if not (
             runs_as(wv, nn.Conv2d)
-            and type(wv)._conv_forward is nn.Conv2d._conv_forward
+            and is_plain_convolution(wv)
             and runs_as(wk, ChannelFilter)
             and (wq is None or runs_as(wq, ChannelFilter))
             and wv.kernel_size == (3, 3)
@@ -223,16 +211,15 @@ class QueryKeyValue(nn.Module):
             and wv.padding == (1, 1)
             and wv.padding_mode == "zeros"
             and wv.groups == wv.in_channels == wv.out_channels
-            and wv._parameters.get("bias", wv) is None
             and kind.query_key is QueryKeyValue.query_key
             and kind.key_value is QueryKeyValue.key_value
             and kind.query_key_value is QueryKeyValue.query_key_value
             and not has_hooks(*modules)
         ):
             return None
-        if any("parametrizations" in m._modules for m in modules) and not serves():
+        if is_parametrized(modules) and not serves():
             return None
-        filters = Filters(None if wq is None else _weight(wq), _weight(wk), _weight(wv))
+        filters = Filters(None if wq is None else weight_of(wq), weight_of(wk), weight_of(wv))
         sizes = (1, 1, self.kernel_size)
         if (
             filters.wv.shape != (self.dim, 1, 3, 3)

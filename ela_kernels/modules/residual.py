@@ -12,12 +12,13 @@ from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.backends.types import Epilogue
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.layer_attention import LayerAttention, has_hooks, runs_as
+from ela_kernels.modules.layer_attention import LayerAttention, runs_as
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.light_layer_attention.choice import choose_light_kernels
 from ela_kernels.ops.light_layer_attention.layer import light_block
+from ela_kernels.torch_internals import has_hooks
 
 # Dtypes of a norm and of its input: beside half precision it may stay in float32.
 MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))

@@ -33,6 +33,13 @@ from ela_kernels.ops.layer_attention.saved_tensors import (
     unpacked,
 )
 from ela_kernels.ops.layer_attention.snapshot import Pairs
+from ela_kernels.torch_internals import (
+    are_transforms_active,
+    call_after_backward,
+    graph_task,
+    is_batched_gradient,
+    version_of,
+)
 
 Entry = tuple[tuple[int, ...], Retrieval]
 """The path of a layer, and what its backward leaves for the layers on it."""
@@ -61,14 +68,14 @@ class Record:
 
     def _left(self) -> Pass | None:
         """What the pass under way has left so far."""
-        found = self._passes.get(torch._C._current_graph_task_id())
+        found = self._passes.get(graph_task())
         return None if found is None else found()
 
     def add(self, path: tuple[int, ...], left: Retrieval) -> None:
         entries = self._left()
         if entries is None:
-            entries, passes, task = Pass(), self._passes, torch._C._current_graph_task_id()
-            torch.autograd.Variable._execution_engine.queue_callback(entries)
+            entries, passes, task = Pass(), self._passes, graph_task()
+            call_after_backward(entries)
             passes[task] = ref(entries, lambda _: passes.pop(task, None))
         elif entries and type(entries[0][1]) is not type(left):
             raise RuntimeError(
@@ -129,7 +136,7 @@ def left_by_later_layers(ctx: Any) -> list[Any]:
     found: list[Retrieval] = ctx.record.retrieved(ctx.path)
     for left in found:
         dout = left.dout
-        if dout is not None and dout._version != left.dout_version:
+        if dout is not None and version_of(dout) != left.dout_version:
             raise RuntimeError(
                 "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
                 "but earlier layers still need it; return a new tensor from the hook instead"
@@ -151,7 +158,7 @@ def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, 
 
 def _plain(dout: Tensor) -> Tensor:
     """An output gradient that has memory of its own to read."""
-    if torch._C._functorch.is_legacy_batchedtensor(dout):
+    if is_batched_gradient(dout):
         raise RuntimeError(
             "layer attention: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
             "have no memory for a kernel to read; use ela_kernels.use_backend('eager')"
@@ -197,7 +204,7 @@ def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, by the shorter way that it takes itself where no transform of `torch.func` is active."""
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
