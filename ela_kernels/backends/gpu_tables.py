@@ -34,6 +34,7 @@ from ela_kernels.backends.types import (
     NormAct,
     Saved,
 )
+from ela_kernels.torch_internals import version_of
 
 Sizes = tuple[int, int, int, int, int]
 """B, C, G, N, interleaved."""
@@ -224,7 +225,7 @@ class GpuContribution:
         self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
     ) -> None:
         self.q, self.weights, self.dscores, self.dout = q, weights, dscores, dout
-        self.dout_version = 0 if dout is None else dout._version
+        self.dout_version = 0 if dout is None else version_of(dout)
 
 
 class ProducerGradients(NamedTuple):

@@ -12,6 +12,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ela_kernels.torch_internals import is_zero_tensor
+
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 # A view of a storage that was freed has its offset for an address, and what is only described (on the meta device, or
@@ -70,7 +72,7 @@ def with_memory(tensor: Tensor, name: str = "a tensor") -> Tensor:
         is_cut = needed_bytes(tensor) > tensor.untyped_storage().nbytes()
     except RuntimeError:
         _refuse(tensor, name)
-    if is_cut or (where == 0 and tensor.numel()) or tensor.is_meta or tensor._is_zerotensor():
+    if is_cut or (where == 0 and tensor.numel()) or tensor.is_meta or is_zero_tensor(tensor):
         _refuse(tensor, name)
     return tensor
 

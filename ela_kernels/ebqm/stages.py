@@ -9,16 +9,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ela_kernels.modules.ela import ELA
+from ela_kernels.torch_internals import WRAPPED
 
-# What wrappers call the module that they hold. The last is a name that models use too, so it counts under a wrapper,
-# and at the very front.
-_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+# These call the module that they hold "module". Models use that name too, so it counts under a wrapper, and at the very
+# front.
 _HOLDS_MODULE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
 def plain_name(name: str) -> str:
     """`name` without what wrappers add to it, as far as the name alone tells."""
-    parts = [part for part in name.split(".") if part not in _WRAPPED]
+    parts = [part for part in name.split(".") if part not in WRAPPED]
     return ".".join(parts[1:] if parts[:1] == ["module"] and len(parts) > 1 else parts)
 
 

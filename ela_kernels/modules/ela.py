@@ -15,20 +15,17 @@ from ela_kernels.explaining import served
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import Totals, outside_of_transforms, refuse_static_graph
-from ela_kernels.modules.query_key_value import has_hooks, passed_on
+from ela_kernels.modules.query_key_value import passed_on
 from ela_kernels.modules.residual import residual_block
 from ela_kernels.modules.skipping import SKIP_MODES, SkipMode, Skipping, check_skip
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.readers import Readers
+from ela_kernels.torch_internals import has_hooks, is_exporting
 
 # Micro-batches of one step whose divergence is kept: a bound for a model that trains on without EBQM.step().
 MOST_OBSERVATIONS = 64
 
 _numbers = itertools.count(1)
-
-
-# Not in every version of PyTorch.
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 
 
 class ELA(Skipping):
@@ -120,7 +117,7 @@ class ELA(Skipping):
                 if place == 0:
                     self.is_first = True
             watched = self.training and torch.is_grad_enabled()
-            watched = watched and not recomputing and not _is_exporting()
+            watched = watched and not recomputing and not is_exporting()
             if watched:
                 watched = self.watched or turns.watched
                 turns.watched = watched

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ela_kernels.torch_internals import active_ddp, is_grad_tracking, is_wrapped, unwrapped
 
 # Rows of what a compiled graph adds up: the sum of 1 - exp(-kl), of how many, and passes that had one not finite.
 SUM, COUNT, BAD = range(3)
@@ -62,11 +64,10 @@ def outside_of_transforms(kl: Tensor) -> Tensor | None:
 
     None under `torch.func.vmap`: samples or models apart are no pass of this model.
     """
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(kl):
-        if not functorch.is_gradtrackingtensor(kl):
+    while is_wrapped(kl):
+        if not is_grad_tracking(kl):
             return None
-        kl = functorch.get_unwrapped(kl)
+        kl = unwrapped(kl)
     return kl
 
 
@@ -84,7 +85,7 @@ def refuse_static_graph() -> None:
     Raises:
         ValueError: it would fail at the first decision, with a message that speaks of something else.
     """
-    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    wrapper = active_ddp()
     if wrapper is not None and getattr(wrapper, "static_graph", False):
         raise ValueError(STATIC_GRAPH)
 

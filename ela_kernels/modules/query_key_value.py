@@ -13,6 +13,14 @@ from ela_kernels.backends.memory import PLAIN_TENSORS, check_not_freed
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import fits_layer_dtype, layer_dtype
+from ela_kernels.torch_internals import (
+    has_hooks,
+    is_parametrized,
+    is_plain_convolution,
+    own_weight,
+    tracing_state,
+    weight_of,
+)
 
 _EXPORT = "use torch.export.export, or torch.jit.trace of the whole model"
 
@@ -68,7 +76,7 @@ class ChannelFilter(nn.Conv1d):
     def windows(y: Tensor, size: int) -> Tensor:
         """The `size` neighbours of each channel, `[B, C, size]`, of `[B, C]` padded with zeros."""
         padded = F.pad(y, (size // 2, size // 2))
-        if torch._C._get_tracing_state() is not None:
+        if tracing_state() is not None:
             # ONNX has no word for the other, which is a view.
             return torch.stack([padded[:, i : i + y.shape[1]] for i in range(size)], -1)
         return padded.unfold(1, size, 1)
@@ -76,26 +84,6 @@ class ChannelFilter(nn.Conv1d):
     def forward(self, windows: Tensor) -> Tensor:
         """`[B, C]` from :meth:`windows`."""
         return windows @ self.weight.view(-1)
-
-
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether calling any of `modules` runs more than its forward."""
-    for module in modules:
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
-            return True
-    return bool(torch.nn.modules.module._has_any_global_hook())
-
-
-def _weight(module: Any) -> Tensor:
-    """`module.weight`; asked of the dictionary first, which is five times as fast, and lacks a parametrised one."""
-    weight: Tensor | None = module._parameters.get("weight")
-    found: Tensor = module.weight if weight is None else weight
-    return found
 
 
 def runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -159,7 +147,7 @@ class QueryKeyValue(nn.Module):
         """
         checks.check_tensor("x", x)
         convolution: Any = self._modules["Wv"]
-        weight = convolution._parameters.get("weight")
+        weight = own_weight(convolution)
         if (
             type(weight) not in PLAIN_TENSORS
             or not runs_as(convolution, nn.Conv2d)
@@ -189,8 +177,10 @@ class QueryKeyValue(nn.Module):
         wq, wk, wv = children["Wq"], children["Wk"], children["Wv"]
         kind, found = type(self), []
         modules = (wk, wv) if wq is None else (wq, wk, wv)
-        if not runs_as(wv, nn.Conv2d) or type(wv)._conv_forward is not nn.Conv2d._conv_forward:
+        if not runs_as(wv, nn.Conv2d):
             found.append(f"Wv is a {type(wv).__name__} with a forward of its own")
+        elif not is_plain_convolution(wv):
+            found.append("Wv has a bias, or a convolution of its own")
         elif not (
             wv.kernel_size == (3, 3)
             and wv.stride == wv.dilation == (1, 1)
@@ -201,8 +191,6 @@ class QueryKeyValue(nn.Module):
             found.append(
                 "Wv is another convolution than a depthwise 3x3 with stride 1 and zeros for padding"
             )
-        elif wv._parameters.get("bias", wv) is not None:
-            found.append("Wv has a bias")
         if not (runs_as(wk, ChannelFilter) and (wq is None or runs_as(wq, ChannelFilter))):
             found.append("Wq or Wk has a forward of its own")
         if not (
@@ -217,9 +205,9 @@ class QueryKeyValue(nn.Module):
 
     def is_parametrized(self) -> bool:
         """Whether a weight is worked out anew at each look, which may change state or draw random numbers."""
-        return any(
-            m is not None and "parametrizations" in m._modules
-            for m in (self._modules[name] for name in ("Wq", "Wk", "Wv"))
+        children = self._modules
+        return is_parametrized(
+            [m for m in (children["Wq"], children["Wk"], children["Wv"]) if m is not None]
         )
 
     def filters(self) -> Filters:
@@ -227,7 +215,9 @@ class QueryKeyValue(nn.Module):
         children = self._modules
         wq = children["Wq"]
         return Filters(
-            None if wq is None else _weight(wq), _weight(children["Wk"]), _weight(children["Wv"])
+            None if wq is None else weight_of(wq),
+            weight_of(children["Wk"]),
+            weight_of(children["Wv"]),
         )
 
     def shape_obstacles(self, filters: Filters) -> tuple[str, ...]:

@@ -14,12 +14,13 @@ from ela_kernels.explaining import refused, served
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
-from ela_kernels.modules.query_key_value import QueryKeyValue, has_hooks, runs_as
+from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan
+from ela_kernels.torch_internals import has_hooks
 
 # Dtypes of a norm and of its input: beside half precision it may stay in float32.
 MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))

@@ -9,6 +9,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.torch_internals import (
+    are_transforms_active,
+    dispatch_modes,
+    is_wrapped,
+    own_buffer,
+    version_of,
+)
+
 SkipMode = Literal["retrieval", "layer"]
 SKIP_MODES: tuple[str, ...] = get_args(SkipMode)
 
@@ -71,11 +79,7 @@ class Skipping(nn.Module):
         """Whether the decision may not be looked at: in a graph that is being compiled, and inside a transform."""
         if torch.compiler.is_compiling():
             return True
-        return (
-            torch._C._are_functorch_transforms_active()
-            and "decision" in self._buffers
-            and bool(torch._C._functorch.is_functorch_wrapped_tensor(self.decision))
-        )
+        return are_transforms_active() and "decision" in self._buffers and is_wrapped(self.decision)
 
     def make_permanent(self) -> None:
         """The layer is skipped from now on; there is nothing to decide any more."""
@@ -162,7 +166,7 @@ def _exact(decision: Tensor) -> list[float] | None:
         return None
     try:
         # A dispatch mode may have rules of its own for numbers that leave PyTorch.
-        seen = torch._C._len_torch_dispatch_stack() and decision.is_cpu
+        seen = dispatch_modes() and decision.is_cpu
         numbers: list[float] = decision.numpy().tolist() if seen else decision.tolist()
         return numbers
     except (RuntimeError, TypeError, NotImplementedError):  # inside a transform, or fake
@@ -175,14 +179,14 @@ def _rounded(exact: list[float]) -> Decision:
 
 
 def _state_of(decision: Tensor) -> tuple[Tensor, int] | None:
-    return None if decision.is_inference() else (decision, decision._version)
+    return None if decision.is_inference() else (decision, version_of(decision))
 
 
 def _is_read(layer: Skipping, decision: Tensor) -> bool:
     at = layer._read_at
     if at is None or at[0] is not decision or decision.is_inference():
         return False
-    return at[1] == decision._version
+    return at[1] == version_of(decision)
 
 
 def _read_changed(layer: Skipping, decision: Tensor) -> None:
@@ -194,7 +198,7 @@ def _read_changed(layer: Skipping, decision: Tensor) -> None:
         changed = [
             (other, found)
             for other in list(_on_devices)
-            if (found := other._buffers.get("decision")) is not None
+            if (found := own_buffer(other, "decision")) is not None
             and found.device == decision.device
             and not _is_read(other, found)
         ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ela_kernels.ebqm import EBQM
 from ela_kernels.modules import ELA
+from ela_kernels.torch_internals import BATCH_NORM
 from ela_kernels.training.data import Images, Task
 from ela_kernels.training.finite import Watch, first_not_finite
 from ela_kernels.training.optimizers import make_optimizer, make_schedule
@@ -363,7 +364,7 @@ def _check_norms(model: nn.Module, image: Tensor) -> None:
         if inputs[0].numel() == inputs[0].shape[1]:
             single.append(norm)
 
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     training = model.training
     try:

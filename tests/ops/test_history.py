@@ -184,6 +184,30 @@ def test_expanded_and_strided_output_gradients():
     )
 
 
+@pytest.mark.parametrize("turned", [(1,), (0, 2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("channels", [1, 6])
+def test_values_and_output_gradients_with_height_and_width_swapped(channels, turned):
+    """A gradient strided as a value that no kernel can read as it is: each counts for every earlier layer."""
+    torch.manual_seed(4)
+
+    def swapped():
+        return torch.randn(2, channels, 5, 4, dtype=torch.float64).transpose(-1, -2)
+
+    qs, ks = (
+        [torch.randn(2, channels, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+        for _ in range(2)
+    )
+    values = [swapped().requires_grad_() for _ in range(4)]
+    douts = [swapped() if i in turned else swapped().contiguous() for i in range(4)]
+
+    def run():
+        history, heads = ek.LayerHistory(), 1 if channels == 1 else 2
+        outs = [history.attend(*t, heads=heads) for t in zip(qs, ks, values, strict=True)]
+        return list(torch.autograd.grad(outs, [*qs, *ks, *values], douts, allow_unused=True))
+
+    on_both(run)
+
+
 def test_channels_last_maps_keep_their_format():
     layers, x = make_layers(4)
     y = x.detach().to(memory_format=torch.channels_last).requires_grad_()

@@ -34,6 +34,7 @@ from ela_kernels.backends.types import (
     Gradients,
     Saved,
 )
+from ela_kernels.torch_internals import version_of
 
 Sizes = tuple[int, int, int, int, int]
 
@@ -267,7 +268,7 @@ class CppContribution:
         where, stride, self.q = row(q)
         view = None
         if dout is not None:
-            self.dout_version = dout._version
+            self.dout_version = version_of(dout)
             self.interleaved = is_interleaved(dout, channels_last)
             view = readable_view(dout, channels_last, self.interleaved, "gradient of the output")
         self.packed = _pack(

@@ -45,6 +45,7 @@ from ela_kernels.backends.types import (
     Gradients,
     Saved,
 )
+from ela_kernels.torch_internals import cuda_stream
 
 __all__ = ["attend", "attend_backward", "gather", "weights"]
 
@@ -62,7 +63,8 @@ def _kernels() -> Any:
 def _device(tensor: Tensor) -> tuple[int, int]:
     """Index of a tensor's device, and the handle of its current stream."""
     index = tensor.device.index
-    return index, torch._C._cuda_getCurrentRawStream(index)
+    assert cuda_stream is not None
+    return index, cuda_stream(index)
 
 
 def _launched(code: int) -> None:

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.layout import in_form, is_interleaved
 from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.record import (
     Link,
     applied,
     contributions,
-    in_form_of,
     keep,
     new_token,
     refuse_second_derivative,
     token_gradient,
+    with_own_memory,
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 
@@ -70,7 +71,9 @@ class _Attend(torch.autograd.Function):
             depth = len(maps) // 2
             values = maps[depth:]
             if dout is not None:
-                dout = in_form_of(values[-1], dout, ctx.channels_last)
+                # A user's value may be in no form that the kernels read, and the gradient be strided as it is.
+                form = ctx.channels_last, is_interleaved(values[-1], ctx.channels_last)
+                dout = in_form(with_own_memory(dout), *form)
             saved = Saved(
                 q,
                 maps[:depth],

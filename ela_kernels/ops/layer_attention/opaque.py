@@ -9,6 +9,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from ela_kernels.torch_internals import (
+    node_class,
+    outside_of_graphs,
+    saved_by,
+    tracing_context,
+    zeros_like_input,
+)
+
 Backward = Callable[..., tuple[Tensor | None, ...]]
 F = TypeVar("F", bound=type[torch.autograd.Function])
 
@@ -16,8 +24,6 @@ _REASON = (
     "the kernels of ela_kernels read memory, which a graph has none of; allowed is fullgraph=False for the backward, "
     "or ela_kernels.use_backend('eager') for the forward"
 )
-
-_saved_by: Callable[[Any], Any] = vars(torch._C._FunctionBase)["saved_tensors"].__get__
 
 
 def opaque(function: F) -> F:
@@ -27,7 +33,7 @@ def opaque(function: F) -> F:
 
     def make_outside() -> None:
         # Not before it is needed: it imports the compiler, which takes a second.
-        outside.append(torch.compiler.disable(_filled(backward), reason=_REASON))
+        outside.append(outside_of_graphs(_filled(backward), _REASON))
 
     def run_outside(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if not outside:
@@ -45,14 +51,14 @@ def opaque(function: F) -> F:
         It would look at them too, in order to notice when they change; and of a retained graph's, those that are
         outputs are new objects at each look, so that it takes them for changed at once.
         """
-        if is_compiling() and torch._guards.TracingContext.try_get() is not None:
+        if is_compiling() and tracing_context() is not None:
             if not outside:  # what it cannot trace; the backward comes next
                 make_outside()
             raise RuntimeError("saved_tensors: a tracer asked for them")
-        return _saved_by(ctx)
+        return saved_by(ctx)
 
     function.backward = staticmethod(run)  # type: ignore[method-assign]
-    node = getattr(function, "_backward_cls", None)
+    node = node_class(function)
     if node is not None:
         node.saved_tensors = property(saved)
     return function
@@ -69,8 +75,7 @@ def _filled(backward: Backward) -> Backward:
             if needed:
                 node, i = next(edges)
                 if gradient is None:
-                    like = node._input_metadata[i]
-                    gradient = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+                    gradient = zeros_like_input(node, i)
             found.append(gradient)
         return tuple(found)
 

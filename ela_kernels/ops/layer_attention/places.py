@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels import torch_internals
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 
 
 def graph_task() -> int:
     """Which backward pass is running in this thread; -1 outside of one."""
-    return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+    return -1 if torch.compiler.is_compiling() else torch_internals.graph_task()
 
 
 def _never_recomputes() -> bool:

@@ -25,6 +25,13 @@ from ela_kernels.backends.layout import (
 )
 from ela_kernels.backends.types import Contribution
 from ela_kernels.ops.layer_attention.snapshot import Pairs
+from ela_kernels.torch_internals import (
+    are_transforms_active,
+    call_after_backward,
+    graph_task,
+    is_batched_gradient,
+    version_of,
+)
 
 Entry = tuple[tuple[int, ...], Contribution]
 """The path of a layer, and what its backward leaves for the layers on it."""
@@ -53,14 +60,14 @@ class Record:
 
     def _entries(self) -> Pass | None:
         """What the pass under way has left so far."""
-        found = self._passes.get(torch._C._current_graph_task_id())
+        found = self._passes.get(graph_task())
         return None if found is None else found()
 
     def add(self, path: tuple[int, ...], contribution: Contribution) -> None:
         entries = self._entries()
         if entries is None:
-            entries, passes, task = Pass(), self._passes, torch._C._current_graph_task_id()
-            torch.autograd.Variable._execution_engine.queue_callback(entries)
+            entries, passes, task = Pass(), self._passes, graph_task()
+            call_after_backward(entries)
             passes[task] = ref(entries, lambda _: passes.pop(task, None))
         elif entries and type(entries[0][1]) is not type(contribution):
             raise RuntimeError(
@@ -119,7 +126,7 @@ def contributions(ctx: Any) -> list[Any]:
     found: list[Contribution] = ctx.record.contributions(ctx.path)
     for left in found:
         dout = left.dout
-        if dout is not None and dout._version != left.dout_version:
+        if dout is not None and version_of(dout) != left.dout_version:
             raise RuntimeError(
                 "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
                 "but earlier layers still need it; return a new tensor from the hook instead"
@@ -127,17 +134,22 @@ def contributions(ctx: Any) -> list[Any]:
     return found
 
 
-def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
-    """An output gradient as the kernels read it beside the values; once, not for every earlier layer.
-
-    The gradient of a sum is expanded, for instance.
-    """
-    if torch._C._functorch.is_legacy_batchedtensor(dout):
+def with_own_memory(dout: Tensor) -> Tensor:
+    """An output gradient that has memory of its own to read."""
+    if is_batched_gradient(dout):
         raise RuntimeError(
             "layer attention: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
             "have no memory for a kernel to read; use ela_kernels.use_backend('eager')"
         )
-    dout = resolved(dout)
+    return resolved(dout)
+
+
+def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
+    """An output gradient as the kernels read it beside a map that they made; once, not for every earlier layer.
+
+    The gradient of a sum is expanded, for instance.
+    """
+    dout = with_own_memory(dout)
     if dout.stride() == value.stride():
         return dout
     return in_form(dout, channels_last, is_interleaved(value, channels_last))
@@ -169,7 +181,7 @@ def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, by the shorter way that it takes itself where no transform of `torch.func` is active."""
-    if torch._C._are_functorch_transforms_active():
+    if are_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 

@@ -16,13 +16,11 @@ from ela_kernels.backends.layout import (
     with_one_more,
 )
 from ela_kernels.ops.layer_attention.snapshot import Pairs
+from ela_kernels.torch_internals import keeps_graph as _keeps_graph
+from ela_kernels.torch_internals import top_saved_tensors_hooks as _top_hooks
 
 if TYPE_CHECKING:
     from ela_kernels.ops.layer_attention.record import Link
-
-# Not in every version of PyTorch. Without them, all goes through autograd, and is checked.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
 class _AsSaved(NamedTuple):

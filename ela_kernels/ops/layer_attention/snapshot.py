@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from operator import add, attrgetter
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ela_kernels.backends.layout import with_one_more
 from ela_kernels.ops import checks
+from ela_kernels.torch_internals import version_of
 
 
 class Pairs(NamedTuple):
@@ -62,7 +63,7 @@ class Pairs(NamedTuple):
         versions = self.versions
         if -1 not in versions:
             # Asked at every layer about all before it, so without a loop in Python.
-            found = map(add, map(_version_of, self.keys), map(_version_of, self.values))
+            found = map(add, map(version_of, self.keys), map(version_of, self.values))
             if tuple(found) == versions:
                 return None
         for j, version in enumerate(versions):
@@ -72,12 +73,11 @@ class Pairs(NamedTuple):
 
 
 _serials = itertools.count(1)
-_version_of = attrgetter("_version")
 
 
 def _version(key: Tensor, value: Tensor) -> int:
     """Versions only grow, so their sum tells whether either has; inference tensors have none."""
-    return -1 if value.is_inference() or key.is_inference() else key._version + value._version
+    return -1 if value.is_inference() or key.is_inference() else version_of(key) + version_of(value)
 
 
 def _check_promotes(held: torch.dtype, dtype: torch.dtype, autocast: torch.dtype | None) -> None:

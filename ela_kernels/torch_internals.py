@@ -1,0 +1,213 @@
+"""What this package uses of PyTorch that is private, or not in every version that it admits; no other file does.
+
+Of each name: why no public one would do, since which version PyTorch has it, and what happens without it. "Always" is
+2.6, the oldest version admitted; a later PyTorch without such a name fails where this file is imported, not somewhere
+in a training run, unless it says otherwise. Most are bound here to another name, which costs a caller nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from operator import attrgetter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# --- What PyTorch does around a call. Asked at every layer: a public way takes longer, where there is one.
+
+are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Whether a transform of `torch.func` is under way. No public name. Always."""
+
+tracing_state: Callable[[], object] = torch._C._get_tracing_state
+"""What `torch.jit.trace` records into, or None; `torch.jit.is_tracing` asks it by way of two more calls. Always."""
+
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many `TorchDispatchMode`s are active, that is whether somebody wants to see every operation. Always."""
+
+tracing_context: Callable[[], object] = torch._guards.TracingContext.try_get
+"""The compiler's own context while it traces, or None: it tells compiled autograd from a graph that runs. Always."""
+
+
+def is_transformed() -> bool:
+    """Whether PyTorch has to see every operation: `torch.func`, forward-mode derivatives, `torch.jit.trace`.
+
+    A kernel reads the memory of its tensors, and would leave out what belongs to them beside it. The level of
+    forward-mode derivatives has no public name. Always.
+    """
+    return are_transforms_active() or forward_ad._current_level >= 0 or tracing_state() is not None
+
+
+# --- What `torch.func` wraps tensors in: numbers that are read past a wrapper would be those of another computation.
+
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a transform of `torch.func` has wrapped a tensor. No public name. Always."""
+
+is_grad_tracking: Callable[[Tensor], bool] = torch._C._functorch.is_gradtrackingtensor
+"""Whether the outermost wrapper is that of `torch.func.grad` or its like, not of `vmap`. No public name. Always."""
+
+unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+"""A tensor without its outermost wrapper. No public name. Always."""
+
+is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+"""Whether a gradient is one of `is_grads_batched=True`, which has no memory to read. No public name. Always."""
+
+# --- Tensors.
+
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+"""How often a tensor was changed in place; autograd's own check covers only what it saved itself. Always."""
+
+is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
+"""Whether a tensor stands for zeros without memory, as autograd makes them for complex numbers. Always."""
+
+# --- Autograd.
+
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that runs in this thread, -1 outside of one.
+
+The pull form keeps what layers leave by it, and a history knows by it that a checkpoint recomputes. No public name.
+Always.
+"""
+
+call_after_backward: Callable[[Callable[[], None]], None] = (
+    torch.autograd.Variable._execution_engine.queue_callback
+)
+"""Has a function called when the backward pass under way ends, and held until then, also by one that raises.
+
+FSDP and DDP rely on it. No public name. Always.
+"""
+
+top_saved_tensors_hooks: Callable[[bool], Any] | None = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", None
+)
+"""The hooks on saved tensors that are in force, or None. Since 2.8.
+
+Without it hooks may always be there: all is saved through autograd and checked, which takes longer in deep stages, and
+a checkpointed history stays in memory longer.
+"""
+
+keeps_graph: Callable[[], bool] | None = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", None
+)
+"""Whether the backward pass under way retains its graph. No public name. Always.
+
+Without it, all that a layer needs is saved through autograd, one tensor at a time.
+"""
+
+saved_by: Callable[[Any], Any] = vars(torch._C._FunctionBase)["saved_tensors"].__get__
+"""`ctx.saved_tensors` of any autograd function, where a class has put something in its place. Always."""
+
+
+def node_class(function: type[torch.autograd.Function]) -> Any:
+    """The class of a function's nodes in a graph, which are what its backward gets as `ctx`. Always.
+
+    Without it, compiled autograd would trace the kernels' backward, and refuse it.
+    """
+    return getattr(function, "_backward_cls", None)
+
+
+def zeros_like_input(node: Any, i: int) -> Tensor:
+    """Zeros for the gradient that a node takes in place `i`; only the node itself knows its shape. Always."""
+    like = node._input_metadata[i]
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+
+
+def outside_of_graphs(function: F, reason: str) -> F:
+    """`torch.compiler.disable(function, reason=reason)`; the reason is left out before 2.8, which takes none."""
+    try:
+        found: F = torch.compiler.disable(function, reason=reason)
+    except TypeError:
+        found = torch.compiler.disable(function)
+    return found
+
+
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether `torch.export` is under way. Public, since 2.7; without it an exported graph counts as one that trains."""
+
+# --- Modules: what may be passed by, because calling it would run no more than its parameters say.
+
+
+def weight_of(module: Any) -> Tensor:
+    """`module.weight`, asked of the dictionary first: five times as fast, and it lacks a parametrized one. Always."""
+    weight: Tensor | None = module._parameters.get("weight")
+    found: Tensor = module.weight if weight is None else weight
+    return found
+
+
+def own_weight(module: nn.Module) -> Any:
+    """The parameter `weight` itself, or None: reading a parametrized one works it out anew. Always."""
+    return module._parameters.get("weight")
+
+
+def own_buffer(module: nn.Module, name: str) -> Tensor | None:
+    """A buffer of a module that may not be complete, or None. Always."""
+    return module._buffers.get(name)
+
+
+def is_parametrized(modules: Iterable[nn.Module]) -> bool:
+    """Whether reading a parameter of one of `modules` works it out; the public way takes ten times as long. Always."""
+    return any("parametrizations" in m._modules for m in modules)
+
+
+def _has_global_hook() -> bool:
+    """Before 2.8, which has this function: hooks on all modules."""
+    module: Any = nn.modules.module
+    return bool(
+        module._global_backward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_forward_hooks
+        or module._global_forward_pre_hooks
+    )
+
+
+_any_global_hook: Callable[[], object] = getattr(
+    nn.modules.module, "_has_any_global_hook", _has_global_hook
+)
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether calling any of `modules` runs more than its forward. No public name. Always."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return True
+    return bool(_any_global_hook())
+
+
+def is_plain_convolution(module: nn.Conv2d) -> bool:
+    """Whether a convolution has no bias, and a subclass has left what its forward calls as it is. Always."""
+    return (
+        type(module)._conv_forward is nn.Conv2d._conv_forward
+        and module._parameters.get("bias", module) is None
+    )
+
+
+BATCH_NORM: type[nn.Module] = nn.modules.batchnorm._BatchNorm
+"""What all batch norms are a class of. No public name. Always."""
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What `torch.compile`, checkpoint wrappers and FSDP call the module that they hold, in names of parameters too."""
+
+
+def active_ddp() -> Any:
+    """The `DistributedDataParallel` whose forward is under way, or None. No public name. Always.
+
+    Without it `static_graph=True` is not refused by name, and PyTorch stops the run at EBQM's first decision.
+    """
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+# --- Devices.
+
+cuda_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+"""The handle of a CUDA device's current stream; `torch.cuda.current_stream` makes an object, at every launch.
+
+Always, where PyTorch was built for CUDA.
+"""
