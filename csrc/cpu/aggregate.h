@@ -3,6 +3,11 @@
 //
 // The sum is stored through the caches. Stores past them (measured, AVX-512, 2 threads) brought the forward alone from
 // 70 to 95 % of a read probe at three maps of 26 MB, and made a whole stage 3 to 8 % slower: the map is read next.
+#pragma once
+
+#include "cpu/weights.h"
+
+namespace ela::ELA_ISA {
 
 constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
 constexpr int kStreams = 4;       // sources read side by side, to load and store the running sum less often
@@ -175,3 +180,5 @@ void aggregate_kernel(const AggregateParams& p, int threads) {
 inline int64_t aggregate_workspace(const Shape& s, int64_t sources) {
   return s.interleaved ? s.batch * sources * s.channels : 0;
 }
+
+}  // namespace ela::ELA_ISA
