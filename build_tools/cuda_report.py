@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: registers, spills, occupancy, and the widths of memory instructions.
 
-Compiles the sources in csrc/cuda as the build does, for each architecture, and reads the disassembly; no GPU is needed. Exits
-with 1 where a kernel spills or has a stack frame, or where a kernel of the aligned path reads maps in its main loop
-by less than 16 bytes a thread.
+Compiles what is in csrc/cuda as the build does, for each architecture, and reads the disassembly; no GPU is needed.
+Exits with 1 where a kernel spills or has a stack frame, or where a kernel of the aligned path reads maps in its main
+loop by less than 16 bytes a thread.
 
     python -m build_tools.cuda_report --out docs/kernels/cuda_report.md
 """

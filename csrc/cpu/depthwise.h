@@ -6,6 +6,7 @@
 // bits on any number of threads.
 #pragma once
 
+#include "cpu/maps.h"
 #include "cpu/parallel.h"
 #include "cpu/plane.h"
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/lines.h"
+#include "cpu/maps.h"
 #include "cpu/params.h"
 
 namespace ela::ELA_ISA {
