@@ -22,7 +22,7 @@ TSAN_SHAPES ?= 100 --side 12
 BIN := $(VENV)/bin
 CLANG_FORMAT := $(BIN)/python -c 'import sys; from clang_format import clang_format; sys.exit(clang_format())'
 INSTALLED := $(VENV)/.installed
-NATIVE := $(wildcard csrc/*/*)
+NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 FORMATTED := $(NATIVE) $(wildcard benchmarks/*.cpp tests/native/*/*)
 ASAN := build/asan
 TSAN := build/tsan
@@ -31,7 +31,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow gpu-test lint format bench gpu-bench cuda-report triton-report asan tsan clean
+.PHONY: help install demo test slow gpu-test lint format compdb bench gpu-bench cuda-report triton-report asan tsan clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,16 +68,20 @@ slow: $(INSTALLED) ## run the slow tests
 gpu-test: $(INSTALLED) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## check style, types and formatting
+lint: $(INSTALLED) ## check style, types and formatting, and that every header compiles alone
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(FORMATTED)
+	$(BIN)/python -m build_tools.headers
 
 format: $(INSTALLED) ## format the sources
 	$(BIN)/python -m ruff check --fix
 	$(BIN)/python -m ruff format
 	$(CLANG_FORMAT) -i $(FORMATTED)
+
+compdb: $(INSTALLED) ## write compile_commands.json, which tells an editor how each C++ and CUDA source is compiled
+	$(BIN)/python -m build_tools.compdb
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
@@ -134,5 +138,5 @@ comma := ,
 
 clean: ## remove what builds and tests leave, and the virtual environment
 	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f ela_kernels/_C*.so ela_kernels/_build_info.json
+	rm -f ela_kernels/_C*.so ela_kernels/_build_info.json compile_commands.json
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

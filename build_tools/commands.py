@@ -18,7 +18,13 @@ from setuptools.command.build_py import build_py
 
 from build_tools import options
 from build_tools.compilers import BuildError, CudaCompiler, CxxCompiler, find_cuda, find_cxx
-from build_tools.ninja_file import SIMD_FLAGS, Plan, compile_plan, environment_flags
+from build_tools.ninja_file import (
+    SIMD_FLAGS,
+    Plan,
+    compile_plan,
+    environment_flags,
+    source_files,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ela_kernels"
@@ -31,7 +37,11 @@ def extensions() -> list[Extension]:
     mode = options.build_mode(os.environ)
     if mode == "none":
         return []
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*/*.c*"))
+    sources = [
+        str(path.relative_to(ROOT))
+        for pattern in ("csrc/**/*.cpp", "csrc/**/*.cu")
+        for path in source_files(ROOT, pattern)
+    ]
     return [Extension(MODULE, sources, language="c++", optional=mode == "auto")]
 
 

@@ -1,8 +1,8 @@
 """What the compiler made of the CUDA kernels: registers, spills, occupancy, and the widths of memory instructions.
 
-Compiles csrc/cuda/*.cu as the build does, for each architecture, and reads the disassembly; no GPU is needed. Exits
-with 1 where a kernel spills or has a stack frame, or where a kernel of the aligned path reads maps in its main loop
-by less than 16 bytes a thread.
+Compiles what is in csrc/cuda as the build does, for each architecture, and reads the disassembly; no GPU is needed.
+Exits with 1 where a kernel spills or has a stack frame, or where a kernel of the aligned path reads maps in its main
+loop by less than 16 bytes a thread.
 
     python -m build_tools.cuda_report --out docs/kernels/cuda_report.md
 """
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cuda = find_cuda(os.environ)
         with tempfile.TemporaryDirectory() as folder:
             for architecture in options.arch:
-                sources = source_files(ROOT, "csrc/cuda/*.cu")
+                sources = source_files(ROOT, "csrc/cuda/**/*.cu")
                 found[architecture] = examine(cuda, architecture, sources, Path(folder))
     except BuildError as error:
         print(f"{error}\n{error.output}".rstrip(), file=sys.stderr)

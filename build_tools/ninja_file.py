@@ -119,7 +119,7 @@ class Plan:
                 for source in found
                 if source.parent.name != "binding" or not source.name.startswith("cuda")
             ]
-        return found + source_files(self.root, "csrc/cuda/*.cu")
+        return found + source_files(self.root, "csrc/cuda/**/*.cu")
 
     def flags_for(self, source: Path) -> list[str]:
         """The flags beyond the rule's own that one source needs."""

@@ -141,14 +141,14 @@ def fake_cxx(target: str = "x86_64-linux-gnu") -> CxxCompiler:
 def source_tree(tmp_path: Path) -> Path:
     for name in (
         "binding/module.cpp",
-        "binding/cuda.cpp",
+        "binding/cuda_devices.cpp",
         "binding/cuda_norm.cpp",
         "cpu/op_baseline.cpp",
         "cpu/op_avx2.cpp",
         "cpu/op_avx512.cpp",
         "cpu/op_avx512_bf16.cpp",
         "cpu/select.cpp",
-        "cuda/device_query.cu",
+        "cuda/common/device_query.cu",
     ):
         path = tmp_path / "with space, $c: cuda" / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -59,8 +59,8 @@ def make_project(folder: Path) -> Path:
     for name, text in (
         ("csrc/binding/module.cpp", TINY_MODULE),
         ("csrc/cpu/tiny.h", ""),
-        ("csrc/binding/cuda.cpp", ""),
-        ("csrc/cuda/device_query.cu", ""),
+        ("csrc/binding/cuda_devices.cpp", ""),
+        ("csrc/cuda/common/device_query.cu", ""),
         ("ela_kernels/__init__.py", '__version__ = "0.1.0"\n'),
         ("ela_kernels/py.typed", ""),
     ):
@@ -245,7 +245,7 @@ def test_cuda_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     except BuildError as error:
         pytest.skip(str(error))
     project = make_project(tmp_path / name)
-    (project / "csrc/cuda/device_query.cu").write_text(
+    (project / "csrc/cuda/common/device_query.cu").write_text(
         '#include "cuda/tiny.cuh"\n__global__ void set(int* x) { *x = 1; }\n'
     )
     (project / "csrc/cuda/tiny.cuh").write_text("int other();\n")

@@ -3,7 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "binding/cuda_views.h"
-#include "cuda/norm.h"
+#include "cuda/norm/norm.h"
 
 namespace py = pybind11;
 

@@ -1,10 +1,10 @@
-// The CUDA kernels that make a layer's value from a feature map, and their backward; registered by cuda.cpp.
+// The CUDA kernels that make a layer's value from a feature map, and their backward; left out of a build without nvcc.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "binding/cuda_views.h"
-#include "cuda/producer.h"
-#include "cuda/producer_plan.h"
+#include "cuda/layer/producer.h"
+#include "cuda/layer/producer_plan.h"
 
 namespace py = pybind11;
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/layer_attention.h"
-#include "cuda/parameter.h"
+#include "cuda/attention/attention.h"
+#include "cuda/common/parameter.h"
 
 namespace ela::cuda::binding {
 

@@ -3,6 +3,12 @@
 //
 // The sum is stored through the caches. Stores past them (measured, AVX-512, 2 threads) brought the forward alone from
 // 70 to 95 % of a read probe at three maps of 26 MB, and made a whole stage 3 to 8 % slower: the map is read next.
+#pragma once
+
+#include "cpu/maps.h"
+#include "cpu/weights.h"
+
+namespace ela::ELA_ISA {
 
 constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
 constexpr int kStreams = 4;       // sources read side by side, to load and store the running sum less often
@@ -22,11 +28,6 @@ inline RowPlan plan_rows(const Shape& s, bool gapless) {
 }
 
 inline bool is_gapless(const Shape& s, const MapView& map) { return map.inner == s.positions; }
-
-template <class T>
-inline const T* planar_at(const MapView& map, int64_t b, int64_t c, int64_t offset) {
-  return static_cast<const T*>(map.data) + b * map.batch + c * map.inner + offset;
-}
 
 // sum (+)= factor_0 v_0 + ... over `count` elements of J sources; the last call stores to `out` in its own type, with
 // the residual where there is one.
@@ -114,11 +115,6 @@ void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expa
 }
 
 template <class T>
-inline const T* interleaved_at(const MapView& map, int64_t b, int64_t position, int64_t c) {
-  return static_cast<const T*>(map.data) + b * map.batch + position * map.inner + c;
-}
-
-template <class T>
 void aggregate_interleaved(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
@@ -175,3 +171,5 @@ void aggregate_kernel(const AggregateParams& p, int threads) {
 inline int64_t aggregate_workspace(const Shape& s, int64_t sources) {
   return s.interleaved ? s.batch * sources * s.channels : 0;
 }
+
+}  // namespace ela::ELA_ISA

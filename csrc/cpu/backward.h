@@ -3,6 +3,11 @@
 //
 // Dot products are cut into blocks by the shape alone and their partial sums added in a fixed order, in double, so
 // that the same call gives the same bits on any number of threads.
+#pragma once
+
+#include "cpu/aggregate.h"
+
+namespace ela::ELA_ISA {
 
 constexpr int64_t kBlockChunks = 8;  // planar: chunks to one partial sum
 constexpr int64_t kBlockElements =
@@ -240,3 +245,5 @@ inline int64_t backward_workspace(const Shape& s, int64_t depth) {
   const int64_t scores = s.batch * s.heads * depth;
   return 3 * scores + plan_partials(s, depth).size + aggregate_workspace(s, depth);
 }
+
+}  // namespace ela::ELA_ISA

@@ -4,6 +4,13 @@
 // Least bytes: forward x read and v written; backward dv and x read and dx written. Rows that are read again stay in
 // cache. Sums over space and batch are cut by the shape alone and added in a fixed order: the same call gives the same
 // bits on any number of threads.
+#pragma once
+
+#include "cpu/maps.h"
+#include "cpu/parallel.h"
+#include "cpu/plane.h"
+
+namespace ela::ELA_ISA {
 
 template <class T>
 void depthwise_planar(const DepthwiseParams& p, int threads) {
@@ -123,3 +130,5 @@ void depthwise_kernel(const DepthwiseParams& p, int threads) {
 inline int64_t depthwise_workspace(const ImageShape& s) {
   return s.interleaved ? s.batch * ceil_div(s.height, kRowsAtOnce) * s.channels : 0;
 }
+
+}  // namespace ela::ELA_ISA

@@ -1,5 +1,13 @@
 // What a whole layer needs beyond its attention: the filters over the channel axis, and the gather of a value's
 // gradient that is convolved while it is in cache, so that it is never stored.
+#pragma once
+
+#include "cpu/aggregate.h"
+#include "cpu/backward.h"
+#include "cpu/depthwise.h"
+#include "cpu/norm.h"
+
+namespace ela::ELA_ISA {
 
 // sum_i filter[i] * row[c + i - size / 2] for a vector of channels, zeros beyond the ends; turned: the other way round.
 template <bool kTurned, class T>
@@ -373,3 +381,5 @@ void layer_backward_kernel(const LayerBackwardParams& p, int threads) {
   if (has_mean) reduce_filters<T>(p.filters);
   if (has_maps) reduce_taps<T>(p.convolve, threads);
 }
+
+}  // namespace ela::ELA_ISA

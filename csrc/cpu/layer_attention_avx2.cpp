@@ -2,4 +2,4 @@
 #define ELA_ISA_NAME "avx2"
 #define ELA_TABLE kKernelsAvx2
 #define ELA_VECTOR_BYTES 32
-#include "kernels.inc"
+#include "cpu/kernels.inc"

@@ -2,4 +2,4 @@
 #define ELA_ISA_NAME "avx512"
 #define ELA_TABLE kKernelsAvx512
 #define ELA_VECTOR_BYTES 64
-#include "kernels.inc"
+#include "cpu/kernels.inc"

@@ -2,4 +2,4 @@
 #define ELA_ISA_NAME "baseline"
 #define ELA_TABLE kKernelsBaseline
 #define ELA_VECTOR_BYTES 16
-#include "kernels.inc"
+#include "cpu/kernels.inc"

@@ -6,6 +6,11 @@
 //
 // Least bytes: x read, v written, then v and prev read and out written. Backward: dout, v and prev read for their dot
 // products; then dout and x read and dx written, and dout read and dprev written.
+#pragma once
+
+#include "cpu/layer.h"
+
+namespace ela::ELA_ISA {
 
 // One head a channel.
 inline Shape by_channel(const ImageShape& s) {
@@ -178,3 +183,5 @@ inline int64_t light_workspace(const ImageShape& s, int64_t filter_size, int thr
                            aggregate_workspace(flat, 1) + gather_convolve_workspace(s, 1, threads);
   return kTaps * s.channels + (forward > backward ? forward : backward);
 }
+
+}  // namespace ela::ELA_ISA

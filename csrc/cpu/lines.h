@@ -3,6 +3,11 @@
 // Both forms of a map run through the same line of vectors: down a column of a plane, where the neighbours of a vector
 // lie to its left and right, or along a row of interleaved channels, where they lie in the rows above and below.
 // "Along" is the direction of the line, "across" the other.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace ela::ELA_ISA {
 
 constexpr int kTaps = 9;
 
@@ -77,3 +82,5 @@ template <class T>
 inline void store_one(void* p, int64_t i, Acc<T> x) {
   store_n(static_cast<T*>(p) + i, broadcast<T>(x), 1);
 }
+
+}  // namespace ela::ELA_ISA

@@ -5,6 +5,11 @@
 // and out written. Backward: dout and o read for two sums a channel, read again for the gradient of o, which is
 // written. Statistics are partial means and sums of squared distances, joined in double in a fixed order; none is a
 // difference of two large sums.
+#pragma once
+
+#include "cpu/depthwise.h"
+
+namespace ela::ELA_ISA {
 
 // Blocks of positions with partial sums of their own: all of a plane, or some rows of interleaved channels.
 inline int64_t stat_blocks(const ImageShape& s) { return s.interleaved ? ceil_div(s.height, kRowsAtOnce) : 1; }
@@ -320,3 +325,5 @@ void prepare_norm_backward(const NormParams& p, int threads) {
 
 // Accumulation elements: partial sums, and four factors a channel.
 inline int64_t norm_workspace(const ImageShape& s) { return (2 * s.batch * stat_blocks(s) + 4) * s.channels; }
+
+}  // namespace ela::ELA_ISA

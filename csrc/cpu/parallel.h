@@ -1,4 +1,15 @@
-// Hides the threading. Included inside each instruction set's namespace.
+// Hides the threading.
+#pragma once
+
+#include <stdint.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/params.h"
+#include "cpu/simd_target.h"
+
+namespace ela::ELA_ISA {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,3 +50,5 @@ inline void for_part(const AnyShape& shape, int64_t items_each, int threads, Bod
   const int64_t first = part.first * items_each / part.each;
   parallel_for(count, threads, [&](int64_t begin, int64_t end) { body(first + begin, first + end); });
 }
+
+}  // namespace ela::ELA_ISA

@@ -3,6 +3,13 @@
 // The last column ends at the plane's edge and overlaps the one before where the width is no multiple of a vector, so
 // that vectors are whole: what is computed twice is the same both times. Only the neighbours beyond an edge are masked.
 // A plane narrower than a vector is one column of parts.
+#pragma once
+
+#include "cpu/lines.h"
+#include "cpu/maps.h"
+#include "cpu/params.h"
+
+namespace ela::ELA_ISA {
 
 // The elements of a plane that are widened before they are convolved, on the stack: each would be three times else.
 constexpr int64_t kWidenedPlane = 16 * 1024;
@@ -141,3 +148,5 @@ inline Plane<T> written_plane_at(const MapView& map, int64_t channels, int64_t i
   const Plane<const T> plane = plane_at<T>(map, channels, item, end);
   return {const_cast<T*>(plane.data), const_cast<T*>(plane.next)};
 }
+
+}  // namespace ela::ELA_ISA

@@ -1,5 +1,5 @@
 // Which instruction set's kernels run here.
-#include "select.h"
+#include "cpu/select.h"
 
 #include <cstdlib>
 #include <cstring>

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "params.h"
+#include "cpu/params.h"
 
 namespace ela {
 

@@ -1,6 +1,16 @@
-// Vectors by GCC/Clang vector extensions: one source for every instruction set. Included once by each
-// translation unit, inside a namespace of its own, so that the linker never merges two sets' code.
-// No std:: templates here for the same reason.
+// Vectors by GCC/Clang vector extensions: one source for every instruction set. Each has a unit
+// and a namespace of its own, so that the linker never merges two sets' code. No std:: templates here for the same
+// reason.
+#pragma once
+
+#include <stdint.h>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "cpu/simd_target.h"
+
+namespace ela::ELA_ISA {
 
 using vfloat = float __attribute__((vector_size(ELA_VECTOR_BYTES)));
 using vdouble = double __attribute__((vector_size(ELA_VECTOR_BYTES)));
@@ -298,3 +308,5 @@ template <class T>
 inline Vec<T> merge(Vec<T> x, Vec<T> other, Bits<T> bits) {
   return bits_of<Vec<T>>((bits_of<Bits<T>>(x) & bits) | (bits_of<Bits<T>>(other) & ~bits));
 }
+
+}  // namespace ela::ELA_ISA

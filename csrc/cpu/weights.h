@@ -1,4 +1,12 @@
 // Scores, softmax and divergence of one layer, and the gradients that flow back through them.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace ela::ELA_ISA {
 
 template <class T>
 inline Acc<T> dot_rows(const T* x, const T* y, int64_t count) {
@@ -146,3 +154,5 @@ void gather_key_kernel(const GatherKeyParams& p, int threads) {
     }
   });
 }
+
+}  // namespace ela::ELA_ISA

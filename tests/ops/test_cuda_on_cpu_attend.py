@@ -261,7 +261,7 @@ def test_rows_alone(channels, groups, size, has_query, dtype, kernels):
     assert launched(kernels) == ["layer_rows_fwd"]
 
 
-# What makes the rows, and the weights, in a launch of its own; see attend_plan.h.
+# What makes the rows, and the weights, in a launch of its own; see layer_attention_plan.h.
 APART = {
     "rows, for their room": ((1, 2048, 1, 8), 1, contiguous, 2, 3, False, ["layer_rows_fwd"]),
     "rows, for their filters": ((1, 8, 2, 4), 2, contiguous, 2, 3001, True, ["layer_rows_fwd"]),

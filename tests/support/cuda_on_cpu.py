@@ -53,7 +53,7 @@ def sources_of(module: str) -> list[Path]:
         return [*runtime, STAND_IN / "selftest_module.cpp", STAND_IN / "selftest.cu"]
     # device_query.cu launches with <<<>>>, which is no C++; it holds no kernel of the package.
     kernels = sorted(
-        set((ROOT / "csrc" / "cuda").glob("*.cu")) - {ROOT / "csrc/cuda/device_query.cu"}
+        set((ROOT / "csrc" / "cuda").rglob("*.cu")) - {ROOT / "csrc/cuda/common/device_query.cu"}
     )
     bindings = sorted((ROOT / "csrc" / "binding").glob("cuda*.cpp"))
     return [*runtime, STAND_IN / "device_query.cpp", STAND_IN / "module.cpp", *bindings, *kernels]
@@ -97,10 +97,13 @@ def is_binding(source: Path) -> bool:
 def _fingerprint(cxx: CxxCompiler, flags: dict[str, list[str]], sources: list[Path]) -> str:
     """Of compiler, flags, interpreter and every file that can be included."""
     digest = hashlib.sha256(repr((cxx.command, cxx.version, flags, sys.version)).encode())
-    folders = [STAND_IN]
+    patterns = [(STAND_IN, "*")]
     if any(source.parent != STAND_IN for source in sources):
-        folders += [ROOT / "csrc" / name for name in ("cuda", "cpu", "binding")]
-    files = {path for folder in folders for path in folder.iterdir() if path.is_file()}
+        csrc = ROOT / "csrc"  # less cpu/, of which nothing is included here
+        patterns += [(csrc, "*"), (csrc / "cuda", "**/*"), (csrc / "binding", "*")]
+    files = {
+        path for folder, pattern in patterns for path in folder.glob(pattern) if path.is_file()
+    }
     for path in sorted(files | set(sources)):
         digest.update(f"{path.relative_to(ROOT)}\0".encode())
         digest.update(path.read_bytes())

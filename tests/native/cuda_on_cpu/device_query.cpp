@@ -1,5 +1,5 @@
-// What csrc/cuda/device_query.cu offers, without a device: its launch with <<<>>> is no C++.
-#include "cuda/device_query.h"
+// What csrc/cuda/common/device_query.cu offers, without a device: its launch with <<<>>> is no C++.
+#include "cuda/common/device_query.h"
 
 #include "cuda_runtime.h"
 

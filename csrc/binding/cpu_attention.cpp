@@ -1,0 +1,142 @@
+// Python's view of the CPU kernels: addresses and strides as integers, no tensor type. Every function checks only what
+// would be out of bounds here; the checks a user sees are Python's.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "binding/cpu_views.h"
+#include "cpu/select.h"
+
+namespace py = pybind11;
+using namespace ela::binding;
+
+namespace {
+
+using ela::AggregateParams;
+using ela::BackwardParams;
+using ela::ColumnView;
+using ela::GatherKeyParams;
+using ela::MapView;
+using ela::RowView;
+using ela::Shape;
+using ela::WeightsParams;
+
+void weights(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
+             const Ints& keys, const Ints& key_strides, int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl,
+             int threads) {
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const WeightsParams p =
+      weights_params(shape_of(sizes), scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
+  const auto kernel = ela::kernels().weights[checked_dtype(dtype)];
+  py::gil_scoped_release unlocked;
+  kernel(p, threads);
+}
+
+void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
+             const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
+             int64_t prev_depth, int64_t weights, int64_t kl, const std::array<int64_t, 3>& out, int64_t workspace,
+             int threads) {
+  const Shape shape = shape_of(sizes);
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  require(value_views.size() == key_views.size(), "values: one for each key");
+  present(values, elements_of(shape), "values"), present(out[0], elements_of(shape), "out");
+  present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(keys.size())), "workspace");
+  const WeightsParams p =
+      weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
+  const size_t size = element_size(checked_dtype(dtype));
+  std::vector<ColumnView> weight_columns;
+  weight_columns.reserve(key_views.size());
+  for (int64_t j = 0; j < p.depth; ++j) {
+    weight_columns.push_back({static_cast<char*>(p.weights) + j * size, p.depth});
+  }
+  const AggregateParams a = {shape, p.depth, value_views.data(), weight_columns.data(), map(out), address(workspace),
+                             {}};
+  const ela::Kernels& k = ela::kernels();
+  py::gil_scoped_release unlocked;
+  k.weights[dtype](p, threads);
+  k.aggregate[dtype](a, threads);
+}
+
+// One layer's own gradients. The push form asks for dkeys and dvalues here; the pull form gathers them (see gather).
+void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
+              const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
+              int64_t prev_depth, int64_t weights, const std::array<int64_t, 3>& dout, int64_t dweights, int64_t dkl,
+              int64_t dscores, int64_t dquery, const Ints& dkeys, int64_t dprev, const Ints& dvalues,
+              const Ints& dvalue_strides, int64_t workspace, int threads) {
+  const Shape shape = shape_of(sizes);
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<RowView> dkey_views = rows(dkeys, {shape.channels});
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  const std::vector<MapView> dvalue_views = maps(dvalues, dvalue_strides);
+  const MapView dout_view = map(dout);
+  const size_t depth = key_views.size();
+  require(dout[0] == 0 || value_views.size() == depth, "values: one for each key");
+  require(dkey_views.empty() || dkey_views.size() == depth, "dkeys: one for each key, or none");
+  require(dvalue_views.empty() || (dvalue_views.size() == depth && dout[0] != 0), "dvalues: one each, or none");
+  require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
+  present(values, dout[0] == 0 ? 0 : elements_of(shape), "values"), present(dscores, shape.batch, "dscores");
+  present(workspace, ela::kernels().backward_workspace(shape, static_cast<int64_t>(depth)), "workspace");
+  const BackwardParams p = {
+      weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, 0),
+      value_views.data(),
+      dout[0] == 0 ? nullptr : &dout_view,
+      address(dweights),
+      address(dkl),
+      address(dscores),
+      row(dquery, shape.channels),
+      dkey_views.empty() ? nullptr : dkey_views.data(),
+      address(dprev),
+      dvalue_views.empty() ? nullptr : dvalue_views.data(),
+      address(workspace),
+  };
+  const auto kernel = ela::kernels().backward[checked_dtype(dtype)];
+  py::gil_scoped_release unlocked;
+  kernel(p, threads);
+}
+
+// The pull form's second half, of the layer at `index`: its dkey from (query, dscores) and its dvalue from (dout,
+// weights) of the layers that retrieved it (see Source). An address of 0 leaves that one out.
+void gather(int dtype, const std::array<int64_t, 5>& sizes, std::string_view sources, int64_t index, int64_t dkey,
+            const View& dvalue, int64_t workspace, int threads) {
+  const Shape shape = shape_of(sizes);
+  const auto [queries, scores, douts, weights] =
+      source_views(sources, index, element_size(checked_dtype(dtype)), shape);
+  require(dvalue[0] == 0 || !douts.empty(), "douts: at least one");
+  if (dvalue[0] != 0) {
+    present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(douts.size())), "workspace");
+  }
+  const GatherKeyParams key = {shape, static_cast<int64_t>(queries.size()), queries.data(), scores.data(),
+                               row(dkey, shape.channels)};
+  const AggregateParams value = {
+      shape, static_cast<int64_t>(douts.size()), douts.data(), weights.data(), map(dvalue), address(workspace), {}};
+  const ela::Kernels& k = ela::kernels();
+  py::gil_scoped_release unlocked;
+  if (dkey != 0) k.gather_key[dtype](key, threads);
+  if (dvalue[0] != 0) k.aggregate[dtype](value, threads);
+}
+
+}  // namespace
+
+void bind_cpu_layer(py::module_& m);
+void bind_cpu_light(py::module_& m);
+
+void bind_cpu(py::module_& m) {
+  bind_cpu_layer(m);
+  bind_cpu_light(m);
+  m.def("simd_level", [] { return std::string(ela::kernels().name); });
+  m.def("simd_levels", [] {
+    std::vector<std::string> names;
+    for (const ela::Kernels* k : ela::available_kernels()) names.emplace_back(k->name);
+    return names;
+  });
+  m.def("weights", &weights);
+  m.def("forward", &forward);
+  m.def("backward", &backward);
+  m.def("gather", &gather);
+  m.def("aggregate_workspace", [](const std::array<int64_t, 5>& sizes, int64_t sources) {
+    return ela::kernels().aggregate_workspace(shape_of(sizes), sources);
+  });
+  m.def("backward_workspace", [](const std::array<int64_t, 5>& sizes, int64_t depth) {
+    return ela::kernels().backward_workspace(shape_of(sizes), depth);
+  });
+}

@@ -1,0 +1,210 @@
+// Python's view of the CPU kernels of a whole layer; see cpu_attention.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <new>
+#include <string_view>
+
+#include "binding/cpu_views.h"
+#include "cpu/select.h"
+
+namespace py = pybind11;
+using namespace ela::binding;
+
+namespace {
+
+using ela::BackwardParams;
+using ela::ColumnView;
+using ela::ImageShape;
+using ela::LayerBackwardParams;
+using ela::LayerParams;
+using ela::MapView;
+using ela::RowView;
+using ela::Shape;
+using ela::WeightsParams;
+
+// What all layers over maps of one shape and layout have in common; Python keeps one for each. `made`: batch and inner
+// stride of the maps that are made for a layer.
+struct LayerPlan {
+  LayerPlan(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, int64_t filter_size,
+            const std::array<int64_t, 2>& x, const std::array<int64_t, 2>& made)
+      : dtype(checked_dtype(dtype)),
+        image(image_shape_of(sizes)),
+        shape(shape_of({sizes[0], sizes[1], heads, image.positions(), sizes[4]})),
+        filter_size(filter_size),
+        x(x),
+        made(made),
+        size(element_size(dtype)) {
+    require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
+  }
+  MapView input(int64_t data) const { return {address(data), x[0], x[1]}; }
+  MapView made_map(int64_t data) const { return {address(data), made[0], made[1]}; }
+
+  int dtype;
+  ImageShape image;
+  Shape shape;
+  int64_t filter_size;
+  std::array<int64_t, 2> x, made;
+  size_t size;  // of an accumulation element
+};
+
+// Memory for one call, handed out in parts. Not a tensor, which takes longer to make than the work on a small map.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : memory_(static_cast<char*>(::operator new(static_cast<size_t>(bytes) + kAlign, std::align_val_t(kAlign)))),
+        next_(memory_.get()) {}
+  void* take(int64_t bytes) {
+    char* taken = next_;
+    next_ += bytes;
+    return taken;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(kAlign)); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  char* next_;
+};
+
+// What a layer makes of its input: mean over space, key and value (written to the last address of each list), and,
+// where an address is given for the query, what it retrieves.
+void layer(const LayerPlan& plan, double scale, int64_t x, int64_t wq, int64_t wk, int64_t wv, int64_t mean,
+           int64_t query, const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides,
+           int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl, int64_t out, bool residual, int64_t mean_out,
+           int64_t variance_out, const NormArguments& norm, int threads) {
+  const ImageShape& image = plan.image;
+  const Shape& shape = plan.shape;
+  require((query == 0) == (weights == 0) && (query == 0 || wq != 0), "query: needs its filter, and the weights");
+  require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
+  const int64_t elements = elements_of(shape);
+  present(x, elements, "x"), present(wk, 1, "wk"), present(wv, shape.channels, "wv"),
+      present(mean, rows_of(shape), "mean");
+  present(keys, rows_of(shape), "keys"), present(values, elements, "values");
+  present(out, query == 0 ? 0 : elements, "out");
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  require(value_views.size() == key_views.size() && !key_views.empty(), "values: one for each key");
+  const int64_t size = static_cast<int64_t>(plan.size), depth = static_cast<int64_t>(key_views.size());
+  const RowView query_view = row(query, shape.channels);
+  WeightsParams w = {};
+  if (query != 0) w = weights_params(shape, scale, query_view, key_views, prev, prev_depth, weights, kl);
+  std::vector<ColumnView> columns;
+  columns.reserve(key_views.size());
+  for (int64_t j = 0; j < depth; ++j) columns.push_back({static_cast<char*>(w.weights) + j * size, depth});
+  // Each kernel has memory of its own: samples are at different kernels at the same time.
+  const ela::Kernels& k = ela::kernels();
+  const int64_t for_taps = 9 * image.channels * size, for_depthwise = k.depthwise_workspace(image) * size,
+                for_aggregate = k.aggregate_workspace(shape, depth) * size, for_norm = k.norm_workspace(image) * size;
+  py::gil_scoped_release unlocked;
+  Scratch scratch(for_taps + for_depthwise + for_aggregate + for_norm);
+  void* taps = scratch.take(for_taps);
+  const MapView out_view = plan.made_map(out);
+  const LayerParams p = {
+      query != 0,
+      {image, plan.input(x), address(wv), value_views.back(), address(mean), nullptr, scratch.take(for_depthwise)},
+      {shape, plan.filter_size, address(mean), address(wq), address(wk), address(query), key_views.back().data},
+      w,
+      {shape, depth, value_views.data(), columns.data(), out_view, scratch.take(for_aggregate),
+       residual ? plan.input(x) : MapView{}},
+      taps,
+      mean_out != 0,
+      {image, out_view, scratch.take(for_norm), address(mean_out), address(variance_out)},
+      norm.has_value(),
+      norm_params(image, norm, mean_out != 0, plan.size)};
+  k.layer[plan.dtype](p, threads);
+}
+
+// A layer's own attention, where it `attends` (as in backward(), without the push form), and then the gradients of its
+// input and filters from what the layers that retrieved it left (as in gather(); `index` is its place) and from `dk`
+// and `dv`: its key's, its mean's, and its value's, gathered and convolved. An address of 0 leaves that one out.
+void layer_backward(const LayerPlan& plan, double scale, int64_t index, bool attends, int64_t query, const Ints& keys,
+                    const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
+                    int64_t prev_depth, int64_t weights, const View& dout, int64_t dweights, int64_t dkl,
+                    int64_t dscores, int64_t dprev, int64_t x, int64_t wq, int64_t wk, int64_t wv, int64_t mean,
+                    std::string_view packed, int64_t dk, const View& dv, const View& residual, bool wants_query,
+                    bool wants_key, int64_t dx, int64_t dwq, int64_t dwk, int64_t dwv, const NormArguments& norm,
+                    bool batch_statistics, int threads) {
+  const ImageShape& image = plan.image;
+  const Shape& shape = plan.shape;
+  const int64_t size = static_cast<int64_t>(plan.size);
+  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  require(!attends || dout[0] == 0 || value_views.size() == key_views.size(), "values: one for each key");
+  require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
+  const int64_t elements = elements_of(shape);
+  present(x, elements, "x"), present(wk, 1, "wk"), present(wv, shape.channels, "wv"),
+      present(mean, rows_of(shape), "mean");
+  present(wq, wants_query || dwq != 0 ? 1 : 0, "wq"), present(dscores, attends ? shape.batch : 0, "dscores");
+  present(values, attends && dout[0] != 0 ? elements : 0, "values");
+  auto [queries, scores, douts, weight_columns] = source_views(packed, index, plan.size, shape);
+  // One more source, with a weight of one.
+  const double one64 = 1;
+  const float one32 = 1;
+  const void* one = size == 8 ? static_cast<const void*>(&one64) : &one32;
+  if (dk != 0) queries.push_back(row(dk, shape.channels)), scores.push_back({one, 0});
+  if (dv[0] != 0) douts.push_back(map(dv)), weight_columns.push_back({one, 0});
+
+  const ela::Kernels& k = ela::kernels();
+  // That of the attention first: it holds doubles.
+  const int64_t depth = static_cast<int64_t>(key_views.size()), source_maps = static_cast<int64_t>(douts.size());
+  const int64_t for_attention = k.backward_workspace(shape, depth) * size, for_taps = 9 * image.channels * size,
+                for_filters = 2 * image.batch * plan.filter_size * size,
+                for_maps = k.gather_convolve_workspace(image, source_maps, threads) * size,
+                for_rows = image.batch * image.channels * size;
+  py::gil_scoped_release unlocked;
+  Scratch scratch(for_attention + for_taps + for_filters + for_maps + 3 * for_rows);
+  const MapView dout_view = map(dout);
+  void* attention_scratch = scratch.take(for_attention);
+  void* dquery = wants_query ? scratch.take(for_rows) : nullptr;
+  void* dkey = wants_key ? scratch.take(for_rows) : nullptr;
+  void* dmean = wants_query || wants_key ? scratch.take(for_rows) : nullptr;
+  BackwardParams attention = {};
+  attention.forward.shape = shape;
+  if (attends) {
+    attention = {weights_params(shape, scale, row(query, shape.channels), key_views, prev, prev_depth, weights, 0),
+                 value_views.data(),
+                 dout[0] == 0 ? nullptr : &dout_view,
+                 address(dweights),
+                 address(dkl),
+                 address(dscores),
+                 {dquery, shape.channels},
+                 nullptr,
+                 address(dprev),
+                 nullptr,
+                 attention_scratch};
+  }
+  void* taps = scratch.take(for_taps);
+  const LayerBackwardParams p = {
+      attends,
+      attention,
+      {shape, static_cast<int64_t>(queries.size()), queries.data(), scores.data(), {dkey, shape.channels}},
+      {{shape, plan.filter_size, address(mean), address(wq), address(wk), nullptr, nullptr},
+       dquery,
+       dkey,
+       dmean,
+       address(dwq),
+       address(dwk),
+       scratch.take(for_filters)},
+      {image, shape.heads, source_maps, douts.data(), weight_columns.data(), plan.input(x), address(wv), nullptr, dmean,
+       map(residual), plan.made_map(dx), address(dwv), scratch.take(for_maps)},
+      taps,
+      norm.has_value(),
+      norm_params(image, norm, batch_statistics, plan.size)};
+  k.layer_backward[plan.dtype](p, threads);
+}
+
+}  // namespace
+
+void bind_cpu_layer(py::module_& m) {
+  py::class_<LayerPlan>(m, "LayerPlan")
+      .def(py::init<int, const std::array<int64_t, 5>&, int64_t, int64_t, const std::array<int64_t, 2>&,
+                    const std::array<int64_t, 2>&>());
+  m.def("layer", &layer);
+  m.def("layer_backward", &layer_backward);
+  m.def("norm_workspace",
+        [](const std::array<int64_t, 5>& sizes) { return ela::kernels().norm_workspace(image_shape_of(sizes)); });
+}

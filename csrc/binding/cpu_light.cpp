@@ -1,0 +1,105 @@
+// Python's view of the CPU kernels of a light layer; see cpu_attention.cpp.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "binding/cpu_views.h"
+#include "cpu/select.h"
+
+namespace py = pybind11;
+using namespace ela::binding;
+
+namespace {
+
+using ela::ImageShape;
+using ela::LightBackwardParams;
+using ela::LightParams;
+
+LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x, int64_t wq,
+                         int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev, int64_t mean,
+                         int64_t query, int64_t key, const View& v, int64_t factors, int64_t workspace) {
+  const ImageShape image = image_shape_of(sizes);
+  require(heads >= 1 && image.channels % heads == 0, "heads: must divide channels");
+  require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
+  const int64_t rows = image.batch * image.channels, elements = rows * image.positions();
+  present(x[0], elements, "x"), present(v[0], elements, "v"), present(prev[0], elements, "prev");
+  present(wq, 1, "wq"), present(wk, 1, "wk"), present(wv, image.channels, "wv");
+  present(decay, image.channels, "decay"), present(factors, rows, "factors");
+  present(mean, rows, "mean"), present(query, rows, "query"), present(key, rows, "key");
+  present(workspace, image.channels, "workspace");
+  return {image,
+          heads,
+          filter_size,
+          scale,
+          map(x),
+          map(v),
+          map(prev),
+          {},
+          address(wq),
+          address(wk),
+          address(wv),
+          address(decay),
+          address(mean),
+          address(query),
+          address(key),
+          address(factors),
+          nullptr,
+          nullptr,
+          address(workspace),
+          false,
+          {}};
+}
+
+// out, with what the backward will need: mean, query, key, v and the factors [2, B, C]; and the statistics of out,
+// where addresses are given. The workspace is light_workspace() elements.
+void light_layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x, int64_t wq,
+                 int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev, int64_t mean,
+                 int64_t query, int64_t key, const View& v, int64_t factors, const View& out, int64_t mean_out,
+                 int64_t variance_out, const NormArguments& norm, int64_t workspace, int threads) {
+  LightParams p = light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v,
+                               factors, workspace);
+  present(out[0], p.shape.batch * p.shape.channels * p.shape.positions(), "out");
+  require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
+  p.out = map(out);
+  p.mean_out = address(mean_out), p.variance_out = address(variance_out);
+  p.is_block = norm.has_value();
+  p.norm = norm_params(p.shape, norm, mean_out != 0, element_size(checked_dtype(dtype)));
+  const auto kernel = ela::kernels().light_layer[checked_dtype(dtype)];
+  py::gil_scoped_release unlocked;
+  kernel(p, threads);
+}
+
+// The gradients from that of out, `dx_residual` added to that of x. An address of 0 leaves that one out.
+void light_layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x,
+                          int64_t wq, int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev,
+                          int64_t mean, int64_t query, int64_t key, const View& v, int64_t factors, const View& dout,
+                          const View& dx_residual, const View& dx, int64_t dwq, int64_t dwk, int64_t dwv,
+                          int64_t ddecay, const View& dprev, const NormArguments& norm, bool batch_statistics,
+                          int64_t workspace, int threads) {
+  LightBackwardParams p = {light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key,
+                                        v, factors, workspace),
+                           map(dout),
+                           map(dx_residual),
+                           map(dx),
+                           map(dprev),
+                           address(dwq),
+                           address(dwk),
+                           address(dwv),
+                           address(ddecay)};
+  const ImageShape& image = p.forward.shape;
+  present(dout[0], image.batch * image.channels * image.positions(), "dout");
+  p.forward.is_block = norm.has_value();
+  p.forward.norm = norm_params(p.forward.shape, norm, batch_statistics, element_size(checked_dtype(dtype)));
+  const auto kernel = ela::kernels().light_layer_backward[checked_dtype(dtype)];
+  py::gil_scoped_release unlocked;
+  kernel(p, threads);
+}
+
+}  // namespace
+
+void bind_cpu_light(py::module_& m) {
+  m.def("light_layer", &light_layer);
+  m.def("light_layer_backward", &light_layer_backward);
+  m.def("light_workspace", [](const std::array<int64_t, 5>& sizes, int64_t filter_size, int threads) {
+    return ela::kernels().light_workspace(image_shape_of(sizes), filter_size, threads);
+  });
+}

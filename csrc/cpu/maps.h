@@ -1,0 +1,19 @@
+// Where the elements of a map lie.
+#pragma once
+
+#include "cpu/simd_target.h"
+#include "views.h"
+
+namespace ela::ELA_ISA {
+
+template <class T>
+inline const T* planar_at(const MapView& map, int64_t b, int64_t c, int64_t offset) {
+  return static_cast<const T*>(map.data) + b * map.batch + c * map.inner + offset;
+}
+
+template <class T>
+inline const T* interleaved_at(const MapView& map, int64_t b, int64_t position, int64_t c) {
+  return static_cast<const T*>(map.data) + b * map.batch + position * map.inner + c;
+}
+
+}  // namespace ela::ELA_ISA

@@ -1,8 +1,0 @@
-// One dtype a file, so that builds run in parallel.
-#include "cuda/attend_dispatch.cuh"
-
-namespace ela::cuda {
-
-extern const RowsKernels kFloat32RowsKernels = rows_kernels_of<float>();
-
-}  // namespace ela::cuda

@@ -1,0 +1,8 @@
+// One dtype a file, so that builds run in parallel.
+#include "cuda/attention/attention_dispatch.cuh"
+
+namespace ela::cuda {
+
+extern const Kernels kFloat32Kernels = kernels_of<float>();
+
+}  // namespace ela::cuda

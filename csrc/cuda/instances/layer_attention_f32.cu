@@ -1,0 +1,8 @@
+// One dtype a file, so that builds run in parallel.
+#include "cuda/layer/layer_attention_dispatch.cuh"
+
+namespace ela::cuda {
+
+extern const RowsKernels kFloat32RowsKernels = rows_kernels_of<float>();
+
+}  // namespace ela::cuda

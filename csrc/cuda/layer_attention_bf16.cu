@@ -1,8 +1,0 @@
-// One dtype a file, so that builds run in parallel.
-#include "cuda/dispatch.cuh"
-
-namespace ela::cuda {
-
-extern const Kernels kBFloat16Kernels = kernels_of<__nv_bfloat16>();
-
-}  // namespace ela::cuda

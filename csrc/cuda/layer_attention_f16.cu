@@ -1,8 +1,0 @@
-// One dtype a file, so that builds run in parallel.
-#include "cuda/dispatch.cuh"
-
-namespace ela::cuda {
-
-extern const Kernels kFloat16Kernels = kernels_of<__half>();
-
-}  // namespace ela::cuda

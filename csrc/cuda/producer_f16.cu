@@ -1,8 +1,0 @@
-// One dtype a file, so that builds run in parallel.
-#include "cuda/producer_dispatch.cuh"
-
-namespace ela::cuda {
-
-extern const ProducerKernels kFloat16ProducerKernels = producer_kernels_of<__half>();
-
-}  // namespace ela::cuda
