@@ -96,11 +96,15 @@ _watch: ContextVar[_Watch | None] = ContextVar("ela_kernels_explain", default=No
 
 def served(layer: Any, form: str, backend: str) -> None:
     """`layer` (None: a function that was called by itself) is served by `backend` in this form."""
-    if torch.compiler.is_compiling():
-        return
     watch = _watch.get()
     if watch is not None:
         watch.served(layer, form, backend)
+
+
+def served_without_kernels(layer: Any, form: str) -> None:
+    """`layer` is served by PyTorch alone, in a compiled graph perhaps, which takes no note of it."""
+    if not torch.compiler.is_compiling():
+        served(layer, form, EAGER.name)
 
 
 def refused(layer: Any, form: str, refusal: Refusal) -> None:

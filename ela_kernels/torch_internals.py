@@ -7,7 +7,7 @@ in a training run, unless it says otherwise. Most are bound here to another name
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, TypeVar
 
@@ -130,13 +130,6 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambd
 # --- Modules: what may be passed by, because calling it would run no more than its parameters say.
 
 
-def weight_of(module: Any) -> Tensor:
-    """`module.weight`, asked of the dictionary first: five times as fast, and it lacks a parametrized one. Always."""
-    weight: Tensor | None = module._parameters.get("weight")
-    found: Tensor = module.weight if weight is None else weight
-    return found
-
-
 def own_weight(module: nn.Module) -> Any:
     """The parameter `weight` itself, or None: reading a parametrized one works it out anew. Always."""
     return module._parameters.get("weight")
@@ -145,11 +138,6 @@ def own_weight(module: nn.Module) -> Any:
 def own_buffer(module: nn.Module, name: str) -> Tensor | None:
     """A buffer of a module that may not be complete, or None. Always."""
     return module._buffers.get(name)
-
-
-def is_parametrized(modules: Iterable[nn.Module]) -> bool:
-    """Whether reading a parameter of one of `modules` works it out; the public way takes ten times as long. Always."""
-    return any("parametrizations" in m._modules for m in modules)
 
 
 def _has_global_hook() -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ela_kernels.explaining import served
+from ela_kernels.explaining import served_without_kernels
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import Totals, outside_of_transforms, refuse_static_graph
@@ -144,7 +144,7 @@ class ELA(Skipping):
         """Leave out the retrieval; give key and value where the skip mode says so."""
         attn, provides = self.attn, self.skip == "retrieval"
         if attn is None or not (provides or probe):
-            served(self, "skipped", "none")
+            served_without_kernels(self, "skipped")
             history.pass_by(caller=self)
             return passed_on(x, copy or (not torch.compiler.is_compiling() and has_hooks(self)))
         # By its call, not by a method of it: wrappers and hooks work there.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph
 from ela_kernels.backends.types import RESIDUAL
-from ela_kernels.explaining import refused, served
+from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.query_key_value import QueryKeyValue, passed_on
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan
@@ -134,7 +134,7 @@ class LayerAttention(QueryKeyValue):
             history.provide_layer(x, plan, heads=self.heads, caller=self)
             return
         refused(self, "pair", plan)
-        served(self, "pieces", "eager")
+        served_without_kernels(self, "pieces")
         k, v = self.key_value(x)
         history.provide(k, v, heads=self.heads, caller=self)
 
@@ -145,9 +145,11 @@ class LayerAttention(QueryKeyValue):
         if torch.compiler.is_compiling():
             return refusal_in_a_graph()
         obstacles = (*obstacles, *self.obstacles())
-        if obstacles or self.is_parametrized():
+        filters = self.own_filters()
+        if obstacles or filters is None:
+            # Whether the kernels serve the rest, before a weight is worked out.
             found = history.plan_layer(x, (), op, obstacles, self)
             if isinstance(found, Refusal):
                 return found
-        filters = self.filters()
+            filters = self.filters()
         return history.plan_layer(x, filters, op, self.shape_obstacles(filters), self)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ela_kernels.backends.contract import Request
 from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph, refuse_forced
 from ela_kernels.backends.types import LightFilters
-from ela_kernels.explaining import refused, served
+from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
@@ -55,11 +55,14 @@ class LightLayerAttention(QueryKeyValue):
         if torch.compiler.is_compiling():
             return refusal_in_a_graph()
         obstacles = (*obstacles, *self.obstacles())
-        if obstacles or self.is_parametrized():
+        filters = self.own_filters()
+        if obstacles or filters is None:
+            # Whether the kernels serve the rest, before a weight is worked out.
             found = plan_light_layer(x, (), prev_out, op, obstacles)
             if isinstance(found, Refusal):
                 return found
-        wq, wk, wv = filters = self.filters()
+            filters = self.filters()
+        wq, wk, wv = filters
         obstacles = self.shape_obstacles(filters)
         if wq is None:
             obstacles = (*obstacles, "Wq is missing")
@@ -87,7 +90,7 @@ class LightLayerAttention(QueryKeyValue):
                 return light_layer(plan.backend, x, plan.filters, prev_out, self.heads, scale)[0]
             refused(self, "layer", plan)
             refuse_forced(Request("light_layer", x.device, x.dtype, 1), plan)
-        served(self, "eager", "eager")
+        served_without_kernels(self, "eager")
         q, k, v = self.query_key_value(x)
         if isinstance(prev_out, Tensor) and prev_out.dtype in checks.ALLOWED_DTYPES:
             if is_autocast_on(x) and may_be_cast(prev_out):

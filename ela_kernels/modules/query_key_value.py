@@ -15,11 +15,9 @@ from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.torch_internals import (
     has_hooks,
-    is_parametrized,
     is_plain_convolution,
     own_weight,
     tracing_state,
-    weight_of,
 )
 
 _EXPORT = "use torch.export.export, or torch.jit.trace of the whole model"
@@ -203,22 +201,23 @@ class QueryKeyValue(nn.Module):
             found.append("Wq, Wk or Wv has hooks, or all modules have")
         return tuple(found)
 
-    def is_parametrized(self) -> bool:
-        """Whether a weight is worked out anew at each look, which may change state or draw random numbers."""
-        children = self._modules
-        return is_parametrized(
-            [m for m in (children["Wq"], children["Wk"], children["Wv"]) if m is not None]
-        )
+    def own_filters(self) -> Filters | None:
+        """The parameters as they are; None where reading one works it out anew, as a parametrization does.
+
+        That may change state (a spectral norm's vectors) or draw random numbers: :meth:`filters` does it.
+        """
+        children: dict[str, Any] = self._modules
+        query = children["Wq"]
+        wq = None if query is None else own_weight(query)
+        wk, wv = own_weight(children["Wk"]), own_weight(children["Wv"])
+        if wk is None or wv is None or (wq is None and query is not None):
+            return None
+        return Filters(wq, wk, wv)
 
     def filters(self) -> Filters:
         """The parameters of query, key and value; `wq` is None where the layer has none."""
-        children = self._modules
-        wq = children["Wq"]
-        return Filters(
-            None if wq is None else weight_of(wq),
-            weight_of(children["Wk"]),
-            weight_of(children["Wv"]),
-        )
+        query: Any = self._modules["Wq"]
+        return Filters(None if query is None else query.weight, self.Wk.weight, self.Wv.weight)
 
     def shape_obstacles(self, filters: Filters) -> tuple[str, ...]:
         """A weight of another shape than the layer's is PyTorch's to serve or to refuse."""

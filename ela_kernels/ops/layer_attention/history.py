@@ -105,13 +105,13 @@ class LayerHistory(Places):
     @property
     def keys(self) -> tuple[Tensor, ...]:
         """The keys held, `[B, C]` each."""
-        self._note_read()
+        self._note_read(self.recomputing)
         return self._now.pairs.keys
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The values held, `[B, C, *spatial]` each."""
-        self._note_read()
+        self._note_read(self.recomputing)
         return self._now.pairs.values
 
     def attend(
@@ -155,10 +155,11 @@ class LayerHistory(Places):
         q = checks.check_query(q)
         if is_autocast_on(q):
             q, k, v = autocast_inputs(q, k, v)
-        snapshot = self._enter(caller, (q, k, v))
+        recomputing = self.recomputing
+        snapshot = self._enter(caller, (q, k, v), recomputing)
         heads = snapshot.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
-        self._note_read()
+        self._note_read(recomputing)
         decided = self._decided_with(snapshot, given, active is not None)
         backend = self._backend(q, snapshot, caller) if decided is None else None
         if backend is not None:
@@ -181,7 +182,8 @@ class LayerHistory(Places):
                     q, keys, values, heads, scale, prev, channels_last, decided, active
                 )
             token = snapshot.token
-        self._leave(Snapshot(pairs, snapshot.position + 1, heads, weights, kl, token))
+        at = snapshot.position + 1
+        self._leave(Snapshot(pairs, at, heads, weights, kl, token), recomputing)
         return out
 
     def provide(
@@ -191,7 +193,8 @@ class LayerHistory(Places):
         checks.check_query(k, "k")
         if is_autocast_on(k):
             k, _, v = autocast_inputs(k, (), v)
-        snapshot = self._enter(caller, (k, v))
+        recomputing = self.recomputing
+        snapshot = self._enter(caller, (k, v), recomputing)
         heads = snapshot.check_pair(k, k, v, heads, channels_last)
         self._decided = self._decided_with(snapshot, None)
         backend = self._backend(k, snapshot, caller) if self._decided is None else None
@@ -204,9 +207,8 @@ class LayerHistory(Places):
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
             link = self._link(pairs, heads, 1.0, channels_last, backend)
             token = provide_pull(k, v, token, link)
-        self._leave(
-            Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
-        )
+        last = Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
+        self._leave(last, recomputing)
 
     def plan_layer(
         self,
@@ -226,7 +228,8 @@ class LayerHistory(Places):
             caller: the module that calls.
         """
         dtype = layer_dtype(x)
-        pairs = self._place_of(caller).pairs
+        recomputing = self.recomputing
+        pairs = self._place_of(caller, recomputing).pairs
         if (
             obstacles
             or needs_dispatcher(x)
@@ -244,7 +247,7 @@ class LayerHistory(Places):
         found = plan(request)
         if isinstance(found, Refusal):
             return found
-        return LayerPlan(found, filters, dtype)  # type: ignore[arg-type]
+        return LayerPlan(found, filters, dtype, recomputing)  # type: ignore[arg-type]
 
     def _obstacles(
         self, x: Tensor, filters: Sequence[Tensor | None], dtype: torch.dtype, pairs: Pairs
@@ -299,20 +302,21 @@ class LayerHistory(Places):
         if x.dtype != plan.dtype and type(epilogue) is Residual:
             return x + self.attend_layer(x, plan, heads=heads, caller=caller)
         x, filters = as_autocast(x, plan.filters)
-        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan.backend)
-        self._note_read()
+        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
+        self._note_read(plan.recomputing)
         out, weights, kl, token, k, v, _ = layer_pull(
             resolved(x), filters, epilogue, snapshot.weights, snapshot.token, link
         )
         pairs = snapshot.pairs.extended(k, v, link.path)
-        self._leave(Snapshot(pairs, snapshot.position + 1, heads, weights, kl, token))
+        at = snapshot.position + 1
+        self._leave(Snapshot(pairs, at, heads, weights, kl, token), plan.recomputing)
         return out
 
     def _layer_link(
-        self, x: Tensor, filters: Filters, heads: int, caller: Any, backend: KernelBackend
+        self, x: Tensor, filters: Filters, heads: int, caller: Any, plan: LayerPlan
     ) -> tuple[Snapshot, int, Link]:
         """Where a layer is in the history, its heads, and the pairs before it."""
-        snapshot = self._enter(caller, (x, *filters))
+        snapshot = self._enter(caller, (x, *filters), plan.recomputing)
         pairs = snapshot.pairs
         channels = x.shape[1]
         if type(heads) is not int or heads != snapshot.heads:  # the same number is checked already
@@ -321,23 +325,26 @@ class LayerHistory(Places):
         scale = 1.0 / math.sqrt(channels // heads)
         keys, values = pairs.keys, pairs.values
         path = pairs.next_path()
-        link = Link(path, keys, values, heads, scale, False, backend, self._record, pairs)
+        link = Link(path, keys, values, heads, scale, False, plan.backend, self._record, pairs)
         return snapshot, heads, link
 
     def provide_layer(self, x: Tensor, plan: LayerPlan, *, heads: int, caller: Any = None) -> None:
         """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
         x, filters = as_autocast(x, plan.filters._replace(wq=None))
-        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan.backend)
+        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
         token, k, v = provider_pull(resolved(x), filters, snapshot.token, link)
         pairs = snapshot.pairs.extended(k, v, link.path)
-        self._leave(
-            Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
-        )
+        at = snapshot.position + 1
+        last = Snapshot(pairs, at, heads, snapshot.weights, snapshot.kl, token)
+        self._leave(last, plan.recomputing)
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
-        p = self._enter(caller, ())
-        self._leave(Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token))
+        recomputing = self.recomputing
+        p = self._enter(caller, (), recomputing)
+        self._leave(
+            Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token), recomputing
+        )
 
     @torch.no_grad()
     def probe(
@@ -352,7 +359,7 @@ class LayerHistory(Places):
         Returns:
             `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
         """
-        self._note_read()
+        self._note_read(self.recomputing)
         held, _, prev = self._read_by(q, self._now)
         keys = [*(key.detach() for key in held), k.detach()]
         prev = None if prev is None else prev.detach()
@@ -369,8 +376,8 @@ class LayerHistory(Places):
             decided = Decided((None,) * len(snapshot.pairs.keys))
         return decided._replace(given=(*decided.given, given))
 
-    def _note_read(self) -> None:
-        if not self.recomputing:
+    def _note_read(self, recomputing: bool) -> None:
+        if not recomputing:
             self.turns.note_read()
 
     def _backend(self, q: Tensor, snapshot: Snapshot, caller: Any) -> KernelBackend | None:

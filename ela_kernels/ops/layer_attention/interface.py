@@ -12,7 +12,7 @@ from ela_kernels.backends.dispatch import kernels_for, why_eager
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.memory import check_not_freed
 from ela_kernels.backends.tracing import needs_dispatcher
-from ela_kernels.explaining import refused, served
+from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
 from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd
@@ -119,7 +119,7 @@ def retrieve(
                 "op" if caller is None else "push",
                 why_eager("layer_attention", q, len(key_list)),
             )
-            served(caller, "eager", "eager")
+            served_without_kernels(caller, "eager")
             check_not_freed("q", q)
             check_not_freed("keys", *key_list)
             check_not_freed("values", *value_list)

@@ -40,14 +40,14 @@ class Places:
         """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
         return graph_task() not in (-1, self._made_in)
 
-    def _place_of(self, caller: Any) -> Snapshot:
+    def _place_of(self, caller: Any, recomputing: bool) -> Snapshot:
         """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""
-        found = self._found_by.get(caller) if self.recomputing and caller is not None else None
+        found = self._found_by.get(caller) if recomputing and caller is not None else None
         return found[0][0] if found else self._now
 
-    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...]) -> Snapshot:
+    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...], recomputing: bool) -> Snapshot:
         """The snapshot that this layer extends: the present one, or its old one in a recomputation."""
-        if not self.recomputing:
+        if not recomputing:
             if caller is not None and not _never_recomputes():
                 self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
             return self._now
@@ -67,7 +67,7 @@ class Places:
             )
         return snapshot
 
-    def _leave(self, snapshot: Snapshot) -> None:
+    def _leave(self, snapshot: Snapshot, recomputing: bool) -> None:
         self._latest = snapshot
-        if not self.recomputing:
+        if not recomputing:
             self._now = snapshot

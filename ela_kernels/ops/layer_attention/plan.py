@@ -26,11 +26,13 @@ class LayerPlan(NamedTuple):
         backend: whose kernels.
         filters: the layer's parameters, not cast yet.
         dtype: in which it is computed.
+        recomputing: whether a checkpoint recomputes the layer.
     """
 
     backend: KernelBackend
     filters: Filters
     dtype: torch.dtype
+    recomputing: bool
 
 
 def all_fit(filters: Sequence[Tensor | None], x: Tensor, dtype: torch.dtype) -> bool:
