@@ -13,9 +13,11 @@ from torch import Tensor
 from benchmarks.measure import Contender, interleave, summarize
 from benchmarks.probe import read_probes
 from benchmarks.shapes import StageShape
-from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
+
+CPP = KERNELS["cpp"]
 
 # Relative L2 distance from float64: sums of at most 23 products in float32, then a sum over a map for the dots.
 TOLERANCE = 1e-5
@@ -38,8 +40,8 @@ class StageOfOps:
         self.written = torch.zeros(size)  # stands for the map that an op writes, in its probe
         self.weights = [self.forward(t)[1] for t in range(1, shape.depth + 1)]
         # The weights stand in for the score gradients, which only a key's gradient would read.
-        self.retrieved = [
-            cpp.Retrieved(q, w, w, dout, False)
+        self.contributions = [
+            CPP.contribution(q, w, w, dout, False)
             for q, w, dout in zip(self.queries, self.weights, self.douts, strict=True)
         ]
 
@@ -47,7 +49,7 @@ class StageOfOps:
         self, t: int, prev_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Layer t's forward."""
-        return cpp.forward(
+        return CPP.attend(
             self.queries[t - 1],
             self.keys[:t],
             self.values[:t],
@@ -69,14 +71,14 @@ class StageOfOps:
             self.weights[t - 1],
             False,
         )
-        found = cpp.backward(saved, self.douts[t - 1], None, None, True, False)
+        found = CPP.attend_backward(saved, self.douts[t - 1], None, None, True, False)
         assert found.dq is not None
         return found.dscores, found.dq
 
     def gather(self, t: int) -> Tensor:
         """The gradient of value t, from the layers t to T."""
-        later = self.retrieved[t - 1 :]
-        _, dv = cpp.gather(later, t - 1, self.shape.heads, False, False, True)
+        later = self.contributions[t - 1 :]
+        _, dv = CPP.gather(later, t - 1, self.shape.heads, False, False, True)
         assert dv is not None
         return dv
 

@@ -9,21 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.floor import against_probes, percent_of_probe
+from benchmarks.floor import CPP, against_probes, percent_of_probe
 from benchmarks.measure import Contender
 from benchmarks.shapes import StageShape
-from ela_kernels.backends.cpp import (
-    attention as cpp,
-)
-from ela_kernels.backends.cpp import (
-    layer as cpp_layer,
-)
 from ela_kernels.backends.types import (
-    Attended,
+    RESIDUAL,
+    Arrived,
     Filters,
     LayerForward,
     LayerGradients,
+    LayerNeeds,
     Saved,
+    SavedLayer,
 )
 from ela_kernels.modules.query_key_value import default_kernel_size
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
@@ -56,19 +53,17 @@ class StageOfLayers:
         for t in range(1, shape.depth + 1):
             self.made.append(self.forward(t))
         # The weights stand in for the score gradients of later layers, which only a key's gradient would read.
-        self.retrieved = [
-            self._left(t, _present(made.weights)) for t, made in enumerate(self.made, start=1)
+        self.contributions = [
+            CPP.contribution(
+                _present(made.q), _present(made.weights), _present(made.weights), dout, False
+            )
+            for made, dout in zip(self.made, self.douts, strict=True)
         ]
-
-    def _left(self, t: int, dscores: Tensor) -> cpp.Retrieved:
-        made = self.made[t - 1]
-        q, weights = _present(made.q), _present(made.weights)
-        return cpp.Retrieved(q, weights, dscores, self.douts[t - 1], False)
 
     def forward(self, t: int) -> LayerForward:
         """Layer t's forward, after those before it."""
         before = self.made[: t - 1]
-        return cpp_layer.layer_forward(
+        return CPP.layer(
             self.inputs[t - 1],
             self.filters[t - 1],
             [m.k for m in before],
@@ -76,7 +71,7 @@ class StageOfLayers:
             self.shape.heads,
             self.scale,
             None,
-            True,
+            RESIDUAL,
         )
 
     def backward(self, t: int) -> LayerGradients:
@@ -85,20 +80,15 @@ class StageOfLayers:
         weights = _present(made.weights)
         keys, values = [m.k for m in self.made[:t]], [m.v for m in self.made[:t]]
         saved = Saved(_present(made.q), keys, values, heads, self.scale, None, weights, False)
-        dscores = torch.empty_like(weights)
-        return cpp_layer.layer_backward(
-            self.inputs[t - 1],
-            self.filters[t - 1],
-            made.mean,
-            heads,
+        x, filters = self.inputs[t - 1], self.filters[t - 1]
+        found, _ = CPP.layer_backward(
+            SavedLayer(x, filters, made.mean, heads, saved, RESIDUAL, None, None),
+            Arrived(dout, None, None, None, None),
+            self.contributions[t:],
             t - 1,
-            Attended(saved, dout, None, None, dscores, False),
-            [self._left(t, dscores), *self.retrieved[t:]],
-            None,
-            None,
-            dout,
-            (True,) * 4,
+            LayerNeeds(True, True, True, True, False),
         )
+        return found
 
     def phase(self, name: str, t: int) -> Contender:
         """One direction at one depth, as something to time."""

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.types import Saved
-from ela_kernels.ops.layer_attention.reference import (
-    aggregate_reference,
-    layer_attention_reference,
-)
+from ela_kernels.ops.layer_attention.reference import aggregate_reference, layer_attention_reference
+
+CPP = KERNELS["cpp"]
 
 # Depth, batch, channels, height = width, heads.
 SHAPES = {
@@ -120,7 +119,7 @@ def _time(
 def test_forward(benchmark: Callable[..., object], inputs: Inputs, dtype: torch.dtype) -> None:
     i = inputs
     run = partial(
-        cpp.forward,
+        CPP.attend,
         i.q,
         i.keys,
         i.values,
@@ -152,11 +151,11 @@ def test_backward(
     benchmark: Callable[..., object], inputs: Inputs, dtype: torch.dtype, form: str
 ) -> None:
     i = inputs
-    _, weights, _ = cpp.forward(i.q, i.keys, i.values, i.heads, i.scale, None, i.channels_last)
+    _, weights, _ = CPP.attend(i.q, i.keys, i.values, i.heads, i.scale, None, i.channels_last)
     saved = Saved(i.q, i.keys, i.values, i.heads, i.scale, None, weights, i.channels_last)
     every = [form == "push"] * i.depth
     dout = i.douts[-1]
-    run = partial(cpp.backward, saved, dout, None, None, True, False, every, every)
+    run = partial(CPP.attend_backward, saved, dout, None, None, True, False, every, every)
     got = run()
     leaves = [t.double().requires_grad_() for t in (i.q, *i.keys, *i.values)]
     keys, values = leaves[1 : 1 + i.depth], leaves[1 + i.depth :]
@@ -180,12 +179,12 @@ def test_gather(benchmark: Callable[..., object], inputs: Inputs, dtype: torch.d
         for j in range(i.depth)
     ]
     left = [
-        cpp.Retrieved(i.q, w, w, dout, i.channels_last)
+        CPP.contribution(i.q, w, w, dout, i.channels_last)
         for w, dout in zip(weights, i.douts, strict=True)
     ]
 
     def run() -> Tensor:
-        _, dv = cpp.gather(left, 0, i.heads, i.channels_last, False, True)
+        _, dv = CPP.gather(left, 0, i.heads, i.channels_last, False, True)
         assert dv is not None
         return dv
 
@@ -205,7 +204,7 @@ def test_weights_only(
     q, *keys = (torch.randn(batch, channels) for _ in range(depth + 1))
     prev = torch.randn(batch, heads, depth - 1).softmax(-1)
     scale = (channels // heads) ** -0.5
-    run = partial(cpp.weights, q, keys, heads, scale, prev)
+    run = partial(CPP.weights, q, keys, heads, scale, prev)
     weights, _ = run()
     no_values = [torch.zeros(batch, channels, 1).double() for _ in keys]
     _, want, _ = layer_attention_reference(

@@ -119,7 +119,7 @@ def launches_of(case: Case) -> list[Launch]:
 
     And of a light layer, whose shape has no depth.
     """
-    from ela_kernels.backends.triton import op as triton_kernels
+    from ela_kernels.backends.triton.backend import TritonBackend
     from ela_kernels.backends.types import Saved
 
     shape = (case.batch, case.channels, case.size, case.size)
@@ -131,26 +131,29 @@ def launches_of(case: Case) -> list[Launch]:
     weights = torch.empty(case.batch, heads, T)
     kl = torch.empty(case.batch, heads)
     saved = Saved(q, keys, values, heads, scale, weights, weights, False)
+    kernels = TritonBackend()
     with recorded() as found:
-        triton_kernels.forward(q, keys, values, heads, scale, weights, False)
-        triton_kernels.weights(q, keys, heads, scale, weights)
-        triton_kernels.backward(saved, value, weights, kl, True, True)
+        kernels.attend(q, keys, values, heads, scale, weights, False)
+        kernels.weights(q, keys, heads, scale, weights)
+        kernels.attend_backward(saved, value, weights, kl, True, True)
         every = [True] * T
-        triton_kernels.backward(saved, value, weights, kl, True, True, every, every)
-        left = triton_kernels.Retrieved(q, weights, weights, value, False)
-        triton_kernels.gather([left] * T, 0, heads, False, True, True)
-        _call_layer(saved, [left] * T)
-        _call_light_layer(value, q, heads, scale)
+        kernels.attend_backward(saved, value, weights, kl, True, True, every, every)
+        left = kernels.contribution(q, weights, weights, value, False)
+        kernels.gather([left] * T, 0, heads, False, True, True)
+        _call_layer(kernels, saved, [left] * (T - 1))
+        _call_light_layer(kernels, value, q, heads, scale)
     return found
 
 
-def _call_layer(saved: Any, left: list[Any]) -> None:
+def _call_layer(kernels: Any, saved: Any, left: list[Any]) -> None:
     """A whole layer as the last of a stage, and a whole block, each forward and backward."""
-    from ela_kernels.backends.triton import layer
     from ela_kernels.backends.types import (
-        Attended,
-        Epilogue,
+        RESIDUAL,
+        Arrived,
         Filters,
+        LayerNeeds,
+        NormAct,
+        SavedLayer,
     )
 
     x, q, heads, weights = saved.values[-1], saved.q, saved.heads, saved.weights
@@ -158,40 +161,36 @@ def _call_layer(saved: Any, left: list[Any]) -> None:
     row = torch.empty(1, 1, 5, dtype=dtype)
     filters = Filters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype))
     before = saved.keys[:-1], saved.values[:-1], heads, saved.scale, weights
-    layer.layer_forward(x, filters, *before, True)
-    of_batch = Epilogue(None, None, None, None, 1e-5, True)
-    layer.layer_forward(x, filters, *before, False, of_batch)
-    own = Attended(saved, x, None, None, weights, True)
-    index, every = len(saved.keys) - 1, (True,) * 4
-    layer.layer_backward(x, filters, q, heads, index, own, left, None, None, x, every)
+    kernels.retrieve(x, filters, *before, True, False)
+    kernels.retrieve(x, filters, *before, False, True)
+    of_layer = SavedLayer(x, filters, q, heads, saved, RESIDUAL, None, None)
+    arrived = Arrived(x, None, None, None, None)
+    index, every = len(saved.keys) - 1, LayerNeeds(*(True,) * 5)
+    kernels.layer_backward(of_layer, arrived, left, index, every)
     gamma, statistics = torch.empty(channels, dtype=dtype), torch.empty(2, channels)
     mask = torch.empty(len(x), dtype=dtype)
     for given in (None, statistics):
-        epilogue = Epilogue(gamma, gamma, given, mask, 1e-5, True)
-        layer.norm_forward(x, x, statistics, epilogue)
-        layer.norm_backward(x, x, statistics, epilogue)
+        norm = NormAct(gamma, gamma, given, mask, 1e-5, True)
+        kernels.norm_forward(x, x, statistics, norm)
+        kernels.norm_backward(x, x, statistics, norm)
 
 
-def _call_light_layer(x: Any, q: Any, heads: int, scale: float) -> None:
+def _call_light_layer(kernels: Any, x: Any, q: Any, heads: int, scale: float) -> None:
     """A light layer alone and in a block, forward and backward."""
-    from ela_kernels.backends.triton import light as triton_layer
-    from ela_kernels.backends.types import (
-        Epilogue,
-        LightFilters,
-        LightForward,
-    )
+    from ela_kernels.backends.triton import light
+    from ela_kernels.backends.types import LightFilters, LightNeeds, NormAct, SavedLightLayer
 
     channels, dtype = q.shape[1], q.dtype
     row, decay = torch.empty(1, 1, 5, dtype=dtype), torch.empty(channels, 1, 1, dtype=dtype)
     filters = LightFilters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype), decay)
-    for epilogue in (None, Epilogue(None, None, None, None, 1e-5, True)):
-        triton_layer.light_layer_forward(x, filters, x, heads, scale, epilogue)
-    kept = LightForward(x, q, q, q, x, torch.empty(len(x), heads), None)
-    every = (True,) * 6
-    triton_layer.light_layer_backward(x, filters, x, heads, scale, kept, x, x, every)
+    for norm in (None, NormAct(None, None, None, None, 1e-5, True)):
+        light.light_layer(x, filters, x, heads, scale, norm)
+    gates = torch.empty(len(x), heads)
+    saved = SavedLightLayer(x, filters, x, heads, scale, None, q, q, q, x, gates, None, None)
+    light.light_layer_backward(saved, x, x, LightNeeds(*(True,) * 6))
     gamma, mask = torch.empty(channels, dtype=dtype), torch.empty(len(x), dtype=dtype)
-    epilogue = Epilogue(gamma, gamma, None, mask, 1e-5, True)
-    triton_layer.norm_backward(x, x, torch.empty(2, channels), epilogue, x)
+    norm = NormAct(gamma, gamma, None, mask, 1e-5, True)
+    kernels.norm_backward(x, x, torch.empty(2, channels), norm, x)
 
 
 def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any, Any]]:

@@ -19,7 +19,7 @@ from benchmarks.gpu.setting import make_setting
 from benchmarks.gpu.shapes import FLOOR_CASES, INTERLEAVED, LAYER_CASES, STAGE_CASES, Case
 from benchmarks.shapes import StageShape
 from ela_kernels.backends.cpp import layer as cpp_layer
-from ela_kernels.backends.dispatch import layer_kernels_of
+from ela_kernels.backends.dispatch import KERNELS
 
 SHAPE = StageShape(3, 2, 16, 6, 8)
 CPU = torch.device("cpu")
@@ -57,8 +57,8 @@ def test_a_wrong_whole_layer_is_not_timed(kind: str, monkeypatch: pytest.MonkeyP
     right = cpp_layer.layer_backward
 
     def wrong(*args: Any) -> Any:
-        found = right(*args)
-        return found._replace(wv=found.wv * 1.1)
+        found, own = right(*args)
+        return found._replace(wv=found.wv * 1.1), own
 
     stage = layers.LayerStage(Case(SHAPE), CPU, kind)
     with ek.use_backend("cpp"):
@@ -77,8 +77,7 @@ def test_a_wrong_whole_layer_is_not_timed(kind: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("piece", PIECES[:2])
 def test_pieces_pass_their_check(piece: str, layout: str) -> None:
     of_layer = pieces.LayerPieces(Case(SHAPE, "float32", layout), CPU)
-    kernels = layer_kernels_of("cpp")
-    assert kernels is not None
+    kernels = KERNELS["cpp"]
     assert of_layer.is_alone(piece, kernels)
     assert 0 < of_layer.check(piece, kernels) < tolerance(torch.float32)
     assert not of_layer.is_alone("epilogue", kernels)
@@ -88,13 +87,13 @@ def test_pieces_pass_their_check(piece: str, layout: str) -> None:
 def test_a_network_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     step = networks.TrainingStep(networks.SMOKE_CASES[0], "ela", CPU)
     assert step.check("cpp") < 0.02
-    right = cpp_layer.layer_forward
+    right = cpp_layer.layer
 
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        found = right(*args, **kwargs)
-        return found if found.block is None else found._replace(block=3 * found.block)
+    def wrong(*args: Any) -> Any:
+        found = right(*args)
+        return found if found.statistics is None else found._replace(out=3 * found.out)
 
-    monkeypatch.setattr(cpp_layer, "layer_forward", wrong)
+    monkeypatch.setattr(cpp_layer, "layer", wrong)
     with pytest.raises(WrongResultError, match="without the kernels"):
         step.check("cpp")
 
@@ -154,7 +153,6 @@ def test_targets_of_pieces_layers_and_networks() -> None:
                     "large": {"exceeds_cache": True, "ops": {"producer": piece(80.0)}},
                     "small": {"exceeds_cache": False, "ops": {"producer": piece(10.0)}},
                 },
-                "without": ["cuda"],
             },
             "layers": {
                 "cases": {
@@ -194,5 +192,4 @@ def test_targets_of_pieces_layers_and_networks() -> None:
     network = found["triton: ELA's training step, of the plain network's"]
     assert (network.value, network.met) == (1.2, True)
     text = text_report(results)
-    assert "pieces: cuda has no kernels of a whole layer" in text
     assert "| resnet56 [128, 3, 32, 32] " in text

@@ -127,14 +127,14 @@ def test_operations_pass_their_check(op: str, layout: str) -> None:
 def test_a_wrong_operation_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, refusals: list[str]
 ) -> None:
-    right = cpp.forward
+    right = cpp.attend
 
     def wrong(*args: Any) -> Any:
         out, weights, kl = right(*args)
         out[-1, -1, -1, -1] = float("nan")
         return out, weights, kl
 
-    monkeypatch.setattr(cpp, "forward", wrong)
+    monkeypatch.setattr(cpp, "attend", wrong)
     setting = make_setting("cpu", None, smoke=True)
     copy, size = floor.copy_contender(setting)
     found = floor._measure_case(Case(SHAPE), setting, Budget(60), copy, size, refusals)

@@ -12,8 +12,8 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import DIVERGENCE_CASES, SMOKE_CASES
 from benchmarks.gpu.timing import Budget, graphed, take_turns
 from benchmarks.measure import quartiles, summarize
-from ela_kernels.backends.contract import Kernels
-from ela_kernels.backends.dispatch import kernels_of
+from ela_kernels.backends.contract import KernelBackend
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.ops.layer_attention.reference import divergence_reference, log_weights_reference
 
 # A kernel of half a millisecond varies by a percent from run to run, so one region holds many.
@@ -34,7 +34,7 @@ def measure(setting: Setting, budget: Budget, save: Save) -> None:
         ]
         found: dict[str, Any] = {}
         for backend in setting.backends:
-            kernels = kernels_of(backend)
+            kernels = KERNELS[backend]
             with refusing(f"{case.name}: {backend}", report["refused"]):
                 error = _check(sets[0], kernels, backend)
                 runs = {
@@ -49,14 +49,14 @@ def measure(setting: Setting, budget: Budget, save: Save) -> None:
     save(report)
 
 
-def _run_all(sets: list[LayerOps], kernels: Kernels, with_divergence: bool) -> list[object]:
+def _run_all(sets: list[LayerOps], kernels: KernelBackend, with_divergence: bool) -> list[object]:
     results: list[object] = []
     for _ in range(_CALLS):
         results = [s.forward(kernels, s.prev_weights if with_divergence else None) for s in sets]
     return results
 
 
-def _check(layer: LayerOps, kernels: Kernels, backend: str) -> float:
+def _check(layer: LayerOps, kernels: KernelBackend, backend: str) -> float:
     prev = layer.prev_weights
     assert prev is not None
     _, weights, kl = layer.forward(kernels, prev)

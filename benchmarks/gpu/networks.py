@@ -18,7 +18,6 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import GRAPH
 from benchmarks.gpu.timing import Budget, graphed, synchronize, take_turns
 from benchmarks.measure import Contender, ratio, summarize
-from ela_kernels.backends.dispatch import layer_kernels_of
 from ela_kernels.models import build_model
 
 PLAIN, FUSED, SKIPPING = "plain", "mrla", "ela"
@@ -139,11 +138,7 @@ def _is_measured(model: str, cases: dict[str, Any]) -> bool:
 def _measure_case(
     case: NetworkCase, setting: Setting, budget: Budget, refused: list[str]
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "batch": case.batch,
-        "whole_layers": [b for b in setting.backends if layer_kernels_of(b) is not None],
-        "contenders": {},
-    }
+    found: dict[str, Any] = {"batch": case.batch, "contenders": {}}
     timed: dict[str, Contender] = {}
 
     def add(name: str, step: Contender, make: Callable[[], float] | None) -> None:

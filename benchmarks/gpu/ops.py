@@ -12,8 +12,8 @@ from torch import Tensor
 
 from benchmarks.contenders import WrongResultError
 from benchmarks.gpu.shapes import Case
-from ela_kernels.backends.contract import Kernels
-from ela_kernels.backends.dispatch import kernels_of
+from ela_kernels.backends.contract import KernelBackend
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.reference import (
     layer_attention_backward_reference,
@@ -89,14 +89,16 @@ class LayerOps:
         """Weights of the layer before; None for the first."""
         return self.weights[-2] if self.depth > 1 else None
 
-    def forward(self, kernels: Kernels, prev_weights: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(
+        self, kernels: KernelBackend, prev_weights: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Scores, softmax and aggregation, and with `prev_weights` the divergence."""
-        found = kernels.forward(
+        found = kernels.attend(
             self.queries[-1], self.keys, self.values, self.heads, self.scale, prev_weights, False
         )
         return tuple(x for x in found if x is not None)
 
-    def weights_only(self, kernels: Kernels) -> Tensor:
+    def weights_only(self, kernels: KernelBackend) -> Tensor:
         """Scores and softmax."""
         return kernels.weights(self.queries[-1], self.keys, self.heads, self.scale, None)[0]
 
@@ -112,32 +114,32 @@ class LayerOps:
             False,
         )
 
-    def dots(self, kernels: Kernels) -> tuple[Tensor | None, ...]:
+    def dots(self, kernels: KernelBackend) -> tuple[Tensor | None, ...]:
         """Gradients of scores and query: the pull form's backward of a layer."""
-        found = kernels.backward(self._saved(), self.douts[-1], None, None, True, False)
+        found = kernels.attend_backward(self._saved(), self.douts[-1], None, None, True, False)
         return found.dscores, found.dq
 
-    def push(self, kernels: Kernels) -> tuple[Tensor | None, ...]:
+    def push(self, kernels: KernelBackend) -> tuple[Tensor | None, ...]:
         """Gradients of the query and of every key and value."""
         every = [True] * self.depth
-        found = kernels.backward(
+        found = kernels.attend_backward(
             self._saved(), self.douts[-1], None, None, True, False, every, every
         )
         return found.dscores, found.dq, *found.dkeys, *found.dvalues
 
-    def gather(self, kernels: Kernels) -> tuple[Tensor | None, ...]:
+    def gather(self, kernels: KernelBackend) -> tuple[Tensor | None, ...]:
         """Key's and value's gradient of the first layer, from all layers."""
-        retrieved = [
-            kernels.Retrieved(q, w, ds, dout, False)
+        contributions = [
+            kernels.contribution(q, w, ds, dout, False)
             for q, w, ds, dout in zip(
                 self.queries, self.weights, self.dscores, self.douts, strict=True
             )
         ]
-        return kernels.gather(retrieved, 0, self.heads, False, True, True)
+        return kernels.gather(contributions, 0, self.heads, False, True, True)
 
     def operation(self, name: str, backend: str) -> Callable[[], object]:
         """One operation of one backend, as something to time."""
-        kernels = kernels_of(backend)
+        kernels = KERNELS[backend]
         run = {
             "forward": self.forward,
             "dots": self.dots,
@@ -194,7 +196,7 @@ class LayerOps:
 
     def found(self, name: str, backend: str) -> dict[str, Tensor | None]:
         """What one operation gives, named as in :meth:`expected`."""
-        kernels = kernels_of(backend)
+        kernels = KERNELS[backend]
         if name == "forward":
             out, weights = self.forward(kernels)
             return {"out": out, "weights": weights}

@@ -18,12 +18,10 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import PIECE_CASES, SMOKE_CASES, Case
 from benchmarks.gpu.timing import Budget, graphed, take_turns
 from benchmarks.measure import Contender
-from ela_kernels.backends.contract import LayerKernels
-from ela_kernels.backends.dispatch import layer_kernels_of
-from ela_kernels.backends.types import (
-    Epilogue,
-    Filters,
-)
+from ela_kernels.backends.contract import KernelBackend
+from ela_kernels.backends.dispatch import KERNELS
+from ela_kernels.backends.gpu import GpuBackend
+from ela_kernels.backends.types import Arrived, Filters, LayerNeeds, NormAct, SavedLayer
 from ela_kernels.modules.query_key_value import default_kernel_size
 
 _EPS = 1e-5
@@ -51,44 +49,37 @@ class LayerPieces:
             (normal(channels, 1, 3, 3) / 3).to(case.dtype),
         )
         gamma, beta = 1 + 0.1 * normal(channels), 0.1 * normal(channels)
-        self.epilogue = Epilogue(gamma, beta, None, None, _EPS, True)
+        self.norm = NormAct(gamma, beta, None, None, _EPS, True)
         flat = self.o.transpose(0, 1).reshape(channels, -1).float()
         variance, mean = torch.var_mean(flat, 1, correction=0)
         self.statistics = torch.stack((mean, variance))
         self.mean = self.x.float().mean((2, 3)).to(case.dtype)
 
     @staticmethod
-    def is_alone(piece: str, kernels: LayerKernels) -> bool:
+    def is_alone(piece: str, kernels: KernelBackend) -> bool:
         """Whether a backend has the piece by itself: the CPU's kernels do a block's end in the calls of the layer."""
-        return not piece.startswith("epilogue") or hasattr(kernels, "norm_forward")
+        return not piece.startswith("epilogue") or isinstance(kernels, GpuBackend)
 
-    def run(self, piece: str, kernels: LayerKernels) -> dict[str, Tensor | None]:
+    def run(self, piece: str, kernels: KernelBackend) -> dict[str, Tensor | None]:
         """What the piece gives, by name."""
         heads, scale = self.case.shape.heads, 1.0
         if piece == "producer":
-            made = kernels.layer_forward(self.x, self.filters, (), (), heads, scale, None, False)
+            made = kernels.layer(self.x, self.filters, (), (), heads, scale, None)
             return {"v": made.v, "k": made.k}
         if piece == "producer backward":
-            back = kernels.layer_backward(
-                self.x,
-                self.filters,
-                self.mean,
-                heads,
-                0,
-                None,
+            back, _ = kernels.layer_backward(
+                SavedLayer(self.x, self.filters, self.mean, heads, None, None, None, None),
+                Arrived(None, None, None, self.dk, self.dv),
                 (),
-                self.dk,
-                self.dv,
-                None,
-                (True, False, True, True),
+                0,
+                LayerNeeds(True, False, True, True, False),
             )
             return {"dx": back.x, "dwk": back.wk, "dwv": back.wv}
+        assert isinstance(kernels, GpuBackend)  # as is_alone() says
         if piece == "epilogue":
-            out = kernels.norm_forward(self.o, self.x, self.statistics, self.epilogue)
+            out = kernels.norm_forward(self.o, self.x, self.statistics, self.norm)
             return {"out": out}
-        found = kernels.norm_backward(self.o, self.dout, self.statistics, self.epilogue)
-        if found.pending is not None:
-            raise NotImplementedError("it is done in the backward of the layer, and not alone")
+        found = kernels.norm_backward(self.o, self.dout, self.statistics, self.norm)
         return {"do": found.o, "dgamma": found.gamma, "dbeta": found.beta}
 
     def expected(self, piece: str) -> dict[str, Tensor]:
@@ -105,7 +96,7 @@ class LayerPieces:
             arriving = [self.dv.double(), self.dk.double()]
             dx, dwk, dwv = torch.autograd.grad([v, k], [x, wk, wv], arriving)
             return {"dx": dx, "dwk": dwk, "dwv": dwv}
-        gamma, beta = self.epilogue.gamma, self.epilogue.beta
+        gamma, beta = self.norm.gamma, self.norm.beta
         assert gamma is not None
         assert beta is not None
         o, gamma, beta = (t.double().requires_grad_() for t in (self.o, gamma, beta))
@@ -116,7 +107,7 @@ class LayerPieces:
         do[normed.abs() < _UNDECIDED] = float("nan")
         return {"do": do, "dgamma": dgamma, "dbeta": dbeta}
 
-    def check(self, piece: str, kernels: LayerKernels) -> float:
+    def check(self, piece: str, kernels: KernelBackend) -> float:
         """Refuse a piece whose results differ from float64; return how far the worst is off."""
         poisoned = [torch.full_like(self.x, float("nan")) for _ in range(3)]
         del poisoned  # what nothing writes will likely be allocated there
@@ -138,10 +129,8 @@ class LayerPieces:
 
 def measure(setting: Setting, budget: Budget, save: Save) -> None:
     """All cases, each saved as soon as it is there; what the budget does not reach is named."""
-    report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": [], "without": []}
+    report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
     copy, copy_bytes = copy_contender(setting)
-    kernels = {b: layer_kernels_of(b) for b in setting.backends}
-    report["without"] = [b for b, found in kernels.items() if found is None]
     for case in SMOKE_CASES if setting.smoke else PIECE_CASES:
         if budget.left < 3 and report["cases"]:
             report["left_out"].append(case.name)
@@ -160,13 +149,14 @@ def measure(setting: Setting, budget: Budget, save: Save) -> None:
         for piece in PIECES:
             contenders: dict[str, Contender] = {"copy": copy}
             errors = {}
-            for backend, of_backend in kernels.items():
-                if of_backend is None or not sets[0].is_alone(piece, of_backend):
+            for backend in setting.backends:
+                kernels = KERNELS[backend]
+                if not sets[0].is_alone(piece, kernels):
                     continue
                 with refusing(f"{case.name}: {backend} {piece}", report["refused"]):
-                    error = sets[0].check(piece, of_backend)
+                    error = sets[0].check(piece, kernels)
                     runs: list[Callable[[], object]] = [
-                        partial(s.run, piece, of_backend) for s in sets
+                        partial(s.run, piece, kernels) for s in sets
                     ]
                     contenders[backend] = graphed(partial(run_all, runs, 4), setting.device)
                     errors[backend] = error

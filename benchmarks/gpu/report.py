@@ -260,8 +260,6 @@ def _floor_lines(results: Results) -> list[str]:
         if rows:
             head = [f"{part}: % of copy bandwidth", "", "copy GB/s", "each backend"]
             lines += [*table(head, rows), ""]
-        for backend in results["parts"].get(part, {}).get("without", []):
-            lines += [f"{part}: {backend} has no kernels of a whole layer", ""]
     return lines
 
 

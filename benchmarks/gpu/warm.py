@@ -25,7 +25,7 @@ from benchmarks.gpu.footprint import OPS, PIECES
 from benchmarks.gpu.ops import LayerOps
 from benchmarks.gpu.pieces import LayerPieces
 from benchmarks.gpu.setting import Setting, make_setting
-from ela_kernels.backends.dispatch import kernels_of, layer_kernels_of
+from ela_kernels.backends.dispatch import KERNELS
 
 Job = Callable[[Setting], None]
 
@@ -40,15 +40,15 @@ def _floor(case: shapes.Case, setting: Setting) -> None:
     for backend in setting.backends:
         for op in OPS:
             ops.operation(op, backend)()
-        ops.forward(kernels_of(backend), ops.prev_weights)
+        ops.forward(KERNELS[backend], ops.prev_weights)
 
 
 def _pieces(case: shapes.Case, setting: Setting) -> None:
     pieces = LayerPieces(case, setting.device)
     for backend in setting.backends:
-        kernels = layer_kernels_of(backend)
+        kernels = KERNELS[backend]
         for piece in PIECES:
-            if kernels is not None and pieces.is_alone(piece, kernels):
+            if pieces.is_alone(piece, kernels):
                 pieces.run(piece, kernels)
 
 

@@ -12,28 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import (
-    check_norm_sizes,
-    check_sizes,
-)
-from ela_kernels.backends.layout import (
-    MapView,
-    empty_map,
-    is_interleaved,
-    new_row,
-    view_in_form,
-)
-from ela_kernels.backends.memory import (
-    address,
-    check_list_readable,
-    check_readable,
-)
-from ela_kernels.backends.types import (
-    Filters,
-    Gradients,
-    NormAct,
-    Saved,
-)
+from ela_kernels.backends.checks import check_norm_sizes, check_sizes
+from ela_kernels.backends.layout import MapView, empty_map, is_interleaved, new_row, view_in_form
+from ela_kernels.backends.memory import address, check_list_readable, check_readable
+from ela_kernels.backends.types import Filters, Gradients, NormAct, Saved
 from ela_kernels.torch_internals import version_of
 
 Sizes = tuple[int, int, int, int, int]

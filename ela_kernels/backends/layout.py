@@ -8,10 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.memory import (
-    address,
-    with_memory,
-)
+from ela_kernels.backends.memory import address, with_memory
 
 MapView = tuple[int, int, int]
 """Address, batch stride, and channel stride (planar) or position stride (interleaved), in elements."""

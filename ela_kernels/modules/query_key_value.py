@@ -13,12 +13,7 @@ from ela_kernels.backends.memory import PLAIN_TENSORS, check_not_freed
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import fits_layer_dtype, layer_dtype
-from ela_kernels.torch_internals import (
-    has_hooks,
-    is_plain_convolution,
-    own_weight,
-    tracing_state,
-)
+from ela_kernels.torch_internals import has_hooks, is_plain_convolution, own_weight, tracing_state
 
 _EXPORT = "use torch.export.export, or torch.jit.trace of the whole model"
 

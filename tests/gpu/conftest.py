@@ -8,13 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.on_gpu import BACKENDS, DEVICE
+from support.on_gpu import BACKENDS, DEVICE, serving
 
 import ela_kernels as ek
-from ela_kernels.backends.dispatch import kernels_of, layer_kernels_of
+from ela_kernels.backends.contract import KernelBackend
+from ela_kernels.backends.dispatch import KERNELS
 
-_FUNCTIONS = ("forward", "backward", "weights", "gather")
-_LAYER_FUNCTIONS = ("layer_forward", "layer_backward")
+# What a call of the attention's kernels is recorded as; a whole layer in one call counts as its attention's.
+_OF_ATTENTION = {
+    "attend": "forward",
+    "layer": "forward",
+    "attend_backward": "backward",
+    "layer_backward": "backward",
+    "weights": "weights",
+    "gather": "gather",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -67,50 +75,44 @@ def backend(request: pytest.FixtureRequest, gpu: None) -> Iterator[str]:
 
 
 @pytest.fixture
+def light_backend(backend: str) -> Iterator[str]:
+    """Each GPU backend in turn, forced; eager PyTorch in place of one that has no kernels of the light form."""
+    name = serving(backend, "mrla_light")
+    with ek.use_backend(name):
+        yield name
+
+
+@pytest.fixture
 def kernels_ran(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
     """What the calls made so far ran on the kernels of `backend`: `forward`, `backward`, `weights` or `gather`.
 
     A whole layer in one call counts as its attention's.
     """
-    spy = Spy(monkeypatch)
-    for function in _FUNCTIONS:
-        spy.on(kernels_of(backend), function, function)
-    layer: Any = layer_kernels_of(backend)
-    if layer is not None:
-        for function in _LAYER_FUNCTIONS:
-            spy.on(layer, function, function.removeprefix("layer_"))
+    spy = Spy(monkeypatch, KERNELS[backend])
+    for function, name in _OF_ATTENTION.items():
+        spy.on(function, name)
     return spy.record
 
 
 @pytest.fixture
-def layer_backend(backend: str) -> str:
-    """Each GPU backend in turn, of those that have kernels of a whole layer."""
-    if layer_kernels_of(backend) is None:
-        pytest.skip(
-            f"{backend} has no kernels of a whole layer; its modules run on those of the op"
-        )
-    return backend
-
-
-@pytest.fixture
-def layers_ran(monkeypatch: pytest.MonkeyPatch, layer_backend: str) -> list[str]:
-    """The calls of the kernels of a whole layer made so far: `layer_forward` or `layer_backward`."""
-    spy = Spy(monkeypatch)
-    for function in _LAYER_FUNCTIONS:
-        spy.on(layer_kernels_of(layer_backend), function, function)
+def layers_ran(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
+    """The calls of the kernels of a whole layer made so far: `layer` or `layer_backward`."""
+    spy = Spy(monkeypatch, KERNELS[backend])
+    for function in ("layer", "layer_backward"):
+        spy.on(function, function)
     return spy.record
 
 
 class Spy:
-    """Records calls of a module's functions, but not those that they make of each other."""
+    """Records calls of a backend's kernels, but not those that they make of each other."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kernels: KernelBackend) -> None:
         self.record: list[str] = []
-        self._patch = monkeypatch
+        self._patch, self._kernels = monkeypatch, kernels
         self._is_inside = False
 
-    def on(self, module: Any, function: str, name: str) -> None:
-        original: Callable[..., Any] = getattr(module, function)
+    def on(self, function: str, name: str) -> None:
+        original: Callable[..., Any] = getattr(self._kernels, function)
 
         @functools.wraps(original)
         def recorded(*args: Any, **kwargs: Any) -> Any:
@@ -123,4 +125,5 @@ class Spy:
             finally:
                 self._is_inside = False
 
-        self._patch.setattr(module, function, recorded)
+        # Of the one instance, and gone afterwards: setattr() would leave the bound method there.
+        self._patch.setitem(vars(self._kernels), function, recorded)

@@ -19,7 +19,7 @@ import ela_kernels as ek
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.usefixtures("layer_backend", "poisoned_memory", "exact_convolutions"),
+    pytest.mark.usefixtures("backend", "poisoned_memory", "exact_convolutions"),
 ]
 
 HALF = [torch.bfloat16, torch.float16]
@@ -43,7 +43,7 @@ def float32_stage(make, shape, head_dim, form, depth=2):
 @pytest.mark.parametrize(("shape", "head_dim"), SHAPES, ids=str)
 def test_a_stage(shape, head_dim, form, layers_ran, backend):
     assert_right(*float32_stage(make_stage, shape, head_dim, form), backend)
-    assert layers_ran == ["layer_forward"] * 2 + ["layer_backward"] * 2
+    assert layers_ran == ["layer"] * 2 + ["layer_backward"] * 2
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -55,7 +55,7 @@ def test_a_stage_of_blocks(shape, head_dim, is_training, form, layers_ran, backe
         nn.init.uniform_(block.norm.running_mean, -1, 1)
         nn.init.uniform_(block.norm.running_var, 0.5, 2)
     assert_right(blocks.train(is_training), x, backend)
-    assert layers_ran == ["layer_forward"] * 2 + ["layer_backward"] * 2
+    assert layers_ran == ["layer"] * 2 + ["layer_backward"] * 2
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -74,7 +74,7 @@ def test_autocast(make, dtype, form, layers_ran, backend):
     modules, x = make((4, 32, 13, 16), 3, 8, torch.float32, form)
     x = x.detach().to(dtype).requires_grad_()
     assert_right(modules, x, backend, autocast=torch.bfloat16)
-    assert layers_ran == ["layer_forward"] * 3 + ["layer_backward"] * 3
+    assert layers_ran == ["layer"] * 3 + ["layer_backward"] * 3
 
 
 @pytest.mark.parametrize("depth", [1, 3, 5, 33])
@@ -87,7 +87,7 @@ def test_depths(depth, backend):
 def test_layers_that_only_provide(skip, form, layers_ran, backend):
     layers, x = float32_stage(make_stage, (2, 12, 6, 10), 4, form, depth=4)
     assert_right(layers, x, backend, skip=skip)
-    assert layers_ran.count("layer_forward") == 4
+    assert layers_ran.count("layer") == 4
 
 
 # More programs or channels than one grid's dimension or one strip holds.
@@ -205,7 +205,7 @@ def test_recomputed_layers(make, layers_ran):
 
     plain = gradients(lambda f, *args: f(*args))
     assert torch.equal(gradients(partial(checkpoint, use_reentrant=False)), plain)
-    assert layers_ran.count("layer_forward") == 9
+    assert layers_ran.count("layer") == 9
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -223,7 +223,7 @@ def test_without_gradients(mode, form, layers_ran):
         del history
     gc.collect()
     assert all(value() is None for value in held)
-    assert layers_ran == ["layer_forward"] * 3
+    assert layers_ran == ["layer"] * 3
 
 
 def test_hooks_on_the_parts_are_called(backend):

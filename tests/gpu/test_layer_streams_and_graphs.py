@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from support.layer_stages import FORMS, run_blocks
-from support.on_gpu import DEVICE, captured, same_bits
+from support.on_gpu import DEVICE, captured, same_bits, serving
 from torch import nn
 
 import ela_kernels as ek
@@ -90,6 +90,7 @@ def test_a_stage_of_layers_replays_from_a_graph():
         assert same_bits(a, b)
 
 
+@pytest.mark.usefixtures("light_backend")
 def test_a_stage_of_light_layers_replays_from_a_graph():
     torch.manual_seed(2)
     blocks = nn.ModuleList(MRLALight(ek.LightLayerAttention(SHAPE[1], 8), 0.0) for _ in range(3))
@@ -111,8 +112,9 @@ def test_a_stage_of_light_layers_replays_from_a_graph():
 
 
 @pytest.mark.parametrize("attention", ["ela", "mrla", "mrla_light"])
-def test_a_whole_training_step_replays_from_a_graph(attention):
+def test_a_whole_training_step_replays_from_a_graph(attention, backend):
     """Forward, backward and the optimizer, in bfloat16 autocast and channels_last, as a training script captures it."""
+    ek.use_backend(serving(backend, attention))
     torch.manual_seed(5)
     network = CifarResNet((2, 2), (16, 32), attention=attention, head_dim=8)
     network = network.to(DEVICE, memory_format=torch.channels_last).train()

@@ -194,7 +194,7 @@ def test_what_a_step_takes_is_given_back():
     assert torch.cuda.memory_allocated() == held
 
 
-@pytest.mark.usefixtures("cuda_only", "layer_backend")
+@pytest.mark.usefixtures("cuda_only")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("depth", [3, 12, 23])
@@ -230,7 +230,6 @@ def looked_at_in_image(x, rows, columns):
     return found.double() * is_inside
 
 
-@pytest.mark.usefixtures("layer_backend")
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_a_block_on_a_map_beyond_31_bits(memory_format):
     """One residual block, forward and backward, on two samples of which the second ends beyond 2^31 elements."""

@@ -15,7 +15,7 @@ from support.oracle import assert_matches
 
 import ela_kernels as ek
 from ela_kernels.backends.contract import Request
-from ela_kernels.backends.dispatch import choose_backend
+from ela_kernels.backends.dispatch import plan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda_only")]
 
@@ -88,9 +88,7 @@ def test_tensors_on_the_cpu_are_refused_when_forced(backend):
 def test_auto_takes_a_kernel(kernels_ran, backend):
     with ek.use_backend("auto"):
         evaluate_on(make_case())
-        chosen = choose_backend(
-            Request("layer_attention", torch.device("cuda", 0), torch.float32, 3, False)
-        )
+        chosen = plan(Request("layer_attention", torch.device("cuda", 0), torch.float32, 3))
     assert chosen.name in BACKENDS
     assert kernels_ran == (["forward", "backward"] if backend == chosen.name else [])
 

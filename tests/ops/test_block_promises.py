@@ -13,10 +13,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 import ela_kernels as ek
 from ela_kernels.backends.cpp.layer import layer
 from ela_kernels.backends.extension import extension
-from ela_kernels.backends.types import (
-    Filters,
-    NormAct,
-)
+from ela_kernels.backends.types import Filters, NormAct
 from ela_kernels.models.blocks import PreviousOutput
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")

@@ -23,12 +23,8 @@ from support.oracle import oracle, tolerances
 from torch import Tensor
 from torch.nn.functional import conv1d
 
-from ela_kernels.backends.cuda import (
-    attend as cuda_attend,
-)
-from ela_kernels.backends.cuda import (
-    norm as cuda_norm,
-)
+from ela_kernels.backends.cuda import attend as cuda_attend
+from ela_kernels.backends.cuda import norm as cuda_norm
 from ela_kernels.backends.types import Filters
 
 DTYPES = (torch.float32, *HALF_TYPES)

@@ -14,12 +14,7 @@ from support.cuda_on_cpu import launched, off_by
 from support.layouts import MAP_LAYOUTS, channels_last, contiguous
 from torch import Tensor
 
-from ela_kernels.backends.cuda.norm import (
-    Moments,
-    norm_backward,
-    norm_forward,
-    statistics_of,
-)
+from ela_kernels.backends.cuda.norm import Moments, norm_backward, norm_forward, statistics_of
 from ela_kernels.backends.types import NormAct
 
 DTYPES = (torch.float32, *HALF_TYPES)

@@ -26,11 +26,7 @@ from support.layouts import (
 )
 from torch import Tensor
 
-from ela_kernels.backends.cuda.producer import (
-    ProducerGradients,
-    produce,
-    produce_backward,
-)
+from ela_kernels.backends.cuda.producer import ProducerGradients, produce, produce_backward
 from ela_kernels.backends.types import Filters
 
 DTYPES = (torch.float32, *HALF_TYPES)

@@ -9,10 +9,7 @@ import ela_kernels as ek
 from ela_kernels.backends import dispatch, extension
 from ela_kernels.backends.contract import Request
 from ela_kernels.backends.cuda import backend as cuda_backend
-from ela_kernels.backends.cuda.backend import (
-    CudaBackend,
-    architecture_reason,
-)
+from ela_kernels.backends.cuda.backend import CudaBackend, architecture_reason
 from ela_kernels.backends.triton.backend import TritonBackend
 
 DEVICE = torch.device("cuda", 0)

@@ -24,12 +24,7 @@ from support.freed import (
 from torch._subclasses import FakeTensorMode
 
 import ela_kernels as ek
-from ela_kernels.backends.memory import (
-    address,
-    addresses,
-    check_readable,
-    with_memory,
-)
+from ela_kernels.backends.memory import address, addresses, check_readable, with_memory
 
 REFUSED = r"got shapes? .*allowed is "
 

@@ -21,10 +21,7 @@ from torch import nn
 
 import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
-from ela_kernels.backends.types import (
-    Filters,
-    NormAct,
-)
+from ela_kernels.backends.types import Filters, NormAct
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -16,12 +16,19 @@ from support.cases import Case, evaluate
 from torch import Tensor
 
 import ela_kernels as ek
+from ela_kernels.backends.dispatch import KERNELS
 
 DEVICE = torch.device(os.environ.get("ELA_KERNELS_TEST_DEVICE", "cuda"))
 BACKENDS = ("cuda", "triton") if DEVICE.type == "cuda" else ("cpp", "triton")
 
 # What a backend on a GPU takes; float64 is left to eager PyTorch.
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serving(backend: str, attention: str) -> str:
+    """`backend`, or eager PyTorch where it has no kernels of the light form: forced, it would refuse such a layer."""
+    has_light = "light_layer" in (KERNELS[backend].ops or ())
+    return backend if has_light or attention != "mrla_light" else "eager"
 
 
 def moved(tensor: Tensor, device: torch.device = DEVICE) -> Tensor:

@@ -20,7 +20,7 @@ from support.layouts import channel_slice, channels_last, contiguous
 from support.oracle import assert_matches
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension
 from ela_kernels.models.blocks import MRLALight, PreviousOutput
 
@@ -87,12 +87,13 @@ def check_narrowing(dtype: torch.dtype) -> None:
     factors = torch.where(small, floats * 2.0**20, floats).view(1, -1, 1)
     heads = floats.numel()
     queries = torch.where(small, 2.0**-20, 1.0).to(dtype).view(1, heads)
-    retrieved = cpp.Retrieved(queries, factors, factors, None, False)
-    found, _ = cpp.gather([retrieved], 0, heads, False, True, False)
+    cpp = KERNELS["cpp"]
+    contribution = cpp.contribution(queries, factors, factors, None, False)
+    found, _ = cpp.gather([contribution], 0, heads, False, True, False)
     assert_same(found[0], expected)
     dout = queries.unsqueeze(2).repeat(1, 1, 17)  # a whole vector of 4, 8 or 16 and a tail
-    retrieved = cpp.Retrieved(queries, factors, factors, dout, False)
-    found = cpp.gather([retrieved], 0, heads, False, False, True)[1][0]
+    contribution = cpp.contribution(queries, factors, factors, dout, False)
+    found = cpp.gather([contribution], 0, heads, False, False, True)[1][0]
     assert_same(found, expected.unsqueeze(1).expand_as(found))
 
 

@@ -10,18 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ela_kernels.backends.layout import (
-    MapView,
-    SameStrides,
-    in_form,
-    readable_view,
-    view_in_form,
-)
-from ela_kernels.backends.memory import (
-    address,
-    addresses,
-    with_memory,
-)
+from ela_kernels.backends.layout import MapView, SameStrides, in_form, readable_view, view_in_form
+from ela_kernels.backends.memory import address, addresses, with_memory
 
 Table = tuple[list[int], list[int], list[Tensor]]
 """Addresses, strides (one set for all, or one for each), and copies that must live until the kernel has run."""

@@ -11,11 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.cpp.addresses import (
-    maps,
-    row,
-    rows,
-)
+from ela_kernels.backends.cpp.addresses import maps, row, rows
 from ela_kernels.backends.extension import extension
 from ela_kernels.backends.layout import (
     MapView,
@@ -30,10 +26,7 @@ from ela_kernels.backends.layout import (
     resolved,
 )
 from ela_kernels.backends.memory import address
-from ela_kernels.backends.types import (
-    Gradients,
-    Saved,
-)
+from ela_kernels.backends.types import Gradients, Saved
 from ela_kernels.torch_internals import version_of
 
 Sizes = tuple[int, int, int, int, int]

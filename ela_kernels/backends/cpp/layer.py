@@ -8,17 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import (
-    check_shape,
-    refuse_sizes,
-)
-from ela_kernels.backends.cpp.addresses import (
-    NO_TABLE,
-    Table,
-    maps,
-    one_map,
-    rows,
-)
+from ela_kernels.backends.checks import check_shape, refuse_sizes
+from ela_kernels.backends.cpp.addresses import NO_TABLE, Table, maps, one_map, rows
 from ela_kernels.backends.cpp.attention import (
     DTYPE_CODES,
     NO_MAP,
@@ -27,11 +18,7 @@ from ela_kernels.backends.cpp.attention import (
     thread_count,
 )
 from ela_kernels.backends.cpp.attention import kernels as compiled
-from ela_kernels.backends.cpp.norm import (
-    ImageSizes,
-    norm_backward,
-    norm_call,
-)
+from ela_kernels.backends.cpp.norm import ImageSizes, norm_backward, norm_call
 from ela_kernels.backends.layout import (
     MapView,
     SameStrides,
@@ -44,10 +31,7 @@ from ela_kernels.backends.layout import (
     view_in_form,
     with_one_more,
 )
-from ela_kernels.backends.memory import (
-    address,
-    addresses,
-)
+from ela_kernels.backends.memory import address, addresses
 from ela_kernels.backends.types import (
     NO_GRADIENTS,
     Arrived,

@@ -5,22 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import (
-    check_light_shape,
-    check_light_sizes,
-)
-from ela_kernels.backends.cpp.attention import (
-    DTYPE_CODES,
-    NO_MAP,
-    new_map,
-    thread_count,
-)
+from ela_kernels.backends.checks import check_light_shape, check_light_sizes
+from ela_kernels.backends.cpp.attention import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.backends.cpp.attention import kernels as compiled
-from ela_kernels.backends.cpp.norm import (
-    ImageSizes,
-    norm_backward,
-    norm_call,
-)
+from ela_kernels.backends.cpp.norm import ImageSizes, norm_backward, norm_call
 from ela_kernels.backends.layout import (
     MapView,
     accumulate_dtype,
@@ -30,10 +18,7 @@ from ela_kernels.backends.layout import (
     kernel_sizes,
     readable_view,
 )
-from ela_kernels.backends.memory import (
-    address,
-    cast,
-)
+from ela_kernels.backends.memory import address, cast
 from ela_kernels.backends.types import (
     LightFilters,
     LightForward,

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from ela_kernels.backends.checks import check_norm_sizes
 from ela_kernels.backends.cpp.addresses import one_map
-from ela_kernels.backends.cpp.attention import (
-    NO_MAP,
-    new_map,
-)
+from ela_kernels.backends.cpp.attention import NO_MAP, new_map
 from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.backends.layout import (
     MapView,
@@ -25,10 +22,7 @@ from ela_kernels.backends.layout import (
     is_interleaved,
     kernel_sizes,
 )
-from ela_kernels.backends.memory import (
-    address,
-    cast,
-)
+from ela_kernels.backends.memory import address, cast
 from ela_kernels.backends.types import NormAct
 
 ImageSizes = tuple[int, int, int, int, int]

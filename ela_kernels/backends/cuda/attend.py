@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.cuda import attention as cuda
-from ela_kernels.backends.cuda.norm import (
-    Moments,
-    parameter,
-    parameter_view,
-)
+from ela_kernels.backends.cuda.norm import Moments, parameter, parameter_view
 from ela_kernels.backends.gpu_tables import (
     Sizes,
     alike_maps,
@@ -25,17 +21,8 @@ from ela_kernels.backends.gpu_tables import (
     new_divergence,
     new_weights,
 )
-from ela_kernels.backends.layout import (
-    dense,
-    empty_map,
-    is_interleaved,
-    kernel_sizes,
-)
-from ela_kernels.backends.memory import (
-    address,
-    addresses,
-    check_readable,
-)
+from ela_kernels.backends.layout import dense, empty_map, is_interleaved, kernel_sizes
+from ela_kernels.backends.memory import address, addresses, check_readable
 from ela_kernels.backends.types import Filters
 
 __all__ = ["attend_produced", "rows_of"]

@@ -36,15 +36,8 @@ from ela_kernels.backends.layout import (
     new_row,
     resolved,
 )
-from ela_kernels.backends.memory import (
-    address,
-    addresses,
-    check_list_readable,
-)
-from ela_kernels.backends.types import (
-    Gradients,
-    Saved,
-)
+from ela_kernels.backends.memory import address, addresses, check_list_readable
+from ela_kernels.backends.types import Gradients, Saved
 from ela_kernels.torch_internals import cuda_stream
 
 __all__ = ["attend", "attend_backward", "gather", "weights"]

@@ -19,17 +19,8 @@ from ela_kernels.backends.gpu_tables import (
     compact_strides,
     map_view,
 )
-from ela_kernels.backends.layout import (
-    MapView,
-    dense,
-    empty_map,
-    is_interleaved,
-    kernel_sizes,
-)
-from ela_kernels.backends.memory import (
-    address,
-    cast,
-)
+from ela_kernels.backends.layout import MapView, dense, empty_map, is_interleaved, kernel_sizes
+from ela_kernels.backends.memory import address, cast
 from ela_kernels.backends.types import NormAct
 
 __all__ = [

@@ -9,15 +9,8 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.cuda import attention as cuda
-from ela_kernels.backends.cuda.norm import (
-    parameter,
-    parameter_view,
-)
-from ela_kernels.backends.gpu_tables import (
-    ProducerGradients,
-    check_produced,
-    map_view,
-)
+from ela_kernels.backends.cuda.norm import parameter, parameter_view
+from ela_kernels.backends.gpu_tables import ProducerGradients, check_produced, map_view
 from ela_kernels.backends.layout import (
     MapView,
     dense,

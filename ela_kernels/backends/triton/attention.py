@@ -24,24 +24,12 @@ from ela_kernels.backends.gpu_tables import (
     new_divergence,
     new_weights,
 )
-from ela_kernels.backends.layout import (
-    dense,
-    empty_map,
-    is_interleaved,
-    kernel_sizes,
-    resolved,
-)
+from ela_kernels.backends.layout import dense, empty_map, is_interleaved, kernel_sizes, resolved
 from ela_kernels.backends.triton.kernels.forward import (
     layer_attention_fwd_kernel,
     layer_attention_weights_kernel,
 )
-from ela_kernels.backends.triton.plan import (
-    NUM_WARPS,
-    Plan,
-    block_d,
-    bucket,
-    make_plan,
-)
+from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, block_d, bucket, make_plan
 
 _WEIGHTS_HEADS = 4  # of one program of the weights-only pass
 

@@ -24,27 +24,14 @@ from ela_kernels.backends.layout import (
     resolved,
 )
 from ela_kernels.backends.memory import check_list_readable
-from ela_kernels.backends.triton.attention import (
-    guard,
-    padded,
-    units,
-)
+from ela_kernels.backends.triton.attention import guard, padded, units
 from ela_kernels.backends.triton.kernels.backward import (
     layer_attention_bwd_dots_kernel,
     layer_attention_bwd_tail_kernel,
 )
 from ela_kernels.backends.triton.kernels.forward import layer_attention_bwd_gather_kernel
-from ela_kernels.backends.triton.plan import (
-    NUM_WARPS,
-    block_d,
-    bucket,
-    encoded,
-    make_plan,
-)
-from ela_kernels.backends.types import (
-    Gradients,
-    Saved,
-)
+from ela_kernels.backends.triton.plan import NUM_WARPS, block_d, bucket, encoded, make_plan
+from ela_kernels.backends.types import Gradients, Saved
 
 # Numbers that one step of the tail holds; elements of a key's gradient that one program gathers.
 _TAIL_ELEMENTS = 512

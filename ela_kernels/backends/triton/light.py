@@ -5,49 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import (
-    check_light_shape,
-    check_light_sizes,
-)
-from ela_kernels.backends.gpu_tables import (
-    Strides,
-    alike_maps,
-    compact_strides,
-)
-from ela_kernels.backends.layout import (
-    dense,
-    empty_map,
-    is_interleaved,
-    kernel_sizes,
-    new_row,
-)
+from ela_kernels.backends.checks import check_light_shape, check_light_sizes
+from ela_kernels.backends.gpu_tables import Strides, alike_maps, compact_strides
+from ela_kernels.backends.layout import dense, empty_map, is_interleaved, kernel_sizes, new_row
 from ela_kernels.backends.memory import check_readable
-from ela_kernels.backends.triton.attention import (
-    Moments,
-    guard,
-    units,
-)
+from ela_kernels.backends.triton.attention import Moments, guard, units
 from ela_kernels.backends.triton.kernels.light import (
     light_layer_bwd_kernel,
     light_layer_bwd_rows_kernel,
     light_layer_fwd_kernel,
     light_layer_gates_kernel,
 )
-from ela_kernels.backends.triton.norm import (
-    statistics_of,
-)
-from ela_kernels.backends.triton.plan import (
-    NUM_WARPS,
-    Plan,
-    block_d,
-    make_plan,
-    power_of_two,
-)
-from ela_kernels.backends.triton.producer import (
-    Light,
-    produce,
-    produce_backward,
-)
+from ela_kernels.backends.triton.norm import statistics_of
+from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, block_d, make_plan, power_of_two
+from ela_kernels.backends.triton.producer import Light, produce, produce_backward
 from ela_kernels.backends.types import (
     Filters,
     LightFilters,

@@ -13,28 +13,15 @@ from ela_kernels.backends.gpu_tables import (
     check_norm,
     compact_strides,
 )
-from ela_kernels.backends.layout import (
-    dense,
-    empty_map,
-    is_interleaved,
-    kernel_sizes,
-)
-from ela_kernels.backends.triton.attention import (
-    Moments,
-    guard,
-    units,
-)
+from ela_kernels.backends.layout import dense, empty_map, is_interleaved, kernel_sizes
+from ela_kernels.backends.triton.attention import Moments, guard, units
 from ela_kernels.backends.triton.kernels.norm import (
     layer_norm_bwd_kernel,
     layer_norm_fwd_kernel,
     layer_norm_statistics_kernel,
     layer_norm_sums_kernel,
 )
-from ela_kernels.backends.triton.plan import (
-    NUM_WARPS,
-    Plan,
-    make_plan,
-)
+from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, make_plan
 from ela_kernels.backends.types import NormAct
 
 # What a program of a second launch reads at once of partial sums: parts by channels.

@@ -8,32 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.gpu_tables import (
-    ProducerGradients,
-    Strides,
-    alike_maps,
-    check_produced,
-)
-from ela_kernels.backends.layout import (
-    dense,
-    empty_map,
-    is_interleaved,
-    new_row,
-)
+from ela_kernels.backends.gpu_tables import ProducerGradients, Strides, alike_maps, check_produced
+from ela_kernels.backends.layout import dense, empty_map, is_interleaved, new_row
 from ela_kernels.backends.triton.attention import guard
 from ela_kernels.backends.triton.kernels.producer import (
     layer_producer_bwd_kernel,
     layer_producer_fwd_kernel,
 )
-from ela_kernels.backends.triton.kernels.rows import (
-    layer_filters_bwd_kernel,
-    layer_rows_fwd_kernel,
-)
-from ela_kernels.backends.triton.plan import (
-    NUM_WARPS,
-    PatchPlan,
-    make_patch_plan,
-)
+from ela_kernels.backends.triton.kernels.rows import layer_filters_bwd_kernel, layer_rows_fwd_kernel
+from ela_kernels.backends.triton.plan import NUM_WARPS, PatchPlan, make_patch_plan
 from ela_kernels.backends.types import Filters
 
 # What a program of a second launch reads at once: partial sums by channels; and elements of a row's gradient.

@@ -15,12 +15,7 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.dispatch import kernels_for
-from ela_kernels.backends.layout import (
-    accumulate_dtype,
-    empty_map,
-    is_interleaved,
-    resolved,
-)
+from ela_kernels.backends.layout import accumulate_dtype, empty_map, is_interleaved, resolved
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.opaque import opaque
@@ -28,10 +23,7 @@ from ela_kernels.ops.layer_attention.reference import (
     layer_attention_backward_reference,
     layer_attention_reference,
 )
-from ela_kernels.ops.layer_attention.saved_tensors import (
-    save,
-    unpacked,
-)
+from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 
 _library = torch.library.Library("ela_kernels", "FRAGMENT")
 _library.define(

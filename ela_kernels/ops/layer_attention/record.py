@@ -18,11 +18,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend
-from ela_kernels.backends.layout import (
-    in_form,
-    is_interleaved,
-    resolved,
-)
+from ela_kernels.backends.layout import in_form, is_interleaved, resolved
 from ela_kernels.backends.types import Contribution
 from ela_kernels.ops.layer_attention.snapshot import Pairs
 from ela_kernels.torch_internals import (

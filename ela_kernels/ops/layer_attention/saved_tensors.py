@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.layout import (
-    in_form,
-    is_interleaved,
-    resolved,
-    with_one_more,
-)
+from ela_kernels.backends.layout import in_form, is_interleaved, resolved, with_one_more
 from ela_kernels.ops.layer_attention.snapshot import Pairs
 from ela_kernels.torch_internals import keeps_graph as _keeps_graph
 from ela_kernels.torch_internals import top_saved_tensors_hooks as _top_hooks

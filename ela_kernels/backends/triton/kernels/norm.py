@@ -13,13 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ela_kernels.backends.triton.kernels.tiles import (
-    along,
-    line_sum,
-    offsets,
-    part_at,
-    tile_at,
-)
+from ela_kernels.backends.triton.kernels.tiles import along, line_sum, offsets, part_at, tile_at
 
 
 @triton.jit(do_not_specialize=["parts", "chunks", "positions"])

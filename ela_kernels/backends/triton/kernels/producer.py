@@ -14,15 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ela_kernels.backends.triton.kernels.rows import (
-    filter_partials,
-    turned,
-)
-from ela_kernels.backends.triton.kernels.tiles import (
-    across,
-    along,
-    line_sum,
-)
+from ela_kernels.backends.triton.kernels.rows import filter_partials, turned
+from ela_kernels.backends.triton.kernels.tiles import across, along, line_sum
 
 
 @triton.jit
@@ -32,10 +25,11 @@ def _lines_at(block, batch, channels, LINES: tl.constexpr, INTERLEAVED: tl.const
         strips = tl.cdiv(channels, LINES)
         c = block % strips * LINES + tl.arange(0, LINES)
         return tl.full([LINES], 0, tl.int32) + block // strips, c, c < channels
-    plane = block * LINES + tl.arange(0, LINES)
-    mask_line = plane < batch * channels
-    plane = tl.where(mask_line, plane, 0)
-    return plane // channels, plane % channels, mask_line
+    else:
+        plane = block * LINES + tl.arange(0, LINES)
+        mask_line = plane < batch * channels
+        plane = tl.where(mask_line, plane, 0)
+        return plane // channels, plane % channels, mask_line
 
 
 @triton.jit

@@ -50,7 +50,8 @@ def along(line, INTERLEAVED: tl.constexpr):
     """One number for each segment or channel, spread over a tile."""
     if INTERLEAVED:
         return line[None, :]
-    return line[:, None]
+    else:
+        return line[:, None]
 
 
 @triton.jit
@@ -58,7 +59,8 @@ def across(position, INTERLEAVED: tl.constexpr):
     """One number for each position, spread over a tile."""
     if INTERLEAVED:
         return position[:, None]
-    return position[None, :]
+    else:
+        return position[None, :]
 
 
 @triton.jit
@@ -66,7 +68,8 @@ def line_sum(tile, INTERLEAVED: tl.constexpr):
     """The sum of each line of a tile."""
     if INTERLEAVED:
         return tl.sum(tile, axis=0)
-    return tl.sum(tile, axis=1)
+    else:
+        return tl.sum(tile, axis=1)
 
 
 @triton.jit
@@ -106,17 +109,18 @@ def tile_at(
         mask = (n < positions)[:, None] & mask_line[None, :]
         number = (b * chunks + tile).to(tl.int64)
         return sample, n.to(tl.int64)[:, None], c[None, :], mask, item, mask_line, c, number
-    segment = pid * ROWS + tl.arange(0, ROWS)
-    mask_line = segment < batch * rows * chunks
-    segment = tl.where(mask_line, segment, 0)
-    b = segment // (rows * chunks)
-    row = segment % (rows * chunks) // chunks
-    offs = ((segment % chunks).to(tl.int64) * COLS)[:, None] + tl.arange(0, COLS)[None, :]
-    item = b * heads + row // (rows // heads)
-    mask = mask_line[:, None] & (offs < row_units * UNIT)
-    number = pid.to(tl.int64)
-    sample = b.to(tl.int64)[:, None]
-    return sample, row.to(tl.int64)[:, None], offs, mask, item, mask_line, segment, number
+    else:
+        segment = pid * ROWS + tl.arange(0, ROWS)
+        mask_line = segment < batch * rows * chunks
+        segment = tl.where(mask_line, segment, 0)
+        b = segment // (rows * chunks)
+        row = segment % (rows * chunks) // chunks
+        offs = ((segment % chunks).to(tl.int64) * COLS)[:, None] + tl.arange(0, COLS)[None, :]
+        item = b * heads + row // (rows // heads)
+        mask = mask_line[:, None] & (offs < row_units * UNIT)
+        number = pid.to(tl.int64)
+        sample = b.to(tl.int64)[:, None]
+        return sample, row.to(tl.int64)[:, None], offs, mask, item, mask_line, segment, number
 
 
 @triton.jit
@@ -134,8 +138,9 @@ def part_at(number, place, channels, chunks, INTERLEAVED: tl.constexpr):
     """Where the sums of a tile's lines are in partial sums `[B * chunks, C]`; a planar tile's rows are of channels."""
     if INTERLEAVED:
         return number * channels + place
-    sample = (place // (channels * chunks)).to(tl.int64)
-    return (sample * chunks + place % chunks) * channels + place // chunks % channels
+    else:
+        sample = (place // (channels * chunks)).to(tl.int64)
+        return (sample * chunks + place % chunks) * channels + place // chunks % channels
 
 
 @triton.jit
