@@ -38,22 +38,27 @@ def make_layers(depth, skip=(), scales=None, dtype=torch.float64):
     return layers, x
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, rtol=1e-12, atol=1e-12):
     assert len(found) == len(expected)
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert (a is None) == (b is None), f"gradient {i}: {a} against {b}"
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda m, i=i: f"{i}: {m}")
+            torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=lambda m, i=i: f"{i}: {m}")
 
 
-def on_both(run):
+def chained(backend, depth, *args):
+    """:func:`make_layers` where a backend runs, in the widest dtype that it serves."""
+    layers, x = make_layers(depth, *args, dtype=backend.exact)
+    return layers.to(backend.device), x.detach().to(backend.device).requires_grad_()
+
+
+def compare(backend, run):
     """`run()` on the kernels and on the reference; compares everything it returns."""
-    results = {}
-    for backend in ("cpp", "eager"):
-        with ek.use_backend(backend):
-            results[backend] = run()
-    assert_same(results["cpp"], results["eager"])
-    return results["cpp"]
+    found = run()
+    with ek.use_backend("eager"):
+        expected = run()
+    assert_same(found, expected, **backend.tolerance)
+    return found
 
 
 def all_inputs(layers, x):
@@ -73,7 +78,3 @@ def run_stage(layers, x, history=None, through=lambda f, *args: f(*args)):
 
 def grads(loss, inputs, **kwargs):
     return list(torch.autograd.grad(loss, inputs, allow_unused=True, **kwargs))
-
-
-def on_both_planar(layers, x):
-    return on_both(lambda: grads(run_stage(layers, x)[0][-1].square().sum(), all_inputs(layers, x)))

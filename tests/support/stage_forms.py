@@ -77,10 +77,10 @@ def maps(outs: list[Tensor], shared: Any) -> list[Tensor]:
     return found
 
 
-def check_freed_after_a_failed_pass(form: str) -> None:
+def check_freed_after_a_failed_pass(form: str, device: torch.device | str = "cpu") -> None:
     """On whichever backend serves the stage. A cycle through a graph's nodes is past any collector."""
     modules, x = make(form, 3)
-    modules, x = modules.float(), x.detach().float().requires_grad_()
+    modules, x = modules.float().to(device), x.detach().float().to(device).requires_grad_()
     outs, shared = run(form, modules, x)
     kept = [weakref.ref(t.untyped_storage()) for t in maps(outs, shared)]
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.cases import DTYPES, Case, evaluate, make_case
+from support.backends import ALL, Backend, on
+from support.cases import Case, make_case
 from support.layouts import MAP_LAYOUTS, TOKEN_LAYOUTS
 from support.oracle import assert_matches
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, backend: Backend) -> Case:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     heads, head_dim = draw(st.integers(1, 5)), draw(st.integers(1, 19))
     batch, depth = draw(st.integers(0, 4)), draw(st.integers(1, 9))
@@ -25,7 +25,7 @@ def cases(draw: st.DrawFn) -> Case:
         (batch, *spatial, channels) if channels_last else (batch, channels, *spatial),
         depth,
         heads,
-        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(backend.dtypes)),
         draw(st.lists(layouts, min_size=1, max_size=3)),
         scale=draw(st.sampled_from([None, 0.3, -1.0])),
         prev_depth=draw(st.none() | st.integers(1, depth)),
@@ -37,15 +37,27 @@ def cases(draw: st.DrawFn) -> Case:
     return case
 
 
-@pytest.mark.usefixtures("backend")
-@settings(
-    max_examples=250,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    # The backend is forced for the whole test: nothing of it changes between examples.
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(case=cases())
-def test_random_calls(case):
-    assert_matches(evaluate(case), case)
+def check_random_calls(backend: Backend, count: int) -> None:
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        # The backend is forced for the whole test: nothing of it changes between examples.
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(case=cases(backend))
+    def check(case: Case) -> None:
+        assert_matches(backend.evaluate(case), case)
+
+    check()
+
+
+@on([b for b in ALL if not b.is_slow])
+def test_random_calls(backend):
+    check_random_calls(backend, 250)
+
+
+@on([b for b in ALL if b.is_slow])
+def test_a_few_random_calls(backend):
+    check_random_calls(backend, 25)

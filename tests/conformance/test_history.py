@@ -1,0 +1,453 @@
+"""The pull form: outputs and gradients of layers that share a LayerHistory.
+
+Layers whose queries, keys and values are given are held to the oracle, in every dtype; chained ones, whose query, key
+and value all come from the map before, to eager PyTorch in the widest dtype that the backend serves.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from support.backends import WITH_KERNELS, Backend, on, over, words
+from support.history_stages import (
+    BATCH,
+    CHANNELS,
+    HEADS,
+    all_inputs,
+    assert_same,
+    chained,
+    compare,
+    grads,
+    run_stage,
+)
+from support.layouts import (
+    channel_slice,
+    channels_last,
+    contiguous,
+    last_slice,
+    one_number,
+    transposed,
+)
+from support.on_gpu import same_bits
+from support.pairs import pairs
+from support.pull_stages import Stage, check_stage
+
+import ela_kernels as ek
+
+FORMS = (contiguous, channels_last)
+MAKERS = {
+    "planar": contiguous,
+    "interleaved": channels_last,
+    "sliced": channel_slice,
+    "in neither form": transposed,
+    "in turns": [contiguous, channels_last, channel_slice, last_slice],
+}
+DOUTS = {
+    "as the values": None,
+    "of a sum": one_number,
+    "transposed": transposed,
+    "in turns": [channels_last, last_slice, contiguous],
+}
+WANTED = {
+    "all": lambda kind, layer: True,
+    "queries": lambda kind, layer: kind == "q",
+    "keys": lambda kind, layer: kind == "k",
+    "values": lambda kind, layer: kind == "v",
+    "first layer": lambda kind, layer: layer == 0,
+    "last layer": lambda kind, layer: layer == 4,
+    "some": lambda kind, layer: (kind, layer) in (("q", 1), ("k", 0), ("v", 2), ("q", 4)),
+}
+
+
+def dtypes(backend: Backend) -> list[torch.dtype]:
+    """Eager PyTorch rounds every partial sum of a gradient: it is exact where that rounding is the kernels' own."""
+    return [d for d in backend.dtypes if backend.has_kernels or d.itemsize >= 4]
+
+
+def stages(backend: Backend) -> list[dict[str, Any]]:
+    factors = {
+        "provide": [(), (0,), (1,), (2,), (3, 4), (0, 1, 2), (4,)],
+        "through": ["out weights kl", "out", "weights", "kl", "out kl", "weights kl"],
+        "dtype": dtypes(backend),
+        "layout": list(MAKERS),
+        "dout": list(DOUTS),
+        "used": [None, (0,), (4,), (1, 3), (0, 2, 4)],
+        "wanted": list(WANTED),
+        "size": [((2, 16, 4, 5), 2), ((2, 12, 5, 3), 3), ((3, 6, 2, 3), 6), ((2, 37, 3, 4), 1)],
+        "tokens": [False, True],
+    }
+    return pairs(factors)
+
+
+@over("pair", stages, ids=words)
+def test_stages(backend, pair):
+    shape, heads = pair["size"]
+    if pair["tokens"]:
+        shape = (shape[0], *shape[2:], shape[1])
+    stage = Stage(
+        shape,
+        heads,
+        5,
+        pair["dtype"],
+        MAKERS[pair["layout"]],
+        pair["tokens"],
+        pair["provide"],
+        pair["through"],
+        DOUTS[pair["dout"]],
+        pair["used"],
+        WANTED[pair["wanted"]],
+    )
+    check_stage(stage, backend.put)
+
+
+@over(
+    "pair",
+    lambda backend: pairs(
+        {
+            "size": [((3, 12, 5, 7), 3), ((2, 37, 9, 8), 37), ((2, 32, 14, 14), 2)],
+            "layout": FORMS,
+            "dtype": dtypes(backend),
+        }
+    ),
+    ids=words,
+)
+def test_sizes(backend, pair):
+    shape, heads = pair["size"]
+    check_stage(Stage(shape, heads, 2, pair["dtype"], pair["layout"]), backend.put)
+
+
+@over(
+    "depth", lambda backend: [d for d in (1, 2, 3, 9, 31, 33, 40) if d <= 9 or not backend.is_slow]
+)
+def test_depths(backend, depth):
+    check_stage(Stage((1, 8, 2, 2), 2, depth, torch.float32), backend.put)
+
+
+@over("dtype", lambda backend: backend.dtypes)
+def test_the_same_stage_gives_the_same_bits(backend, dtype):
+    shape = (2, 8, 3, 5) if backend.is_slow else (4, 32, 14, 14)
+    stage = Stage(shape, 2, 6, dtype)
+    (outs, first), (more, again) = stage.run(backend.put), stage.run(backend.put)
+    assert all(same_bits(a, b) for a, b in zip(outs, more, strict=True))
+    for kind, gradients in first.items():
+        for a, b in zip(gradients, again[kind], strict=True):
+            assert same_bits(a, b), kind
+
+
+@on(WITH_KERNELS)
+def test_each_layer_runs_once_in_each_direction(backend, made):
+    Stage((2, 12, 5, 3), 3, 3, torch.float32).run(backend.put)
+    assert made == ["attend"] * 3 + ["attend_backward", "gather"] * 3
+
+
+# Chained layers.
+
+
+def compare_planar(backend: Backend, layers: Any, x: torch.Tensor) -> list[Any]:
+    return compare(
+        backend,
+        lambda: grads(run_stage(layers, x)[0][-1].square().sum(), all_inputs(layers, x)),
+    )
+
+
+kernels = on(WITH_KERNELS)
+
+
+@on([b for b in WITH_KERNELS if b.beyond])
+def test_the_deepest_history(backend):
+    options = {"dtype": backend.exact, "device": backend.device}
+    q, *values = (
+        torch.randn(2, 4, *spatial, **options).requires_grad_()
+        for spatial in [(), *[(3,)] * (backend.max_depth or 300)]
+    )
+
+    def run():
+        history, total = ek.LayerHistory(), 0.0
+        for v in values:
+            total = total + history.attend(q, q * 0.5, v, heads=2).square().sum()
+        return grads(total, [q, *values[:3], values[-1]])
+
+    compare(backend, run)
+
+
+@over("depth", lambda backend: backend.some([1, 2, 9, 5]), WITH_KERNELS)
+def test_gradients_of_a_chained_chained(backend, depth):
+    layers, x = chained(backend, depth)
+
+    def run():
+        outs, _, _ = run_stage(layers, x)
+        return [outs[-1].detach(), *grads(outs[-1].square().sum(), all_inputs(layers, x))]
+
+    found = compare(backend, run)
+    # Only the first layer's query has no influence: it retrieves from one pair alone.
+    zero = [i for i, g in enumerate(found[2:]) if g.abs().max() == 0]
+    assert zero == ([0, 1] if depth == 1 else [0])
+
+
+@over(
+    "skip",
+    lambda backend: backend.some([(1,), (0,), (2, 3), (4,), (0, 1, 2), (0, 3)]),
+    WITH_KERNELS,
+)
+def test_layers_that_only_provide(backend, skip):
+    layers, x = chained(backend, 5, skip)
+
+    def run():
+        outs, weights, kls = run_stage(layers, x)
+        loss = outs[-1].square().sum() + sum(k.sum() for k in kls if k is not None)
+        loss = loss + sum(w.square().sum() for w in weights if w is not None)
+        return grads(loss, all_inputs(layers, x))
+
+    compare(backend, run)
+
+
+@kernels
+def test_each_layer_its_own_scale(backend):
+    layers, x = chained(backend, 4, (1,), [0.1, None, 0.7, 1.3])
+    compare_planar(backend, layers, x)
+
+
+@over("what", lambda backend: backend.some(["weights", "kl", "all"]), WITH_KERNELS)
+def test_gradients_through_weights_and_divergence(backend, what):
+    layers, x = chained(backend, 5)
+
+    def run():
+        outs, weights, kls = run_stage(layers, x)
+        loss = sum(k.square().sum() for k in kls if k is not None)
+        if what != "kl":
+            loss = sum(w.square().sum() for w in weights)
+        if what == "all":
+            loss = loss + outs[-1].square().sum()
+        return grads(loss, all_inputs(layers, x))
+
+    compare(backend, run)
+
+
+@over("trained", lambda backend: backend.some([(0,), (2,), (4,), (1, 3)]), WITH_KERNELS)
+def test_only_some_layers_need_gradients(backend, trained):
+    layers, x = chained(backend, 5)
+    x = x.detach()
+    for i, layer in enumerate(layers):
+        layer.requires_grad_(i in trained)
+    wanted = [p for p in layers.parameters() if p.requires_grad]
+    compare(backend, lambda: grads(run_stage(layers, x)[0][-1].square().sum(), wanted))
+
+
+@kernels
+def test_a_loss_on_a_layer_before_the_last(backend):
+    layers, x = chained(backend, 4)
+    compare(backend, lambda: grads(run_stage(layers, x)[0][1].sum(), [x]))
+
+
+@kernels
+def test_a_layer_under_no_grad_does_not_cut_the_chain(backend):
+    layers, x = chained(backend, 5)
+
+    def run():
+        history, y = ek.LayerHistory(), x
+        for i, layer in enumerate(layers):
+            if i == 2:
+                with torch.no_grad():
+                    layer(y, history)
+            else:
+                y = layer(y, history)
+        wanted = [x, *(p for i, lay in enumerate(layers) if i != 2 for p in lay.parameters())]
+        return grads(y.square().sum(), wanted)
+
+    compare(backend, run)
+
+
+@kernels
+def test_two_forward_passes_before_one_backward(backend):
+    layers, x = chained(backend, 4)
+    z = torch.randn_like(x, requires_grad=True)
+
+    def run():
+        a, b = run_stage(layers, x)[0][-1], run_stage(layers, z)[0][-1]
+        return grads((a * b).sum(), [*all_inputs(layers, x), z])
+
+    compare(backend, run)
+
+
+@over(
+    "order",
+    lambda backend: backend.some([("whole", "part"), ("whole", "whole"), ("part", "whole")]),
+    WITH_KERNELS,
+    ids=words,
+)
+def test_second_backward_over_a_retained_graph(backend, order):
+    layers, x = chained(backend, 5)
+
+    def run():
+        outs, _, _ = run_stage(layers, x)
+        losses = {"whole": outs[-1].square().sum(), "part": outs[2].square().sum()}
+        found = []
+        for name in order:
+            found += grads(losses[name], all_inputs(layers, x), retain_graph=True)
+        return found
+
+    compare(backend, run)
+
+
+@kernels
+def test_a_repeated_backward_gives_the_same_bits(backend):
+    layers, x = chained(backend, 4)
+    outs, _, _ = run_stage(layers, x)
+    # Not the parameters: PyTorch may add their gradients up in another order every time.
+    first, again = (grads(outs[-1].sum(), [x], retain_graph=True) for _ in range(2))
+    assert same_bits(first[0], again[0])
+
+
+@over("subset", lambda backend: backend.some([[0], [3], [13], [7, 2]]), WITH_KERNELS)
+def test_gradients_of_a_subset_then_of_all(backend, subset):
+    layers, x = chained(backend, 5)
+
+    def run():
+        loss = run_stage(layers, x)[0][-1].square().sum()
+        inputs = all_inputs(layers, x)
+        part = grads(loss, [inputs[i] for i in subset], retain_graph=True)
+        return part + grads(loss, inputs)
+
+    compare(backend, run)
+
+
+@kernels
+def test_two_continuations_of_one_history(backend):
+    layers, x = chained(backend, 6)
+
+    def run():
+        history, y = ek.LayerHistory(), x
+        for layer in layers[:2]:
+            y = layer(y, history)
+        other = copy.copy(history)  # a shallow copy continues from the same prefix
+        a = run_stage(layers[2:4], y, history)[0][-1]
+        b = run_stage(layers[4:], y, other)[0][-1]
+        inputs = all_inputs(layers, x)
+        both = grads(a.square().sum() + b.square().sum(), inputs, retain_graph=True)
+        return both + grads(a.square().sum(), inputs, retain_graph=True) + grads(b.sum(), inputs)
+
+    compare(backend, run)
+
+
+@kernels
+def test_expanded_and_strided_output_gradients(backend):
+    layers, x = chained(backend, 3)
+    inputs = all_inputs(layers, x)
+    compare(backend, lambda: grads(run_stage(layers, x)[0][-1].sum(), inputs))
+
+    def strided():
+        out = run_stage(layers, x)[0][-1].transpose(2, 3)[:, :, ::2]
+        return grads(out.square().sum(), inputs)
+
+    compare(backend, strided)
+
+
+@pytest.mark.parametrize("turned", [(1,), (0, 2), (0, 1, 2, 3)], ids=str)
+@pytest.mark.parametrize("channels", [1, 6])
+@kernels
+def test_values_and_output_gradients_with_height_and_width_swapped(backend, channels, turned):
+    """A gradient strided as a value that no kernel can read as it is: each counts for every earlier layer."""
+    torch.manual_seed(4)
+    options = {"dtype": backend.exact, "device": backend.device}
+
+    def swapped():
+        return torch.randn(2, channels, 5, 4, **options).transpose(-1, -2)
+
+    qs, ks = (
+        [torch.randn(2, channels, **options).requires_grad_() for _ in range(4)] for _ in range(2)
+    )
+    values = [swapped().requires_grad_() for _ in range(4)]
+    douts = [swapped() if i in turned else swapped().contiguous() for i in range(4)]
+
+    def run():
+        history, heads = ek.LayerHistory(), 1 if channels == 1 else 2
+        outs = [history.attend(*t, heads=heads) for t in zip(qs, ks, values, strict=True)]
+        return list(torch.autograd.grad(outs, [*qs, *ks, *values], douts, allow_unused=True))
+
+    compare(backend, run)
+
+
+@kernels
+def test_channels_last_maps_keep_their_format(backend):
+    layers, x = chained(backend, 4)
+    y = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+
+    def run():
+        outs, _, _ = run_stage(layers, y)
+        assert outs[-1].is_contiguous(memory_format=torch.channels_last)
+        return grads(outs[-1].square().sum(), all_inputs(layers, y))
+
+    found, planar = compare(backend, run)[1:], compare_planar(backend, layers, x)[1:]
+    assert_same(found, planar, **backend.tolerance)
+
+
+@kernels
+def test_accumulation_and_hooks(backend):
+    layers, x = chained(backend, 3)
+
+    def run():
+        inputs = all_inputs(layers, x)
+        for p in inputs:
+            p.grad = None
+        seen = []
+        for _ in range(2):
+            outs, _, _ = run_stage(layers, x)
+            outs[1].register_hook(lambda g: (seen.append(g.clone()), g * 2)[1])
+            outs[-1].square().sum().backward()
+        return [p.grad.clone() for p in inputs] + seen
+
+    compare(backend, run)
+
+
+@kernels
+def test_mixed_memory_formats_where_strides_look_alike(backend):
+    """With as many positions as channels a planar and an interleaved map have the same two strides."""
+    layers, _ = chained(backend, 4)
+    torch.manual_seed(3)
+    x = torch.randn(BATCH, CHANNELS, 2, CHANNELS // 2, dtype=backend.exact, device=backend.device)
+    x.requires_grad_()
+
+    def run():
+        history, outs = ek.LayerHistory(), []
+        for i, layer in enumerate(layers):
+            form = torch.channels_last if i % 2 else torch.contiguous_format
+            y, v = x.flatten(2).mean(-1), (x * layer.wv).tanh().contiguous(memory_format=form)
+            outs.append(history.attend(y @ layer.wq, y @ layer.wk, v, heads=HEADS))
+        return grads(sum(o.square().sum() for o in outs), all_inputs(layers, x))
+
+    compare(backend, run)
+
+
+@pytest.mark.parametrize("whole_layers", [False, True])
+@over(
+    "served",
+    lambda backend: ["kekk", "ekkk", "ekek", "kkee"],
+    WITH_KERNELS,
+)
+def test_backends_that_change_within_a_chained(backend, served, whole_layers):
+    """A pair that eager PyTorch served has no node that gathers its gradient: what follows must not rely on one."""
+    torch.manual_seed(0)
+    options = {"dtype": backend.exact, "device": backend.device}
+    layers = torch.nn.ModuleList(ek.LayerAttention(8, 4) for _ in served).to(**options)
+    x, given = (torch.randn(2, 8, 5, 4, **options).requires_grad_() for _ in range(2))
+
+    def run(served):
+        history, y = ek.LayerHistory(), x
+        with torch.no_grad():  # its gradient comes from the later layers alone
+            history.provide(given.mean((2, 3)), given, heads=2)
+        for layer, letter in zip(layers, served, strict=True):
+            with ek.use_backend("eager" if letter == "e" else backend.name):
+                if whole_layers:
+                    y = layer(y, history, residual=True)
+                else:
+                    q, k, v = layer.query_key_value(y)
+                    y = y + history.attend(q, k, v, heads=2)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, given, *layers.parameters()])]
+
+    # Two hundred times as much for sums over maps and through filters in float64.
+    loose = {"rtol": 1e-10, "atol": 1e-10} if backend.exact == torch.float64 else backend.tolerance
+    for found, expected in zip(run(served), run("eeee"), strict=True):
+        torch.testing.assert_close(found, expected, **loose)
