@@ -178,7 +178,7 @@ def _extension_devices() -> Any:
     for device in found["devices"]:
         device["capability"] = list(device["capability"])
         # A binary that this device cannot run shows here, and not in the middle of a training run.
-        code, result = module.cuda_increment(device["index"], 41)
+        code, result = module.cuda_increment(device["index"], value=41)
         device["kernel"] = "ran" if (code, result) == (0, 42) else module.cuda_error(code)
     return found["devices"]
 

@@ -190,7 +190,7 @@ class TestCudaPart:
         module = loader.extension()
         assert module is not None
         present = len(module.cuda_devices()["devices"])
-        code, _ = module.cuda_increment(present, 1)
+        code, _ = module.cuda_increment(present, value=1)
         assert code != 0
 
     @pytest.mark.gpu
@@ -201,7 +201,7 @@ class TestCudaPart:
         if not found["devices"]:
             pytest.skip(found["problem"] or "no CUDA device")
         for device in found["devices"]:
-            assert module.cuda_increment(device["index"], -8) == (0, -7)
+            assert module.cuda_increment(device["index"], value=-8) == (0, -7)
 
 
 def test_importing_the_package_brings_nothing_along_and_starts_no_gpu() -> None:

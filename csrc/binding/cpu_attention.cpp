@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "binding/cpu_views.h"
+#include "binding/named.h"
 #include "cpu/select.h"
 
 namespace py = pybind11;
@@ -20,29 +21,23 @@ using ela::RowView;
 using ela::Shape;
 using ela::WeightsParams;
 
-void weights(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
-             const Ints& keys, const Ints& key_strides, int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl,
-             int threads) {
-  const std::vector<RowView> key_views = rows(keys, key_strides);
-  const WeightsParams p =
-      weights_params(shape_of(sizes), scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
+void weights(int dtype, const std::array<int64_t, 5>& sizes, const Attention& attention, int64_t kl, int threads) {
+  const std::vector<RowView> key_views = rows(attention.keys, attention.key_strides);
+  const WeightsParams p = weights_params(shape_of(sizes), attention, key_views, kl);
   const auto kernel = ela::kernels().weights[checked_dtype(dtype)];
   py::gil_scoped_release unlocked;
   kernel(p, threads);
 }
 
-void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
-             const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
-             int64_t prev_depth, int64_t weights, int64_t kl, const std::array<int64_t, 3>& out, int64_t workspace,
-             int threads) {
+void forward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& attention, int64_t kl, const View& out,
+             int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
-  const std::vector<RowView> key_views = rows(keys, key_strides);
-  const std::vector<MapView> value_views = maps(values, value_strides);
+  const std::vector<RowView> key_views = rows(attention.keys, attention.key_strides);
+  const std::vector<MapView> value_views = maps(attention.values, attention.value_strides);
   require(value_views.size() == key_views.size(), "values: one for each key");
-  present(values, elements_of(shape), "values"), present(out[0], elements_of(shape), "out");
-  present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(keys.size())), "workspace");
-  const WeightsParams p =
-      weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, kl);
+  present(attention.values, elements_of(shape), "values"), present(out[0], elements_of(shape), "out");
+  present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(key_views.size())), "workspace");
+  const WeightsParams p = weights_params(shape, attention, key_views, kl);
   const size_t size = element_size(checked_dtype(dtype));
   std::vector<ColumnView> weight_columns;
   weight_columns.reserve(key_views.size());
@@ -58,26 +53,24 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64
 }
 
 // One layer's own gradients. The push form asks for dkeys and dvalues here; the pull form gathers them (see gather).
-void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int64_t query, int64_t query_stride,
-              const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
-              int64_t prev_depth, int64_t weights, const std::array<int64_t, 3>& dout, int64_t dweights, int64_t dkl,
-              int64_t dscores, int64_t dquery, const Ints& dkeys, int64_t dprev, const Ints& dvalues,
-              const Ints& dvalue_strides, int64_t workspace, int threads) {
+void backward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& attention, const View& dout,
+              int64_t dweights, int64_t dkl, int64_t dscores, int64_t dquery, const Ints& dkeys, int64_t dprev,
+              const Ints& dvalues, const Ints& dvalue_strides, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
-  const std::vector<RowView> key_views = rows(keys, key_strides);
+  const std::vector<RowView> key_views = rows(attention.keys, attention.key_strides);
   const std::vector<RowView> dkey_views = rows(dkeys, {shape.channels});
-  const std::vector<MapView> value_views = maps(values, value_strides);
+  const std::vector<MapView> value_views = maps(attention.values, attention.value_strides);
   const std::vector<MapView> dvalue_views = maps(dvalues, dvalue_strides);
   const MapView dout_view = map(dout);
   const size_t depth = key_views.size();
   require(dout[0] == 0 || value_views.size() == depth, "values: one for each key");
   require(dkey_views.empty() || dkey_views.size() == depth, "dkeys: one for each key, or none");
   require(dvalue_views.empty() || (dvalue_views.size() == depth && dout[0] != 0), "dvalues: one each, or none");
-  require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
-  present(values, dout[0] == 0 ? 0 : elements_of(shape), "values"), present(dscores, shape.batch, "dscores");
+  require(dprev == 0 || (attention.prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
+  present(attention.values, dout[0] == 0 ? 0 : elements_of(shape), "values"), present(dscores, shape.batch, "dscores");
   present(workspace, ela::kernels().backward_workspace(shape, static_cast<int64_t>(depth)), "workspace");
   const BackwardParams p = {
-      weights_params(shape, scale, row(query, query_stride), key_views, prev, prev_depth, weights, 0),
+      weights_params(shape, attention, key_views, 0),
       value_views.data(),
       dout[0] == 0 ? nullptr : &dout_view,
       address(dweights),
@@ -96,7 +89,7 @@ void backward(int dtype, const std::array<int64_t, 5>& sizes, double scale, int6
 
 // The pull form's second half, of the layer at `index`: its dkey from (query, dscores) and its dvalue from (dout,
 // weights) of the layers that retrieved it (see Source). An address of 0 leaves that one out.
-void gather(int dtype, const std::array<int64_t, 5>& sizes, std::string_view sources, int64_t index, int64_t dkey,
+void gather(int dtype, const std::array<int64_t, 5>& sizes, const py::bytes& sources, int64_t index, int64_t dkey,
             const View& dvalue, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
   const auto [queries, scores, douts, weights] =
@@ -115,6 +108,21 @@ void gather(int dtype, const std::array<int64_t, 5>& sizes, std::string_view sou
   if (dvalue[0] != 0) k.aggregate[dtype](value, threads);
 }
 
+// As gather() and layer_backward() take what one layer left; those of several follow each other.
+py::bytes source(int64_t query, int64_t query_stride, int64_t scores, int64_t depth, const View& dout,
+                 int64_t weights) {
+  const Source packed = {query, query_stride, scores, depth, dout, weights};
+  return py::bytes(reinterpret_cast<const char*>(&packed), sizeof(packed));
+}
+
+int64_t aggregate_workspace(const std::array<int64_t, 5>& sizes, int64_t sources) {
+  return ela::kernels().aggregate_workspace(shape_of(sizes), sources);
+}
+
+int64_t backward_workspace(const std::array<int64_t, 5>& sizes, int64_t depth) {
+  return ela::kernels().backward_workspace(shape_of(sizes), depth);
+}
+
 }  // namespace
 
 void bind_cpu_layer(py::module_& m);
@@ -129,14 +137,13 @@ void bind_cpu(py::module_& m) {
     for (const ela::Kernels* k : ela::available_kernels()) names.emplace_back(k->name);
     return names;
   });
-  m.def("weights", &weights);
-  m.def("forward", &forward);
-  m.def("backward", &backward);
-  m.def("gather", &gather);
-  m.def("aggregate_workspace", [](const std::array<int64_t, 5>& sizes, int64_t sources) {
-    return ela::kernels().aggregate_workspace(shape_of(sizes), sources);
-  });
-  m.def("backward_workspace", [](const std::array<int64_t, 5>& sizes, int64_t depth) {
-    return ela::kernels().backward_workspace(shape_of(sizes), depth);
-  });
+  def_named(m, "weights", &weights, "dtype, *, sizes, attention, kl, threads");
+  def_named(m, "forward", &forward, "dtype, *, sizes, attention, kl, out, workspace, threads");
+  def_named(m, "backward", &backward,
+            "dtype, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
+            "dvalues, dvalue_strides, workspace, threads");
+  def_named(m, "gather", &gather, "dtype, *, sizes, sources, index, dkey, dvalue, workspace, threads");
+  def_named(m, "source", &source, "*, query, query_stride, scores, depth, dout, weights");
+  def_named(m, "aggregate_workspace", &aggregate_workspace, "*, sizes, sources");
+  def_named(m, "backward_workspace", &backward_workspace, "*, sizes, depth");
 }

@@ -4,9 +4,9 @@
 
 #include <memory>
 #include <new>
-#include <string_view>
 
 #include "binding/cpu_views.h"
+#include "binding/named.h"
 #include "cpu/select.h"
 
 namespace py = pybind11;
@@ -72,26 +72,26 @@ class Scratch {
 
 // What a layer makes of its input: mean over space, key and value (written to the last address of each list), and,
 // where an address is given for the query, what it retrieves.
-void layer(const LayerPlan& plan, double scale, int64_t x, int64_t wq, int64_t wk, int64_t wv, int64_t mean,
-           int64_t query, const Ints& keys, const Ints& key_strides, const Ints& values, const Ints& value_strides,
-           int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl, int64_t out, bool residual, int64_t mean_out,
-           int64_t variance_out, const NormArguments& norm, int threads) {
+void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv, int64_t mean,
+           const Attention& attention, int64_t kl, int64_t out, bool has_residual, int64_t mean_out,
+           int64_t variance_out, const std::optional<Norm>& norm, int threads) {
   const ImageShape& image = plan.image;
   const Shape& shape = plan.shape;
-  require((query == 0) == (weights == 0) && (query == 0 || wq != 0), "query: needs its filter, and the weights");
+  const int64_t query = attention.query;
+  require((query == 0) == (attention.weights == 0) && (query == 0 || wq != 0),
+          "query: needs its filter, and the weights");
   require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
   const int64_t elements = elements_of(shape);
   present(x, elements, "x"), present(wk, 1, "wk"), present(wv, shape.channels, "wv"),
       present(mean, rows_of(shape), "mean");
-  present(keys, rows_of(shape), "keys"), present(values, elements, "values");
+  present(attention.keys, rows_of(shape), "keys"), present(attention.values, elements, "values");
   present(out, query == 0 ? 0 : elements, "out");
-  const std::vector<RowView> key_views = rows(keys, key_strides);
-  const std::vector<MapView> value_views = maps(values, value_strides);
+  const std::vector<RowView> key_views = rows(attention.keys, attention.key_strides);
+  const std::vector<MapView> value_views = maps(attention.values, attention.value_strides);
   require(value_views.size() == key_views.size() && !key_views.empty(), "values: one for each key");
   const int64_t size = static_cast<int64_t>(plan.size), depth = static_cast<int64_t>(key_views.size());
-  const RowView query_view = row(query, shape.channels);
   WeightsParams w = {};
-  if (query != 0) w = weights_params(shape, scale, query_view, key_views, prev, prev_depth, weights, kl);
+  if (query != 0) w = weights_params(shape, attention, key_views, kl);
   std::vector<ColumnView> columns;
   columns.reserve(key_views.size());
   for (int64_t j = 0; j < depth; ++j) columns.push_back({static_cast<char*>(w.weights) + j * size, depth});
@@ -109,7 +109,7 @@ void layer(const LayerPlan& plan, double scale, int64_t x, int64_t wq, int64_t w
       {shape, plan.filter_size, address(mean), address(wq), address(wk), address(query), key_views.back().data},
       w,
       {shape, depth, value_views.data(), columns.data(), out_view, scratch.take(for_aggregate),
-       residual ? plan.input(x) : MapView{}},
+       has_residual ? plan.input(x) : MapView{}},
       taps,
       mean_out != 0,
       {image, out_view, scratch.take(for_norm), address(mean_out), address(variance_out)},
@@ -118,35 +118,69 @@ void layer(const LayerPlan& plan, double scale, int64_t x, int64_t wq, int64_t w
   k.layer[plan.dtype](p, threads);
 }
 
-// A layer's own attention, where it `attends` (as in backward(), without the push form), and then the gradients of its
-// input and filters from what the layers that retrieved it left (as in gather(); `index` is its place) and from `dk`
-// and `dv`: its key's, its mean's, and its value's, gathered and convolved. An address of 0 leaves that one out.
-void layer_backward(const LayerPlan& plan, double scale, int64_t index, bool attends, int64_t query, const Ints& keys,
-                    const Ints& key_strides, const Ints& values, const Ints& value_strides, int64_t prev,
-                    int64_t prev_depth, int64_t weights, const View& dout, int64_t dweights, int64_t dkl,
-                    int64_t dscores, int64_t dprev, int64_t x, int64_t wq, int64_t wk, int64_t wv, int64_t mean,
-                    std::string_view packed, int64_t dk, const View& dv, const View& residual, bool wants_query,
-                    bool wants_key, int64_t dx, int64_t dwq, int64_t dwk, int64_t dwv, const NormArguments& norm,
-                    bool batch_statistics, int threads) {
+// A layer's own attention, and what arrives there.
+struct Own {
+  Attention attention;
+  View dout;
+  int64_t dweights, dkl, dscores, dprev;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("attention", attention), visit("dout", dout);
+    visit("dweights", dweights), visit("dkl", dkl), visit("dscores", dscores), visit("dprev", dprev);
+  }
+};
+
+// What arrives at the layer of a place, `index`, from the layers that retrieved it (see source()) and from elsewhere:
+// at its key, its value, and past it at its input.
+struct Arrived {
+  py::bytes sources;
+  int64_t index, dk;
+  View dv, residual;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("sources", sources), visit("index", index), visit("dk", dk), visit("dv", dv), visit("residual", residual);
+  }
+};
+
+// The gradients that are written; an address of 0 leaves one out.
+struct Gradients {
+  int64_t dx, dwq, dwk, dwv;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("dx", dx), visit("dwq", dwq), visit("dwk", dwk), visit("dwv", dwv);
+  }
+};
+
+// A layer's own attention, where it attends (as in backward(), without the push form), and then the gradients of its
+// input and filters from what arrived: its key's, its mean's, and its value's, gathered (as in gather()) and convolved.
+void layer_backward(const LayerPlan& plan, const std::optional<Own>& own, const Arrived& arrived, int64_t x, int64_t wq,
+                    int64_t wk, int64_t wv, int64_t mean, bool wants_query, bool wants_key, const Gradients& gradients,
+                    const std::optional<Norm>& norm, bool batch_statistics, int threads) {
   const ImageShape& image = plan.image;
   const Shape& shape = plan.shape;
   const int64_t size = static_cast<int64_t>(plan.size);
-  const std::vector<RowView> key_views = rows(keys, key_strides);
-  const std::vector<MapView> value_views = maps(values, value_strides);
-  require(!attends || dout[0] == 0 || value_views.size() == key_views.size(), "values: one for each key");
-  require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
+  const auto& [dx, dwq, dwk, dwv] = gradients;
+  const Own nothing = {};
+  const auto& [attention, dout, dweights, dkl, dscores, dprev] = own ? *own : nothing;
+  const std::vector<RowView> key_views = rows(attention.keys, attention.key_strides);
+  const std::vector<MapView> value_views = maps(attention.values, attention.value_strides);
+  require(!own || dout[0] == 0 || value_views.size() == key_views.size(), "values: one for each key");
+  require(dprev == 0 || (attention.prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
   const int64_t elements = elements_of(shape);
   present(x, elements, "x"), present(wk, 1, "wk"), present(wv, shape.channels, "wv"),
       present(mean, rows_of(shape), "mean");
-  present(wq, wants_query || dwq != 0 ? 1 : 0, "wq"), present(dscores, attends ? shape.batch : 0, "dscores");
-  present(values, attends && dout[0] != 0 ? elements : 0, "values");
-  auto [queries, scores, douts, weight_columns] = source_views(packed, index, plan.size, shape);
+  present(wq, wants_query || dwq != 0 ? 1 : 0, "wq"), present(dscores, own ? shape.batch : 0, "dscores");
+  present(attention.values, own && dout[0] != 0 ? elements : 0, "values");
+  auto [queries, scores, douts, weight_columns] = source_views(arrived.sources, arrived.index, plan.size, shape);
   // One more source, with a weight of one.
   const double one64 = 1;
   const float one32 = 1;
   const void* one = size == 8 ? static_cast<const void*>(&one64) : &one32;
-  if (dk != 0) queries.push_back(row(dk, shape.channels)), scores.push_back({one, 0});
-  if (dv[0] != 0) douts.push_back(map(dv)), weight_columns.push_back({one, 0});
+  if (arrived.dk != 0) queries.push_back(row(arrived.dk, shape.channels)), scores.push_back({one, 0});
+  if (arrived.dv[0] != 0) douts.push_back(map(arrived.dv)), weight_columns.push_back({one, 0});
 
   const ela::Kernels& k = ela::kernels();
   // That of the attention first: it holds doubles.
@@ -162,25 +196,25 @@ void layer_backward(const LayerPlan& plan, double scale, int64_t index, bool att
   void* dquery = wants_query ? scratch.take(for_rows) : nullptr;
   void* dkey = wants_key ? scratch.take(for_rows) : nullptr;
   void* dmean = wants_query || wants_key ? scratch.take(for_rows) : nullptr;
-  BackwardParams attention = {};
-  attention.forward.shape = shape;
-  if (attends) {
-    attention = {weights_params(shape, scale, row(query, shape.channels), key_views, prev, prev_depth, weights, 0),
-                 value_views.data(),
-                 dout[0] == 0 ? nullptr : &dout_view,
-                 address(dweights),
-                 address(dkl),
-                 address(dscores),
-                 {dquery, shape.channels},
-                 nullptr,
-                 address(dprev),
-                 nullptr,
-                 attention_scratch};
+  BackwardParams own_params = {};
+  own_params.forward.shape = shape;
+  if (own) {
+    own_params = {weights_params(shape, attention, key_views, 0),
+                  value_views.data(),
+                  dout[0] == 0 ? nullptr : &dout_view,
+                  address(dweights),
+                  address(dkl),
+                  address(dscores),
+                  {dquery, shape.channels},
+                  nullptr,
+                  address(dprev),
+                  nullptr,
+                  attention_scratch};
   }
   void* taps = scratch.take(for_taps);
   const LayerBackwardParams p = {
-      attends,
-      attention,
+      own.has_value(),
+      own_params,
       {shape, static_cast<int64_t>(queries.size()), queries.data(), scores.data(), {dkey, shape.channels}},
       {{shape, plan.filter_size, address(mean), address(wq), address(wk), nullptr, nullptr},
        dquery,
@@ -190,21 +224,46 @@ void layer_backward(const LayerPlan& plan, double scale, int64_t index, bool att
        address(dwk),
        scratch.take(for_filters)},
       {image, shape.heads, source_maps, douts.data(), weight_columns.data(), plan.input(x), address(wv), nullptr, dmean,
-       map(residual), plan.made_map(dx), address(dwv), scratch.take(for_maps)},
+       map(arrived.residual), plan.made_map(dx), address(dwv), scratch.take(for_maps)},
       taps,
       norm.has_value(),
       norm_params(image, norm, batch_statistics, plan.size)};
   k.layer_backward[plan.dtype](p, threads);
 }
 
+int64_t norm_workspace(const std::array<int64_t, 5>& sizes) {
+  return ela::kernels().norm_workspace(image_shape_of(sizes));
+}
+
 }  // namespace
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Own> : GroupCaster<Own> {};
+template <>
+struct type_caster<Arrived> : GroupCaster<Arrived> {};
+template <>
+struct type_caster<Gradients> : GroupCaster<Gradients> {};
+
+}  // namespace pybind11::detail
 
 void bind_cpu_layer(py::module_& m) {
   py::class_<LayerPlan>(m, "LayerPlan")
       .def(py::init<int, const std::array<int64_t, 5>&, int64_t, int64_t, const std::array<int64_t, 2>&,
-                    const std::array<int64_t, 2>&>());
-  m.def("layer", &layer);
-  m.def("layer_backward", &layer_backward);
-  m.def("norm_workspace",
-        [](const std::array<int64_t, 5>& sizes) { return ela::kernels().norm_workspace(image_shape_of(sizes)); });
+                    const std::array<int64_t, 2>&>(),
+           py::arg("dtype"), py::kw_only(), py::arg("sizes"), py::arg("heads"), py::arg("filter_size"), py::arg("x"),
+           py::arg("made"));
+  def_group<Attention>(m, "attention");
+  def_group<Norm>(m, "norm");
+  def_group<Own>(m, "own");
+  def_group<Arrived>(m, "arrived");
+  def_group<Gradients>(m, "gradients");
+  def_named(m, "layer", &layer,
+            "plan, *, x, wq, wk, wv, mean, attention, kl, out, has_residual, mean_out, variance_out, "
+            "norm, threads");
+  def_named(m, "layer_backward", &layer_backward,
+            "plan, *, own, arrived, x, wq, wk, wv, mean, wants_query, wants_key, gradients, norm, "
+            "batch_statistics, threads");
+  def_named(m, "norm_workspace", &norm_workspace, "*, sizes");
 }

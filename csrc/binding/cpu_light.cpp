@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "binding/cpu_views.h"
+#include "binding/named.h"
 #include "cpu/select.h"
 
 namespace py = pybind11;
@@ -14,9 +15,29 @@ using ela::ImageShape;
 using ela::LightBackwardParams;
 using ela::LightParams;
 
-LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x, int64_t wq,
-                         int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev, int64_t mean,
-                         int64_t query, int64_t key, const View& v, int64_t factors, int64_t workspace) {
+// A light layer: its input, its parameters, and what its forward leaves for its backward.
+struct LightLayer {
+  std::array<int64_t, 5> sizes;  // B, C, H, W, interleaved
+  int64_t heads;
+  double scale;
+  View x;
+  int64_t wq, wk, filter_size, wv, decay;
+  View prev;
+  int64_t mean, query, key;
+  View v;
+  int64_t factors;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("sizes", sizes), visit("heads", heads), visit("scale", scale), visit("x", x);
+    visit("wq", wq), visit("wk", wk), visit("filter_size", filter_size), visit("wv", wv), visit("decay", decay);
+    visit("prev", prev), visit("mean", mean), visit("query", query), visit("key", key);
+    visit("v", v), visit("factors", factors);
+  }
+};
+
+LightParams light_params(const LightLayer& layer, int64_t workspace) {
+  const auto& [sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v, factors] = layer;
   const ImageShape image = image_shape_of(sizes);
   require(heads >= 1 && image.channels % heads == 0, "heads: must divide channels");
   require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
@@ -51,12 +72,9 @@ LightParams light_params(const std::array<int64_t, 5>& sizes, int64_t heads, dou
 
 // out, with what the backward will need: mean, query, key, v and the factors [2, B, C]; and the statistics of out,
 // where addresses are given. The workspace is light_workspace() elements.
-void light_layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x, int64_t wq,
-                 int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev, int64_t mean,
-                 int64_t query, int64_t key, const View& v, int64_t factors, const View& out, int64_t mean_out,
-                 int64_t variance_out, const NormArguments& norm, int64_t workspace, int threads) {
-  LightParams p = light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v,
-                               factors, workspace);
+void light_layer(int dtype, const LightLayer& layer, const View& out, int64_t mean_out, int64_t variance_out,
+                 const std::optional<Norm>& norm, int64_t workspace, int threads) {
+  LightParams p = light_params(layer, workspace);
   present(out[0], p.shape.batch * p.shape.channels * p.shape.positions(), "out");
   require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
   p.out = map(out);
@@ -69,14 +87,10 @@ void light_layer(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, 
 }
 
 // The gradients from that of out, `dx_residual` added to that of x. An address of 0 leaves that one out.
-void light_layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, double scale, const View& x,
-                          int64_t wq, int64_t wk, int64_t filter_size, int64_t wv, int64_t decay, const View& prev,
-                          int64_t mean, int64_t query, int64_t key, const View& v, int64_t factors, const View& dout,
-                          const View& dx_residual, const View& dx, int64_t dwq, int64_t dwk, int64_t dwv,
-                          int64_t ddecay, const View& dprev, const NormArguments& norm, bool batch_statistics,
-                          int64_t workspace, int threads) {
-  LightBackwardParams p = {light_params(sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key,
-                                        v, factors, workspace),
+void light_layer_backward(int dtype, const LightLayer& layer, const View& dout, const View& dx_residual, const View& dx,
+                          int64_t dwq, int64_t dwk, int64_t dwv, int64_t ddecay, const View& dprev,
+                          const std::optional<Norm>& norm, bool batch_statistics, int64_t workspace, int threads) {
+  LightBackwardParams p = {light_params(layer, workspace),
                            map(dout),
                            map(dx_residual),
                            map(dx),
@@ -94,12 +108,24 @@ void light_layer_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_
   kernel(p, threads);
 }
 
+int64_t light_workspace(const std::array<int64_t, 5>& sizes, int64_t filter_size, int threads) {
+  return ela::kernels().light_workspace(image_shape_of(sizes), filter_size, threads);
+}
+
 }  // namespace
 
+namespace pybind11::detail {
+
+template <>
+struct type_caster<LightLayer> : GroupCaster<LightLayer> {};
+
+}  // namespace pybind11::detail
+
 void bind_cpu_light(py::module_& m) {
-  m.def("light_layer", &light_layer);
-  m.def("light_layer_backward", &light_layer_backward);
-  m.def("light_workspace", [](const std::array<int64_t, 5>& sizes, int64_t filter_size, int threads) {
-    return ela::kernels().light_workspace(image_shape_of(sizes), filter_size, threads);
-  });
+  def_group<LightLayer>(m, "light");
+  def_named(m, "light_layer", &light_layer, "dtype, *, layer, out, mean_out, variance_out, norm, workspace, threads");
+  def_named(m, "light_layer_backward", &light_layer_backward,
+            "dtype, *, layer, dout, dx_residual, dx, dwq, dwk, dwv, ddecay, dprev, norm, "
+            "batch_statistics, workspace, threads");
+  def_named(m, "light_workspace", &light_workspace, "*, sizes, filter_size, threads");
 }

@@ -7,16 +7,19 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <vector>
 
+#include "binding/named.h"
 #include "cpu/params.h"
 
 namespace ela::binding {
 
 using Ints = std::vector<int64_t>;
+using View = std::array<int64_t, 3>;  // address, batch stride, inner stride; address 0 = absent
 
 inline void* address(int64_t x) { return reinterpret_cast<void*>(static_cast<uintptr_t>(x)); }
+
+inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
 
 inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
@@ -54,10 +57,12 @@ inline std::vector<RowView> rows(const Ints& addresses, const Ints& strides) {
   return out;
 }
 
-// What the backward of one later layer left, as Python packs it: query, score gradients [B, G, depth], the gradient of
-// its output (data 0 where there is none) and its weights [B, G, depth].
+// What the backward of one later layer left: query, score gradients [B, G, depth], the gradient of its output (data 0
+// where there is none) and its weights [B, G, depth]. Python keeps it as bytes, and gives those of many layers at once.
 struct Source {
-  int64_t query, query_stride, scores, depth, dout, dout_batch, dout_inner, weights;
+  int64_t query, query_stride, scores, depth;
+  View dout;
+  int64_t weights;
 };
 
 // The same for the kernels, which want one column of the scores and weights.
@@ -68,8 +73,9 @@ struct SourceViews {
   std::vector<ColumnView> weights;
 };
 
-inline SourceViews source_views(std::string_view packed, int64_t index, size_t size, const Shape& shape) {
-  require(packed.size() % sizeof(Source) == 0, "sources: eight numbers each");
+inline SourceViews source_views(const pybind11::bytes& sources, int64_t index, size_t size, const Shape& shape) {
+  const std::string_view packed = sources;
+  require(packed.size() % sizeof(Source) == 0, "sources: each as source() gives it");
   const size_t count = packed.size() / sizeof(Source);
   SourceViews views;
   views.queries.reserve(count + 1), views.scores.reserve(count + 1);
@@ -79,12 +85,12 @@ inline SourceViews source_views(std::string_view packed, int64_t index, size_t s
     std::memcpy(&s, packed.data() + i * sizeof(Source), sizeof(Source));
     require(index >= 0 && index < s.depth, "index: must be of a layer that each source retrieved");
     present(s.query, shape.batch, "query of a source"), present(s.scores, shape.batch, "scores of a source");
-    present(s.weights, s.dout == 0 ? 0 : shape.batch, "weights of a source");
+    present(s.weights, s.dout[0] == 0 ? 0 : shape.batch, "weights of a source");
     const int64_t column = index * static_cast<int64_t>(size);
     views.queries.push_back({address(s.query), s.query_stride});
     views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth});
-    if (s.dout == 0) continue;
-    views.douts.push_back({address(s.dout), s.dout_batch, s.dout_inner});
+    if (s.dout[0] == 0) continue;
+    views.douts.push_back(map(s.dout));
     views.weights.push_back({static_cast<char*>(address(s.weights)) + column, s.depth});
   }
   return views;
@@ -111,50 +117,83 @@ inline int checked_dtype(int dtype) {
 
 inline size_t element_size(int dtype) { return dtype == static_cast<int>(ela::DType::kFloat64) ? 8 : 4; }
 
-// `prev` may be left out, with a depth of 0, and `kl`.
-inline WeightsParams weights_params(const Shape& shape, double scale, const RowView& query,
-                                    const std::vector<RowView>& keys, int64_t prev, int64_t prev_depth, int64_t weights,
+// One layer's attention. `prev` may be left out, with a depth of 0.
+struct Attention {
+  double scale;
+  int64_t query, query_stride;
+  Ints keys, key_strides, values, value_strides;
+  int64_t prev, prev_depth, weights;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("scale", scale), visit("query", query), visit("query_stride", query_stride);
+    visit("keys", keys), visit("key_strides", key_strides);
+    visit("values", values), visit("value_strides", value_strides);
+    visit("prev", prev), visit("prev_depth", prev_depth), visit("weights", weights);
+  }
+};
+
+// `kl` may be left out.
+inline WeightsParams weights_params(const Shape& shape, const Attention& a, const std::vector<RowView>& keys,
                                     int64_t kl) {
   const int64_t depth = static_cast<int64_t>(keys.size());
-  require(depth >= 1 && (prev == 0 || (prev_depth >= 1 && prev_depth <= depth)), "depth: previous weights too long");
-  present(reinterpret_cast<int64_t>(query.data), shape.batch, "query"), present(weights, shape.batch, "weights");
-  present(prev, shape.batch * prev_depth, "previous weights");
-  for (const RowView& key : keys) present(reinterpret_cast<int64_t>(key.data), shape.batch, "keys");
+  require(depth >= 1 && (a.prev == 0 || (a.prev_depth >= 1 && a.prev_depth <= depth)),
+          "depth: previous weights too long");
+  present(a.query, shape.batch, "query"), present(a.weights, shape.batch, "weights");
+  present(a.prev, shape.batch * a.prev_depth, "previous weights"), present(a.keys, shape.batch, "keys");
   return {shape,
           depth,
-          prev == 0 ? 0 : prev_depth,
-          scale,
-          query,
+          a.prev == 0 ? 0 : a.prev_depth,
+          a.scale,
+          {address(a.query), a.query_stride},
           keys.data(),
-          address(prev),
-          address(weights),
-          prev == 0 ? nullptr : address(kl)};
+          address(a.prev),
+          address(a.weights),
+          a.prev == 0 ? nullptr : address(kl)};
 }
 
 inline RowView row(int64_t data, int64_t stride) { return {address(data), stride}; }
 
-using View = std::array<int64_t, 3>;
+// What follows a retrieval in a block (see NormParams): addresses of 0 leave out `also`, and gamma to dbeta. The
+// workspace is norm_workspace() elements.
+struct Norm {
+  View o, x, out, also;
+  int64_t mean, variance, gamma, beta, mask, dgamma, dbeta, workspace;
+  double eps;
+  bool relu;
 
-inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("o", o), visit("x", x), visit("out", out), visit("also", also);
+    visit("mean", mean), visit("variance", variance), visit("gamma", gamma), visit("beta", beta), visit("mask", mask);
+    visit("dgamma", dgamma), visit("dbeta", dbeta), visit("workspace", workspace);
+    visit("eps", eps), visit("relu", relu);
+  }
+};
 
-// What follows a retrieval in a block: maps (see NormParams), then mean, variance, gamma, beta, mask, dgamma, dbeta and
-// workspace (norm_workspace() elements), eps, and whether there is a ReLU. The last map, and gamma to dbeta, may be
-// left out.
-using NormArguments = std::optional<std::tuple<std::array<View, 4>, std::array<int64_t, 8>, double, bool>>;
-
-inline NormParams norm_params(const ImageShape& image, const NormArguments& given, bool batch_statistics, size_t size) {
+inline NormParams norm_params(const ImageShape& image, const std::optional<Norm>& given, bool batch_statistics,
+                              size_t size) {
   if (!given) return {};
-  const auto& [views, pointers, eps, relu] = *given;
-  const auto& [mean, variance, gamma, beta, mask, dgamma, dbeta, workspace] = pointers;
+  const Norm& n = *given;
   const int64_t elements = image.batch * image.channels * image.positions();
-  for (size_t i = 0; i < 3; ++i) present(views[i][0], elements, "maps of the norm");
-  present(mean, image.channels, "mean of the norm"), present(variance, image.channels, "variance of the norm");
-  present(workspace, kernels().norm_workspace(image), "workspace of the norm");
-  char* partials = static_cast<char*>(address(workspace));
+  for (const View* view : {&n.o, &n.x, &n.out}) present((*view)[0], elements, "maps of the norm");
+  present(n.mean, image.channels, "mean of the norm"), present(n.variance, image.channels, "variance of the norm");
+  present(n.workspace, kernels().norm_workspace(image), "workspace of the norm");
+  char* partials = static_cast<char*>(address(n.workspace));
   void* factors = partials + (kernels().norm_workspace(image) - 4 * image.channels) * size;
-  return {image,           map(views[0]),  map(views[1]), map(views[2]), address(mean), address(variance),
-          address(gamma),  address(beta),  address(mask), eps,           relu,          batch_statistics,
-          address(dgamma), address(dbeta), partials,      factors,       map(views[3])};
+  return {
+      image,           map(n.o),        map(n.x),   map(n.out), address(n.mean),  address(n.variance), address(n.gamma),
+      address(n.beta), address(n.mask), n.eps,      n.relu,     batch_statistics, address(n.dgamma),   address(n.dbeta),
+      partials,        factors,         map(n.also)};
 }
 
 }  // namespace ela::binding
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<ela::binding::Attention> : ela::binding::GroupCaster<ela::binding::Attention> {};
+template <>
+struct type_caster<ela::binding::Norm> : ela::binding::GroupCaster<ela::binding::Norm> {};
+
+}  // namespace pybind11::detail

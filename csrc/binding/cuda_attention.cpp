@@ -3,10 +3,13 @@
 #include <pybind11/stl.h>
 
 #include "binding/cuda_views.h"
+#include "binding/named.h"
 #include "cuda/attention/attention.h"
 #include "cuda/attention/attention_plan.h"
 
 namespace py = pybind11;
+using ela::binding::def_group;
+using ela::binding::def_named;
 
 namespace {
 
@@ -23,45 +26,39 @@ const Kernels& kernels_for(int dtype) {
   return *kernels;
 }
 
-int cuda_weights(int device, int64_t stream, int dtype, const Sizes& sizes, double scale, int64_t query,
-                 int64_t query_stride, const Ints& keys, int64_t key_stride, int64_t prev, int64_t prev_depth,
-                 int64_t weights, int64_t kl) {
+int cuda_weights(const Where& where, int dtype, const Sizes& sizes, const Attention& attention, int64_t kl) {
   const Kernels& kernels = kernels_for(dtype);
-  const auto key_list = addresses(keys);
-  const WeightsCall call =
-      weights_call(sizes, scale, query, query_stride, key_list, key_stride, prev, prev_depth, weights, kl);
+  const auto key_list = addresses(attention.keys);
+  const WeightsCall call = weights_call(sizes, attention, key_list, kl);
   py::gil_scoped_release unlocked;
-  return kernels.weights({device, address(stream)}, call);
+  return kernels.weights(target(where), call);
 }
 
-int cuda_forward(int device, int64_t stream, int dtype, const Sizes& sizes, double scale, int64_t query,
-                 int64_t query_stride, const Ints& keys, int64_t key_stride, const Ints& values,
-                 const Strides& value_strides, int64_t prev, int64_t prev_depth, int64_t weights, int64_t kl,
+int cuda_forward(const Where& where, int dtype, const Sizes& sizes, const Attention& attention, int64_t kl,
                  const View& out) {
   const Kernels& kernels = kernels_for(dtype);
-  const auto key_list = addresses(keys);
-  const auto value_list = addresses(values);
+  const auto key_list = addresses(attention.keys);
+  const auto value_list = addresses(attention.values);
+  const Strides& strides = attention.value_strides;
   require(value_list.size() == key_list.size(), "values: one for each key");
   present(value_list, "values"), present(out[0], "out");
-  const ForwardCall call = {
-      weights_call(sizes, scale, query, query_stride, key_list, key_stride, prev, prev_depth, weights, kl),
-      {value_list.data(), length(value_list), value_strides[0], value_strides[1]},
-      map(out)};
+  const ForwardCall call = {weights_call(sizes, attention, key_list, kl),
+                            {value_list.data(), length(value_list), strides[0], strides[1]},
+                            map(out)};
   py::gil_scoped_release unlocked;
-  return kernels.forward({device, address(stream)}, call);
+  return kernels.forward(target(where), call);
 }
 
 // One layer's own gradients. The push form asks for dkeys and dvalues here; the pull form gathers them.
-int cuda_backward(int device, int64_t stream, int dtype, const Sizes& sizes, double scale, int64_t query,
-                  int64_t query_stride, const Ints& keys, int64_t key_stride, const Ints& values,
-                  const Strides& value_strides, int64_t prev, int64_t prev_depth, int64_t weights, const View& dout,
+int cuda_backward(const Where& where, int dtype, const Sizes& sizes, const Attention& attention, const View& dout,
                   int64_t dweights, int64_t dkl, int64_t dscores, int64_t dquery, const Ints& dkeys, int64_t dprev,
                   const Ints& dvalues, const Strides& dvalue_strides, int64_t workspace) {
   const Kernels& kernels = kernels_for(dtype);
-  const auto key_list = addresses(keys);
-  const auto value_list = addresses(values);
+  const auto key_list = addresses(attention.keys);
+  const auto value_list = addresses(attention.values);
   const auto dkey_list = addresses(dkeys);
   const auto dvalue_list = addresses(dvalues);
+  const Strides& strides = attention.value_strides;
   require(dout[0] == 0 || (value_list.size() == key_list.size() && workspace != 0),
           "dout: needs one value for each key, and a workspace");
   present(dscores, "dscores");
@@ -69,24 +66,23 @@ int cuda_backward(int device, int64_t stream, int dtype, const Sizes& sizes, dou
   require(dkey_list.empty() || dkey_list.size() == key_list.size(), "dkeys: one for each key, or none");
   require(dvalue_list.empty() || (dvalue_list.size() == key_list.size() && dout[0] != 0),
           "dvalues: one for each key, or none; they need dout");
-  require(dprev == 0 || (prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
-  const BackwardCall call = {
-      weights_call(sizes, scale, query, query_stride, key_list, key_stride, prev, prev_depth, weights, 0),
-      {value_list.data(), length(value_list), value_strides[0], value_strides[1]},
-      map(dout),
-      address<float>(dweights),
-      address<float>(dkl),
-      address<float>(dscores),
-      address(dquery),
-      {dkey_list.data(), length(dkey_list), sizes[1]},
-      address<float>(dprev),
-      {dvalue_list.data(), length(dvalue_list), dvalue_strides[0], dvalue_strides[1]},
-      address<float>(workspace)};
+  require(dprev == 0 || (attention.prev != 0 && dkl != 0), "dprev: needs previous weights and dkl");
+  const BackwardCall call = {weights_call(sizes, attention, key_list, 0),
+                             {value_list.data(), length(value_list), strides[0], strides[1]},
+                             map(dout),
+                             address<float>(dweights),
+                             address<float>(dkl),
+                             address<float>(dscores),
+                             address(dquery),
+                             {dkey_list.data(), length(dkey_list), sizes[1]},
+                             address<float>(dprev),
+                             {dvalue_list.data(), length(dvalue_list), dvalue_strides[0], dvalue_strides[1]},
+                             address<float>(workspace)};
   py::gil_scoped_release unlocked;
-  return kernels.backward({device, address(stream)}, call);
+  return kernels.backward(target(where), call);
 }
 
-int cuda_gather(int device, int64_t stream, int dtype, const Sizes& sizes, const Ints& queries, int64_t query_stride,
+int cuda_gather(const Where& where, int dtype, const Sizes& sizes, const Ints& queries, int64_t query_stride,
                 const Ints& score_columns, const Ints& score_strides, int64_t dkey, const Ints& douts,
                 const Strides& dout_strides, const Ints& weight_columns, const Ints& weight_strides,
                 const View& dvalue) {
@@ -112,7 +108,7 @@ int cuda_gather(int device, int64_t stream, int dtype, const Sizes& sizes, const
                            {weight_list.data(), weight_strides.data(), length(weight_list)},
                            map(dvalue)};
   py::gil_scoped_release unlocked;
-  return kernels.gather({device, address(stream)}, call);
+  return kernels.gather(target(where), call);
 }
 
 int64_t cuda_backward_workspace(int dtype, const Sizes& sizes, int64_t depth) {
@@ -123,9 +119,14 @@ int64_t cuda_backward_workspace(int dtype, const Sizes& sizes, int64_t depth) {
 
 void bind_cuda_attention(py::module_& module) {
   module.attr("cuda_max_depth") = ela::cuda::kMaxDepth;
-  module.def("cuda_weights", &cuda_weights);
-  module.def("cuda_forward", &cuda_forward);
-  module.def("cuda_backward", &cuda_backward);
-  module.def("cuda_gather", &cuda_gather);
-  module.def("cuda_backward_workspace", &cuda_backward_workspace);
+  def_group<Attention>(module, "cuda_attention");
+  def_named(module, "cuda_weights", &cuda_weights, "where, dtype, *, sizes, attention, kl");
+  def_named(module, "cuda_forward", &cuda_forward, "where, dtype, *, sizes, attention, kl, out");
+  def_named(module, "cuda_backward", &cuda_backward,
+            "where, dtype, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
+            "dvalues, dvalue_strides, workspace");
+  def_named(module, "cuda_gather", &cuda_gather,
+            "where, dtype, *, sizes, queries, query_stride, score_columns, score_strides, dkey, "
+            "douts, dout_strides, weight_columns, weight_strides, dvalue");
+  def_named(module, "cuda_backward_workspace", &cuda_backward_workspace, "dtype, *, sizes, depth");
 }

@@ -56,7 +56,7 @@ void bind_cuda_producer(py::module_& module);
 void bind_cuda(py::module_& module) {
   module.def("cuda_devices", &cuda_devices,
              "The CUDA devices as a dict of `devices`, `code` (0 for success) and `problem`.");
-  module.def("cuda_increment", &cuda_increment, py::arg("device"), py::arg("value"),
+  module.def("cuda_increment", &cuda_increment, py::arg("device"), py::kw_only(), py::arg("value"),
              "Launches a kernel on `device` that computes `value + 1`; returns (error code, result).");
   module.def("cuda_error", &describe, py::arg("code"), "A CUDA error code in words.");
   module.def("cuda_runtime_version", &ela::cuda::runtime_version,

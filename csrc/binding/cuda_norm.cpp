@@ -3,9 +3,12 @@
 #include <pybind11/stl.h>
 
 #include "binding/cuda_views.h"
+#include "binding/named.h"
 #include "cuda/norm/norm.h"
 
 namespace py = pybind11;
+using ela::binding::def_group;
+using ela::binding::def_named;
 
 namespace {
 
@@ -16,47 +19,55 @@ using ela::cuda::NormKernels;
 using ela::cuda::StatisticsCall;
 using namespace ela::cuda::binding;
 
-// Statistics; gamma, beta and mask; eps; whether there is a ReLU.
-using Norm = std::tuple<int64_t, Small, Small, Small, double, bool>;
-
 const NormKernels& kernels_for(int dtype) {
   const NormKernels* kernels = ela::cuda::norm_kernels_for(checked_dtype(dtype));
   require(kernels != nullptr, "dtype: not served by the CUDA kernels");
   return *kernels;
 }
 
-NormCall norm_call(const Sizes& sizes, const Norm& norm) {
-  const auto& [statistics, gamma, beta, mask, eps, relu] = norm;
-  present(statistics, "statistics");
+struct Norm {
+  int64_t statistics;
+  Small gamma, beta, mask;
+  double eps;
+  bool relu;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("statistics", statistics), visit("gamma", gamma), visit("beta", beta), visit("mask", mask);
+    visit("eps", eps), visit("relu", relu);
+  }
+};
+
+NormCall norm_call(const Sizes& sizes, const Norm& n) {
+  present(n.statistics, "statistics");
   return {shape_of(sizes),
-          address<float>(statistics),
-          parameter(gamma),
-          parameter(beta),
-          parameter(mask),
-          static_cast<float>(eps),
-          relu};
+          address<float>(n.statistics),
+          parameter(n.gamma),
+          parameter(n.beta),
+          parameter(n.mask),
+          static_cast<float>(n.eps),
+          n.relu};
 }
 
-// `parts`: what cuda_attend returned with the moments.
-int cuda_norm_statistics(int device, int64_t stream, const Sizes& sizes, const std::array<int64_t, 2>& parts,
-                         int64_t moments, int64_t statistics) {
+// `chunks` and `span`: what cuda_attend returned with the moments.
+int cuda_norm_statistics(const Where& where, const Sizes& sizes, int64_t chunks, int64_t span, int64_t moments,
+                         int64_t statistics) {
   present(moments, "moments"), present(statistics, "statistics");
-  const StatisticsCall call = {
-      shape_of(sizes), {parts[0], parts[1]}, address<float>(moments), address<float>(statistics)};
+  const StatisticsCall call = {shape_of(sizes), {chunks, span}, address<float>(moments), address<float>(statistics)};
   py::gil_scoped_release unlocked;
-  return ela::cuda::norm_statistics({device, address(stream)}, call);
+  return ela::cuda::norm_statistics(target(where), call);
 }
 
-int cuda_norm_forward(int device, int64_t stream, int dtype, const Sizes& sizes, const Norm& norm, const View& o,
-                      const View& x, const View& out) {
+int cuda_norm_forward(const Where& where, int dtype, const Sizes& sizes, const Norm& norm, const View& o, const View& x,
+                      const View& out) {
   const NormKernels& kernels = kernels_for(dtype);
   require(o[0] != 0 && x[0] != 0 && out[0] != 0, "maps: an address is missing");
   const NormForwardCall call = {norm_call(sizes, norm), map(o), map(x), map(out)};
   py::gil_scoped_release unlocked;
-  return kernels.forward({device, address(stream)}, call);
+  return kernels.forward(target(where), call);
 }
 
-int cuda_norm_backward(int device, int64_t stream, int dtype, const Sizes& sizes, const Norm& norm, const View& o,
+int cuda_norm_backward(const Where& where, int dtype, const Sizes& sizes, const Norm& norm, const View& o,
                        const View& dout, const View& also, const View& gradient, int64_t dgamma, int64_t dbeta,
                        int64_t partial, int64_t moved) {
   const NormKernels& kernels = kernels_for(dtype);
@@ -75,7 +86,7 @@ int cuda_norm_backward(int device, int64_t stream, int dtype, const Sizes& sizes
                                  address<float>(partial),
                                  address<float>(moved)};
   py::gil_scoped_release unlocked;
-  return kernels.backward({device, address(stream)}, call);
+  return kernels.backward(target(where), call);
 }
 
 int64_t cuda_norm_partials(int dtype, const Sizes& sizes) {
@@ -84,9 +95,19 @@ int64_t cuda_norm_partials(int dtype, const Sizes& sizes) {
 
 }  // namespace
 
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Norm> : ela::binding::GroupCaster<Norm> {};
+
+}  // namespace pybind11::detail
+
 void bind_cuda_norm(py::module_& module) {
-  module.def("cuda_norm_statistics", &cuda_norm_statistics);
-  module.def("cuda_norm_forward", &cuda_norm_forward);
-  module.def("cuda_norm_backward", &cuda_norm_backward);
-  module.def("cuda_norm_partials", &cuda_norm_partials);
+  def_group<Norm>(module, "cuda_norm");
+  def_named(module, "cuda_norm_statistics", &cuda_norm_statistics,
+            "where, *, sizes, chunks, span, moments, statistics");
+  def_named(module, "cuda_norm_forward", &cuda_norm_forward, "where, dtype, *, sizes, norm, o, x, out");
+  def_named(module, "cuda_norm_backward", &cuda_norm_backward,
+            "where, dtype, *, sizes, norm, o, dout, also, gradient, dgamma, dbeta, partial, moved");
+  def_named(module, "cuda_norm_partials", &cuda_norm_partials, "dtype, *, sizes");
 }

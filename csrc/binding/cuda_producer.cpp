@@ -3,10 +3,13 @@
 #include <pybind11/stl.h>
 
 #include "binding/cuda_views.h"
+#include "binding/named.h"
 #include "cuda/layer/producer.h"
 #include "cuda/layer/producer_plan.h"
 
 namespace py = pybind11;
+using ela::binding::def_group;
+using ela::binding::def_named;
 
 namespace {
 
@@ -36,20 +39,30 @@ int64_t producer_workspace(int dtype, const ImageSizes& sizes, int64_t filter_si
   return ela::cuda::producer_workspace(image_of(sizes), element_size(dtype), filter_size);
 }
 
-int producer_forward(int device, int64_t stream, int dtype, const ImageSizes& sizes, const View& x, const Small& wv,
+int producer_forward(const Where& where, int dtype, const ImageSizes& sizes, const View& x, const Small& wv,
                      const View& v, int64_t sums) {
   const auto& kernels = kernels_for(dtype);
   require(x[0] != 0 && wv[0] != 0 && v[0] != 0 && sums != 0, "x, wv, v and sums: no address");
   const ela::cuda::ProducerCall call = {image_of(sizes), map(x), parameter(wv), map(v), address<float>(sums)};
   py::gil_scoped_release unlocked;
-  return kernels.forward({device, address(stream)}, call);
+  return kernels.forward(target(where), call);
 }
 
-// An address of 0 leaves a gradient out.
-int producer_backward(int device, int64_t stream, int dtype, const ImageSizes& sizes, int64_t filter_size,
-                      const View& dv, const View& x, const View& residual, const Small& wq, const Small& wk,
-                      const Small& wv, int64_t dquery, int64_t dkey, int64_t mean, const View& dx, int64_t dwq,
-                      int64_t dwk, int64_t dwv, int64_t workspace) {
+// The gradients that are written; an address of 0 leaves one out.
+struct Gradients {
+  View dx;
+  int64_t dwq, dwk, dwv;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("dx", dx), visit("dwq", dwq), visit("dwk", dwk), visit("dwv", dwv);
+  }
+};
+
+int producer_backward(const Where& where, int dtype, const ImageSizes& sizes, int64_t filter_size, const View& dv,
+                      const View& x, const View& residual, const Small& wq, const Small& wk, const Small& wv,
+                      int64_t dquery, int64_t dkey, int64_t mean, const Gradients& gradients, int64_t workspace) {
+  const auto& [dx, dwq, dwk, dwv] = gradients;
   const auto& kernels = kernels_for(dtype);
   require(filter_size >= 1 && filter_size <= ela::cuda::kMaxFilterSize, "filter_size: not one of a filter");
   require(x[0] != 0 && wk[0] != 0 && wv[0] != 0 && mean != 0, "x, wk, wv and mean: no address");
@@ -63,14 +76,24 @@ int producer_backward(int device, int64_t stream, int dtype, const ImageSizes& s
       parameter(wq),   parameter(wk), address(mean),   map(dx),
       address(dwv),    address(dwq),  address(dwk),    address<float>(workspace)};
   py::gil_scoped_release unlocked;
-  return kernels.backward({device, address(stream)}, call);
+  return kernels.backward(target(where), call);
 }
 
 }  // namespace
 
+namespace pybind11::detail {
+
+template <>
+struct type_caster<Gradients> : ela::binding::GroupCaster<Gradients> {};
+
+}  // namespace pybind11::detail
+
 void bind_cuda_producer(py::module_& module) {
-  module.def("cuda_producer_groups", &producer_groups, "Partial sums of each sample and channel.");
-  module.def("cuda_producer_workspace", &producer_workspace);
-  module.def("cuda_producer_forward", &producer_forward);
-  module.def("cuda_producer_backward", &producer_backward);
+  def_group<Gradients>(module, "cuda_producer_gradients");
+  def_named(module, "cuda_producer_groups", &producer_groups, "dtype, *, sizes");
+  def_named(module, "cuda_producer_workspace", &producer_workspace, "dtype, *, sizes, filter_size");
+  def_named(module, "cuda_producer_forward", &producer_forward, "where, dtype, *, sizes, x, wv, v, sums");
+  def_named(module, "cuda_producer_backward", &producer_backward,
+            "where, dtype, *, sizes, filter_size, dv, x, residual, wq, wk, wv, dquery, dkey, mean, "
+            "gradients, workspace");
 }

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "binding/named.h"
 #include "cuda/attention/attention.h"
 #include "cuda/common/parameter.h"
 
@@ -70,23 +71,53 @@ inline Parameter parameter(const Small& given) {
 
 inline MapView map(const View& view) { return {address(view[0]), view[1], view[2]}; }
 
-// `prev` may be left out, with a depth of 0, and `kl`.
-inline WeightsCall weights_call(const Sizes& sizes, double scale, int64_t query, int64_t query_stride,
-                                const std::vector<const void*>& keys, int64_t key_stride, int64_t prev,
-                                int64_t prev_depth, int64_t weights, int64_t kl) {
+// Index of a device, and the handle of a stream.
+using Where = std::array<int64_t, 2>;
+
+inline Target target(const Where& where) { return {static_cast<int>(where[0]), address(where[1])}; }
+
+// One layer's attention. `prev` may be left out, with a depth of 0.
+struct Attention {
+  double scale;
+  int64_t query, query_stride;
+  Ints keys;
+  int64_t key_stride;
+  Ints values;
+  Strides value_strides;
+  int64_t prev, prev_depth, weights;
+
+  template <class Visit>
+  void fields(Visit visit) {
+    visit("scale", scale), visit("query", query), visit("query_stride", query_stride);
+    visit("keys", keys), visit("key_stride", key_stride), visit("values", values),
+        visit("value_strides", value_strides);
+    visit("prev", prev), visit("prev_depth", prev_depth), visit("weights", weights);
+  }
+};
+
+// `kl` may be left out. `keys`: addresses() of those of the attention.
+inline WeightsCall weights_call(const Sizes& sizes, const Attention& a, const std::vector<const void*>& keys,
+                                int64_t kl) {
   require(!keys.empty(), "keys: at least one");
-  present(query, "query"), present(keys, "keys"), present(weights, "weights");
-  if (prev_depth != 0) present(prev, "previous weights");
-  require(prev == 0 || (prev_depth >= 1 && prev_depth <= length(keys)), "depth: previous weights too long");
+  present(a.query, "query"), present(keys, "keys"), present(a.weights, "weights");
+  if (a.prev_depth != 0) present(a.prev, "previous weights");
+  require(a.prev == 0 || (a.prev_depth >= 1 && a.prev_depth <= length(keys)), "depth: previous weights too long");
   return {shape_of(sizes),
-          static_cast<float>(scale),
-          address(query),
-          query_stride,
-          {keys.data(), length(keys), key_stride},
-          address<float>(prev),
-          prev == 0 ? 0 : prev_depth,
-          address<float>(weights),
-          prev == 0 ? nullptr : address<float>(kl)};
+          static_cast<float>(a.scale),
+          address(a.query),
+          a.query_stride,
+          {keys.data(), length(keys), a.key_stride},
+          address<float>(a.prev),
+          a.prev == 0 ? 0 : a.prev_depth,
+          address<float>(a.weights),
+          a.prev == 0 ? nullptr : address<float>(kl)};
 }
 
 }  // namespace ela::cuda::binding
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<ela::cuda::binding::Attention> : ela::binding::GroupCaster<ela::cuda::binding::Attention> {};
+
+}  // namespace pybind11::detail

@@ -5,55 +5,49 @@ Each is called as a step of training calls it, with one address after the other 
 
 from __future__ import annotations
 
-import struct
-from types import SimpleNamespace
-
 import pytest
 import torch
+from support import native_calls
 from support.freed import CHANNELS, HEADS, a_map, a_row, make
 
 import ela_kernels as ek
 from ela_kernels.backends.cpp import attention as cpp
 
-# The place of each address that has to be there, by the names of csrc/binding. Lists and maps begin with theirs.
+ATTENTION = [f"attention.{name}" for name in ("query", "keys", "values", "prev", "weights")]
+OWN = [f"own.{path}" for path in (*ATTENTION, "dscores")]
+NORM = [f"norm.{name}" for name in ("o", "x", "out", "mean", "variance", "workspace")]
+LIGHT = [
+    f"layer.{name}"
+    for name in ("x", "wq", "wk", "wv", "decay", "prev", "mean", "query", "key", "v", "factors")
+]
+STATISTICS = ["mean_out", "variance_out"]
+INPUTS = ["x", "wq", "wk", "wv", "mean"]
+# The addresses that have to be there.
 REQUIRED = {
-    "weights": {"query": 3, "keys": 5, "prev": 7, "weights": 9},
-    "forward": {"query": 3, "keys": 5, "values": 7, "prev": 9, "weights": 11, "out": 13},
-    "backward": {"query": 3, "keys": 5, "values": 7, "prev": 9, "weights": 11, "dscores": 15}
-    | {"workspace": 21},
-    "gather": {"sources": 2},
-    "layer": {"x": 2, "wq": 3, "wk": 4, "wv": 5, "mean": 6, "query": 7, "keys": 8, "values": 10}
-    | {"prev": 12, "weights": 14, "out": 16, "mean_out": 18, "variance_out": 19, "norm": 20},
-    "layer_backward": {"query": 4, "keys": 5, "values": 7, "prev": 9, "weights": 11}
-    | {"dscores": 15, "x": 17, "wq": 18, "wk": 19, "wv": 20, "mean": 21, "sources": 22, "norm": 32},
-    "light_layer": {"x": 4, "wq": 5, "wk": 6, "wv": 8, "decay": 9, "prev": 10, "mean": 11}
-    | {"query": 12, "key": 13, "v": 14, "factors": 15, "out": 16, "mean_out": 17}
-    | {"variance_out": 18, "norm": 19, "workspace": 20},
-    "light_layer_backward": {"x": 4, "wq": 5, "wk": 6, "wv": 8, "decay": 9, "prev": 10, "mean": 11}
-    | {"query": 12, "key": 13, "v": 14, "factors": 15, "dout": 16, "norm": 24, "workspace": 26},
+    "weights": [path for path in ATTENTION if path != "attention.values"],
+    "forward": [*ATTENTION, "out"],
+    "backward": [*ATTENTION, "dscores", "workspace"],
+    "gather": ["sources"],
+    "layer": [*INPUTS, *ATTENTION, "out", *STATISTICS, *NORM],
+    "layer_backward": [*OWN, "arrived.sources", *INPUTS, *NORM],
+    "light_layer": [*LIGHT, "out", *STATISTICS, *NORM, "workspace"],
+    "light_layer_backward": [*LIGHT, "dout", *NORM, "workspace"],
 }
-SOURCES = struct.Struct("8q")  # struct Source: query, scores and weights are its numbers 0, 2 and 7
 
 
 @pytest.fixture
 def recorded(kernels, monkeypatch):
-    """The fullest call of each function, of steps of all forms; the tensors behind the addresses live on."""
-    calls, alive = {}, []
+    """The fullest call of each function, of steps of all forms; and what each source was made of."""
+    extension, calls = native_calls.record(kernels, REQUIRED, monkeypatch)
+    sources = {}
 
-    def recorder(name):
-        def call(*arguments):
-            if sum(map(bool, arguments)) >= sum(map(bool, calls.get(name, ()))):
-                calls[name] = arguments
-            return getattr(kernels, name)(*arguments)
+    def source(**fields):
+        made = kernels.source(**fields)
+        sources[made] = fields
+        return made
 
-        return call
-
-    recording = {name: recorder(name) for name in REQUIRED}
-    everything = {n: getattr(kernels, n) for n in dir(kernels) if not n.startswith("_")}
-    extension = SimpleNamespace(**everything | recording)
+    extension.source = source
     monkeypatch.setattr(cpp, "extension", lambda: extension)
-    real = torch.Tensor.data_ptr
-    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda t: (alive.append(t), real(t))[1])
     q, k, x = a_row(), a_row(), a_map()
     history = ek.LayerHistory()
     for _ in range(2):
@@ -70,7 +64,7 @@ def recorded(kernels, monkeypatch):
         else:
             call(x).sum().backward()
     assert calls.keys() == REQUIRED.keys()
-    return calls
+    return calls, sources
 
 
 def _light_block(layer):
@@ -81,38 +75,27 @@ def _light_block(layer):
     return lambda x: light_residual_block(layer, norm, torch.nn.ReLU(), DropPath(0.0), x, x)[0]
 
 
-def _cleared(value):
-    """A value with its address, or its addresses one after the other, exchanged for 0."""
-    if isinstance(value, bytes):
-        numbers = [list(source) for source in SOURCES.iter_unpack(value)]
-        for where in (0, 2, 7):
-            changed = [source.copy() for source in numbers]
-            changed[-1][where] = 0
-            yield b"".join(SOURCES.pack(*source) for source in changed)
-    elif isinstance(value, list):
-        for i in range(len(value)):
-            yield [*value[:i], 0, *value[i + 1 :]]
-    elif isinstance(value, tuple) and len(value) == 3:
-        yield (0, *value[1:])
-    elif isinstance(value, tuple):  # what follows in a block
-        maps, pointers, *rest = value
-        for i in range(3):
-            yield ((*maps[:i], (0, 0, 0), *maps[i + 1 :]), pointers, *rest)
-        for i in (0, 1, 7):
-            yield (maps, (*pointers[:i], 0, *pointers[i + 1 :]), *rest)
-    else:
-        yield 0
-
-
 @pytest.mark.parametrize("function", REQUIRED)
 def test_an_address_of_nothing(recorded, kernels, function):
-    arguments = recorded[function]
-    getattr(kernels, function)(*arguments)  # as it was, it runs
-    for name, place in REQUIRED[function].items():
-        assert arguments[place], name
-        for changed in _cleared(arguments[place]):
+    calls, sources = recorded
+    call = calls[function]
+    call.made_by(getattr(kernels, function))  # as it was, it runs
+    for path in REQUIRED[function]:
+        value = native_calls.value_at(kernels, call.named, path)
+        assert value, path
+        if isinstance(value, bytes):
+            size = len(kernels.source(**next(iter(sources.values()))))
+            last = sources[value[-size:]]
+            cleared = [
+                value[:-size] + kernels.source(**last | {name: 0})
+                for name in ("query", "scores", "weights")
+            ]
+        else:
+            cleared = native_calls.without_address(value)
+        for new in cleared:
+            named = native_calls.changed(kernels, call.named, path, new)
             with pytest.raises(ValueError, match=r"no address|needs|or neither"):
-                getattr(kernels, function)(*arguments[:place], changed, *arguments[place + 1 :])
+                getattr(kernels, function)(*call.places, **named)
 
 
 def test_what_is_empty_has_no_address(kernels):

@@ -343,14 +343,23 @@ def test_bad_calls_are_refused(kernels):
     address = o.data_ptr()
     none = (0, 1)
     view = (address, 36, 9)
+    sizes = (2, 4, 4, 9, 0)
+    rest = {"gamma": none, "beta": none, "mask": none, "eps": 1e-5, "relu": False}
+    without = kernels.cuda_norm(statistics=0, **rest)
     with pytest.raises(ValueError, match="statistics"):
-        kernels.cuda_norm_forward(
-            *(0, 0, 1, (2, 4, 4, 9, 0), (0, none, none, none, 1e-5, False), view, view, view)
-        )
-    norm = (address, none, none, none, 1e-5, False)
+        kernels.cuda_norm_forward((0, 0), 1, sizes=sizes, norm=without, o=view, x=view, out=view)
+    norm = kernels.cuda_norm(statistics=address, **rest)
+    maps = {"o": view, "dout": view, "also": (0, 0, 0), "gradient": view}
     with pytest.raises(ValueError, match="partial"):
         kernels.cuda_norm_backward(
-            *(0, 0, 1, (2, 4, 4, 9, 0), norm, view, view, (0, 0, 0), view, 0, 0, 0, address)
+            *((0, 0), 1),
+            sizes=sizes,
+            norm=norm,
+            **maps,
+            dgamma=0,
+            dbeta=0,
+            partial=0,
+            moved=address,
         )
 
 

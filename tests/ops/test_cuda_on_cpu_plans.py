@@ -237,8 +237,21 @@ def test_a_depth_beyond_the_kernels_is_refused_twice(kernels):
     row, weights = torch.zeros(1, 2), torch.full((1, 1, 257), 7.0)
     with pytest.raises(ValueError, match="depth"):
         kernels.cuda_weights(
-            *(0, 0, 1, (1, 2, 1, 1, 0), 1.0, row.data_ptr(), 2, [row.data_ptr()] * 257, 2, 0, 0),
-            *(weights.data_ptr(), 0),
+            *((0, 0), 1),
+            sizes=(1, 2, 1, 1, 0),
+            attention=kernels.cuda_attention(
+                scale=1.0,
+                query=row.data_ptr(),
+                query_stride=2,
+                keys=[row.data_ptr()] * 257,
+                key_stride=2,
+                values=[],
+                value_strides=(0, 0),
+                prev=0,
+                prev_depth=0,
+                weights=weights.data_ptr(),
+            ),
+            kl=0,
         )
     assert (weights == 7).all()
 

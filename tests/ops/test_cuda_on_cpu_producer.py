@@ -367,6 +367,6 @@ def test_calls_without_an_address(name, kernels):
     arguments = {"x": (64, 4, 4), "wv": (64, 1), "v": (64, 4, 4), "sums": 64}
     arguments[name] = {"wv": (0, 1), "sums": 0}.get(name, (0, 0, 0))
     with pytest.raises(ValueError, match="no address"):
-        kernels.cuda_producer_forward(0, 0, 1, (1, 1, 2, 2, 0), *arguments.values())
+        kernels.cuda_producer_forward((0, 0), 1, sizes=(1, 1, 2, 2, 0), **arguments)
     with pytest.raises(ValueError, match="none may be zero"):
-        kernels.cuda_producer_groups(1, (1, 0, 2, 2, 0))
+        kernels.cuda_producer_groups(1, sizes=(1, 0, 2, 2, 0))

@@ -50,9 +50,9 @@ def test_the_thread_count_follows_torch(kernels, monkeypatch):
         def __getattr__(self, name):
             return getattr(kernels, name)
 
-        def forward(self, *args):
-            seen.append(args[-1])
-            return kernels.forward(*args)
+        def forward(self, *places, **named):
+            seen.append(named["threads"])
+            return kernels.forward(*places, **named)
 
     monkeypatch.setattr("ela_kernels.backends.cpp.attention.kernels", Recording)
     case = make_case((2, 12, 64, 64), through="")  # enough work for more than one thread

@@ -246,17 +246,21 @@ def provoke() -> None:
         for _ in range(20):
             compiled().weights(
                 DTYPE_CODES[q.dtype],
-                (*q.shape, HEADS, 1, 0),
-                1.0,
-                q.data_ptr(),
-                CHANNELS,
-                [q.data_ptr()],
-                [CHANNELS],
-                0,
-                0,
-                weights.data_ptr(),
-                0,
-                1,
+                sizes=(*q.shape, HEADS, 1, 0),
+                attention=compiled().attention(
+                    scale=1.0,
+                    query=q.data_ptr(),
+                    query_stride=CHANNELS,
+                    keys=[q.data_ptr()],
+                    key_strides=[CHANNELS],
+                    values=[],
+                    value_strides=[],
+                    prev=0,
+                    prev_depth=0,
+                    weights=weights.data_ptr(),
+                ),
+                kl=0,
+                threads=1,
             )
 
     threads = [threading.Thread(target=work) for _ in range(2)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,12 +48,12 @@ def kernels() -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def _aggregate_workspace(sizes: Sizes, sources: int) -> int:
-    return int(kernels().aggregate_workspace(sizes, sources))
+    return int(kernels().aggregate_workspace(sizes=sizes, sources=sources))
 
 
 @functools.lru_cache(maxsize=1024)
 def _backward_workspace(sizes: Sizes, depth: int) -> int:
-    return int(kernels().backward_workspace(sizes, depth))
+    return int(kernels().backward_workspace(sizes=sizes, depth=depth))
 
 
 def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
@@ -118,23 +117,27 @@ def attend(
     prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else _new(accumulate, sizes[0], heads)
     workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
-    kernels().forward(
+    extension = kernels()
+    attention = extension.attention(
+        scale=scale,
+        query=query,
+        query_stride=query_stride,
+        keys=key_addresses,
+        key_strides=key_strides,
+        values=value_addresses,
+        value_strides=value_strides,
+        prev=address(prev_weights, "prev_weights"),
+        prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+        weights=address(weights),
+    )
+    extension.forward(
         DTYPE_CODES[q.dtype],
-        sizes,
-        scale,
-        query,
-        query_stride,
-        key_addresses,
-        key_strides,
-        value_addresses,
-        value_strides,
-        address(prev_weights, "prev_weights"),
-        0 if prev_weights is None else prev_weights.shape[2],
-        address(weights),
-        address(kl),
-        out_view,
-        address(workspace),
-        thread_count(last.numel() * depth),
+        sizes=sizes,
+        attention=attention,
+        kl=address(kl),
+        out=out_view,
+        workspace=address(workspace),
+        threads=thread_count(last.numel() * depth),
     )
     del query_copy, key_copies, value_copies
     return out, weights, kl
@@ -151,19 +154,25 @@ def weights(
     weights = _new(accumulate, q.shape[0], heads, len(keys))
     prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else _new(accumulate, q.shape[0], heads)
-    kernels().weights(
+    extension = kernels()
+    attention = extension.attention(
+        scale=scale,
+        query=query,
+        query_stride=query_stride,
+        keys=key_addresses,
+        key_strides=key_strides,
+        values=[],
+        value_strides=[],
+        prev=address(prev_weights, "prev_weights"),
+        prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+        weights=address(weights),
+    )
+    extension.weights(
         DTYPE_CODES[q.dtype],
-        (*q.shape, heads, 1, 0),
-        scale,
-        query,
-        query_stride,
-        key_addresses,
-        key_strides,
-        address(prev_weights, "prev_weights"),
-        0 if prev_weights is None else prev_weights.shape[2],
-        address(weights),
-        address(kl),
-        thread_count(q.numel() * len(keys)),
+        sizes=(*q.shape, heads, 1, 0),
+        attention=attention,
+        kl=address(kl),
+        threads=thread_count(q.numel() * len(keys)),
     )
     del query_copy, key_copies
     return weights, kl
@@ -216,30 +225,34 @@ def attend_backward(
     if need_prev and dkl is not None and prev_weights is not None:
         dprev = torch.empty_like(prev_weights)
     workspace = _workspace(_backward_workspace(sizes, depth), weights.dtype)
-    kernels().backward(
+    extension = kernels()
+    attention = extension.attention(
+        scale=scale,
+        query=query,
+        query_stride=query_stride,
+        keys=key_addresses,
+        key_strides=key_strides,
+        values=value_addresses,
+        value_strides=value_strides,
+        prev=address(prev_weights, "prev_weights"),
+        prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+        weights=address(weights, "weights"),
+    )
+    extension.backward(
         DTYPE_CODES[q.dtype],
-        sizes,
-        scale,
-        query,
-        query_stride,
-        key_addresses,
-        key_strides,
-        value_addresses,
-        value_strides,
-        address(prev_weights, "prev_weights"),
-        0 if prev_weights is None else prev_weights.shape[2],
-        address(weights, "weights"),
-        dout_view,
-        address(dweights, "gradient of the weights"),
-        address(dkl, "gradient of kl"),
-        address(dscores),
-        address(dq),
-        [address(d) for d in dkeys] if any(need_keys) else [],
-        address(dprev),
-        dvalue_addresses,
-        dvalue_strides,
-        address(workspace),
-        thread_count(last.numel() * depth),
+        sizes=sizes,
+        attention=attention,
+        dout=dout_view,
+        dweights=address(dweights, "gradient of the weights"),
+        dkl=address(dkl, "gradient of kl"),
+        dscores=address(dscores),
+        dquery=address(dq),
+        dkeys=[address(d) for d in dkeys] if any(need_keys) else [],
+        dprev=address(dprev),
+        dvalues=dvalue_addresses,
+        dvalue_strides=dvalue_strides,
+        workspace=address(workspace),
+        threads=thread_count(last.numel() * depth),
     )
     del query_copy, key_copies, copies
     return Gradients(dscores, dq, dprev, dkeys, dvalues)
@@ -264,19 +277,17 @@ class CppContribution:
             self.dout_version = version_of(dout)
             self.interleaved = is_interleaved(dout, channels_last)
             view = readable_view(dout, channels_last, self.interleaved, "gradient of the output")
-            assert view is not None  # without an address it would count as a gradient that did not arrive
-        self.packed = _pack(
-            where,
-            stride,
-            address(dscores),
-            weights.shape[2],
-            *(view or NO_MAP),
-            address(weights),
+            assert (
+                view is not None
+            )  # without an address it would count as a gradient that did not arrive
+        self.packed: bytes = kernels().source(
+            query=where,
+            query_stride=stride,
+            scores=address(dscores),
+            depth=weights.shape[2],
+            dout=view or NO_MAP,
+            weights=address(weights),
         )
-
-
-# One source of a gradient, as the extension takes many of them at once (struct Source in csrc/binding/views.h).
-_pack = struct.Struct("8q").pack
 
 
 def packed_sources(
@@ -324,13 +335,13 @@ def gather(
     sources, keeps = packed_sources(contributions, channels_last, interleaved)
     kernels().gather(
         DTYPE_CODES[q.dtype],
-        sizes,
-        sources,
-        index,
-        address(dkey),
-        dvalue_view,
-        address(workspace),
-        thread_count(elements * len(contributions)),
+        sizes=sizes,
+        sources=sources,
+        index=index,
+        dkey=address(dkey),
+        dvalue=dvalue_view,
+        workspace=address(workspace),
+        threads=thread_count(elements * len(contributions)),
     )
     del keeps
     return dkey, dvalue

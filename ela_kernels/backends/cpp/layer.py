@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ela_kernels.backends.checks import check_shape, refuse_sizes
-from ela_kernels.backends.cpp.addresses import NO_TABLE, Table, maps, one_map, rows
+from ela_kernels.backends.cpp.addresses import Table, maps, one_map, rows
 from ela_kernels.backends.cpp.attention import (
     DTYPE_CODES,
     NO_MAP,
@@ -79,7 +80,12 @@ class Plan:
         compact = (channels * positions, channels if self.interleaved else positions)
         self.made = view[1:] if self.keeps_strides else compact
         self.call = compiled().LayerPlan(
-            DTYPE_CODES[x.dtype], self.norm_sizes, heads, filter_size, view[1:], self.made
+            DTYPE_CODES[x.dtype],
+            sizes=self.norm_sizes,
+            heads=heads,
+            filter_size=filter_size,
+            x=view[1:],
+            made=self.made,
         )
         dtype = accumulate_dtype(x.dtype)
         self.row = torch.empty((batch, channels), dtype=x.dtype, device="cpu")
@@ -165,33 +171,43 @@ def layer(
             if statistics is None:
                 statistics = measured = torch.empty_like(plan.statistics)
             block = plan.new_map(x) if keeps_retrieved else out
-            x_view, out_view = plan.map_view(x)[0], (out.data_ptr(), *plan.made)
-            views = (out_view, x_view, (block.data_ptr(), *plan.made), NO_MAP)
-            norm = norm_call(views, plan.norm_sizes, statistics, epilogue)
+            norm = norm_call(
+                plan.norm_sizes,
+                statistics,
+                epilogue,
+                o=(out.data_ptr(), *plan.made),
+                x=plan.map_view(x)[0],
+                out=(block.data_ptr(), *plan.made),
+            )
     key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
-    compiled().layer(
+    extension = compiled()
+    attention = extension.attention(
+        scale=scale,
+        query=address(q),
+        query_stride=plan.norm_sizes[1],
+        keys=key_table[0],
+        key_strides=key_table[1],
+        values=value_table[0],
+        value_strides=value_table[1],
+        prev=address(prev_weights, "prev_weights"),
+        prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+        weights=address(weights),
+    )
+    extension.layer(
         plan.call,
-        scale,
-        x_address,
-        address(wq, "Wq"),
-        address(wk, "Wk"),
-        address(wv, "Wv"),
-        mean.data_ptr(),
-        address(q),
-        key_table[0],
-        key_table[1],
-        value_table[0],
-        value_table[1],
-        address(prev_weights, "prev_weights"),
-        0 if prev_weights is None else prev_weights.shape[2],
-        address(weights),
-        address(kl),
-        address(out),
-        type(epilogue) is Residual,
-        address(measured),
-        0 if measured is None else measured[1].data_ptr(),
-        None if norm is None else norm.arguments,
-        thread_count(plan.elements * depth),
+        x=x_address,
+        wq=address(wq, "Wq"),
+        wk=address(wk, "Wk"),
+        wv=address(wv, "Wv"),
+        mean=mean.data_ptr(),
+        attention=attention,
+        kl=address(kl),
+        out=address(out),
+        has_residual=type(epilogue) is Residual,
+        mean_out=address(measured),
+        variance_out=0 if measured is None else measured[1].data_ptr(),
+        norm=None if norm is None else norm.arguments,
+        threads=thread_count(plan.elements * depth),
     )
     del key_table, value_table, norm
     if block is None:
@@ -235,26 +251,42 @@ def layer_backward(
     if dv is not None:
         dv_view, dv = plan.map_view(resolved(dv))
 
-    key_table = value_table = NO_TABLE
-    dout_view = NO_MAP
-    query = weights = dscores = prev = dprev = None
-    scale, depth, wants_query = 1.0, 0, False
+    extension = compiled()
+    own_group = dprev = prev = None
+    kept: list[Any] = [copies]
+    depth, wants_query = 0, False
     if own is not None:
         assert attention is not None
-        query, weights, scale, dscores = (
-            attention.q,
-            attention.weights,
-            attention.scale,
-            own.dscores,
-        )
         depth = len(attention.keys)
         key_table, value_table = plan.tables(attention.keys, attention.values)
         dweights, dkl, prev = dense(dweights), dense(dkl), dense(attention.prev_weights)
         if need_prev and dkl is not None and prev is not None:
             dprev = torch.empty_like(prev)
         wants_query = need_x or need_wq
+        dout_view = NO_MAP
         if dout is not None:
             dout_view, dout = plan.map_view(dout)
+        own_group = extension.own(
+            attention=extension.attention(
+                scale=attention.scale,
+                query=address(attention.q, "q"),
+                query_stride=plan.norm_sizes[1],
+                keys=key_table[0],
+                key_strides=key_table[1],
+                values=value_table[0],
+                value_strides=value_table[1],
+                prev=address(prev),
+                prev_depth=0 if prev is None else prev.shape[2],
+                weights=address(attention.weights, "weights"),
+            ),
+            dout=dout_view,
+            dweights=address(dweights, "gradient of the weights"),
+            dkl=address(dkl, "gradient of kl"),
+            dscores=address(own.dscores),
+            dprev=address(dprev),
+        )
+        kept += [key_table, value_table]
+
     residual_view = NO_MAP
     if residual is not None:
         residual_view, residual = plan.map_view(residual)
@@ -263,44 +295,36 @@ def layer_backward(
     dwk = torch.empty_like(wk) if need_wk else None
     dwv = torch.empty_like(wv) if need_wv else None
     has_rows = wants_query or wants_key
-    compiled().layer_backward(
-        plan.call,
-        scale,
-        index,
-        own is not None,
-        address(query, "q"),
-        key_table[0],
-        key_table[1],
-        value_table[0],
-        value_table[1],
-        address(prev),
-        0 if prev is None else prev.shape[2],
-        address(weights, "weights"),
-        dout_view,
-        address(dweights, "gradient of the weights"),
-        address(dkl, "gradient of kl"),
-        address(dscores),
-        address(dprev),
-        address(x, "x"),
-        address(wq, "Wq"),
-        address(wk, "Wk"),
-        address(wv, "Wv"),
-        mean.data_ptr(),
-        sources,
-        address(dk, "gradient of the key"),
-        dv_view,
-        residual_view,
-        wants_query,
-        wants_key,
-        address(dx),
-        address(dwq) if has_rows else 0,
-        address(dwk) if has_rows else 0,
-        address(dwv),
-        None if norm is None else norm.arguments,
-        norm is not None and norm.batch_statistics,
-        thread_count(plan.elements * (depth + len(contributions) + 1)),
+    arrived = extension.arrived(
+        sources=sources,
+        index=index,
+        dk=address(dk, "gradient of the key"),
+        dv=dv_view,
+        residual=residual_view,
     )
-    del copies, key_table, value_table, dout, norm
+    gradients = extension.gradients(
+        dx=address(dx),
+        dwq=address(dwq) if has_rows else 0,
+        dwk=address(dwk) if has_rows else 0,
+        dwv=address(dwv),
+    )
+    extension.layer_backward(
+        plan.call,
+        own=own_group,
+        arrived=arrived,
+        x=address(x, "x"),
+        wq=address(wq, "Wq"),
+        wk=address(wk, "Wk"),
+        wv=address(wv, "Wv"),
+        mean=mean.data_ptr(),
+        wants_query=wants_query,
+        wants_key=wants_key,
+        gradients=gradients,
+        norm=None if norm is None else norm.arguments,
+        batch_statistics=norm is not None and norm.batch_statistics,
+        threads=thread_count(plan.elements * (depth + len(contributions) + 1)),
+    )
+    del kept, dweights, dkl, prev, dout, dv, dk, residual, norm
     if not has_rows:
         dwq, dwk = (None if d is None else d.zero_() for d in (dwq, dwk))
     return LayerGradients(dx, dwq, dwk, dwv, dprev, dgamma, dbeta), own

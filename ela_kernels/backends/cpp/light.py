@@ -51,7 +51,7 @@ def _readable(x: Tensor, filters: LightFilters) -> LightFilters:
 
 
 def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -> Tensor:
-    elements = compiled().light_workspace(sizes, size, threads)
+    elements = compiled().light_workspace(sizes=sizes, filter_size=size, threads=threads)
     return torch.empty(elements, dtype=dtype, device="cpu")
 
 
@@ -81,33 +81,37 @@ def light_layer(
         if statistics is None:
             statistics = measured = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
         block, block_view = new_map(x, flat, False)
-        views = (out_view, _view(x, sizes[4], "x"), block_view, NO_MAP)
-        norm = norm_call(views, sizes, statistics, epilogue)
+        x_view = _view(x, sizes[4], "x")
+        norm = norm_call(sizes, statistics, epilogue, o=out_view, x=x_view, out=block_view)
     threads = thread_count(4 * x.numel())
     workspace = _workspace(sizes, wk.numel(), threads, accumulate)
-    compiled().light_layer(
+    extension = compiled()
+    layer = extension.light(
+        sizes=sizes,
+        heads=heads,
+        scale=scale,
+        x=_view(x, sizes[4], "x"),
+        wq=address(wq, "Wq"),
+        wk=address(wk, "Wk"),
+        filter_size=wk.numel(),
+        wv=address(wv, "Wv"),
+        decay=address(decay, "lambda_t"),
+        prev=_view(prev, sizes[4], "prev_out"),
+        mean=address(mean),
+        query=address(q),
+        key=address(k),
+        v=v_view,
+        factors=address(factors),
+    )
+    extension.light_layer(
         DTYPE_CODES[x.dtype],
-        sizes,
-        heads,
-        scale,
-        _view(x, sizes[4], "x"),
-        address(wq, "Wq"),
-        address(wk, "Wk"),
-        wk.numel(),
-        address(wv, "Wv"),
-        address(decay, "lambda_t"),
-        _view(prev, sizes[4], "prev_out"),
-        address(mean),
-        address(q),
-        address(k),
-        v_view,
-        address(factors),
-        out_view,
-        address(measured),
-        0 if measured is None else address(measured[1]),
-        None if norm is None else norm.arguments,
-        address(workspace),
-        threads,
+        layer=layer,
+        out=out_view,
+        mean_out=address(measured),
+        variance_out=0 if measured is None else address(measured[1]),
+        norm=None if norm is None else norm.arguments,
+        workspace=address(workspace),
+        threads=threads,
     )
     return LightForward(out, mean, q, k, v, factors, statistics, block)
 
@@ -140,36 +144,43 @@ def light_layer_backward(
         torch.empty_like(w) if need else None
         for w, need in zip((wq, wk, wv, decay), needs[1:5], strict=True)
     ]
+    dwq, dwk, dwv, ddecay = dfilters
     threads = thread_count(6 * x.numel())
     workspace = _workspace(sizes, wk.numel(), threads, factors.dtype)
-    compiled().light_layer_backward(
-        DTYPE_CODES[x.dtype],
-        sizes,
-        heads,
-        scale,
-        _view(x, sizes[4], "x"),
-        address(wq, "Wq"),
-        address(wk, "Wk"),
-        wk.numel(),
-        address(wv, "Wv"),
-        address(decay, "lambda_t"),
-        _view(prev, sizes[4], "prev_out"),
-        address(mean),
-        address(q),
-        address(k),
-        _view(v, sizes[4]),
-        address(factors),
-        _view(dout, sizes[4], "gradient of the output"),
-        NO_MAP if residual is None else _view(residual, sizes[4]),
-        dx_view,
-        *(address(d) for d in dfilters),
-        dprev_view,
-        None if norm is None else norm.arguments,
-        norm is not None and norm.batch_statistics,
-        address(workspace),
-        threads,
+    extension = compiled()
+    layer = extension.light(
+        sizes=sizes,
+        heads=heads,
+        scale=scale,
+        x=_view(x, sizes[4], "x"),
+        wq=address(wq, "Wq"),
+        wk=address(wk, "Wk"),
+        filter_size=wk.numel(),
+        wv=address(wv, "Wv"),
+        decay=address(decay, "lambda_t"),
+        prev=_view(prev, sizes[4], "prev_out"),
+        mean=address(mean),
+        query=address(q),
+        key=address(k),
+        v=_view(v, sizes[4]),
+        factors=address(factors),
     )
-    dwq, dwk, dwv, ddecay = dfilters
+    extension.light_layer_backward(
+        DTYPE_CODES[x.dtype],
+        layer=layer,
+        dout=_view(dout, sizes[4], "gradient of the output"),
+        dx_residual=NO_MAP if residual is None else _view(residual, sizes[4]),
+        dx=dx_view,
+        dwq=address(dwq),
+        dwk=address(dwk),
+        dwv=address(dwv),
+        ddecay=address(ddecay),
+        dprev=dprev_view,
+        norm=None if norm is None else norm.arguments,
+        batch_statistics=norm is not None and norm.batch_statistics,
+        workspace=address(workspace),
+        threads=threads,
+    )
     if ddecay is not None:
         ddecay = ddecay.to(filters.decay.dtype)
     return LightGradients(dx, dwq, dwk, dwv, ddecay, dprev, dgamma, dbeta)

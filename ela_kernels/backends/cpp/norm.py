@@ -32,7 +32,7 @@ ImageSizes = tuple[int, int, int, int, int]
 class NormCall(NamedTuple):
     """The arguments as the extension takes them, and what must live until the kernel has run."""
 
-    arguments: tuple[Any, ...]
+    arguments: Any
     batch_statistics: bool
     keeps: list[Any]
 
@@ -42,28 +42,43 @@ def _vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def norm_call(
-    views: tuple[MapView, MapView, MapView, MapView],
     sizes: ImageSizes,
     statistics: Tensor,
     norm: NormAct,
+    *,
+    o: MapView,
+    x: MapView,
+    out: MapView,
+    also: MapView = NO_MAP,
     dgamma: Tensor | None = None,
     dbeta: Tensor | None = None,
 ) -> NormCall:
-    """Of the maps o, x and out (backward: o, dout, do, and what is added to do)."""
+    """Of the maps o, x and out; in the backward `x` is the gradient of `out`, and `out` that of o, plus `also`."""
     check_norm_sizes(sizes[1], norm)
     dtype = statistics.dtype
-    vectors = [_vector(t, dtype) for t in (norm.gamma, norm.beta, norm.mask)]
-    workspace = torch.empty(compiled().norm_workspace(sizes), dtype=dtype, device="cpu")
-    pointers = (
-        address(statistics, "statistics"),
-        address(statistics[1], "statistics"),
-        *(address(v, "a parameter of the norm") for v in vectors),
-        address(dgamma),
-        address(dbeta),
-        address(workspace),
+    gamma, beta, mask = (_vector(t, dtype) for t in (norm.gamma, norm.beta, norm.mask))
+    workspace = torch.empty(
+        compiled().norm_workspace(sizes=sizes),
+        dtype=dtype,
+        device="cpu",
     )
-    arguments = (views, pointers, norm.eps, norm.relu)
-    keeps = [vectors, workspace, statistics, dgamma, dbeta]
+    arguments = compiled().norm(
+        o=o,
+        x=x,
+        out=out,
+        also=also,
+        mean=address(statistics, "statistics"),
+        variance=address(statistics[1], "statistics"),
+        gamma=address(gamma, "a parameter of the norm"),
+        beta=address(beta, "a parameter of the norm"),
+        mask=address(mask, "a parameter of the norm"),
+        dgamma=address(dgamma),
+        dbeta=address(dbeta),
+        workspace=address(workspace),
+        eps=norm.eps,
+        relu=norm.relu,
+    )
+    keeps = [gamma, beta, mask, workspace, statistics, dgamma, dbeta]
     return NormCall(arguments, norm.statistics is None, keeps)
 
 
@@ -83,19 +98,24 @@ def norm_backward(
     interleaved = is_interleaved(o, False)
     sizes = (*o.shape, int(interleaved))
     do, do_view = new_map(o, kernel_sizes(o, 1, False, interleaved), False)
-    views, keeps = [], []
-    for tensor in (o, dout, also):
-        if tensor is None:
-            views.append(NO_MAP)
-            continue
-        view, kept = one_map(tensor, False, interleaved)
-        views.append(view)
-        keeps.append(kept)
+    o_view, kept_o = one_map(o, False, interleaved)
+    dout_view, kept_dout = one_map(dout, False, interleaved)
+    also_view, kept_also = (NO_MAP, None) if also is None else one_map(also, False, interleaved)
     accumulate = accumulate_dtype(o.dtype)
     dgamma, dbeta = (
         None if t is None else torch.empty(t.shape, dtype=accumulate, device="cpu")
         for t in (norm.gamma, norm.beta)
     )
-    ordered = (views[0], views[1], do_view, views[2])
-    call = norm_call(ordered, sizes, statistics, norm, dgamma, dbeta)
-    return NormBackward(do, dgamma, dbeta, call._replace(keeps=[*call.keeps, *keeps]))
+    call = norm_call(
+        sizes,
+        statistics,
+        norm,
+        o=o_view,
+        x=dout_view,
+        out=do_view,
+        also=also_view,
+        dgamma=dgamma,
+        dbeta=dbeta,
+    )
+    keeps = [*call.keeps, kept_o, kept_dout, kept_also]
+    return NormBackward(do, dgamma, dbeta, call._replace(keeps=keeps))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,6 @@ from ela_kernels.backends.types import Filters
 
 __all__ = ["attend_produced", "rows_of"]
 
-# Sums and how many groups of them; the filters of query and key, and their size; mean, query and key to write.
-_Rows = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int, tuple[int, int, int]]
-
-
 _NAMES = ("sums of x", "Wq", "Wk", "keys", "values", "prev_weights")
 
 
@@ -42,17 +39,20 @@ def _readable(filters: Filters) -> Filters:
 
 def _new_rows(
     sums: Tensor, filters: Filters, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor, _Rows]:
-    """Mean, query and key, unwritten, and what is passed on of all that the rows are made of."""
+) -> tuple[Tensor, Tensor | None, Tensor, Any]:
+    """Mean, query and key, unwritten, and what a call takes for all that the rows are made of."""
     batch, groups, channels = sums.shape
     mean, k = (sums.new_empty((batch, channels), dtype=dtype) for _ in range(2))
     q = None if filters.wq is None else torch.empty_like(mean)
-    rows = (
-        (address(sums), groups),
-        parameter_view(filters.wq),
-        parameter_view(filters.wk),
-        filters.wk.numel(),
-        (address(mean), address(q), address(k)),
+    rows = cuda._kernels().cuda_row_group(
+        sums=address(sums),
+        groups=groups,
+        wq=parameter_view(filters.wq),
+        wk=parameter_view(filters.wk),
+        filter_size=filters.wk.numel(),
+        mean=address(mean),
+        query=address(q),
+        key=address(k),
     )
     return mean, q, k, rows
 
@@ -72,10 +72,10 @@ def rows_of(
     mean, q, k, rows = _new_rows(sums, filters, dtype)
     cuda._launched(
         cuda._kernels().cuda_rows(
-            *cuda._device(sums),
+            cuda._device(sums),
             cuda._DTYPE_CODES[dtype],
-            (batch, channels, 1, positions, 0),
-            rows,
+            sizes=(batch, channels, 1, positions, 0),
+            rows=rows,
         )
     )
     return mean, q, k
@@ -83,7 +83,7 @@ def rows_of(
 
 @functools.lru_cache(maxsize=1024)
 def _moments(dtype: int, sizes: Sizes, sources: int) -> int:
-    return int(cuda._kernels().cuda_attend_moments(dtype, sizes, sources))
+    return int(cuda._kernels().cuda_attend_moments(dtype, sizes=sizes, sources=sources))
 
 
 def attend_produced(
@@ -100,7 +100,8 @@ def attend_produced(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Moments | None]:
     """`(mean, q, k, out, weights, kl, moments)`: what a layer retrieves, from the sums that its producer left.
 
-    One launch; two or three where each block's share of rows and scores would cost too much (see attend_plan.h).
+    One launch; two or three where each block's share of rows and scores would cost too much (see
+    layer_attention_plan.h).
 
     Args:
         sums: float32 `[B, groups, C]`, over the positions of the maps.
@@ -131,23 +132,28 @@ def attend_produced(
     if wants_statistics:
         elements = _moments(cuda._DTYPE_CODES[dtype], sizes, len(maps))
         partial = torch.empty(elements, dtype=torch.float32, device=last.device)
+    attention = cuda._kernels().cuda_attention(
+        scale=scale,
+        query=address(q),
+        query_stride=sizes[1],
+        keys=addresses(keys),
+        key_stride=key_stride,
+        values=addresses(maps[: len(values)]),
+        value_strides=strides,
+        prev=address(prev_weights),
+        prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+        weights=address(weights),
+    )
     code, chunks, span = cuda._kernels().cuda_attend(
-        *cuda._device(last),
+        cuda._device(last),
         cuda._DTYPE_CODES[dtype],
-        sizes,
-        scale,
-        rows,
-        addresses(keys),
-        key_stride,
-        addresses(maps[: len(values)]),
-        strides,
-        0 if residual is None else address(maps[-1]),
-        address(prev_weights),
-        0 if prev_weights is None else prev_weights.shape[2],
-        address(weights),
-        address(kl),
-        (address(out), *compact_strides(sizes)),
-        address(partial),
+        sizes=sizes,
+        rows=rows,
+        attention=attention,
+        residual=0 if residual is None else address(maps[-1]),
+        kl=address(kl),
+        out=(address(out), *compact_strides(sizes)),
+        moments=address(partial),
     )
     cuda._launched(code)
     moments = None if partial is None else Moments(partial, sizes, chunks, span)

@@ -70,7 +70,7 @@ def _launched(code: int) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _backward_workspace(dtype: int, sizes: Sizes, depth: int) -> int:
-    return int(_kernels().cuda_backward_workspace(dtype, sizes, depth))
+    return int(_kernels().cuda_backward_workspace(dtype, sizes=sizes, depth=depth))
 
 
 def _new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
@@ -105,21 +105,23 @@ def attend(
     kl = new_divergence(q, heads, prev_weights)
     _launched(
         _kernels().cuda_forward(
-            *_device(q),
+            _device(q),
             _DTYPE_CODES[q.dtype],
-            sizes,
-            scale,
-            address(q),
-            query_stride,
-            addresses(keys),
-            key_stride,
-            addresses(values),
-            value_strides,
-            address(prev_weights),
-            0 if prev_weights is None else prev_weights.shape[2],
-            address(weights_out),
-            address(kl),
-            out_view,
+            sizes=sizes,
+            attention=_kernels().cuda_attention(
+                scale=scale,
+                query=address(q),
+                query_stride=query_stride,
+                keys=addresses(keys),
+                key_stride=key_stride,
+                values=addresses(values),
+                value_strides=value_strides,
+                prev=address(prev_weights),
+                prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+                weights=address(weights_out),
+            ),
+            kl=address(kl),
+            out=out_view,
         )
     )
     return out, weights_out, kl
@@ -138,18 +140,22 @@ def weights(
     if weights_out.numel():
         _launched(
             _kernels().cuda_weights(
-                *_device(q),
+                _device(q),
                 _DTYPE_CODES[q.dtype],
-                (*q.shape, heads, 1, 0),
-                scale,
-                address(q),
-                query_stride,
-                addresses(keys),
-                key_stride,
-                address(prev_weights),
-                0 if prev_weights is None else prev_weights.shape[2],
-                address(weights_out),
-                address(kl),
+                sizes=(*q.shape, heads, 1, 0),
+                attention=_kernels().cuda_attention(
+                    scale=scale,
+                    query=address(q),
+                    query_stride=query_stride,
+                    keys=addresses(keys),
+                    key_stride=key_stride,
+                    values=[],
+                    value_strides=(0, 0),
+                    prev=address(prev_weights),
+                    prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+                    weights=address(weights_out),
+                ),
+                kl=address(kl),
             )
         )
     return weights_out, kl
@@ -200,29 +206,31 @@ def attend_backward(
     if new.dscores.numel():
         _launched(
             _kernels().cuda_backward(
-                *_device(q),
+                _device(q),
                 _DTYPE_CODES[q.dtype],
-                sizes,
-                scale,
-                address(q),
-                query_stride,
-                addresses(keys),
-                key_stride,
-                addresses(values) if dout_view[0] else [],
-                value_strides,
-                address(prev_weights),
-                0 if prev_weights is None else prev_weights.shape[2],
-                address(weights),
-                dout_view,
-                address(dweights),
-                address(dkl),
-                address(new.dscores),
-                address(new.dq),
-                [address(d) for d in new.dkeys] if any(need_keys) else [],
-                address(new.dprev),
-                dvalue_addresses,
-                dvalue_strides,
-                address(workspace),
+                sizes=sizes,
+                attention=_kernels().cuda_attention(
+                    scale=scale,
+                    query=address(q),
+                    query_stride=query_stride,
+                    keys=addresses(keys),
+                    key_stride=key_stride,
+                    values=addresses(values) if dout_view[0] else [],
+                    value_strides=value_strides,
+                    prev=address(prev_weights),
+                    prev_depth=0 if prev_weights is None else prev_weights.shape[2],
+                    weights=address(weights),
+                ),
+                dout=dout_view,
+                dweights=address(dweights),
+                dkl=address(dkl),
+                dscores=address(new.dscores),
+                dquery=address(new.dq),
+                dkeys=[address(d) for d in new.dkeys] if any(need_keys) else [],
+                dprev=address(new.dprev),
+                dvalues=dvalue_addresses,
+                dvalue_strides=dvalue_strides,
+                workspace=address(workspace),
             )
         )
     return new
@@ -266,19 +274,19 @@ def gather(
         with_value = with_dout if douts else []
         _launched(
             _kernels().cuda_gather(
-                *_device(q),
+                _device(q),
                 _DTYPE_CODES[q.dtype],
-                sizes,
-                addresses(queries),
-                query_stride,
-                [address(r.dscores) + offset for r in contributions],
-                [r.dscores.shape[2] for r in contributions],
-                address(dkey),
-                addresses(douts),
-                dout_strides,
-                [address(r.weights) + offset for r in with_value],
-                [r.weights.shape[2] for r in with_value],
-                dvalue_view,
+                sizes=sizes,
+                queries=addresses(queries),
+                query_stride=query_stride,
+                score_columns=[address(r.dscores) + offset for r in contributions],
+                score_strides=[r.dscores.shape[2] for r in contributions],
+                dkey=address(dkey),
+                douts=addresses(douts),
+                dout_strides=dout_strides,
+                weight_columns=[address(r.weights) + offset for r in with_value],
+                weight_strides=[r.weights.shape[2] for r in with_value],
+                dvalue=dvalue_view,
             )
         )
     return dkey, dvalue

@@ -6,7 +6,7 @@ As in `cuda.py`, every call takes the current stream, allocates before its launc
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,11 +65,12 @@ def statistics_of(moments: Moments) -> Tensor:
     statistics = torch.empty((2, sizes[1]), dtype=torch.float32, device=partial.device)
     cuda._launched(
         cuda._kernels().cuda_norm_statistics(
-            *cuda._device(partial),
-            sizes,
-            (chunks, span),
-            address(partial),
-            address(statistics),
+            cuda._device(partial),
+            sizes=sizes,
+            chunks=chunks,
+            span=span,
+            moments=address(partial),
+            statistics=address(statistics),
         )
     )
     return statistics
@@ -77,11 +78,28 @@ def statistics_of(moments: Moments) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)
 def _partials(dtype: int, sizes: Sizes) -> int:
-    return int(cuda._kernels().cuda_norm_partials(dtype, sizes))
+    return int(cuda._kernels().cuda_norm_partials(dtype, sizes=sizes))
 
 
 def _sizes(o: Tensor, interleaved: bool) -> Sizes:
     return kernel_sizes(o, o.shape[1], False, interleaved)
+
+
+def _norm_group(
+    statistics: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mask: Tensor | None,
+    norm: NormAct,
+) -> Any:
+    return cuda._kernels().cuda_norm(
+        statistics=address(statistics),
+        gamma=parameter_view(gamma),
+        beta=parameter_view(beta),
+        mask=parameter_view(mask),
+        eps=norm.eps,
+        relu=norm.relu,
+    )
 
 
 def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
@@ -98,20 +116,13 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Ten
     gamma, beta, mask = (parameter(p) for p in (norm.gamma, norm.beta, norm.mask))
     cuda._launched(
         cuda._kernels().cuda_norm_forward(
-            *cuda._device(o),
+            cuda._device(o),
             cuda._DTYPE_CODES[o.dtype],
-            sizes,
-            (
-                address(statistics),
-                parameter_view(gamma),
-                parameter_view(beta),
-                parameter_view(mask),
-                norm.eps,
-                norm.relu,
-            ),
-            o_view,
-            x_view,
-            (address(out), *compact_strides(sizes)),
+            sizes=sizes,
+            norm=_norm_group(statistics, gamma, beta, mask, norm),
+            o=o_view,
+            x=x_view,
+            out=(address(out), *compact_strides(sizes)),
         )
     )
     return out
@@ -147,25 +158,18 @@ def norm_backward(
         partial = torch.empty(elements, dtype=torch.float32, device=o.device)
     cuda._launched(
         cuda._kernels().cuda_norm_backward(
-            *cuda._device(o),
+            cuda._device(o),
             cuda._DTYPE_CODES[o.dtype],
-            sizes,
-            (
-                address(statistics),
-                parameter_view(gamma),
-                parameter_view(beta),
-                parameter_view(mask),
-                norm.eps,
-                norm.relu,
-            ),
-            o_view,
-            dout_view,
-            also_view,
-            (address(do), *compact_strides(sizes)),
-            address(dgamma),
-            address(dbeta),
-            address(partial),
-            address(moved),
+            sizes=sizes,
+            norm=_norm_group(statistics, gamma, beta, mask, norm),
+            o=o_view,
+            dout=dout_view,
+            also=also_view,
+            gradient=(address(do), *compact_strides(sizes)),
+            dgamma=address(dgamma),
+            dbeta=address(dbeta),
+            partial=address(partial),
+            moved=address(moved),
         )
     )
     return NormGradients(do, dgamma, dbeta)

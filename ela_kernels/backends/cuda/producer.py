@@ -30,12 +30,12 @@ _NO_MAP: MapView = (0, 0, 0)
 
 @functools.lru_cache(maxsize=4096)
 def _groups(dtype: int, sizes: ImageSizes) -> int:
-    return int(cuda._kernels().cuda_producer_groups(dtype, sizes))
+    return int(cuda._kernels().cuda_producer_groups(dtype, sizes=sizes))
 
 
 @functools.lru_cache(maxsize=4096)
 def _workspace(dtype: int, sizes: ImageSizes, filter_size: int) -> int:
-    return int(cuda._kernels().cuda_producer_workspace(dtype, sizes, filter_size))
+    return int(cuda._kernels().cuda_producer_workspace(dtype, sizes=sizes, filter_size=filter_size))
 
 
 def _image_sizes(x: Tensor) -> ImageSizes:
@@ -73,7 +73,13 @@ def produce(x: Tensor, wv: Tensor) -> tuple[Tensor, Tensor]:
     )
     cuda._launched(
         cuda._kernels().cuda_producer_forward(
-            *cuda._device(x), dtype, sizes, x_view, parameter_view(wv), v_view, address(sums)
+            cuda._device(x),
+            dtype,
+            sizes=sizes,
+            x=x_view,
+            wv=parameter_view(wv),
+            v=v_view,
+            sums=address(sums),
         )
     )
     return v, sums
@@ -114,30 +120,36 @@ def produce_backward(
     for gradient, source in ((dwq, dq), (dwk, dk), (dwv, dv)):
         if gradient is not None and source is None:
             gradient.zero_()
-    taken = [d if source is not None else None for d, source in ((dwq, dq), (dwk, dk), (dwv, dv))]
+    taken_wq, taken_wk, taken_wv = (
+        d if source is not None else None for d, source in ((dwq, dq), (dwk, dk), (dwv, dv))
+    )
     workspace = None
-    if any(d is not None for d in taken):
+    if taken_wq is not None or taken_wk is not None or taken_wv is not None:
         elements = _workspace(dtype, sizes, wk.numel())
         workspace = torch.empty(elements, dtype=torch.float32, device=x.device)
     if dx is not None or workspace is not None:
         cuda._launched(
             cuda._kernels().cuda_producer_backward(
-                *cuda._device(x),
+                cuda._device(x),
                 dtype,
-                sizes,
-                wk.numel(),
-                dv_view,
-                x_view,
-                residual_view,
-                parameter_view(wq),
-                parameter_view(wk),
-                parameter_view(wv),
-                address(dq),
-                address(dk),
-                address(mean),
-                dx_view,
-                *(address(d) for d in taken),
-                address(workspace),
+                sizes=sizes,
+                filter_size=wk.numel(),
+                dv=dv_view,
+                x=x_view,
+                residual=residual_view,
+                wq=parameter_view(wq),
+                wk=parameter_view(wk),
+                wv=parameter_view(wv),
+                dquery=address(dq),
+                dkey=address(dk),
+                mean=address(mean),
+                gradients=cuda._kernels().cuda_producer_gradients(
+                    dx=dx_view,
+                    dwq=address(taken_wq),
+                    dwk=address(taken_wk),
+                    dwv=address(taken_wv),
+                ),
+                workspace=address(workspace),
             )
         )
     return ProducerGradients(dx, dwq, dwk, dwv)
