@@ -12,7 +12,8 @@ import ela_kernels as ek
 from benchmarks.blocks import Blocks, measure_form
 from benchmarks.contenders import Stage, depthwise
 from benchmarks.shapes import StageShape
-from ela_kernels.models.blocks import MRLALight, PreviousOutput
+from ela_kernels.models.blocks import MRLALight
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 
 class LightBlocks(Blocks):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ela_kernels.backends import backend_status, use_backend
 from ela_kernels.ebqm import EBQM, prune
+from ela_kernels.explaining import explain
 from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention, convert, unconvert
 from ela_kernels.ops.layer_attention import (
     LayerAttentionOutput,
@@ -32,6 +33,7 @@ __all__ = [
     "__version__",
     "backend_status",
     "convert",
+    "explain",
     "layer_attention",
     "layer_attention_weights",
     "light_layer_attention",

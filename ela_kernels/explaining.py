@@ -94,6 +94,11 @@ class _Watch:
 _watch: ContextVar[_Watch | None] = ContextVar("ela_kernels_explain", default=None)
 
 
+def is_explaining() -> bool:
+    """Whether the pass under way is one of :func:`explain`, which no training step may take note of."""
+    return not torch.compiler.is_compiling() and _watch.get() is not None
+
+
 def served(layer: Any, form: str, backend: str) -> None:
     """`layer` (None: a function that was called by itself) is served by `backend` in this form."""
     watch = _watch.get()
@@ -144,8 +149,8 @@ def _tell_once(layer: str, form: str, obstacle: str) -> None:
 def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     """Run one forward pass, and say for each layer which kernels served it, and why not better ones.
 
-    The pass runs in the mode that the model is in, with or without gradients as they are enabled, and leaves no trace:
-    buffers (running statistics, say) and the state of the random numbers are what they were before.
+    The pass runs in the mode that the model is in, with or without gradients as they are enabled. Afterwards buffers
+    (running statistics, say), the state of the random numbers and what EBQM has observed are what they were before.
 
     Args:
         model: a layer of this package, or a model with such layers in it.

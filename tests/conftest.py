@@ -90,7 +90,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             record.append(what.replace("layer", "block") if is_block else what)
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(owner, function, recorded)
+        # On the instance, and gone from there afterwards.
+        monkeypatch.setitem(vars(owner), function, recorded)
 
     for backend in ("cpp", "cuda"):
         for function, what in (

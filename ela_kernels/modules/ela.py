@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ela_kernels.explaining import served_without_kernels
+from ela_kernels.explaining import is_explaining, served_without_kernels
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import Totals, outside_of_transforms, refuse_static_graph
@@ -117,7 +117,7 @@ class ELA(Skipping):
                 if place == 0:
                     self.is_first = True
             watched = self.training and torch.is_grad_enabled()
-            watched = watched and not recomputing and not is_exporting()
+            watched = watched and not (recomputing or is_exporting() or is_explaining())
             if watched:
                 watched = self.watched or turns.watched
                 turns.watched = watched

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ela_kernels.backends.contract import Request
-from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph, refuse_forced
+from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph
 from ela_kernels.backends.types import LightFilters
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
-from ela_kernels.ops.light_layer_attention import light_layer_attention
+from ela_kernels.ops.light_layer_attention.interface import gated
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
 
@@ -47,11 +46,7 @@ class LightLayerAttention(QueryKeyValue):
     def plan(
         self, x: Tensor, prev_out: Tensor, op: str = "light_layer", obstacles: tuple[str, ...] = ()
     ) -> LightPlan | Refusal:
-        """The kernels that serve this layer, with its parameters, or every reason why none does.
-
-        Raises:
-            ValueError: a backend is forced and cannot serve a whole light layer; the message holds the reasons.
-        """
+        """The kernels that serve this layer, with its parameters, or every reason why none does."""
         if torch.compiler.is_compiling():
             return refusal_in_a_graph()
         obstacles = (*obstacles, *self.obstacles())
@@ -80,8 +75,12 @@ class LightLayerAttention(QueryKeyValue):
             x: feature map `[B, C, H, W]`.
             prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`. Of another dtype
                 than `x` outside of autocast, the wider of the two is that of the output.
+
+        Raises:
+            ValueError: a backend with kernels is forced and cannot serve the layer; the message holds every reason.
         """
         self.check_input(x)
+        why = None
         if isinstance(prev_out, Tensor):
             plan = self.plan(x, prev_out)
             if isinstance(plan, LightPlan):
@@ -89,7 +88,7 @@ class LightLayerAttention(QueryKeyValue):
                 scale = self.head_dim**-0.5
                 return light_layer(plan.backend, x, plan.filters, prev_out, self.heads, scale)[0]
             refused(self, "layer", plan)
-            refuse_forced(Request("light_layer", x.device, x.dtype, 1), plan)
+            why = plan
         served_without_kernels(self, "eager")
         q, k, v = self.query_key_value(x)
         if isinstance(prev_out, Tensor) and prev_out.dtype in checks.ALLOWED_DTYPES:
@@ -100,4 +99,4 @@ class LightLayerAttention(QueryKeyValue):
                 # As PyTorch's own product and sum: the wider of the two.
                 wider = torch.promote_types(v.dtype, prev_out.dtype)
                 q, k, v, prev_out = (t.to(wider) for t in (q, k, v, prev_out))
-        return light_layer_attention(q, k, v, prev_out, self.lambda_t, self.heads)
+        return gated(q, k, v, prev_out, self.lambda_t, self.heads, why=why)

@@ -14,7 +14,8 @@ from torch import nn
 
 import ela_kernels as ek
 from ela_kernels.explaining import explain
-from ela_kernels.models.blocks import MRLALight, PreviousOutput
+from ela_kernels.models.blocks import MRLALight
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ import ela_kernels as ek
 from ela_kernels.backends.cpp.layer import layer
 from ela_kernels.backends.extension import extension
 from ela_kernels.backends.types import Filters, NormAct
-from ela_kernels.models.blocks import PreviousOutput
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

@@ -10,7 +10,7 @@ from support.layer_stages import make_blocks, make_light_blocks, make_stage, run
 from torch.profiler import ProfilerActivity, profile
 
 from ela_kernels.backends.extension import extension
-from ela_kernels.models.blocks import PreviousOutput
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

@@ -13,8 +13,8 @@ from torch import nn
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import build_model
-from ela_kernels.models.blocks import PreviousOutput
 from ela_kernels.modules import light, residual
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

@@ -17,8 +17,8 @@ from ela_kernels.backends.cpp import light as cpp_layer
 from ela_kernels.backends.dispatch import KERNELS, Refusal
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import CifarResNet
-from ela_kernels.models.blocks import PreviousOutput
 from ela_kernels.modules import light
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, jvp, vmap
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
-from ela_kernels.models.blocks import PreviousOutput
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 

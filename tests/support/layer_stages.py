@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import ela_kernels as ek
-from ela_kernels.models.blocks import MRLALight, PreviousOutput
+from ela_kernels.models.blocks import MRLALight
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 FORMS = [torch.contiguous_format, torch.channels_last]
 

@@ -42,8 +42,9 @@ def recorded_calls(monkeypatch, kernels, names):
     made = []
     for name in names:
         real = getattr(kernels, name)
-        monkeypatch.setattr(
-            kernels, name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
+        # Not setattr(): of an instance it would leave a bound method behind.
+        monkeypatch.setitem(
+            vars(kernels), name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
         )
     return made
 

@@ -22,7 +22,8 @@ from support.oracle import assert_matches
 import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension
-from ela_kernels.models.blocks import MRLALight, PreviousOutput
+from ela_kernels.models.blocks import MRLALight
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 
 def assert_same(found: Tensor, expected: Tensor) -> None:

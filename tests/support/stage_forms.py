@@ -13,7 +13,7 @@ from support.layer_stages import make_blocks, make_light_blocks, make_stage
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from ela_kernels.models.blocks import PreviousOutput
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 SHAPE = (2, 6, 4, 5)
 

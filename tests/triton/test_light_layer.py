@@ -23,7 +23,7 @@ import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension
 from ela_kernels.backends.types import LightFilters
-from ela_kernels.models.blocks import PreviousOutput
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 # One head, heads of one channel, channels that are few and more than a strip; positions that are one and several.
 SHAPES = [

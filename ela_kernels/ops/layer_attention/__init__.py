@@ -7,7 +7,6 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention,
     layer_attention_weights,
 )
-from ela_kernels.warming import warmup
 
 __all__ = [
     "LayerAttentionOutput",
@@ -15,5 +14,4 @@ __all__ = [
     "LayerHistory",
     "layer_attention",
     "layer_attention_weights",
-    "warmup",
 ]

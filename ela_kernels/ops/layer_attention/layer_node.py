@@ -1,7 +1,7 @@
 """A whole layer in one autograd node, alone or with the residual block around it, with the pull form of the backward.
 
 From a feature map to what it retrieves and what follows. The value's gradient is gathered from the later layers' output
-gradients, and convolved; on the CPU a part at a time, while that part is in cache, so that it is never stored. Key and
+gradients, and convolved; some backends do that a part at a time, while it is in cache, and never store it. Key and
 value are outputs of the node too: a later layer that no kernel serves reads them as autograd inputs, and what it sends
 back is added.
 """

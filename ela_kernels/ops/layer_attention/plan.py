@@ -73,7 +73,7 @@ def filter_obstacles(filters: Sequence[Tensor | None], x: Tensor, dtype: torch.d
             )
         elif w.dtype is not dtype and not fits_layer_dtype(w, x):
             found.append(f"a parameter is {w.dtype}, and the layer is computed in {dtype}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def pair_obstacles(pairs: Pairs, dtype: torch.dtype) -> list[str]:

@@ -49,6 +49,20 @@ def light_layer_attention(
     Source:
         MRLA (arXiv 2302.03985), the light form.
     """
+    return gated(q, k, v, prev_out, decay, heads, scale)
+
+
+def gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prev_out: Tensor,
+    decay: Tensor,
+    heads: int,
+    scale: float | None = None,
+    why: Refusal | None = None,
+) -> Tensor:
+    """:func:`light_layer_attention` for a whole layer that no kernels serve; `why`."""
     q = checks.check_query(q)
     checks.check_tensor("k", k)
     checks.check_like("k", k, q)
@@ -74,10 +88,10 @@ def light_layer_attention(
         )
     for name, tensor in zip(_NAMES, (q, k, v, prev_out, decay), strict=True):
         check_not_freed(name, tensor)
-    request = Request("light_layer_attention", q.device, q.dtype, 1)
-    found = refusal_in_a_graph() if torch.compiler.is_compiling() else plan(request)
-    assert isinstance(found, Refusal)  # no backend has kernels of the operation alone
-    refuse_forced(request, found)
+    if v.numel():  # nothing has to be served otherwise
+        op = "light_layer_attention" if why is None else "light_layer"
+        request = Request(op, q.device, v.dtype, 1)
+        refuse_forced(request, _refusal(request) if why is None else why)
     dtype = accumulate_dtype(v.dtype)
     product = (q.to(dtype) * k.to(dtype)).unflatten(1, (heads, -1)).sum(-1)
     gate = (scale * product).sigmoid().repeat_interleave(channels // heads, dim=1)
@@ -85,3 +99,9 @@ def light_layer_attention(
     kept = decay.to(dtype).reshape(channels, *([1] * spatial)) * prev_out.to(dtype)
     out: Tensor = (gate * v.to(dtype) + kept).to(v.dtype)
     return out
+
+
+def _refusal(request: Request) -> Refusal:
+    found = refusal_in_a_graph() if torch.compiler.is_compiling() else plan(request)
+    assert isinstance(found, Refusal)  # no backend has kernels of the operation alone
+    return found

@@ -1,0 +1,294 @@
+"""explain(): which kernels served each layer of a pass, and every reason against better ones."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ela_kernels as ek
+from ela_kernels import explaining
+from ela_kernels.backends.extension import extension
+from ela_kernels.explaining import Explanation, LayerExplanation
+from ela_kernels.models import CifarResNet
+
+pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
+
+
+class Stage(nn.Module):
+    """Layers on one history, each as a residual."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        history = ek.LayerHistory()
+        for layer in self.layers:
+            x = layer(x, history) if isinstance(layer, ek.ELA) else x + layer(x, history)
+        return x
+
+
+def x_like(dim: int = 12, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(2, dim, 5, 6, dtype=dtype)
+
+
+def forms(found: Explanation) -> list[str]:
+    return [f"{e.backend} {e.form}" for e in found]
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    explaining._tell_once.cache_clear()
+    yield
+    explaining._tell_once.cache_clear()
+
+
+def test_a_network() -> None:
+    network = CifarResNet((2, 2), (8, 16), attention="ela", head_dim=4)
+    found = ek.explain(network, torch.randn(2, 3, 12, 12))
+    assert forms(found) == ["cpp block"] * 4
+    names = {name for name, m in network.named_modules() if isinstance(m, ek.LayerAttention)}
+    assert {e.name for e in found} == names
+    assert {e.layer for e in found} == {"LayerAttention"}
+    assert all(e.reasons == {} for e in found)
+
+
+def test_layers_alone() -> None:
+    stage = Stage(ek.LayerAttention(12, 4), ek.LayerAttention(12, 4))
+    assert forms(ek.explain(stage, x_like())) == ["cpp layer"] * 2
+    with ek.use_backend("eager"):
+        found = ek.explain(stage, x_like())
+    assert forms(found) == ["eager eager"] * 2
+    assert found[0].reasons["layer"] == ("use_backend('eager') is in force",)
+    layer = ek.LightLayerAttention(12, 4)
+    (only,) = ek.explain(layer, x_like(), x_like())
+    assert only == LayerExplanation("", "LightLayerAttention", "layer", "cpp", {})
+
+
+def with_bias(layer: ek.ELA) -> None:
+    layer.attn.Wv = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+
+
+def with_hook(layer: ek.ELA) -> None:
+    layer.attn.Wk.register_forward_hook(lambda *_: None)
+
+
+def with_forward_of_its_own(layer: ek.ELA) -> None:
+    layer.attn.Wq.forward = layer.attn.Wq.forward
+
+
+def with_another_filter(layer: ek.ELA) -> None:
+    layer.attn.Wv = nn.Conv2d(12, 12, 5, padding=2, groups=12, bias=False)
+
+
+def with_group_norm(layer: ek.ELA) -> None:
+    layer.norm = nn.GroupNorm(3, 12)
+
+
+def with_gelu(layer: ek.ELA) -> None:
+    layer.act = nn.GELU()
+
+
+def with_hook_on_the_norm(layer: ek.ELA) -> None:
+    layer.norm.register_forward_pre_hook(lambda *_: None)
+
+
+def with_double_norm(layer: ek.ELA) -> None:
+    layer.norm.double()
+
+
+def with_norm_of_one_parameter(layer: ek.ELA) -> None:
+    layer.norm.bias = None
+
+
+REASONS: list[tuple[Callable[[ek.ELA], None], str, dict[str, str]]] = [
+    (with_bias, "op", {"block": "Wv has a bias", "layer": "Wv has a bias"}),
+    (with_hook, "op", {"block": "has hooks", "layer": "Wq, Wk or Wv has hooks"}),
+    (with_forward_of_its_own, "op", {"block": "forward of its own", "layer": "of its own"}),
+    (with_another_filter, "op", {"block": "another convolution", "layer": "depthwise 3x3"}),
+    (with_group_norm, "layer", {"block": "norm is GroupNorm, and the kernels know BatchNorm2d"}),
+    (with_gelu, "layer", {"block": "act is GELU, and the kernels know ReLU and Identity"}),
+    (with_hook_on_the_norm, "layer", {"block": "attn, norm, act or drop_path has hooks"}),
+    (with_norm_of_one_parameter, "layer", {"block": "has one parameter of two"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "form", "reasons"), REASONS, ids=lambda c: getattr(c, "__name__", "")
+)
+def test_each_reason(
+    change: Callable[[ek.ELA], None],
+    form: str,
+    reasons: dict[str, str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each form above the one that served has it; it is logged once, however often the layer runs; numbers stay."""
+    layer = ek.ELA(12, 4)
+    change(layer)
+    stage, x = Stage(ek.ELA(12, 4), layer).eval(), x_like()
+    with caplog.at_level(logging.WARNING, "ela_kernels"):
+        first, second = ek.explain(stage, x)
+        for _ in range(3):
+            stage(x)
+    assert (first.form, first.reasons) == ("block", {})
+    assert second.form == form
+    assert second.backend == "cpp"
+    assert second.reasons.keys() == reasons.keys()
+    for better, words in reasons.items():
+        assert any(words in reason for reason in second.reasons[better]), second.reasons
+    assert len(caplog.messages) == sum(len(found) for found in second.reasons.values())
+    assert all("ela_kernels.explain(model, x)" in message for message in caplog.messages)
+    with ek.use_backend("eager"):
+        torch.testing.assert_close(stage(x), stage(x))
+
+
+def test_all_reasons_at_once() -> None:
+    layer = ek.ELA(12, 4)
+    with_bias(layer), with_hook(layer), with_gelu(layer), with_group_norm(layer)
+    (found,) = ek.explain(Stage(layer), x_like())
+    assert len(found.reasons["layer"]) == 2
+    assert len(found.reasons["block"]) == 4
+
+
+def test_backends_reasons_are_there_too() -> None:
+    stage = Stage(ek.ELA(12, 4))
+    with ek.use_backend("cpp"), torch.autocast("cpu", torch.bfloat16):
+        (found,) = ek.explain(stage, x_like())
+    assert found.form == "layer"  # the sum with x is in float32, and the layer in bfloat16
+    assert "autocast computes the layer in torch.bfloat16" in found.reasons["block"][0]
+
+
+def test_another_dtype_in_the_history() -> None:
+    first, second = ek.LayerAttention(12, 4), ek.LayerAttention(12, 4).double()
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            history = ek.LayerHistory()
+            return second(first(x, history).double(), history)
+
+    one, two = ek.explain(Mixed(), x_like())
+    assert (one.form, two.form) == ("layer", "push")
+    words = "the layers before it in the history are not all in torch.float64"
+    assert words in two.reasons["layer"]
+    assert words in two.reasons["op"]
+
+
+def test_skipped_layers() -> None:
+    stage = Stage(ek.ELA(12, 4), ek.ELA(12, 4, skip="retrieval"), ek.ELA(12, 4, skip="layer"))
+    stage.layers[1].skipped = stage.layers[2].skipped = True
+    found = ek.explain(stage, x_like())
+    assert [e.form for e in found] == ["block", "pair", "skipped"]
+    assert found[2].layer == "ELA"
+
+
+def test_functions_and_histories_by_themselves() -> None:
+    class Plain(nn.Module):
+        def forward(self, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            history = ek.LayerHistory()
+            history.attend(q, q, v, heads=2)
+            return ek.layer_attention(q, [q], [v], 2).out
+
+    q, v = torch.randn(2, 6), torch.randn(2, 6, 3, 4)
+    found = ek.explain(Plain(), q, v)
+    assert [(e.name, e.form, e.backend) for e in found] == [("", "op", "cpp")] * 2
+
+
+def test_a_light_layer_that_no_kernel_serves() -> None:
+    network = CifarResNet((2,), (8,), attention="mrla_light", head_dim=4)
+    layer = next(m for m in network.modules() if isinstance(m, ek.LightLayerAttention))
+    layer.Wk.register_forward_hook(lambda *_: None)
+    found = ek.explain(network, torch.randn(2, 3, 12, 12))
+    assert [e.form for e in found] == ["eager", "block"]
+    assert found[0].reasons.keys() == {"block", "layer"}
+
+
+@pytest.mark.parametrize("call", ["module", "block", "function"])
+def test_a_forced_light_form_refuses_with_its_reasons(call: str) -> None:
+    layer, x = ek.LightLayerAttention(12, 4), x_like()
+    q, decay = torch.randn(2, 12), torch.rand(12)
+
+    def run() -> Any:
+        if call == "module":
+            return layer(x, x)
+        if call == "block":
+            network = CifarResNet((2,), (8,), attention="mrla_light", head_dim=4)
+            for m in network.modules():
+                if isinstance(m, ek.LightLayerAttention):
+                    m.Wv.register_forward_hook(lambda *_: None)
+            return network(torch.randn(2, 3, 12, 12))
+        return ek.light_layer_attention(q, q, x, x, decay, 3)
+
+    layer.Wv.register_forward_hook(lambda *_: None)
+    words = "it has no kernel for" if call == "function" else "Wq, Wk or Wv has hooks"
+    run()
+    with ek.use_backend("eager"):
+        run()
+    with ek.use_backend("cpp"), pytest.raises(ValueError, match=words):
+        run()
+    with ek.use_backend("cuda"), pytest.raises(ValueError, match="'cuda' was forced and cannot"):
+        run()
+
+
+def test_a_forced_light_form_of_an_empty_batch() -> None:
+    """There is nothing to serve."""
+    layer = ek.LightLayerAttention(12, 4)
+    x = torch.randn(0, 12, 5, 6)
+    with ek.use_backend("cpp"):
+        assert layer(x, x).shape == x.shape
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_it_leaves_no_trace(training: bool) -> None:
+    network = CifarResNet((2,), (8,), attention="ela", head_dim=4, drop_path=0.5).train(training)
+    images = torch.randn(4, 3, 12, 12)
+    before, state = copy.deepcopy(network.state_dict()), torch.get_rng_state()
+    ek.explain(network, images)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in network.state_dict().items():
+        if not name.endswith(
+            "_extra_state"
+        ):  # what a layer learns of its place is the same in every pass
+            assert torch.equal(value, before[name]), name
+    assert not any(layer.observations for layer in network.modules() if isinstance(layer, ek.ELA))
+
+
+def test_nothing_that_is_watched_by_ebqm_is_observed() -> None:
+    network = CifarResNet((3,), (8,), attention="ela", head_dim=4)
+    ek.EBQM(network)
+    ek.explain(network, torch.randn(4, 3, 12, 12))
+    assert not any(layer.observations for layer in network.modules() if isinstance(layer, ek.ELA))
+
+
+def test_an_error_of_the_model_is_the_model_s() -> None:
+    with pytest.raises(ValueError, match="x: got shape"):
+        ek.explain(Stage(ek.LayerAttention(12, 4)), torch.randn(2, 7, 5, 6))
+    assert forms(ek.explain(Stage(ek.LayerAttention(12, 4)), x_like())) == ["cpp layer"]
+
+
+def test_the_table() -> None:
+    layer = ek.ELA(12, 4)
+    with_gelu(layer)
+    text = str(ek.explain(Stage(ek.ELA(12, 4), layer), x_like()))
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "class", "served", "by", "what"]
+    assert lines[1].split()[:3] == ["layers.0.attn", "LayerAttention", "cpp"]
+    assert "act is GELU" in lines[3]
+    assert max(map(len, lines)) < 120
+    assert "no call of a layer" in str(ek.explain(nn.Linear(2, 2), torch.randn(1, 2)))
+
+
+def test_compiled_layers_are_not_told_that_they_are_slow(caplog: pytest.LogCaptureFixture) -> None:
+    stage = torch.compile(Stage(ek.LayerAttention(12, 4)), backend="eager")
+    with caplog.at_level(logging.WARNING, "ela_kernels"), torch.no_grad():
+        stage(x_like())
+    assert not caplog.messages
