@@ -277,9 +277,8 @@ class CppContribution:
             self.dout_version = version_of(dout)
             self.interleaved = is_interleaved(dout, channels_last)
             view = readable_view(dout, channels_last, self.interleaved, "gradient of the output")
-            assert (
-                view is not None
-            )  # without an address it would count as a gradient that did not arrive
+            # Without an address it would count as a gradient that did not arrive.
+            assert view is not None
         self.packed: bytes = kernels().source(
             query=where,
             query_stride=stride,
