@@ -1,4 +1,4 @@
-"""As test_memory.py and test_addresses.py, of the CUDA kernels' glue and bindings, run on the CPU."""
+"""As test_addresses.py, of the bindings of the CUDA kernels, run on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import cuda_on_cpu, memory_tests
+from support import cuda_on_cpu
 from support.freed import HEADS, a_map, a_row, make
 
 import ela_kernels as ek
@@ -19,10 +19,6 @@ from ela_kernels.backends.cuda import attention as cuda
 def kernels() -> Iterator[Any]:
     with cuda_on_cpu.kernels_on_cpu() as module:
         yield module
-
-
-class TestMemory(memory_tests.MemoryTests):
-    kinds = ("layer", "block")
 
 
 # The place of each address that has to be there. Lists, maps and parameters begin with theirs.
