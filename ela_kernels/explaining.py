@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from ela_kernels.backends.dispatch import EAGER, Refusal
-from ela_kernels.backends.tracing import TRACED
+from ela_kernels.backends.tracing import EMPTY, TRACED
 
 logger = logging.getLogger("ela_kernels")
 
@@ -123,27 +122,29 @@ def refused(layer: Any, form: str, refusal: Refusal) -> None:
         _tell(type(layer).__name__, form, refusal.obstacles)
 
 
-_lock = threading.Lock()
 # Not worth a warning: whoever does this knows it.
-_EXPECTED = frozenset({TRACED, "the input is empty"})
+_EXPECTED = frozenset({TRACED, EMPTY})
+_MOST_TOLD = 256
+
+_lock = threading.Lock()
+_told: set[str] = set()
 
 
 def _tell(layer: str, form: str, obstacles: tuple[str, ...]) -> None:
-    if _EXPECTED.isdisjoint(obstacles):
-        with _lock:  # two threads at once would each find that it was not said yet
-            for obstacle in obstacles:
-                _tell_once(layer, form, obstacle)
-
-
-@functools.lru_cache(maxsize=256)
-def _tell_once(layer: str, form: str, obstacle: str) -> None:
-    logger.warning(
-        "%s: the kernels do not serve %s, and a slower way is taken: %s. "
-        "`print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
-        layer,
-        _FORMS[form],
-        obstacle,
-    )
+    """One line for each kind of reason, however many layers and forms have it."""
+    if not _EXPECTED.isdisjoint(obstacles) or _told.issuperset(obstacles):
+        return
+    with _lock:  # two threads at once would each find that it was not said yet
+        for obstacle in obstacles:
+            if obstacle not in _told and len(_told) < _MOST_TOLD:
+                _told.add(obstacle)
+                logger.warning(
+                    "%s: the kernels do not serve %s, and a slower way is taken: %s. "
+                    "`print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
+                    layer,
+                    _FORMS[form],
+                    obstacle,
+                )
 
 
 def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:

@@ -8,10 +8,11 @@ from torch import Tensor
 from ela_kernels.backends.memory import PLAIN_TENSORS
 from ela_kernels.torch_internals import dispatch_modes, is_transformed
 
-__all__ = ["TRACED", "is_transformed", "needs_dispatcher"]
+__all__ = ["EMPTY", "TRACED", "is_transformed", "needs_dispatcher"]
 
-# Why no kernel serves a call that PyTorch has to see.
+# Why no kernel serves a call that PyTorch has to see, and one that there is nothing to do for.
 TRACED = "PyTorch has to see every operation here (torch.compile, a fake tensor, a subclass or a dispatch mode)"
+EMPTY = "the input is empty"
 
 
 def needs_dispatcher(q: Tensor) -> bool:

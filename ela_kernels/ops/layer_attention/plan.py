@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.memory import PLAIN_TENSORS
-from ela_kernels.backends.tracing import TRACED, needs_dispatcher
+from ela_kernels.backends.tracing import EMPTY, TRACED, needs_dispatcher
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.autocast import fits_layer_dtype
 from ela_kernels.ops.layer_attention.snapshot import Pairs
 
-EMPTY = "the input is empty"
 DECIDED = "which layers retrieve is data here, in a graph that is being compiled"
 
 
