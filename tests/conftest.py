@@ -33,8 +33,6 @@ from ela_kernels.backends.extension import extension, extension_problem
 from ela_kernels.backends.types import NormAct
 from ela_kernels.ops.layer_attention import autograd, interface
 
-pytest.register_assert_rewrite("support.layer_tests")  # it holds tests
-
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -107,7 +107,13 @@ class KernelBackend(Backend):
 
     Arguments have been checked by the operations. Maps are `[B, C, *spatial]` or with `channels_last`
     `[B, *spatial, C]`, in any layout that `layout.py` knows or copies into one; those of whole layers `[B, C, H, W]`.
+
+    Attributes:
+        contributes: the class of what :meth:`contribution` makes, which is all that :meth:`gather` and
+            :meth:`layer_backward` can read.
     """
+
+    contributes: type[Contribution]
 
     @abstractmethod
     def attend(

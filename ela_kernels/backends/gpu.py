@@ -35,6 +35,7 @@ class GpuBackend(KernelBackend):
     dtypes = frozenset({torch.float32}) | HALF_DTYPES
     ops = ATTENTION_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
+    contributes = GpuContribution
 
     @abstractmethod
     def retrieve(

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-from support.layer_stages import FORMS, assert_as_close, autocast_results, gradients
-from support.layer_tests import recorded_calls
+from support.layer_stages import FORMS, assert_as_close, autocast_results, gradients, recorded_calls
 from support.light_layers import WithPrevious, make_blocks, make_layer, run_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -67,6 +67,25 @@ TOKEN_SIZES: list[Size] = [
     ((2, 2, 3, 2, 8), 1),
     ((2, 50, 64), 1),
 ]
+# Of whole layers: one channel, one position, few of both, channel-wise heads, more channels than a strip. A head's
+# number of channels stands in place of the number of heads.
+LAYER_SIZES: list[Size] = [
+    ((1, 1, 1, 1), 1),
+    ((2, 1, 3, 5), 1),
+    ((2, 6, 1, 1), 2),
+    ((2, 6, 3, 5), 2),
+    ((3, 6, 3, 5), 6),
+    ((2, 37, 7, 7), 1),
+    ((3, 37, 7, 7), 37),
+    ((1, 6, 9, 33), 3),
+    ((2, 12, 9, 33), 1),
+    ((5, 70, 17, 4), 14),
+    ((2, 6, 16, 16), 6),
+    ((2, 130, 2, 1), 26),
+    ((2, 136, 2, 3), 8),
+    ((2, 4, 1, 40), 2),
+    ((1, 3, 56, 56), 3),
+]
 DEPTHS = [1, 2, 3, 4, 5, 8, 31, 32, 33, 65, 255, 256]
 
 
@@ -135,6 +154,9 @@ class Backend:
     sizes: ClassVar[list[Size]] = SIZES
     token_sizes: ClassVar[list[Size]] = TOKEN_SIZES
     depths: ClassVar[list[int]] = DEPTHS
+    layer_sizes: ClassVar[list[Size]] = LAYER_SIZES
+    is_as_exact_as_eager = False
+    """Whether a whole layer in float32 is as near to float64 as eager PyTorch in float32, by a few times."""
     beyond: ClassVar[list[Any]] = []
     """Shape, heads and layout of maps beyond any piece that is worked on at a time."""
 
@@ -240,7 +262,8 @@ class Backend:
                 finally:
                     inside.pop()
 
-            patch.setattr(owner, method, recorded)
+            # Not setattr(): of an instance it would leave a bound method behind.
+            patch.setitem(vars(owner), method, recorded)
 
         if self.has_kernels:
             for method in METHODS:
@@ -257,6 +280,7 @@ class Eager(Backend):
 
 class Cpp(Eager):
     id = name = "cpp"
+    is_as_exact_as_eager = True
 
     def keeps_subnormals(self, dtype: torch.dtype) -> bool:
         # Processors that convert to bfloat16 themselves take them for zero.
@@ -275,6 +299,13 @@ class CudaOnCpu(Backend):
 
     id = "cuda_on_cpu"
     name = "cuda"
+    # Positions that are less than a vector and several tiles.
+    layer_sizes: ClassVar[list[Size]] = [
+        *LAYER_SIZES[:-1],
+        ((2, 70, 2, 9), 14),
+        ((1, 4, 56, 56), 2),
+        ((1, 3, 39, 130), 1),
+    ]
 
     @contextlib.contextmanager
     def forced(self) -> Iterator[None]:
@@ -310,6 +341,18 @@ class Interpreted(Backend):
     ]
     token_sizes: ClassVar[list[Size]] = [((2, 1, 6), 1), ((2, 123, 1), 1), ((2, 3, 5, 8), 1)]
     depths: ClassVar[list[int]] = [1, 2, 3, 4, 5, 31, 33, 65]
+    layer_sizes: ClassVar[list[Size]] = [
+        ((1, 1, 1, 1), 1),
+        ((2, 1, 3, 5), 1),
+        ((2, 6, 1, 1), 2),
+        ((3, 6, 3, 5), 6),
+        ((2, 21, 5, 7), 1),  # channel-wise heads
+        ((1, 37, 5, 7), 37),
+        ((1, 3, 9, 33), 3),
+        ((1, 6, 16, 16), 6),
+        ((1, 70, 2, 5), 14),
+        ((1, 136, 2, 3), 8),  # query and key across the edges of programs
+    ]
 
     def keeps_subnormals(self, dtype: torch.dtype) -> bool:
         return dtype != torch.bfloat16  # cut to size step by step
@@ -330,6 +373,17 @@ class OnDevice(Backend):
     device = torch.device("cuda")
     marks = (pytest.mark.gpu,)
     beyond: ClassVar[list[Any]] = BEYOND_GRIDS
+    # One position, one channel, odd lengths, several patches, more programs than a dimension of a grid holds.
+    layer_sizes: ClassVar[list[Size]] = [
+        *LAYER_SIZES,
+        ((3, 24, 9, 33), 8),
+        ((2, 12, 14, 14), 1),
+        ((2, 64, 56, 56), 16),
+        ((66000, 2, 1, 3), 2),
+        ((700, 100, 1, 2), 1),
+        ((1, 2, 149, 131), 2),
+        ((1, 2100, 5, 3), 700),
+    ]
 
     def __init__(self, name: str) -> None:
         self.id = self.name = name
@@ -353,6 +407,7 @@ ALL: list[Backend] = [
     OnDevice("triton"),
 ]
 WITH_KERNELS = [b for b in ALL if b.has_kernels]
+WITH_LIGHT_LAYERS = [b for b in WITH_KERNELS if b.has_light_layers]
 WITH_FLOAT64 = [b for b in ALL if torch.float64 in b.dtypes]
 
 QUICK_CASES = 12

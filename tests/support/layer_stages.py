@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 from torch import nn
@@ -75,12 +76,13 @@ def step(blocks, x):
     return [*outs, *gradients(loss, [x, *parameters]), *buffers]
 
 
-def assert_as_close(found, plain, exact, dtype, factor=4):
+def assert_as_close(found, plain, exact, dtype, factor=4, names=None):
     """`found` is as close to float64 as `plain`, what the same modules give in that dtype without the kernels.
 
     Several times, since a filter's gradient is three numbers, sums of hundreds with cancellation, whose errors scatter.
     """
-    for i, (a, b, truth) in enumerate(zip(found, plain, exact, strict=True)):
+    names = itertools.count() if names is None else names
+    for i, a, b, truth in zip(names, found, plain, exact, strict=False):
         scale = truth.norm() * torch.finfo(dtype).eps
         assert a.dtype == b.dtype, i
         error, allowed = (a.double() - truth).norm(), factor * (b.double() - truth).norm() + scale
@@ -173,3 +175,15 @@ def check(run, modules, x, factor=4):
             )
     else:
         assert_as_close(found, plain, exact, x.dtype, factor)
+
+
+def recorded_calls(monkeypatch, kernels, names):
+    """What the methods of a backend are called for from now on, in order."""
+    made = []
+    for name in names:
+        real = getattr(kernels, name)
+        # Not setattr(): of an instance it would leave a bound method behind.
+        monkeypatch.setitem(
+            vars(kernels), name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
+        )
+    return made

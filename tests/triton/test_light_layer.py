@@ -6,8 +6,14 @@ import copy
 
 import pytest
 import torch
-from support.layer_stages import INTERPRETED, assert_as_close, autocast_results, check, gradients
-from support.layer_tests import recorded_calls
+from support.layer_stages import (
+    INTERPRETED,
+    assert_as_close,
+    autocast_results,
+    check,
+    gradients,
+    recorded_calls,
+)
 from support.light_layers import (
     FORMS,
     WithPrevious,

@@ -38,6 +38,7 @@ class CppBackend(KernelBackend):
     dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
     ops = ATTENTION_OPS | LIGHT_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
+    contributes = CppContribution
 
     def unavailable_reason(self) -> str | None:
         module = built.extension()

@@ -11,7 +11,7 @@ retrieved from, so that of two continuations of one history neither sees the oth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import ref
 
 import torch
@@ -66,10 +66,7 @@ class Record:
             call_after_backward(entries)
             passes[task] = ref(entries, lambda _: passes.pop(task, None))
         elif entries and type(entries[0][1]) is not type(contribution):
-            raise RuntimeError(
-                "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
-                "allowed is one backend for the layers of a history, and eager PyTorch beside it"
-            )
+            refuse_other_kernels()
         entries.append((path, contribution))
 
     def contributions(self, path: tuple[int, ...]) -> list[Contribution]:
@@ -117,10 +114,19 @@ class Link(NamedTuple):
     before: Pairs | None = None
 
 
+def refuse_other_kernels() -> NoReturn:
+    raise RuntimeError(
+        "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
+        "allowed is one backend for the layers of a history, and eager PyTorch beside it"
+    )
+
+
 def contributions(ctx: Any) -> list[Any]:
     """What those left so far that retrieved the layer that `ctx` belongs to, in order of depth."""
     found: list[Contribution] = ctx.record.contributions(ctx.path)
     for left in found:
+        if type(left) is not ctx.backend.contributes:
+            refuse_other_kernels()
         dout = left.dout
         if dout is not None and version_of(dout) != left.dout_version:
             raise RuntimeError(
