@@ -10,6 +10,8 @@ BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
 # Test files side by side, a process for each core.
 PYTEST_WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
+# What `make quick` runs: of tests/conformance what support/backends.py does not mark as `full`.
+QUICK ?= tests/conformance tests/modules tests/ebqm tests/test_public.py tests/test_pairs.py
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick --out results/bench
 REPORT_ARGS ?=
@@ -31,7 +33,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow gpu-test lint format compdb bench gpu-bench cuda-report triton-report asan tsan clean
+.PHONY: help install demo quick test slow gpu-test lint format compdb bench gpu-bench cuda-report triton-report asan tsan clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -58,6 +60,9 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
 
 demo: $(INSTALLED) ## train on handwritten digits, side by side, in about five minutes
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
+
+quick: $(INSTALLED) ## run the tests for the inner loop, in under two minutes: two backends, some pairs, modules
+	$(BIN)/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) $(QUICK) $(PYTEST_ARGS)
 
 test: $(INSTALLED) ## run the tests that need no GPU and are not slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) $(PYTEST_ARGS)

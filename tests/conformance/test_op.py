@@ -17,8 +17,10 @@ from support.layouts import (
     contiguous,
     last_slice,
 )
-from support.oracle import assert_matches
+from support.oracle import assert_matches, oracle
 from support.pairs import pairs
+
+import ela_kernels as ek
 
 FORMS = (contiguous, channels_last)
 
@@ -240,6 +242,13 @@ def test_calls(backend, pair):
     _negate(case, pair["negated"])
     case.wanted = WANTED[pair["wanted"]](case)
     found = check(backend, case)
+    there = backend.case(case)
+    only = ek.layer_attention_weights(
+        there.q, there.keys, heads, scale=case.scale, prev_weights=there.prev_weights
+    )
+    assert (only.kl is None) == (case.prev_weights is None)
+    weights = {n: x.cpu() for n, x in only._asdict().items() if x is not None}
+    assert_matches(weights, case, {n: x for n, x in oracle(case).items() if n in weights})
     # A test of zeros against zeros would prove nothing.
     arrives = case.dweights is not None or (
         case.dout is not None and pair["rows"] != "one pair for all"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support.backends import WITH_FLOAT64, WITH_KERNELS, Backend, on, over, words
@@ -88,6 +90,28 @@ def test_zeros_in_the_previous_weights(backend, layout):
     one_of_two = make_case((2, 6, 4), 3, 2, makers=layout)
     one_of_two.prev_weights = torch.tensor([0.0, 1.0]).expand(2, 2, 2)
     assert_matches(backend.evaluate(one_of_two), one_of_two)
+
+
+def unnormed_case(dtype):
+    case = make_case((2, 8, 3), 4, 2, dtype)
+    case.prev_weights = 1.5 * torch.rand(2, 2, 3, dtype=case.prev_weights.dtype)
+    return case
+
+
+def test_previous_weights_that_do_not_sum_to_one(backend):
+    case = unnormed_case(torch.float32)
+    assert_matches(backend.evaluate(case), case)
+
+
+@on(WITH_FLOAT64)
+def test_gradients_that_can_be_differentiated(backend, monkeypatch):
+    """They come from other formulas, which a numerical derivative of themselves would not find wrong."""
+    case = unnormed_case(torch.float64)
+    expected = oracle(case)
+    differentiable = functools.partial(torch.autograd.grad, create_graph=True)
+    monkeypatch.setattr(torch.autograd, "grad", differentiable)
+    found = {name: x.detach() for name, x in backend.evaluate(case).items()}
+    assert_matches(found, case, expected)
 
 
 def test_one_hot_weights_keep_a_finite_divergence(backend):

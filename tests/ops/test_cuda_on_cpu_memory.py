@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import cuda_on_cpu, memory_tests, native_calls
+from support import cuda_on_cpu, native_calls
 from support.freed import HEADS, a_map, a_row, make
 
 import ela_kernels as ek
@@ -18,10 +18,6 @@ from ela_kernels.backends.cuda import attention as cuda
 def kernels() -> Iterator[Any]:
     with cuda_on_cpu.kernels_on_cpu() as module:
         yield module
-
-
-class TestMemory(memory_tests.MemoryTests):
-    kinds = ("layer", "block")
 
 
 ROWS = [f"rows.{name}" for name in ("sums", "wq", "wk", "mean", "query", "key")]

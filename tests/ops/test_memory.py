@@ -14,12 +14,9 @@ from support.freed import (
     a_map,
     a_row,
     chosen,
-    empty,
     free,
     make,
     op_arguments,
-    replace_by_view,
-    shorten,
 )
 from torch._subclasses import FakeTensorMode
 
@@ -144,32 +141,6 @@ def test_a_part_of_a_freed_tensor(backend, name):
         ek.layer_attention(**arguments)
 
 
-@pytest.mark.parametrize("name", OP)
-def test_saved_arguments_that_are_freed(kernels, name):
-    arguments = op_arguments()
-    r = ek.layer_attention(**arguments)
-    free(chosen(arguments, name))
-    with pytest.raises(ValueError, match=REFUSED):
-        (r.out.sum() + r.kl.sum()).backward()
-
-
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-@pytest.mark.parametrize("late", [False, True])
-def test_a_freed_layer_of_a_history(kernels, name, late):
-    history, layers = ek.LayerHistory(), [(a_row(), a_row(), a_map()) for _ in range(2)]
-    freed = layers[-1]["qkv".index(name)]
-    out = history.attend(*layers[0], heads=HEADS)
-    if late:
-        out = out + history.attend(*layers[1], heads=HEADS)
-        free(freed)
-        with pytest.raises(ValueError, match=REFUSED):
-            out.sum().backward()
-    else:
-        free(freed)
-        with pytest.raises(ValueError, match=REFUSED):
-            history.attend(*layers[1], heads=HEADS)
-
-
 @pytest.mark.parametrize("name", ["q", "k", "v", "prev_out", "decay"])
 def test_a_freed_argument_of_the_light_form(name):
     arguments = {"q": a_row(), "k": a_row(), "v": a_map(), "prev_out": a_map()}
@@ -192,14 +163,6 @@ def test_a_freed_parameter(kernels, kind, name, autocast):
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL_PARAMETERS)
-def test_a_part_of_freed_parameters(kernels, kind, name):
-    module, call = make(kind)
-    free(replace_by_view(module, name))
-    with pytest.raises(ValueError, match=REFUSED):
-        call(a_map())
-
-
-@pytest.mark.parametrize(("kind", "name"), ALL_PARAMETERS)
 def test_a_freed_parameter_that_is_expanded(kernels, kind, name):
     module, call = make(kind)
     old = module.get_parameter(name)
@@ -210,27 +173,6 @@ def test_a_freed_parameter_that_is_expanded(kernels, kind, name):
     free(new)
     with pytest.raises(ValueError, match=REFUSED):
         call(a_map())
-
-
-@pytest.mark.parametrize("lose", [free, empty, shorten])
-@pytest.mark.parametrize(("kind", "name"), ALL_PARAMETERS)
-def test_a_parameter_that_is_lost_before_the_backward(kernels, kind, name, lose):
-    module, call = make(kind)
-    out = call(a_map())
-    lose(module.get_parameter(name))
-    # Of a norm whose weight is empty autograd speaks first.
-    with pytest.raises((ValueError, RuntimeError), match=rf"{REFUSED}|invalid gradient"):
-        out.sum().backward()
-
-
-@pytest.mark.parametrize("lose", [free, empty, shorten])
-@pytest.mark.parametrize("kind", ["layer", "block", "light"])
-def test_an_input_that_is_lost_before_the_backward(kernels, kind, lose):
-    x = a_map()
-    out = make(kind)[1](x)
-    lose(x)
-    with pytest.raises(ValueError, match=REFUSED):
-        out.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["Wk.weight", "Wv.weight"])
