@@ -236,7 +236,7 @@ def test_parts_of_a_retained_graph(backend, kind):
 
 def _tolerance(backend: Backend) -> dict[str, float]:
     exact = backend.exact == torch.float64
-    return {"rtol": 1e-8, "atol": 1e-9} if exact else {"rtol": 2e-4, "atol": 2e-5}
+    return {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 2e-4, "atol": 2e-5}
 
 
 @kernels

@@ -262,7 +262,8 @@ class Backend:
                 finally:
                     inside.pop()
 
-            patch.setattr(owner, method, recorded)
+            # Not setattr(): of an instance it would leave a bound method behind.
+            patch.setitem(vars(owner), method, recorded)
 
         if self.has_kernels:
             for method in METHODS:
