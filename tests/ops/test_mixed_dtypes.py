@@ -192,8 +192,24 @@ def test_without_kernels_and_compiled(compiled):
     torch.testing.assert_close(found, stage(q, v), rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=["eager", "auto"])
+def setting(request):
+    """Kernels serve one dtype only: a forced backend refuses what is mixed, and `auto` lets PyTorch promote it."""
+    with ek.use_backend(request.param):
+        yield request.param
+
+
 class TestLight:
-    def test_the_previous_output_is_promoted(self, backend):
+    def test_a_forced_backend_refuses_what_is_mixed(self):
+        layer = ek.LightLayerAttention(CHANNELS, HEAD_DIM)
+        x = torch.randn(2, CHANNELS, 3, 5)
+        with (
+            ek.use_backend("cpp"),
+            pytest.raises(ValueError, match="is torch.float64, and the layer"),
+        ):
+            layer(x, x.double())
+
+    def test_the_previous_output_is_promoted(self, setting):
         layer = ek.LightLayerAttention(CHANNELS, HEAD_DIM)
         x, prev = (torch.randn(2, CHANNELS, 3, 5, requires_grad=True) for _ in range(2))
         half = prev.detach().bfloat16().requires_grad_()
@@ -203,7 +219,7 @@ class TestLight:
         assert half.grad.dtype == BF16
         assert layer(x, prev.double()).dtype == F64
 
-    def test_the_value_is_promoted(self, backend):
+    def test_the_value_is_promoted(self, setting):
         layer = ek.LightLayerAttention(CHANNELS, HEAD_DIM).bfloat16()
         x, prev = torch.randn(2, CHANNELS, 3, 5).bfloat16(), torch.randn(2, CHANNELS, 3, 5)
         found = layer(x, prev)
@@ -212,7 +228,7 @@ class TestLight:
         expected = gated + layer.lambda_t.float() * prev
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
-    def test_under_autocast_float64_stays(self, backend):
+    def test_under_autocast_float64_stays(self, setting):
         layer = ek.LightLayerAttention(CHANNELS, HEAD_DIM)
         x = torch.randn(2, CHANNELS, 3, 5)
         with autocast(BF16):

@@ -65,13 +65,11 @@ def filter_obstacles(filters: Sequence[Tensor | None], x: Tensor, dtype: torch.d
         if w is None:
             continue
         if w.device != x.device:
-            found.append(f"a parameter is on {w.device}, and x on {x.device}")
+            found.append(f"a tensor is on {w.device}, and x on {x.device}")
         elif type(w) not in PLAIN_TENSORS:
-            found.append(
-                f"a parameter is a {type(w).__name__}, a tensor class with rules of its own"
-            )
+            found.append(f"a tensor is a {type(w).__name__}, a class with rules of its own")
         elif w.dtype is not dtype and not fits_layer_dtype(w, x):
-            found.append(f"a parameter is {w.dtype}, and the layer is computed in {dtype}")
+            found.append(f"a tensor is {w.dtype}, and the layer is computed in {dtype}")
     return list(dict.fromkeys(found))
 
 
