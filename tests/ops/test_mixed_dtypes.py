@@ -200,12 +200,12 @@ def setting(request):
 
 
 class TestLight:
-    def test_a_forced_backend_refuses_what_is_mixed(self):
+    def test_a_forced_backend_refuses_what_is_mixed(self, kernels):
         layer = ek.LightLayerAttention(CHANNELS, HEAD_DIM)
         x = torch.randn(2, CHANNELS, 3, 5)
         with (
             ek.use_backend("cpp"),
-            pytest.raises(ValueError, match="is torch.float64, and the layer"),
+            pytest.raises(ValueError, match=r"is torch\.float64, and the layer"),
         ):
             layer(x, x.double())
 
