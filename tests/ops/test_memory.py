@@ -21,6 +21,7 @@ from support.freed import (
 from torch._subclasses import FakeTensorMode
 
 import ela_kernels as ek
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.memory import address, addresses, check_readable, with_memory
 
 REFUSED = r"got shapes? .*allowed is "
@@ -286,3 +287,15 @@ def test_messages_say_what_to_do():
         ValueError, match=r"x: got shape \[2, 3\], torch.float32 on meta.*use_backend"
     ):
         address(meta, "x")
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_an_empty_gradient_in_no_form(channels_last):
+    """Strides of nothing say nothing; such a gradient arrives all the same, and is nothing."""
+    shape = (0, 8, 5) if channels_last else (0, 5, 8)
+    dout = torch.empty(shape).movedim(1, -1)
+    row, weights = torch.empty(0, 8), torch.empty(0, 2, 3)
+    left = [KERNELS["cpp"].contribution(row, weights, weights, dout, channels_last)] * 2
+    found = KERNELS["cpp"].gather(left, 0, 2, channels_last, True, True)
+    assert [g.shape for g in found] == [row.shape, dout.shape]
