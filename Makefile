@@ -2,9 +2,11 @@
 # Variables: PYTHON (an interpreter of 3.10 or later), TORCH and TRITON (what pip installs), VENV (where).
 
 VENV ?= .venv
-TORCH ?= torch==2.13.0
-# The version that this PyTorch is released with: registers and spills depend on the compiler, and tests read them.
-TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton==3.7.0)
+USUAL_TORCH := torch==2.13.0
+TORCH ?= $(USUAL_TORCH)
+# The version that this PyTorch is released with, as tests read registers and spills, which depend on the compiler. Of
+# another PyTorch the one that it asks for itself.
+TRITON ?= $(if $(filter Linux,$(shell uname -s)),triton$(if $(filter $(USUAL_TORCH),$(TORCH)),==3.7.0))
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10 python3.14)
 BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
@@ -33,7 +35,8 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test slow gpu-test lint format compdb bench gpu-bench cuda-report triton-report asan tsan clean
+.PHONY: help install demo quick test test-oldest slow gpu-test lint format compdb bench gpu-bench cuda-report \
+  triton-report asan tsan clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -66,6 +69,25 @@ quick: $(INSTALLED) ## run the tests for the inner loop, in under two minutes: t
 
 test: $(INSTALLED) ## run the tests that need no GPU and are not slow
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+# The oldest PyTorch that pyproject.toml admits, with what the rest of the package stands on. The extension is the usual
+# build: it knows nothing of PyTorch. Its own folder, since this PyTorch may want another Triton.
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TORCH := torch==$(shell sed -nE 's/^dependencies = .*"torch>=([0-9.]+)".*/\1/p' pyproject.toml).0
+OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
+# What rests on PyTorch's own pieces the most, beside the inner loop's tests.
+OLDEST_TESTS := $(QUICK) $(addprefix tests/,test_torch_internals.py ops/test_block.py ops/test_history_freed.py \
+  ops/test_layer_keeps.py ops/test_mixed_dtypes.py ops/test_saved_tensors.py ops/test_transforms.py)
+
+$(OLDEST_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet '$(OLDEST_TORCH)' numpy scipy hypothesis 'pytest>=8' pytest-xdist
+	@touch $@
+
+test-oldest: $(OLDEST_INSTALLED) ## run a part of the tests with the oldest PyTorch admitted, which is 3 GB to load
+	$(OLDEST_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "Python", sys.version)'
+	PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) \
+	  $(sort $(OLDEST_TESTS)) $(PYTEST_ARGS)
 
 slow: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
@@ -142,6 +164,6 @@ endef
 comma := ,
 
 clean: ## remove what builds and tests leave, and the virtual environment
-	rm -rf build dist *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(VENV) $(OLDEST_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f ela_kernels/_C*.so ela_kernels/_build_info.json compile_commands.json
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

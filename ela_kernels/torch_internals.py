@@ -1,7 +1,7 @@
-"""What this package uses of PyTorch that is private, or not in every version that it admits; no other file does.
+"""What this package uses of PyTorch that is private; no other file uses such names.
 
 Of each name: why no public one would do, since which version PyTorch has it, and what happens without it. "Always" is
-2.6, the oldest version admitted; a later PyTorch without such a name fails where this file is imported, not somewhere
+2.10, the oldest version admitted; a later PyTorch without such a name fails where this file is imported, not somewhere
 in a training run, unless it says otherwise. Most are bound here to another name, which costs a caller nothing.
 """
 
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 # --- What PyTorch does around a call. Asked at every layer: a public way takes longer, where there is one.
 
@@ -83,7 +81,7 @@ FSDP and DDP rely on it. No public name. Always.
 top_saved_tensors_hooks: Callable[[bool], Any] | None = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", None
 )
-"""The hooks on saved tensors that are in force, or None. Since 2.8.
+"""The hooks on saved tensors that are in force, or None. No public name. Always.
 
 Without it hooks may always be there: all is saved through autograd and checked, which takes longer in deep stages, and
 a checkpointed history stays in memory longer.
@@ -115,17 +113,14 @@ def zeros_like_input(node: Any, i: int) -> Tensor:
     return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
 
 
-def outside_of_graphs(function: F, reason: str) -> F:
-    """`torch.compiler.disable(function, reason=reason)`; the reason is left out before 2.8, which takes none."""
-    try:
-        found: F = torch.compiler.disable(function, reason=reason)
-    except TypeError:
-        found = torch.compiler.disable(function)
-    return found
+def is_exporting() -> bool:
+    """Whether `torch.export` is under way. Always; without it an exported graph counts as one that trains.
 
+    What `torch.compiler.is_exporting` says, which the compiler of 2.10 takes for true in every graph: EBQM would see
+    nothing of a compiled model.
+    """
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
-is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-"""Whether `torch.export` is under way. Public, since 2.7; without it an exported graph counts as one that trains."""
 
 # --- Modules: what may be passed by, because calling it would run no more than its parameters say.
 
@@ -140,20 +135,7 @@ def own_buffer(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(name)
 
 
-def _has_global_hook() -> bool:
-    """Before 2.8, which has this function: hooks on all modules."""
-    module: Any = nn.modules.module
-    return bool(
-        module._global_backward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_forward_hooks
-        or module._global_forward_pre_hooks
-    )
-
-
-_any_global_hook: Callable[[], object] = getattr(
-    nn.modules.module, "_has_any_global_hook", _has_global_hook
-)
+_any_global_hook: Callable[[], object] = nn.modules.module._has_any_global_hook
 
 
 def has_hooks(*modules: nn.Module) -> bool:

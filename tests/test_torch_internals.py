@@ -99,15 +99,10 @@ def test_each_name_says_why():
             continue
         if name != "F" and not name.startswith("_"):
             assert text, name
-            assert any(
-                word in text for word in ("Always", "Since", "since", "before 2.", "hold")
-            ), name
+            assert any(word in text for word in ("Always", "hold")), name
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["here", "before PyTorch 2.8"])
-def test_hooks_on_all_modules(own, monkeypatch):
-    if own:
-        monkeypatch.setattr(torch_internals, "_any_global_hook", torch_internals._has_global_hook)
+def test_hooks_on_all_modules():
     layer = nn.Linear(2, 2)
     assert not torch_internals.has_hooks(layer)
     for register in (
@@ -122,9 +117,17 @@ def test_hooks_on_all_modules(own, monkeypatch):
         assert not torch_internals.has_hooks(layer)
 
 
-def test_a_reason_is_left_out_where_none_is_taken(monkeypatch):
-    def without_reason(function):
-        return lambda: (function(), "disabled")
+def test_a_compiled_graph_is_not_taken_for_an_exported_one():
+    """EBQM sees nothing of an exported graph; the compiler of PyTorch 2.10 takes the public question for true."""
 
-    monkeypatch.setattr(torch.compiler, "disable", without_reason)
-    assert torch_internals.outside_of_graphs(lambda: 1, "because")() == (1, "disabled")
+    def ask(x):
+        return x + (2 if torch_internals.is_exporting() else 1)
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            return ask(x)
+
+    x = torch.zeros(1)
+    assert torch.compile(ask, backend="eager", fullgraph=True)(x) == 1
+    assert torch.export.export(Asks(), (x,)).module()(x) == 2
+    assert ask(x) == 1

@@ -374,7 +374,8 @@ class LayerHistory(Places):
             if given is None and not is_decided:
                 return None
             decided = Decided((None,) * len(snapshot.pairs.keys))
-        return decided._replace(given=(*decided.given, given))
+        # Not `_replace`, which the compiler of PyTorch 2.8 cannot trace.
+        return Decided((*decided.given, given), decided.retrieved, decided.has_divergence)
 
     def _note_read(self, recomputing: bool) -> None:
         if not recomputing:

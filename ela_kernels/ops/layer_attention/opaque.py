@@ -11,7 +11,6 @@ from torch.compiler import is_compiling
 
 from ela_kernels.torch_internals import (
     node_class,
-    outside_of_graphs,
     saved_by,
     tracing_context,
     zeros_like_input,
@@ -33,7 +32,7 @@ def opaque(function: F) -> F:
 
     def make_outside() -> None:
         # Not before it is needed: it imports the compiler, which takes a second.
-        outside.append(outside_of_graphs(_filled(backward), _REASON))
+        outside.append(torch.compiler.disable(_filled(backward), reason=_REASON))
 
     def run_outside(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         if not outside:
