@@ -1,4 +1,4 @@
-"""The README's code runs, and its equivalent forms are equivalent."""
+"""The pages' code runs, the README's equivalent forms are equivalent, and the files that pages name are there."""
 
 import re
 from pathlib import Path
@@ -8,13 +8,54 @@ import torch
 
 import ela_kernels as ek
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md")
+}
+README = PAGES["README.md"]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: b.strip().splitlines()[-1][:40])
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+
+
+BLOCKS = blocks_of(README)
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for page in PAGES.values() for block in blocks_of(page)],
+    ids=lambda b: b.strip().splitlines()[-1][:40],
+)
 def test_a_block_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "a page", "exec"), {})
+
+
+def paths_in(page: str) -> set[str]:
+    """Links to files, and whatever is written like a path from the root; not patterns and places like `NAME`."""
+    links = set(re.findall(r"\]\(([^)#:]+)\)", page))
+    words = set(re.findall(r"(?<![\w/.])[\w.]+/[\w./<>*-]+", re.sub(r"\]\([^)]*\)", "]", page)))
+    roots = {path.name for path in ROOT.iterdir() if path.is_dir()}
+    named = {word.rstrip(".") for word in words if word.split("/")[0] in roots}
+    return {path for path in links | named if not re.search(r"[<*]|NAME", path)}
+
+
+def missing_in(page: str, name: str) -> set[str]:
+    """Paths count from the root or from the page's folder."""
+    places = ROOT, (ROOT / name).parent
+    return {path for path in paths_in(page) if not any((place / path).exists() for place in places)}
+
+
+def test_a_missing_file_is_found():
+    page = "see `docs/nowhere.md`, [this](docs/architecture.md) and\n```\n  step   csrc/gone.h\n```"
+    assert missing_in(page, "README.md") == {"docs/nowhere.md", "csrc/gone.h"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_files_that_a_page_names_are_there(name):
+    assert len(paths_in(PAGES[name])) > 5
+    assert missing_in(PAGES[name], name) == set()
 
 
 def test_the_eager_lines_are_equivalent_to_the_module():
