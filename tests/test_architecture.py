@@ -6,13 +6,16 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
 
 import ela_kernels as ek
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.dispatch import BACKENDS, KERNELS
 from ela_kernels.backends.setting import NAMES
+from ela_kernels.backends.types import Filters
 
 PACKAGE = Path(ek.__file__).resolve().parent
 
@@ -139,6 +142,27 @@ def test_a_backend_without_one_of_the_kernels_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="abstract method"):
         Half()  # type: ignore[abstract]
+
+
+def test_a_backend_that_does_not_say_what_it_contributes_cannot_be_made() -> None:
+    silent = type("Silent", (type(KERNELS["cpp"]),), {})
+    assert silent().contributes is KERNELS["cpp"].contributes
+    methods = {n: getattr(KernelBackend, n) for n in KernelBackend.__abstractmethods__}
+    mute = type("Mute", (KernelBackend,), {n: lambda self, f=f: f for n, f in methods.items()})
+    with pytest.raises(TypeError, match="Mute: got no `contributes`"):
+        mute()
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("backend", ["cpp", "cuda"])
+def test_an_epilogue_that_a_backend_does_not_know_is_refused(backend: str) -> None:
+    class Scaled(NamedTuple):
+        factor: float
+
+    x, one = torch.randn(1, 4, 3, 3), torch.ones(1, 1, 1)
+    filters = Filters(one, one, torch.randn(4, 1, 3, 3))
+    with pytest.raises(TypeError, match=r"^epilogue: got Scaled; allowed is one of NoneType, Res"):
+        KERNELS[backend].layer(x, filters, (), (), 2, 1.0, None, Scaled(2.0))  # type: ignore[arg-type]
 
 
 def test_files_are_short() -> None:

@@ -6,7 +6,15 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ela_kernels.backends.types import Filters, LightFilters, NormAct, Saved
+from ela_kernels.backends.types import EPILOGUES, Filters, LightFilters, NormAct, Saved
+
+
+def check_epilogue(epilogue: object) -> None:
+    """Refuse a kind that this backend would leave out without a word."""
+    if type(epilogue) not in EPILOGUES:
+        raise TypeError(
+            f"epilogue: got {type(epilogue).__name__}; allowed is one of {', '.join(k.__name__ for k in EPILOGUES)}"
+        )
 
 
 def check_sizes(channels: int, filters: Filters) -> None:

@@ -115,6 +115,12 @@ class KernelBackend(Backend):
 
     contributes: type[Contribution]
 
+    def __init__(self) -> None:
+        if not hasattr(type(self), "contributes"):
+            raise TypeError(
+                f"{type(self).__name__}: got no `contributes`; allowed is the class of what contribution() makes"
+            )
+
     @abstractmethod
     def attend(
         self,

@@ -87,7 +87,7 @@ def require(request: Request) -> KernelBackend | None:
     refuse_forced(request, found)
     if found.forced is None and request.device.type != "meta" and not _only_no_backward(request):
         with _lock:  # two threads at once would each find that it was not said yet
-            _log_fallback(request.device.type, "; ".join(found.reasons))
+            _log_fallback(request.device.type, "; ".join((*found.obstacles, *found.reasons)))
     return None
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import check_shape
+from ela_kernels.backends.checks import check_epilogue, check_shape
 from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, KernelBackend
 from ela_kernels.backends.gpu_tables import GpuContribution, NormGradients, ProducerGradients
 from ela_kernels.backends.layout import dense, resolved
@@ -119,6 +119,7 @@ class GpuBackend(KernelBackend):
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
     ) -> LayerForward:
+        check_epilogue(epilogue)
         norm = epilogue if type(epilogue) is NormAct else None
         made = self.retrieve(
             x,

@@ -77,6 +77,8 @@ class NormAct(NamedTuple):
 
 Epilogue = Residual | NormAct
 RESIDUAL = Residual()
+EPILOGUES = (type(None), Residual, NormAct)
+"""What a backend has to know, or refuse: what it left out would be missing in the numbers."""
 
 
 class LayerForward(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import check_shape, refuse_sizes
+from ela_kernels.backends.checks import check_epilogue, check_shape, refuse_sizes
 from ela_kernels.backends.cpp.addresses import Table, maps, one_map, rows
 from ela_kernels.backends.cpp.attention import (
     DTYPE_CODES,
@@ -154,6 +154,7 @@ def layer(
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
+    check_epilogue(epilogue)
     plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
     wq, wk, wv = _readable(plan, filters)
     x_address = address(x, "x")
