@@ -378,6 +378,30 @@ def test_values_and_output_gradients_with_height_and_width_swapped(backend, chan
     compare(backend, run)
 
 
+@pytest.mark.parametrize("batch", [0, 2])
+@kernels
+def test_gradients_of_keys_alone_of_tokens(backend, batch):
+    """No value wants one: the output gradients, in either form, are not read for it."""
+    torch.manual_seed(4)
+    options = {"dtype": backend.exact, "device": backend.device}
+    qs, ks = (
+        [torch.randn(batch, 8, **options).requires_grad_() for _ in range(3)] for _ in range(2)
+    )
+    values = [torch.randn(batch, 5, 3, 8, **options) for _ in range(3)]
+    douts = [torch.randn(batch, 5, 3, 8, **options) for _ in range(3)]
+    douts[1] = torch.randn(batch, 8, 5, 3, **options).movedim(1, -1)
+
+    def run():
+        history = ek.LayerHistory()
+        outs = [
+            history.attend(*t, heads=2, channels_last=True)
+            for t in zip(qs, ks, values, strict=True)
+        ]
+        return list(torch.autograd.grad(outs, [*qs, *ks], douts, allow_unused=True))
+
+    compare(backend, run)
+
+
 @kernels
 def test_channels_last_maps_keep_their_format(backend):
     layers, x = chained(backend, 4)

@@ -277,8 +277,7 @@ class CppContribution:
             self.dout_version = version_of(dout)
             self.interleaved = is_interleaved(dout, channels_last)
             view = readable_view(dout, channels_last, self.interleaved, "gradient of the output")
-            # Without an address it would count as a gradient that did not arrive. An empty one has none, whatever its
-            # strides.
+            # Without an address it would count as a gradient that did not arrive. An empty one is of every form.
             assert view is not None or not dout.numel()
         self.packed: bytes = kernels().source(
             query=where,
@@ -291,9 +290,14 @@ class CppContribution:
 
 
 def packed_sources(
-    contributions: Sequence[CppContribution], channels_last: bool, interleaved: bool
+    contributions: Sequence[CppContribution], channels_last: bool, interleaved: bool | None
 ) -> tuple[bytes, list[CppContribution]]:
-    """`contributions` as the extension takes it, output gradients in the given form; and what must live until then."""
+    """`contributions` as the extension takes it, output gradients in the given form; and what must live until then.
+
+    None: in any, where they are not read.
+    """
+    if interleaved is None:
+        return b"".join([r.packed for r in contributions]), []
     alike = [r.packed for r in contributions if r.interleaved is interleaved or r.dout is None]
     if len(alike) == len(contributions):
         return b"".join(alike), []
@@ -323,7 +327,7 @@ def gather(
         return None, None
     dkey = new_row(q) if need_key else None
     sizes: Sizes = (*q.shape, heads, 1, 0)
-    dvalue, dvalue_view, workspace, elements, interleaved = None, NO_MAP, None, q.numel(), False
+    dvalue, dvalue_view, workspace, elements, interleaved = None, NO_MAP, None, q.numel(), None
     if need_value:
         assert like is not None
         interleaved = is_interleaved(like, channels_last)
