@@ -10,10 +10,11 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import EAGER, Refusal
-from ela_kernels.backends.tracing import EMPTY, TRACED
+from ela_kernels.backends.tracing import DECIDED, EMPTY, OTHER_SHAPE, TRACED, UNLINKED
+from ela_kernels.torch_internals import buffers_of, is_lazy
 
 logger = logging.getLogger("ela_kernels")
 
@@ -58,7 +59,7 @@ class Explanation(tuple[LayerExplanation, ...]):
 
     def __str__(self) -> str:
         if not self:
-            return "no call of a layer of ela_kernels was seen: the model has none, or runs a compiled graph"
+            return "no call of a layer of ela_kernels was seen: the model has none, or runs a compiled graph or threads"
         rows = [("layer", "class", "served by", "what")]
         rows += [(e.name or "-", e.layer, e.backend, _FORMS[e.form]) for e in self]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -87,6 +88,7 @@ class _Watch:
         name = self.names.get(layer, "") if isinstance(layer, nn.Module) else ""
         kind = "function" if layer is None else type(layer).__name__
         reasons = self._refused.pop(id(layer), {})
+        reasons.pop(form, None)  # of a call before, which raised
         self.found.append(LayerExplanation(name, kind, form, backend, reasons))
 
 
@@ -111,19 +113,23 @@ def served_without_kernels(layer: Any, form: str) -> None:
         served(layer, form, EAGER.name)
 
 
-def refused(layer: Any, form: str, refusal: Refusal) -> None:
-    """No kernels serve `layer` in this form. A model that could be changed so that they do is told so, once."""
+def refused(layer: Any, form: str, refusal: Refusal, tells: bool = True) -> None:
+    """No kernels serve `layer` in this form. A model that could be changed so that they do is told so, once.
+
+    Args:
+        tells: False where an error will say it.
+    """
     if torch.compiler.is_compiling():
         return
     watch = _watch.get()
     if watch is not None:
         watch.refused(layer, form, (*refusal.obstacles, *refusal.reasons))
-    if refusal.obstacles and refusal.forced != EAGER.name:
+    if tells and refusal.obstacles and refusal.forced != EAGER.name:
         _tell(type(layer).__name__, form, refusal.obstacles)
 
 
-# Not worth a warning: whoever does this knows it.
-_EXPECTED = frozenset({TRACED, EMPTY})
+# Not worth a warning: whoever does this knows it, is told by an error, or was told of the layer that brought it about.
+_EXPECTED = frozenset({TRACED, EMPTY, DECIDED, UNLINKED, OTHER_SHAPE})
 _MOST_TOLD = 256
 
 _lock = threading.Lock()
@@ -135,16 +141,16 @@ def _tell(layer: str, form: str, obstacles: tuple[str, ...]) -> None:
     if not _EXPECTED.isdisjoint(obstacles) or _told.issuperset(obstacles):
         return
     with _lock:  # two threads at once would each find that it was not said yet
-        for obstacle in obstacles:
-            if obstacle not in _told and len(_told) < _MOST_TOLD:
-                _told.add(obstacle)
-                logger.warning(
-                    "%s: the kernels do not serve %s, and a slower way is taken: %s. "
-                    "`print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
-                    layer,
-                    _FORMS[form],
-                    obstacle,
-                )
+        new = [o for o in dict.fromkeys(obstacles) if o not in _told][: _MOST_TOLD - len(_told)]
+        _told.update(new)
+    for obstacle in new:  # not under the lock: who handles the message may run a layer
+        logger.warning(
+            "%s: the kernels do not serve %s, and a slower way is taken: %s. "
+            "`print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
+            layer,
+            _FORMS[form],
+            obstacle,
+        )
 
 
 def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
@@ -158,8 +164,8 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
         inputs, options: what it is called with; a history for a single layer, say.
 
     Returns:
-        One entry for each call of a layer, in order; `print` shows them as a table. Empty where the model runs a graph
-        that was compiled: explain the model that was given to the compiler.
+        One entry for each call of a layer, in order; `print` shows them as a table. What a compiled graph runs, or a
+        thread that the model starts, is not seen: explain the model that was given to the compiler, or one replica.
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -182,7 +188,7 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are afterwards what they were."""
-    before = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    before = [(owned, dict(owned), _copies(owned)) for owned in map(buffers_of, model.modules())]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices}
     device_type = kinds.pop() if len(kinds) == 1 else "cuda"
@@ -191,6 +197,25 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng(indices, device_type=device_type):
             yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+        for owned, objects, copies in before:
+            owned.clear()
+            owned.update(objects)  # the pass may have put others in their places
+            for name, value in copies.items():
+                _restore(owned[name], value)
+
+
+def _copies(owned: dict[str, Any]) -> dict[str, Tensor]:
+    """Of what has numbers to keep."""
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in owned.items()
+        if isinstance(buffer, Tensor) and not is_lazy(buffer) and not buffer.is_meta
+    }
+
+
+def _restore(buffer: Tensor, value: Tensor) -> None:
+    """Only where it was changed, and past autograd: a backward of an earlier pass may be to come."""
+    if torch.equal(buffer.detach(), value):
+        return
+    with torch.inference_mode() if buffer.is_inference() else torch.no_grad():
+        buffer.data.copy_(value)

@@ -130,6 +130,16 @@ def own_weight(module: nn.Module) -> Any:
     return module._parameters.get("weight")
 
 
+def buffers_of(module: nn.Module) -> dict[str, Any]:
+    """A module's own buffers by name, to look at and to put back: objects, not what they hold. Always."""
+    return module._buffers
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether a parameter or buffer waits for its shape. Always."""
+    return torch.nn.parameter.is_lazy(tensor)
+
+
 def own_buffer(module: nn.Module, name: str) -> Tensor | None:
     """A buffer of a module that may not be complete, or None. Always."""
     return module._buffers.get(name)

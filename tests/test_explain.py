@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -268,6 +269,101 @@ def test_nothing_that_is_watched_by_ebqm_is_observed() -> None:
     ek.EBQM(network)
     ek.explain(network, torch.randn(4, 3, 12, 12))
     assert not any(layer.observations for layer in network.modules() if isinstance(layer, ek.ELA))
+
+
+def test_a_backward_that_is_to_come_finds_what_it_saved() -> None:
+    network = CifarResNet((2,), (8,), attention="ela", head_dim=4)
+    images = torch.randn(4, 3, 12, 12)
+    loss = network(images).sum()
+    ek.explain(network, images)
+    loss.backward()
+
+
+def test_buffers_of_every_kind() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = ek.LayerAttention(12, 4)
+            self.register_buffer("replaced", torch.zeros(1))
+            self.register_buffer("filled", None)
+            self.register_buffer("expanded", torch.zeros(1).expand(3))
+            with torch.inference_mode():
+                self.register_buffer("of_inference", torch.zeros(2))
+            self.lazy = nn.LazyBatchNorm1d()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.replaced = self.replaced + 1
+            self.filled = torch.ones(1)
+            self.register_buffer("new", torch.ones(1))
+            with torch.inference_mode():
+                self.of_inference.add_(1)
+            return self.layer(x, ek.LayerHistory())
+
+    model = Counting()
+    ek.explain(model, x_like())
+    assert model.replaced.item() == 0
+    assert model.filled is None
+    assert "new" not in dict(model.named_buffers())
+    assert model.of_inference.tolist() == [0, 0]
+
+
+def test_who_handles_a_warning_may_run_a_layer() -> None:
+    layer = ek.LayerAttention(12, 4)
+    layer.Wv.register_forward_hook(lambda *_: None)
+    seen = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+            layer(x_like(), ek.LayerHistory())
+
+    handler, logger = Handler(), logging.getLogger("ela_kernels")
+    logger.addHandler(handler)
+    try:
+        layer(x_like(), ek.LayerHistory())
+    finally:
+        logger.removeHandler(handler)
+    assert len(seen) == 1
+
+
+def test_nothing_is_told_that_is_expected(caplog: pytest.LogCaptureFixture) -> None:
+    stage, light = (
+        Stage(*(ek.LayerAttention(12, 4) for _ in range(3))),
+        ek.LightLayerAttention(12, 4),
+    )
+    with caplog.at_level(logging.WARNING, "ela_kernels"):
+        with ek.use_backend("eager"):
+            stage(x_like())
+        for width in range(3, 6):
+            with pytest.raises(ValueError, match=r"^prev_out: got shape"):
+                light(x_like(), torch.randn(2, 12, 5, width))
+        with ek.use_backend("cpp"), pytest.raises(ValueError, match="was forced and cannot"):
+            light(x_like(), x_like(dtype=torch.float64))
+    assert not caplog.messages
+
+
+def test_a_subclass_in_a_block_and_another_device() -> None:
+    class Mine(ek.LayerAttention):
+        pass
+
+    layer = ek.ELA(12, 4)
+    layer.attn = Mine(12, 4)
+    (found,) = ek.explain(Stage(layer), x_like())
+    assert (found.form, found.layer) == ("layer", "Mine")
+    assert found.reasons == {"block": ("attn is a Mine, and the block is for LayerAttention",)}
+    on_meta = Stage(ek.LayerAttention(12, 4)).to("meta")
+    (found,) = ek.explain(on_meta, x_like().to("meta"))
+    assert found.form == "eager"
+    assert found.reasons["layer"] == ("no backend has kernels for tensors on meta",)
+
+
+def test_modules_pickled_before_their_parts_had_a_file_of_their_own() -> None:
+    data = pickle.dumps(ek.LayerAttention(12, 4), protocol=0)
+    assert b"query_key_value\nChannelFilter" in data
+    found = pickle.loads(
+        data.replace(b"query_key_value\nChannelFilter", b"layer_attention\nChannelFilter")
+    )
+    assert type(found.Wq) is type(ek.LayerAttention(12, 4).Wq)
 
 
 def test_an_error_of_the_model_is_the_model_s() -> None:

@@ -66,13 +66,20 @@ def _plan(setting: str, request: Request) -> KernelBackend | Refusal:
         if request.device.type in (backend.device_types or ()):
             # Others were never meant for it.
             reasons.append(f"{name}: {', '.join(found)}")
+    if not reasons:
+        reasons.append(f"no backend has kernels for tensors on {request.device.type}")
     return Refusal(tuple(reasons), None, obstacles)
+
+
+def refusal_by(obstacles: tuple[str, ...]) -> Refusal:
+    """Of a call that no backend need be asked about."""
+    setting = current_setting()
+    return Refusal((), None if setting == "auto" else setting, obstacles)
 
 
 def refusal_in_a_graph() -> Refusal:
     """Of a call in a graph that is being compiled: no backend is asked, so that there is little to trace."""
-    setting = current_setting()
-    return Refusal((), None if setting == "auto" else setting, (TRACED,))
+    return refusal_by((TRACED,))
 
 
 def require(request: Request) -> KernelBackend | None:

@@ -8,11 +8,22 @@ from torch import Tensor
 from ela_kernels.backends.memory import PLAIN_TENSORS
 from ela_kernels.torch_internals import dispatch_modes, is_transformed
 
-__all__ = ["EMPTY", "TRACED", "is_transformed", "needs_dispatcher"]
+__all__ = [
+    "DECIDED",
+    "EMPTY",
+    "OTHER_SHAPE",
+    "TRACED",
+    "UNLINKED",
+    "is_transformed",
+    "needs_dispatcher",
+]
 
-# Why no kernel serves a call that PyTorch has to see, and one that there is nothing to do for.
+# Why no kernel serves a call, where that is expected, or told in another place.
 TRACED = "PyTorch has to see every operation here (torch.compile, a fake tensor, a subclass or a dispatch mode)"
 EMPTY = "the input is empty"
+DECIDED = "which layers retrieve is data here, in a graph that is being compiled"
+UNLINKED = "a layer before it in the history ran without kernels, and gathers no gradients"
+OTHER_SHAPE = "prev_out has another shape than x"
 
 
 def needs_dispatcher(q: Tensor) -> bool:

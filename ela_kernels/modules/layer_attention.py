@@ -11,6 +11,9 @@ from torch import Tensor
 from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph
 from ela_kernels.backends.types import RESIDUAL
 from ela_kernels.explaining import refused, served, served_without_kernels
+from ela_kernels.modules.query_key_value import (
+    ChannelFilter as ChannelFilter,  # pickles find it here
+)
 from ela_kernels.modules.query_key_value import QueryKeyValue, passed_on
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan

@@ -87,7 +87,7 @@ class LightLayerAttention(QueryKeyValue):
                 served(self, "layer", plan.backend.name)
                 scale = self.head_dim**-0.5
                 return light_layer(plan.backend, x, plan.filters, prev_out, self.heads, scale)[0]
-            refused(self, "layer", plan)
+            refused(self, "layer", plan, tells=plan.forced is None)
             why = plan
         served_without_kernels(self, "eager")
         q, k, v = self.query_key_value(x)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.backends.types import NormAct
@@ -44,6 +45,9 @@ def residual_block(
             epilogue = epilogue_of(norm, act, drop_path, x)
             return history.attend_layer(x, plan, heads=attn.heads, epilogue=epilogue, caller=attn)
         refused(attn, "block", plan)
+    elif type(attn) is not LayerAttention and isinstance(attn, LayerAttention):
+        why = f"attn is a {type(attn).__name__}, and the block is for LayerAttention"
+        refused(attn, "block", refusal_by((why,)))
     out: Tensor = x + drop_path(act(norm(attn(x, history))))
     return out
 
@@ -69,7 +73,7 @@ def light_residual_block(
             )
             assert block is not None
             return block, o
-        refused(attn, "block", plan)
+        refused(attn, "block", plan, tells=plan.forced is None)
     o = attn(x, prev_out)
     # It goes on to the next layer, so neither norm nor activation may change it in place.
     out: Tensor = x + drop_path(act(norm(o)))

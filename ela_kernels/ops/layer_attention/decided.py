@@ -8,14 +8,14 @@ and discards it; :func:`ela_kernels.prune` makes the decisions part of the struc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ela_kernels.backends.layout import accumulate_dtype
-from ela_kernels.ops.layer_attention.interface import layer_attention
+from ela_kernels.ops.layer_attention.interface import retrieve
 from ela_kernels.ops.layer_attention.reference import (
     aggregate_reference,
     divergence_reference,
@@ -47,6 +47,7 @@ def attend_decided(
     channels_last: bool,
     decided: Decided,
     active: Tensor | None,
+    caller: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Decided]:
     """`(out, weights, kl)` and what is decided after this layer, whose own pair is the last.
 
@@ -60,8 +61,8 @@ def attend_decided(
     # Its own pair is there for the layer itself: without any, what is discarded would be NaN, and so its gradients.
     given = (*decided.given[:-1], None)
     if all(is_given is None for is_given in given):
-        out, weights, kl = layer_attention(
-            q, keys, values, heads, scale, prev_weights, channels_last
+        out, weights, kl = retrieve(
+            q, keys, values, heads, scale, prev_weights, channels_last, caller
         )
     else:
         # No kernel takes pairs that may be missing.

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend, Request
-from ela_kernels.backends.dispatch import Refusal, kernels_for, plan
+from ela_kernels.backends.dispatch import Refusal, kernels_for, plan, refusal_by
 from ela_kernels.backends.layout import accumulate_dtype, resolved
-from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
+from ela_kernels.backends.tracing import DECIDED, is_transformed, needs_dispatcher
 from ela_kernels.backends.types import Epilogue, Filters, Residual
 from ela_kernels.explaining import refused, served
 from ela_kernels.ops import checks
@@ -27,7 +27,6 @@ from ela_kernels.ops.layer_attention.interface import (
 from ela_kernels.ops.layer_attention.layer_node import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.places import Places
 from ela_kernels.ops.layer_attention.plan import (
-    DECIDED,
     LayerPlan,
     all_fit,
     filter_obstacles,
@@ -179,7 +178,16 @@ class LayerHistory(Places):
                 )
             else:
                 out, weights, kl, self._decided = attend_decided(
-                    q, keys, values, heads, scale, prev, channels_last, decided, active
+                    q,
+                    keys,
+                    values,
+                    heads,
+                    scale,
+                    prev,
+                    channels_last,
+                    decided,
+                    active,
+                    caller or self,
                 )
             token = snapshot.token
         at = snapshot.position + 1
@@ -391,7 +399,7 @@ class LayerHistory(Places):
         if needs_dispatcher(q):
             return None
         if not pairs.linked or not pairs.are_all(q.dtype):
-            refused(caller or self, "op", Refusal((), None, tuple(pair_obstacles(pairs, q.dtype))))
+            refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
             return None
         return kernels_for("layer_attention", q, len(pairs.keys) + 1)
 

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.memory import PLAIN_TENSORS
-from ela_kernels.backends.tracing import EMPTY, TRACED, needs_dispatcher
+from ela_kernels.backends.tracing import EMPTY, TRACED, UNLINKED, needs_dispatcher
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.autocast import fits_layer_dtype
 from ela_kernels.ops.layer_attention.snapshot import Pairs
-
-DECIDED = "which layers retrieve is data here, in a graph that is being compiled"
 
 
 class LayerPlan(NamedTuple):
@@ -77,9 +75,7 @@ def pair_obstacles(pairs: Pairs, dtype: torch.dtype) -> list[str]:
     """Why no kernel may retrieve from these pairs and gather their gradients."""
     found = []
     if not pairs.linked:
-        found.append(
-            "a layer before it in the history ran without kernels, and gathers no gradients"
-        )
+        found.append(UNLINKED)
     if not pairs.are_all(dtype):
         found.append(f"the layers before it in the history are not all in {dtype}")
     return found

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend, Request
 from ela_kernels.backends.dispatch import Refusal, plan
-from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
+from ela_kernels.backends.tracing import OTHER_SHAPE, is_transformed, needs_dispatcher
 from ela_kernels.backends.types import LightFilters
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention.plan import all_fit, filter_obstacles, unseen_obstacles
@@ -48,6 +48,6 @@ def plan_light_layer(
     ):
         found = unseen_obstacles(x)
         if prev.shape != x.shape:
-            found.append(f"prev_out has shape {list(prev.shape)}, and x {list(x.shape)}")
+            found.append(OTHER_SHAPE)
         obstacles = (*obstacles, *found, *filter_obstacles(others, x, dtype))
     return plan(Request(op, x.device, dtype, 1, False, is_transformed(), obstacles))
