@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import EAGER, Refusal
+from ela_kernels.backends.once import Once
 from ela_kernels.backends.tracing import DECIDED, EMPTY, OTHER_SHAPE, TRACED, UNLINKED
 from ela_kernels.torch_internals import buffers_of, is_lazy
 
@@ -130,20 +130,14 @@ def refused(layer: Any, form: str, refusal: Refusal, tells: bool = True) -> None
 
 # Not worth a warning: whoever does this knows it, is told by an error, or was told of the layer that brought it about.
 _EXPECTED = frozenset({TRACED, EMPTY, DECIDED, UNLINKED, OTHER_SHAPE})
-_MOST_TOLD = 256
-
-_lock = threading.Lock()
-_told: set[str] = set()
+_told = Once()
 
 
 def _tell(layer: str, form: str, obstacles: tuple[str, ...]) -> None:
     """One line for each kind of reason, however many layers and forms have it."""
-    if not _EXPECTED.isdisjoint(obstacles) or _told.issuperset(obstacles):
+    if not _EXPECTED.isdisjoint(obstacles):
         return
-    with _lock:  # two threads at once would each find that it was not said yet
-        new = [o for o in dict.fromkeys(obstacles) if o not in _told][: _MOST_TOLD - len(_told)]
-        _told.update(new)
-    for obstacle in new:  # not under the lock: who handles the message may run a layer
+    for obstacle in _told.new(obstacles):
         logger.warning(
             "%s: the kernels do not serve %s, and a slower way is taken: %s. "
             "`print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
@@ -172,7 +166,7 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
         >>> model = ek.models.resnet20(attention="ela").eval()
         >>> found = ek.explain(model, torch.randn(1, 3, 32, 32))
         >>> found[0].name, found[0].layer
-        ('stages.0.attentions.0.attn', 'LayerAttention')
+        ('attentions.0.0.attn', 'LayerAttention')
     """
     names = {module: name for name, module in model.named_modules()}
     watch = _Watch(names)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from torch import Tensor
 from ela_kernels.backends.contract import Backend, EagerBackend, KernelBackend, Request
 from ela_kernels.backends.cpp.backend import CppBackend
 from ela_kernels.backends.cuda.backend import CudaBackend
+from ela_kernels.backends.once import Once
 from ela_kernels.backends.setting import NAMES, checked, current_setting
 from ela_kernels.backends.tracing import TRACED, is_transformed
 from ela_kernels.backends.triton.backend import TritonBackend
@@ -93,8 +93,7 @@ def require(request: Request) -> KernelBackend | None:
         return found
     refuse_forced(request, found)
     if found.forced is None and request.device.type != "meta" and not _only_no_backward(request):
-        with _lock:  # two threads at once would each find that it was not said yet
-            _log_fallback(request.device.type, "; ".join((*found.obstacles, *found.reasons)))
+        _log_fallback(request.device.type, "; ".join((*found.obstacles, *found.reasons)))
     return None
 
 
@@ -137,7 +136,7 @@ def backend_status() -> dict[str, str]:
     return status
 
 
-_lock = threading.Lock()
+_fallbacks = Once()
 
 
 def _only_no_backward(request: Request) -> bool:
@@ -146,11 +145,8 @@ def _only_no_backward(request: Request) -> bool:
     return request.needs_grad and any(not b.automatic_reasons(without) for b in KERNELS.values())
 
 
-@functools.lru_cache(maxsize=256)
 def _log_fallback(device_type: str, refusals: str) -> None:
-    logger.warning(
-        "layer attention on %s runs in eager PyTorch, because no kernel can serve it (%s). "
-        "`python -m ela_kernels info` shows more.",
-        device_type,
-        refusals,
-    )
+    for what in _fallbacks.new(
+        [f"{device_type} runs in eager PyTorch, because no kernel can serve it ({refusals})"]
+    ):
+        logger.warning("layer attention on %s. `python -m ela_kernels info` shows more.", what)

@@ -21,7 +21,7 @@ MISSING = "the compiled extension was not built: there is no compiler here"
 
 def forget_choices() -> None:
     dispatch._plan.cache_clear()
-    dispatch._log_fallback.cache_clear()
+    dispatch._fallbacks.clear()
 
 
 @pytest.fixture

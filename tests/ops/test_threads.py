@@ -171,13 +171,13 @@ def test_a_fallback_is_said_once_by_all_threads(
     monkeypatch.setattr(dispatch.logger, "warning", slow)
     q, v = torch.randn(2, 6), torch.randn(2, 6, 4)
     dispatch._plan.cache_clear()
-    dispatch._log_fallback.cache_clear()
+    dispatch._fallbacks.clear()
     try:
         with ek.use_backend("auto"), caplog.at_level(logging.WARNING, "ela_kernels"):
             at_once(lambda: ek.layer_attention(q, [q], [v], 2))
     finally:
         dispatch._plan.cache_clear()
-        dispatch._log_fallback.cache_clear()
+        dispatch._fallbacks.clear()
     assert len(said) == 1
 
 
