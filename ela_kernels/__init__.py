@@ -4,9 +4,10 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from ela_kernels.backends import backend_status, use_backend
+from ela_kernels.conversion import ConversionReport, convert, unconvert
 from ela_kernels.ebqm import EBQM, prune
 from ela_kernels.explaining import explain
-from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention, convert, unconvert
+from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention
 from ela_kernels.ops.layer_attention import (
     LayerAttentionOutput,
     LayerAttentionWeights,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EBQM",
     "ELA",
+    "ConversionReport",
     "LayerAttention",
     "LayerAttentionOutput",
     "LayerAttentionWeights",

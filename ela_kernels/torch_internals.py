@@ -61,6 +61,25 @@ version_of: Callable[[Tensor], int] = attrgetter("_version")
 is_zero_tensor: Callable[[Tensor], bool] = Tensor._is_zerotensor
 """Whether a tensor stands for zeros without memory, as autograd makes them for complex numbers. Always."""
 
+
+def tensor_without_memory(
+    kind: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A tensor of a class of its own that has shape, dtype and device and nothing else. No public name. Always."""
+    made: Tensor = Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device)
+    return made
+
+
+plain_functions: Callable[[], Any] = torch._C.DisableTorchFunctionSubclass
+"""A context in which a class of tensors does not see PyTorch's functions, so that it can ask them itself. Always."""
+
+
+def made_by(tensor: Tensor) -> Any:
+    """The `grad_fn` of a tensor of a class of its own, past that class. Always."""
+    with plain_functions():
+        return tensor.grad_fn
+
+
 # --- Autograd.
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -145,6 +164,27 @@ def own_buffer(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(name)
 
 
+def part_of(module: nn.Module, path: str) -> nn.Module:
+    """What `module.get_submodule(path)` gives, in a third of the time. Always."""
+    found: Any = module
+    for name in path.split("."):
+        found = found._modules[name]
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Remove all hooks of a module and of those in it, of which only who made them has the handles. Always."""
+    for part in module.modules():
+        for hooks in (
+            part._forward_hooks,
+            part._forward_pre_hooks,
+            part._backward_hooks,
+            part._backward_pre_hooks,
+        ):
+            hooks.clear()
+
+
 _any_global_hook: Callable[[], object] = nn.modules.module._has_any_global_hook
 
 
@@ -161,10 +201,11 @@ def has_hooks(*modules: nn.Module) -> bool:
     return bool(_any_global_hook())
 
 
-def is_plain_convolution(module: nn.Conv2d) -> bool:
+def is_plain_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:
     """Whether a convolution has no bias, and a subclass has left what its forward calls as it is. Always."""
+    kind = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
     return (
-        type(module)._conv_forward is nn.Conv2d._conv_forward
+        type(module)._conv_forward is kind._conv_forward
         and module._parameters.get("bias", module) is None
     )
 

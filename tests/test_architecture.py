@@ -83,6 +83,10 @@ def test_no_modules_import_each_other() -> None:
         ("backends", {"backends", "torch_internals"}),
         ("ops", {"ops", "backends", "explaining", "torch_internals"}),
         ("modules", {"modules", "ops", "backends", "explaining", "torch_internals"}),
+        (
+            "conversion",
+            {"conversion", "modules", "ops", "backends", "explaining", "torch_internals"},
+        ),
         ("ebqm", {"ebqm", "modules", "ops", "backends", "torch_internals"}),
         ("models", {"models", "modules", "ops", "torch_internals"}),
     ],

@@ -1,6 +1,5 @@
 """Layer attention as PyTorch modules."""
 
-from ela_kernels.modules.convert import convert, unconvert
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
@@ -12,8 +11,6 @@ __all__ = [
     "ConcatLayerAttention",
     "LayerAttention",
     "LightLayerAttention",
-    "convert",
-    "unconvert",
 ]
 
 

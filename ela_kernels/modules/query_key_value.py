@@ -184,8 +184,8 @@ class QueryKeyValue(nn.Module):
             found.append(
                 "Wv is another convolution than a depthwise 3x3 with stride 1 and zeros for padding"
             )
-        if not (runs_as(wk, ChannelFilter) and (wq is None or runs_as(wq, ChannelFilter))):
-            found.append("Wq or Wk has a forward of its own")
+        if not (self.is_filter(wk) and (wq is None or self.is_filter(wq))):
+            found.append("Wq or Wk has a forward of its own, or is another convolution")
         if not (
             kind.query_key is QueryKeyValue.query_key
             and kind.key_value is QueryKeyValue.key_value
@@ -233,13 +233,24 @@ class QueryKeyValue(nn.Module):
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
         self._check_beside_parameters(x)
-        windows = ChannelFilter.windows(pooled(x), self.kernel_size)
-        return self.Wq(windows), self.Wk(windows)
+        q, k = self.filtered(pooled(x), self.Wq, self.Wk)
+        return q, k
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key `[B, C]` and value `[B, C, H, W]`."""
         self._check_beside_parameters(x)
-        return self.Wk(ChannelFilter.windows(pooled(x), self.kernel_size)), self.Wv(x)
+        (k,) = self.filtered(pooled(x), self.Wk)
+        return k, self.Wv(x)
+
+    @staticmethod
+    def is_filter(module: nn.Module) -> bool:
+        """Whether a module is a filter over the channels that kernels know, and no more."""
+        return runs_as(module, ChannelFilter)
+
+    def filtered(self, y: Tensor, *filters: nn.Module) -> list[Tensor]:
+        """What each filter makes of `[B, C]`, `[B, C]`."""
+        windows = ChannelFilter.windows(y, self.kernel_size)
+        return [w(windows) for w in filters]
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key `[B, C]`, value `[B, C, H, W]`."""

@@ -31,12 +31,16 @@ def residual_block(
     attn: nn.Module,
     norm: nn.Module,
     act: nn.Module,
-    drop_path: DropPath,
+    drop_path: nn.Module,
     x: Tensor,
     history: LayerHistory,
+    samples: bool = False,
 ) -> Tensor:
-    """`x + drop_path(act(norm(attn(x, history))))`, in one call of the kernels where they can serve all of it."""
-    obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x)
+    """`x + drop_path(act(norm(attn(x, history))))`, in one call of the kernels where they can serve all of it.
+
+    `samples`: `drop_path`, whatever its class, multiplies each sample with a number.
+    """
+    obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
         assert isinstance(attn, LayerAttention)
         plan = attn.plan(x, history, "block", obstacles)
@@ -45,7 +49,7 @@ def residual_block(
             epilogue = epilogue_of(norm, act, drop_path, x)
             return history.attend_layer(x, plan, heads=attn.heads, epilogue=epilogue, caller=attn)
         refused(attn, "block", plan)
-    elif type(attn) is not LayerAttention and isinstance(attn, LayerAttention):
+    elif kind_of(attn) is not LayerAttention and isinstance(attn, LayerAttention):
         why = f"attn is a {type(attn).__name__}, and the block is for LayerAttention"
         refused(attn, "block", refusal_by((why,)))
     out: Tensor = x + drop_path(act(norm(attn(x, history))))
@@ -56,12 +60,13 @@ def light_residual_block(
     attn: LightLayerAttention,
     norm: nn.Module,
     act: nn.Module,
-    drop_path: DropPath,
+    drop_path: nn.Module,
     x: Tensor,
     prev_out: Tensor,
+    samples: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`x + drop_path(act(norm(o)))` with `o = attn(x, prev_out)`, and `o`; in one call where the kernels can."""
-    obstacles = _obstacles(attn, LightLayerAttention, norm, act, drop_path, x)
+    obstacles = _obstacles(attn, LightLayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
         plan = attn.plan(x, prev_out, "light_block", obstacles)
         if isinstance(plan, LightPlan):
@@ -85,18 +90,20 @@ def _obstacles(
     kind: type[QueryKeyValue],
     norm: nn.Module,
     act: nn.Module,
-    drop_path: DropPath,
+    drop_path: nn.Module,
     x: Tensor,
+    samples: bool,
 ) -> tuple[str, ...] | None:
     """Why no kernel may do the work of a block without calling its modules; empty where one may.
 
     None where that is not asked: of another layer than `kind`, of an input that the layer will refuse, and in a
     compiled graph, which is made of PyTorch's own pieces.
     """
-    if type(attn) is not kind or torch.compiler.is_compiling():
+    if kind_of(attn) is not kind or torch.compiler.is_compiling():
         return None
-    found = module_obstacles(attn, norm, act, drop_path)
+    found = module_obstacles(attn, norm, act, drop_path, samples)
     if not found:
+        assert isinstance(attn, QueryKeyValue)
         attn.check_input(x)  # not before hooks on it have seen it
     elif not isinstance(x, Tensor) or x.dim() != 4:
         return None
@@ -105,8 +112,15 @@ def _obstacles(
     return tuple(found)
 
 
+def kind_of(attn: nn.Module) -> type[nn.Module]:
+    """The class whose forward a layer runs: its own, or what it stands for where it is a converted one."""
+    own = type(attn)
+    kind: type[nn.Module] = getattr(own, "stands_for", own)
+    return kind
+
+
 def module_obstacles(
-    attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: DropPath
+    attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: nn.Module, samples: bool = False
 ) -> list[str]:
     """Modules that kernels do not know, or that do more than their kind."""
     found = []
@@ -115,7 +129,7 @@ def module_obstacles(
         found.append(f"norm is {of_norm.__name__}, and the kernels know BatchNorm2d")
     if of_act is not nn.ReLU and of_act is not nn.Identity:
         found.append(f"act is {of_act.__name__}, and the kernels know ReLU and Identity")
-    if of_drop_path is not DropPath:
+    if not samples and of_drop_path is not DropPath:
         found.append(f"drop_path is {of_drop_path.__name__}, and the kernels know DropPath")
     found += [
         f"{type(module).__name__} has a forward of its own"
@@ -171,7 +185,18 @@ def takes_batch(norm: nn.BatchNorm2d) -> bool:
     return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
-def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: DropPath, x: Tensor) -> NormAct:
+def _mask(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """What each sample of `x` is multiplied with, `[B, 1, 1, 1]`, newly drawn; None where nothing is dropped."""
+    if isinstance(drop_path, DropPath):
+        return drop_path.mask(x)
+    if type(drop_path) is nn.Identity:
+        return None
+    ones = x.new_ones((x.shape[0],) + (1,) * (x.dim() - 1))
+    mask: Tensor = drop_path(ones)
+    return None if mask is ones else mask
+
+
+def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: nn.Module, x: Tensor) -> NormAct:
     """What follows the retrieval, and keeps the norm's running statistics as `nn.BatchNorm2d` keeps them."""
     assert isinstance(norm, nn.BatchNorm2d)
     statistics = None
@@ -181,7 +206,7 @@ def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: DropPath, x: Tensor)
         statistics = torch.stack((norm.running_mean, norm.running_var)).to(
             accumulate_dtype(x.dtype)
         )
-    mask, track = drop_path.mask(x), None
+    mask, track = _mask(drop_path, x), None
     if norm.training and norm.track_running_stats:
         track = partial(_track, norm, x.numel() // x.shape[1])
     return NormAct(

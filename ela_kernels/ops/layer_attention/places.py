@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ela_kernels import torch_internals
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def graph_task() -> int:
@@ -30,10 +34,46 @@ class Places:
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
         self._made_in = graph_task()
 
+    @classmethod
+    def holding(cls, keys: Tensor, values: Tensor, *, heads: int) -> Self:
+        """A history that holds `keys` `[B, T, C]` and `values` `[B, T, C, *spatial]`, made elsewhere.
+
+        The layers after them retrieve them with the rest. They are read where they are; their gradients are those of
+        the functional op (the push form).
+
+        Raises:
+            ValueError: other shapes.
+        """
+        if keys.dim() != 3 or values.dim() < 3 or keys.shape != values.shape[:3]:
+            raise ValueError(
+                f"keys, values: got shapes {list(keys.shape)} and {list(values.shape)}; allowed are [B, T, C] and "
+                "[B, T, C, *spatial]"
+            )
+        history = cls()
+        history._now = history._latest = Snapshot.of(keys, values, heads)
+        return history
+
     @property
     def position(self) -> int:
         """Number of layers that came by, skipped ones included."""
         return self._now.position
+
+    @property
+    def latest(self) -> Snapshot:
+        """What the last layer left, immutable; in a recomputation the layer that was recomputed last."""
+        return self._latest
+
+    def at(self, snapshot: Snapshot) -> Self:
+        """A history that goes on from `snapshot`, one of this history's.
+
+        This one itself where nobody came by since, or a checkpoint recomputes; otherwise another that shares the pairs
+        up to there, and the gradients that meet in them.
+        """
+        if snapshot is self._now or self.recomputing:
+            return self
+        other = copy(self)
+        other._now = other._latest = snapshot
+        return other
 
     @property
     def recomputing(self) -> bool:

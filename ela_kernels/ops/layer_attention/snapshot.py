@@ -112,6 +112,17 @@ class Snapshot:
         self.pairs, self.position, self.heads = pairs, position, heads
         self.weights, self.kl, self.token = weights, kl, token
 
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, heads: int) -> Snapshot:
+        """What holds `keys` `[B, T, C]` and `values` `[B, T, C, *spatial]`, as views.
+
+        No layer of a history made them, so that nothing gathers their gradients: each layer adds its own.
+        """
+        pairs = Pairs(linked=not (keys.requires_grad or values.requires_grad))
+        for key, value in zip(keys.unbind(1), values.unbind(1), strict=True):
+            pairs = pairs.extended(key, value)
+        return cls(pairs, len(pairs.keys), heads)
+
     def check_pair(self, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool) -> int:
         """The heads, after the checks against q and against what is held."""
         checks.check_tensor("k", k)

@@ -1,4 +1,4 @@
-"""convert(): the same model, its layers fused, and back."""
+"""convert() on the concatenating layers of this package: the same model, its layers fused, and back."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_convert_keeps_parameters_names_and_results(kernels: object, ran: list[s
     state = copy.deepcopy(model.state_dict())
     assert not ran
 
-    assert ek.convert(model) is model
+    assert list(ek.convert(model).converted) == ["layers.0", "layers.1", "layers.2"]
     after, history = model(x)
     assert ran.count("cpp forward") == 3
     # float32 in two orders of summation
@@ -60,7 +60,8 @@ def test_unconvert_restores_what_convert_changed_and_nothing_else() -> None:
     model.eval()
     want, _ = model(x)
     attributes = [set(vars(layer)) for layer in model.layers]
-    ek.convert(ek.convert(model))  # twice is as good as once
+    reports = [ek.convert(model) for _ in range(2)]  # twice is as good as once
+    assert reports[0] == reports[1]
     assert ek.unconvert(model) is model
     assert all(type(layer) is ConcatLayerAttention for layer in model.layers)
     assert type(model.own) is ek.LayerAttention
@@ -70,26 +71,15 @@ def test_unconvert_restores_what_convert_changed_and_nothing_else() -> None:
 
 def test_a_layer_itself_can_be_converted() -> None:
     layer = ConcatLayerAttention(32)
-    assert ek.convert(layer) is layer
+    assert ek.convert(layer).converted == {"": "LayerAttention"}
     assert layer(torch.randn(1, 32, 4, 4), ek.LayerHistory()).shape == (1, 32, 4, 4)
 
 
 def test_a_copy_of_a_converted_model_can_be_undone() -> None:
-    model = copy.deepcopy(ek.convert(Model()))
+    model = Model()
+    ek.convert(model)
+    model = copy.deepcopy(model)
     assert type(ek.unconvert(model).layers[0]) is ConcatLayerAttention
-
-
-class Foreign(nn.Module):
-    """The published parameters with a forward of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.Wq = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-        self.Wk = nn.Conv1d(1, 1, 3, padding=1, bias=False)
-        self.Wv = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x, keys, values
 
 
 class Derived(ConcatLayerAttention):
@@ -97,20 +87,24 @@ class Derived(ConcatLayerAttention):
         return 2 * super().forward(x, history)
 
 
-@pytest.mark.parametrize("stranger", [Foreign(), Derived(32)])
-def test_unknown_forms_are_refused_and_nothing_is_changed(stranger: nn.Module) -> None:
+def test_a_form_of_its_own_is_left_and_the_rest_is_converted() -> None:
     model = Model()
-    model.stranger = stranger
-    name = f"{type(stranger).__qualname__} at 'stranger'.*by hand"
-    with pytest.raises(TypeError, match=rf"(?s)^model: got .*{name}"):
-        ek.convert(model)
-    assert all(type(layer) is ConcatLayerAttention for layer in model.layers)
+    model.stranger = Derived(32)
+    report = ek.convert(model)
+    assert len(report.converted) == 3
+    assert "forward of its own" in report.left["stranger"]
+    assert type(model.stranger) is Derived
+    with pytest.raises(ValueError, match=r"(?s)^model: .*strict.*stranger"):
+        ek.convert(model, strict=True)
 
 
-def test_models_without_such_layers_pass() -> None:
+def test_models_without_such_layers_stay_and_that_is_said() -> None:
     model = nn.Sequential(nn.Conv2d(3, 32, 1), ek.LightLayerAttention(32), ek.ELA(32))
     classes = [type(m) for m in model.modules()]
-    ek.convert(model)
+    with pytest.warns(UserWarning, match="no module has Wq, Wk and Wv"):
+        report = ek.convert(model)
+    assert not report.converted
+    assert not report.left
     assert [type(m) for m in model.modules()] == classes
 
 

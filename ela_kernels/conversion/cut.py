@@ -1,0 +1,76 @@
+"""How the forward of a block is left at its attention, for the rest of it to be done by the kernels.
+
+The attention raises, and whoever ran the block catches it. That is asked for in one thread for one attention, and only
+while nothing stands around the attention's call that does not stand around the block's: gradients, autocast, a
+checkpoint, a stream.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ela_kernels.torch_internals import cuda_stream, top_saved_tensors_hooks
+
+
+class Given(NamedTuple):
+    """What the attention was given at which a block was left: the map, and the history or the output before."""
+
+    x: Tensor
+    state: Any
+
+
+class _Reached(BaseException):
+    """A block ran up to its attention. No `Exception`, which the block's own code may catch."""
+
+    def __init__(self, attention: nn.Module, given: Given) -> None:
+        super().__init__()
+        self.attention, self.given = attention, given
+
+
+class _Cut(threading.local):
+    attention: nn.Module | None = None
+    circumstances: tuple[object, ...] = ()
+
+
+_cut = _Cut()
+
+
+def _circumstances(x: Tensor) -> tuple[object, ...]:
+    device = x.device
+    on = device.type
+    return (
+        on,
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(on),
+        torch.get_autocast_dtype(on),
+        None if top_saved_tensors_hooks is None else top_saved_tensors_hooks(True),
+        cuda_stream(device.index) if on == "cuda" and cuda_stream is not None else None,
+    )
+
+
+def run_up_to(
+    attention: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **options: Any
+) -> Any:
+    """What the attention was :class:`Given`, where `forward` could be left there; otherwise its result."""
+    before = _cut.attention, _cut.circumstances
+    _cut.attention, _cut.circumstances = attention, _circumstances(x)
+    try:
+        return forward(x, *args, **options)
+    except _Reached as reached:
+        if reached.attention is not attention:
+            raise
+        return reached.given
+    finally:
+        _cut.attention, _cut.circumstances = before
+
+
+def end_here(attention: nn.Module, x: Tensor, state: Any) -> None:
+    """Called by an attention with what it was given: leaves the block around it, if that asked for it."""
+    if _cut.attention is attention and _cut.circumstances == _circumstances(x):
+        raise _Reached(attention, Given(x, state))

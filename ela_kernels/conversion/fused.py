@@ -1,0 +1,223 @@
+"""Classes that stand in front of those of published layers, so that the very instances run on the kernels.
+
+A converted layer is still an instance of its own class, with its parameters, hooks and names; its class is one made
+here, of a mixin below and of the class that it had. Wherever PyTorch has to see every operation (compiled graphs,
+tracing, `torch.func`), and for whatever the mixin does not know, the original forward runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
+from ela_kernels.conversion.cut import end_here
+from ela_kernels.conversion.stacked import Stacked, continued
+from ela_kernels.modules.layer_attention import LayerAttention
+from ela_kernels.modules.light import LightLayerAttention
+from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
+from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.torch_internals import has_hooks, is_plain_convolution
+
+
+class Form(NamedTuple):
+    """What the handshake found out about a published layer.
+
+    Attributes:
+        dim, head_dim, kernel_size: as of :class:`ela_kernels.LayerAttention`.
+        parameters: names of the arguments of its forward.
+        starts: whether it begins anew whatever it is given.
+        starts_on_none: whether it begins anew where keys and values are None.
+    """
+
+    dim: int
+    head_dim: int
+    kernel_size: int
+    parameters: tuple[str, ...]
+    starts: bool = False
+    starts_on_none: bool = False
+
+
+class Fused(nn.Module):
+    """In front of the class of a converted module; `unfuse` takes it away again."""
+
+    original: type[nn.Module]
+    mixin: type[Fused]
+    what: str  # for the report
+
+    def original_forward(self, *args: Any, **options: Any) -> Any:
+        """As the module was written."""
+        return self.original.forward(self, *args, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, and cannot be found by its name.
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if not isinstance(reduced, tuple) or reduced[1] != (type(self),):
+            return reduced  # the class has a way of its own
+        return _blank, (self.mixin, self.original), *reduced[2:]
+
+    def release(self) -> None:
+        """Take away what the mixin keeps in the instance."""
+        del self.what
+
+
+class FusedFilters(Fused, QueryKeyValue):
+    """Query, key and value by the convolutions of a published layer, whose sizes the handshake found."""
+
+    form: Form
+
+    dim = property(lambda self: self.form.dim)
+    head_dim = property(lambda self: self.form.head_dim)
+    kernel_size = property(lambda self: self.form.kernel_size)
+
+    @staticmethod
+    def is_filter(module: nn.Module) -> bool:
+        return (
+            isinstance(module, nn.Conv1d)
+            and runs_as(module, nn.Conv1d)
+            and is_plain_convolution(module)
+            and module.in_channels == module.out_channels == 1
+            and module.stride == module.dilation == (1,)
+            and module.padding == (module.kernel_size[0] // 2,)
+            and module.padding_mode == "zeros"
+        )
+
+    def filtered(self, y: Tensor, *filters: nn.Module) -> list[Tensor]:
+        y = y.unsqueeze(1)
+        return [w(y).squeeze(1) for w in filters]
+
+    def release(self) -> None:
+        super().release()
+        del self.form
+
+
+class FusedLayer(FusedFilters, LayerAttention):
+    """The base form: `forward(x, keys, values) -> (out, keys, values)`, with the history where those were."""
+
+    stands_for = LayerAttention
+
+    def forward(self, x: Any, *state: Any, **options: Any) -> Any:
+        """As the original: `out` `[B, C, H, W]`, keys `[B, t, C]` and values `[B, t, C, H, W]` up to this layer.
+
+        Keys and values are stand-ins that carry the history, and become tensors when they are looked into. Given a
+        :class:`ela_kernels.LayerHistory` in their place it is a `LayerAttention`.
+        """
+        if state and isinstance(state[0], LayerHistory):
+            return super().forward(x, *state, **options)
+        names = self.form.parameters[1:]
+        given = (*state, *(options.pop(n) for n in names[len(state) :] if n in options))
+        if options or len(given) != 2:
+            return self.original_forward(x, *state, **options)
+        history = self._history(x, *given)
+        if history is None:
+            return self.original_forward(x, *given)
+        end_here(self, x, history)
+        return self.with_state(super().forward(x, history), history)
+
+    @staticmethod
+    def with_state(out: Tensor, history: LayerHistory) -> tuple[Tensor, Tensor, Tensor]:
+        """What the original gives, after the layer's turn in `history`."""
+        left = history.latest
+        return (
+            out,
+            Stacked.of(left.pairs.keys, history, left),
+            Stacked.of(left.pairs.values, history, left),
+        )
+
+    def _history(self, x: Any, keys: Any, values: Any) -> Any:
+        """The one that the layer goes on with; None where the original has to serve."""
+        if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():
+            return None
+        form = self.form
+        if form.starts or (form.starts_on_none and keys is None and values is None):
+            return LayerHistory()
+        history = continued(keys, values)
+        if history is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
+            keys, values = (t.make() if isinstance(t, Stacked) else t for t in (keys, values))
+            history = LayerHistory.holding(keys, values, heads=self.heads)
+        return history
+
+
+class Lender(NamedTuple):
+    """The module around a light layer that has its `lambda_t`, and the parameter's name; no child of it."""
+
+    module: nn.Module
+    name: str
+
+
+class FusedGate(FusedFilters, LightLayerAttention):
+    """The light form's layer, which borrows the decay of the module around it.
+
+    Called as the original, `forward(x)`, it gives the gated value alone; the module around it gives it the previous
+    output too.
+    """
+
+    lender: Lender
+    stands_for = LightLayerAttention
+
+    # The factor [C, 1, 1], under the name that the kernels' plan knows.
+    lambda_t = property(lambda self: getattr(*self.lender))
+
+    def forward(self, x: Tensor, prev_out: Tensor | None = None) -> Tensor:
+        if prev_out is None:
+            out: Tensor = self.original_forward(x)
+            return out
+        return super().forward(x, prev_out)
+
+    def release(self) -> None:
+        super().release()
+        del self.lender
+
+
+class FusedDecay(Fused):
+    """The module around a light layer: `forward(x, prev_out)`, the gated value plus the decayed previous output."""
+
+    layer_name: str
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """As the original: `[B, C, H, W]` of `x` and the output before, `[B, C, H, W]` each."""
+        layer = self._modules.get(self.layer_name)
+        if options or len(args) != 2 or not isinstance(layer, FusedGate) or has_hooks(layer):
+            return self.original_forward(*args, **options)
+        x, prev_out = args
+        if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():
+            return self.original_forward(x, prev_out)
+        end_here(self, x, prev_out)
+        return layer(x, prev_out)
+
+    def release(self) -> None:
+        super().release()
+        del self.layer_name
+
+
+_classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
+
+
+def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
+    """The class of `mixin` in front of `original`; the same one at every call."""
+    found = _classes.get((mixin, original))
+    if found is None:
+        body = {"mixin": mixin, "original": original, "__module__": original.__module__}
+        found = type(f"Fused{original.__name__}", (mixin, original), body)
+        found = _classes.setdefault((mixin, original), found)
+    return found
+
+
+def fuse(module: nn.Module, mixin: type[Fused], what: str = "", **kept: Any) -> None:
+    """Put `mixin` in front of the class of `module`, with what it keeps in the instance."""
+    module.__class__ = fused_class(mixin, type(module))
+    for name, value in (("what", what), *kept.items()):
+        object.__setattr__(module, name, value)
+
+
+def unfuse(module: Fused) -> None:
+    """Undo :func:`fuse`."""
+    module.release()
+    module.__class__ = module.original  # type: ignore[assignment]
+
+
+def _blank(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
+    """An instance without anything, for a copy or a pickle to fill."""
+    kind = fused_class(mixin, original)
+    return kind.__new__(kind)

@@ -1,0 +1,366 @@
+"""Whether a module computes what one of ours does: both are run on small random maps, and compared.
+
+The module is copied, its parameters are drawn anew, so that no zero or repeated number hides a difference, and it runs
+in float64 on the CPU, in evaluation and in training mode. Nothing of the original is called or changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ela_kernels.backends.setting import use_backend
+from ela_kernels.conversion.fused import Form, FusedDecay, FusedGate, FusedLayer, Lender, fuse
+from ela_kernels.ops.layer_attention.reference import layer_attention_reference
+from ela_kernels.ops.light_layer_attention import light_layer_attention
+from ela_kernels.torch_internals import remove_hooks
+
+# Relative to the largest element. The numbers are float64, and the sums short.
+CLOSE = 1e-9
+MAP, DEPTH = (5, 4), 3
+
+
+class DisagreementError(Exception):
+    """Why a module is left as it is."""
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments that the forward of `module` needs, in their order."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(module.forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind in kinds)
+
+
+class Copy:
+    """A copy of a module to run: float64 on the CPU, with parameters drawn anew and no hooks.
+
+    Raises:
+        DisagreementError: it has no numbers to copy, or cannot be copied.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        if any(t.is_meta for t in tensors):
+            raise DisagreementError(
+                "its parameters are on the meta device; convert after to_empty() or after loading"
+            )
+        self.generator = torch.Generator().manual_seed(0)
+        with _failure("a copy of it"):
+            self.module = copy.deepcopy(module)
+            self.module.to(device="cpu", dtype=torch.float64)
+            remove_hooks(self.module)
+            for part in list(self.module.modules()):
+                if is_parametrized(part):
+                    _make_plain(part)
+            with torch.no_grad():
+                for parameter in self.module.parameters():
+                    parameter.copy_(self.random(*parameter.shape))
+
+    def random(self, *shape: int) -> Tensor:
+        """Numbers of a normal distribution, the same in every run."""
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
+
+    def evaluated(self, *inputs: Any, training: bool = False) -> Any:
+        """What the module gives, in evaluation mode unless `training`.
+
+        Raises:
+            DisagreementError: it raises.
+        """
+        self.module.train(training)
+        own = copy.deepcopy(inputs)  # it may change them
+        with _failure(f"forward({', '.join(parameter_names(self.module))})"):
+            return self.module(*own)
+
+    def run(self, *inputs: Any) -> Any:
+        """What the module gives, in both modes.
+
+        Raises:
+            DisagreementError: it raises, or gives something else in training mode.
+        """
+        found = self.evaluated(*inputs)
+        if not _equal(found, self.evaluated(*inputs, training=True)):
+            raise DisagreementError("its results in training differ from those in evaluation mode")
+        return found
+
+
+def _make_plain(part: Any) -> None:
+    """Take a parametrization away: both read it alike, and one that changes in training would look like a difference.
+
+    By hand, since PyTorch's own way changes the class, which the original shares.
+    """
+    tensors = {name: getattr(part, name).detach().clone() for name in part.parametrizations}
+    part.__class__ = type(part).__bases__[0]
+    del part.parametrizations
+    for name, tensor in tensors.items():
+        part.register_parameter(name, nn.Parameter(tensor))
+
+
+@contextmanager
+def isolated() -> Iterator[None]:
+    """Around handshakes: no gradients, no autocast, the default device and dtype, and random numbers as before."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    # A copy may make tensors of the default dtype, and on maps as small as these threads wait for each other.
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    try:
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.device("cpu"),
+            torch.autocast("cpu", enabled=False),
+            use_backend("eager"),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _failure(what: str) -> Iterator[None]:
+    """Whatever a stranger's code raises is a reason to leave it alone."""
+    try:
+        yield
+    except Exception as error:
+        words = str(error).strip().splitlines()
+        said = f"{type(error).__name__}: {words[0][:120]}" if words else type(error).__name__
+        raise DisagreementError(f"{what} raised {said}") from error
+
+
+def close(a: object, b: Tensor) -> bool:
+    """Whether `a` is `b` up to rounding."""
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool((a - b).abs().max() <= CLOSE * b.abs().max())
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and close(a, b)
+    return type(a) is type(b)
+
+
+def head_sizes(module: nn.Module, dim: int) -> tuple[int, ...]:
+    """The head size that the attributes of `module` tell, or else all that it may have."""
+    for names, size_of in (
+        (("heads", "num_heads", "n_heads", "nheads"), lambda n: dim // n),
+        (("dim_perhead", "head_dim", "dim_head", "dim_per_head"), lambda n: n),
+    ):
+        for name in names:
+            value = getattr(module, name, None)
+            if type(value) is int and value > 0 and dim % value == 0:
+                return (size_of(value),)
+    return tuple(d for d in range(1, dim + 1) if dim % d == 0)
+
+
+class Layer:
+    """A module with Wq, Wk and Wv, run beside ours, alone or as the child `name` of the module `around` it.
+
+    Raises:
+        DisagreementError: its parameters are not those of layer attention.
+    """
+
+    def __init__(self, module: nn.Module, around: nn.Module | None = None, name: str = "") -> None:
+        wq, wk, wv = (getattr(module, name, None) for name in ("Wq", "Wk", "Wv"))
+        if not (isinstance(wq, nn.Conv1d) and isinstance(wk, nn.Conv1d)):
+            raise DisagreementError("Wq and Wk are no convolutions over the channels")
+        if not (isinstance(wv, nn.Conv2d) and wv.groups == wv.in_channels == wv.out_channels):
+            raise DisagreementError("Wv is no depthwise convolution")
+        if wq.kernel_size != wk.kernel_size:
+            raise DisagreementError("Wq and Wk are of two sizes")
+        self.dim, self.kernel_size = wv.in_channels, wq.kernel_size[0]
+        self.names = parameter_names(module)
+        self.sizes = head_sizes(module, self.dim)
+        self.copy = Copy(module if around is None else around)
+        self.own: Any = self.copy.module.get_submodule(name)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query and key `[B, C]` and value of a map, by the copy's parameters, as ours make them."""
+        y = x.mean((2, 3)).unsqueeze(1)
+        with _failure("a convolution of it"):
+            return self.own.Wq(y).squeeze(1), self.own.Wk(y).squeeze(1), self.own.Wv(x)
+
+    def form(self, head_dim: int, **found: bool) -> Form:
+        return Form(self.dim, head_dim, self.kernel_size, self.names, **found)
+
+
+def base_form(module: nn.Module) -> Form:
+    """What `module` is as the base form, `forward(x, keys, values) -> (out, keys, values)`.
+
+    Raises:
+        DisagreementError: it is something else.
+    """
+    layer = Layer(module)
+    if len(layer.names) != 3:
+        raise DisagreementError(_unknown_call(layer))
+    random = layer.copy.random
+    x = random(2, layer.dim, *MAP)
+    held_keys = random(2, DEPTH, layer.dim)
+    held_values = random(2, DEPTH, layer.dim, *MAP)
+    out, keys, values = _three(layer.copy.run(x, held_keys, held_values))
+    q, k, v = layer.parts(x)
+    k, v = k.unsqueeze(1), v.unsqueeze(1)
+    starts = keys.dim() == 3 and keys.shape[1] == 1
+    if not starts:
+        k, v = torch.cat((held_keys, k), 1), torch.cat((held_values, v), 1)
+    if not (close(keys, k) and close(values, v)):
+        raise DisagreementError(_other_state(keys, values, k, v, x))
+    starts_on_none = starts
+    if not starts:
+        try:
+            first = _three(layer.copy.run(x, None, None))
+        except DisagreementError:
+            pass  # it is never called so
+        else:
+            one = (v[:, -1], k[:, -1:], v[:, -1:])
+            starts_on_none = all(map(close, first, one))
+            if not starts_on_none:
+                raise DisagreementError(
+                    "given no keys and values it does something else than to begin anew"
+                )
+    if starts and len(layer.sizes) > 1:  # one layer alone is the same in all of them
+        raise DisagreementError(
+            "its head size cannot be told: it begins anew at every call, and has no attribute heads or head_dim"
+        )
+    for head_dim in layer.sizes:
+        heads = layer.dim // head_dim
+        want, _, _ = layer_attention_reference(
+            q, _unbound(k), _unbound(v), heads, head_dim**-0.5, None, False
+        )
+        if close(out, want):
+            form = layer.form(head_dim, starts=starts, starts_on_none=starts_on_none)
+            fuse(layer.own, FusedLayer, form=form)
+            _agree(_three(layer.own(x, held_keys, held_values)), (out, keys, values))
+            return form
+    raise DisagreementError(
+        "its output is not softmax attention over the keys with scores divided by the root of the head size"
+    )
+
+
+def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
+    """What the child `name` of `module` is as the light form, and which parameter of `module` is its decay.
+
+    `module` computes `forward(x, prev_out) -> out`.
+
+    Raises:
+        DisagreementError: it is something else.
+    """
+    layer = Layer(module.get_submodule(name), module, name)
+    if len(parameter_names(module)) != 2:
+        raise DisagreementError(
+            "it gives the gated value alone, and the module around it is not called with the output before"
+        )
+    factors = [n for n, p in module.named_parameters(recurse=False) if p.shape == (layer.dim, 1, 1)]
+    if not factors:
+        raise DisagreementError(
+            f"the module around it has no factor [{layer.dim}, 1, 1] of the output before"
+        )
+    random = layer.copy.random
+    x, prev_out = random(2, layer.dim, *MAP), random(2, layer.dim, *MAP)
+    out = layer.copy.run(x, prev_out)
+    q, k, v = layer.parts(x)
+    for head_dim in layer.sizes:
+        for factor in factors:
+            decay = getattr(layer.copy.module, factor)
+            if close(out, light_layer_attention(q, k, v, prev_out, decay, layer.dim // head_dim)):
+                form = layer.form(head_dim)
+                around = layer.copy.module
+                fuse(layer.own, FusedGate, form=form, lender=Lender(around, factor))
+                fuse(around, FusedDecay, layer_name=name)
+                _agree((around(x, prev_out),), (out,))
+                return form, factor
+    raise DisagreementError("its output is not the gated value plus the decayed output before")
+
+
+def _agree(ours: Sequence[Any], theirs: Sequence[Tensor]) -> None:
+    """The converted copy itself, whatever serves it."""
+    for a, b in zip(ours, theirs, strict=True):
+        if not close(a + 0, b):
+            raise DisagreementError("our layer gives another result; please report it")
+
+
+def _three(found: Any) -> tuple[Tensor, Tensor, Tensor]:
+    if (
+        isinstance(found, (tuple, list))
+        and len(found) == 3
+        and all(isinstance(t, Tensor) for t in found)
+    ):
+        return tuple(found)
+    raise DisagreementError("it does not give an output with keys and values")
+
+
+def _other_state(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, x: Tensor) -> str:
+    """Why keys and values are not the concatenation of those that came in and the layer's own."""
+    if keys.shape == k[:, :-1].shape and values.shape == v[:, :-1].shape:
+        return "keys and values come from running sums: not softmax layer attention"
+    if close(values[:, -1], x) if values.dim() == 5 else False:
+        return (
+            "it keeps raw feature maps, and applies Wk and Wv to all of them at every layer: another function than "
+            "keys and values made once"
+        )
+    return "what it hands on is not the keys and values it was given with its own behind them"
+
+
+def _unknown_call(layer: Layer) -> str:
+    """Why a layer of another number of arguments is left."""
+    names = ", ".join(layer.names)
+    if len(layer.names) == 2:
+        return _of_context(layer)
+    return f"its forward({names}) is no call of layer attention that is known here"
+
+
+def _of_context(layer: Layer) -> str:
+    """A layer that is given all maps so far, `[B, T, C, H, W]`, and applies Wk and Wv to all of them anew."""
+    names = ", ".join(layer.names)
+    random = layer.copy.random
+    context = random(2, DEPTH, layer.dim, *MAP)
+    x = context[:, -1].clone()
+    try:
+        out = layer.copy.evaluated(x, context)
+    except DisagreementError:
+        out = None
+    if isinstance(out, (tuple, list)):
+        return "keys and values come from running sums: not softmax layer attention"
+    if not isinstance(out, Tensor):
+        try:
+            state = layer.copy.evaluated(x, None)
+        except DisagreementError:
+            state = None
+        if isinstance(state, (tuple, list)):
+            return "keys and values come from running sums: not softmax layer attention"
+        return f"its forward({names}) is no call of layer attention that is known here"
+    q = layer.parts(x)[0]
+    pairs = [layer.parts(m)[1:] for m in context.unbind(1)]
+    keys, values = (torch.stack(t, 1) for t in zip(*pairs, strict=True))
+    for head_dim in layer.sizes:
+        heads = layer.dim // head_dim
+        mixed = [
+            t.view(2, heads, DEPTH, head_dim, *t.shape[3:]).transpose(1, 2).flatten(2, 3)
+            for t in (keys, values)
+        ]
+        for what, (ks, vs) in (("view", mixed), ("plain", [keys, values])):
+            want = layer_attention_reference(
+                q, _unbound(ks), _unbound(vs), heads, head_dim**-0.5, None, False
+            )[0]
+            if close(out, want):
+                if what == "view" and heads > 1:
+                    return (
+                        "view() mixes layers and heads: the published code of eq. 4; converting would change the "
+                        "result"
+                    )
+                return "it applies Wk and Wv to all maps so far at every layer, and hands no keys and values on"
+    return f"its forward({names}) gives something else than softmax layer attention"
+
+
+def _unbound(stacked: Tensor) -> Sequence[Tensor]:
+    return list(stacked.unbind(1))
