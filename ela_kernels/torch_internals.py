@@ -164,6 +164,11 @@ def own_buffer(module: nn.Module, name: str) -> Tensor | None:
     return module._buffers.get(name)
 
 
+def own_child(module: nn.Module, name: str) -> nn.Module | None:
+    """A child of a module, or None. Always."""
+    return module._modules.get(name)
+
+
 def part_of(module: nn.Module, path: str) -> nn.Module:
     """What `module.get_submodule(path)` gives, in a third of the time. Always."""
     found: Any = module
@@ -190,6 +195,11 @@ _any_global_hook: Callable[[], object] = nn.modules.module._has_any_global_hook
 
 def has_hooks(*modules: nn.Module) -> bool:
     """Whether calling any of `modules` runs more than its forward. No public name. Always."""
+    return has_own_hooks(*modules) or bool(_any_global_hook())
+
+
+def has_own_hooks(*modules: nn.Module) -> bool:
+    """Whether any of `modules` itself has hooks. Always."""
     for module in modules:
         if (
             module._forward_hooks
@@ -198,7 +208,7 @@ def has_hooks(*modules: nn.Module) -> bool:
             or module._backward_pre_hooks
         ):
             return True
-    return bool(_any_global_hook())
+    return False
 
 
 def is_plain_convolution(module: nn.Conv1d | nn.Conv2d) -> bool:

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ela_kernels.conversion.cut import Given, run_up_to
 from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer
+from ela_kernels.modules.ela import ELA
+from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.residual import light_residual_block, residual_block
-from ela_kernels.torch_internals import has_hooks, part_of
+from ela_kernels.modules.skipping import SkipMode, Skipping
+from ela_kernels.torch_internals import has_hooks, has_own_hooks, own_child, part_of
 
 
 class Tail(NamedTuple):
@@ -41,39 +44,144 @@ FUNCTIONAL = ""
 _NOTHING, _RELU = nn.Identity(), nn.ReLU()
 
 
+def _part(block: nn.Module, name: str | None) -> nn.Module:
+    return _NOTHING if name is None else part_of(block, name)
+
+
+def _act(block: FusedBlock) -> nn.Module:
+    tail = block.fused_tail
+    return _RELU if tail.act == FUNCTIONAL else _part(block, tail.act)
+
+
 class FusedBlock(Fused):
     """In front of a residual block; the forward's arguments and results are the original's."""
 
-    tail: Tail
+    fused_tail: Tail
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original."""
-        attention = self._part(self.tail.attention)
+        tail = self.fused_tail
+        attention = part_of(self, tail.attention)
         if (
             torch.compiler.is_compiling()
             or not args
             or not isinstance(args[0], Tensor)
-            or has_hooks(attention, *map(self._part, self.tail.between))
+            or has_hooks(attention, *(part_of(self, name) for name in tail.between))
         ):
-            return self.original_forward(*args, **options)
-        found = run_up_to(attention, self.original_forward, *args, **options)
+            return self.fused_original_forward(*args, **options)
+        found = run_up_to(attention, self.fused_original_forward, *args, **options)
         if not isinstance(found, Given):
             return found
         # Out here, what the block's own code held is freed.
-        tail, (x, given) = self.tail, found
-        norm, drop_path = self._part(tail.norm), self._part(tail.drop_path)
-        act = _RELU if tail.act == FUNCTIONAL else self._part(tail.act)
+        x, state = found
+        norm, act, drop_path = part_of(self, tail.norm), _act(self), _part(self, tail.drop_path)
         if isinstance(attention, FusedLayer):
-            out = residual_block(attention, norm, act, drop_path, x, given, samples=True)
-            return attention.with_state(out, given)
+            out = residual_block(attention, norm, act, drop_path, x, state, samples=True)
+            return attention.fused_with_state(out, state)
         assert isinstance(attention, FusedDecay)
-        layer = part_of(attention, attention.layer_name)
+        layer = part_of(attention, attention.fused_layer_name)
         assert isinstance(layer, FusedGate)
-        return light_residual_block(layer, norm, act, drop_path, x, given, samples=True)[0]
+        return light_residual_block(layer, norm, act, drop_path, x, state, samples=True)[0]
 
-    def _part(self, name: str | None) -> nn.Module:
-        return _NOTHING if name is None else part_of(self, name)
+    def fused_release(self) -> None:
+        super().fused_release()
+        del self.fused_tail
 
-    def release(self) -> None:
-        super().release()
-        del self.tail
+
+class BlockELA(ELA):
+    """An :class:`ela_kernels.ELA` whose attention, norm, activation and drop path are those of a converted block.
+
+    It is the block's child `ela`, and has nothing of its own but the decision, so that the keys of the block's
+    parameters stay. A checkpoint of the original loads; it says nothing about decisions.
+    """
+
+    lent = True
+
+    def __init__(self, block: FusedELABlock, skip: SkipMode) -> None:
+        Skipping.__init__(self, skip)
+        self._begin()
+        self._block = (block,)  # no child
+
+    def _has_query(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """The block has seen to it already."""
+        return own_child(self._layer, "Wq") is not None
+
+    @property
+    def _layer(self) -> FusedLayer:
+        block = self._block[0]
+        found = part_of(block, block.fused_tail.attention)
+        assert isinstance(found, FusedLayer)
+        return found
+
+    @property
+    def attn(self) -> LayerAttention | None:
+        """The block's attention; None where it has nothing left to make a pair of."""
+        layer = self._layer
+        return None if own_child(layer, "Wv") is None else layer
+
+    @attn.setter
+    def attn(self, value: LayerAttention | None) -> None:
+        """Remove the parameters. The layer itself stays, since the block's own code calls it."""
+        for name in ("Wq", "Wk", "Wv"):
+            self._layer.register_module(name, None)
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The block's norm; None once it is removed."""
+        block = self._block[0]
+        return own_child(block, block.fused_tail.norm)
+
+    @norm.setter
+    def norm(self, value: nn.Module | None) -> None:
+        block = self._block[0]
+        block.register_module(block.fused_tail.norm, None)
+
+    @property
+    def act(self) -> nn.Module:  # type: ignore[override]
+        """The block's activation."""
+        return _act(self._block[0])
+
+    @property
+    def drop_path(self) -> nn.Module:  # type: ignore[override]
+        """What drops samples in the block."""
+        block = self._block[0]
+        return _part(block, block.fused_tail.drop_path)
+
+
+class FusedELABlock(FusedBlock):
+    """In front of a residual block of the base form whose retrieval can be skipped, by its child `ela`."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """As the original; where its retrieval is skipped, without it."""
+        tail = self.fused_tail
+        attention, ela = part_of(self, tail.attention), part_of(self, "ela")
+        hooked = [n for n in (tail.attention, *tail.between) if has_own_hooks(part_of(self, n))]
+        if hooked:
+            raise RuntimeError(
+                f"{type(self).__name__}: got hooks on {', '.join(hooked)}, whose calls a block that was converted with "
+                "to='ela' does not finish; allowed are hooks on the block, its norm or Wq, Wk and Wv"
+            )
+        found = run_up_to(attention, self.fused_original_forward, *args, **options)
+        if not isinstance(found, Given):
+            raise RuntimeError(
+                f"{type(self).__name__}: its attention was called under other circumstances than the block (gradients, "
+                "autocast, a checkpoint inside the block) or not at all; a block that was converted with to='ela' "
+                "allows none of that"
+            )
+        assert isinstance(attention, FusedLayer)
+        x, history = found
+        return attention.fused_with_state(ela(x, history), history, x)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        extra, ela = state_dict.get(f"{prefix}ela._extra_state"), part_of(self, "ela")
+        pruned = 0 if extra is None else int(extra[3])
+        if pruned:
+            # Before the parts are loaded, so that none of them misses its parameters.
+            query = f"{prefix}{self.fused_tail.attention}.Wq."
+            assert isinstance(ela, BlockELA)
+            ela.remove_unused(pruned == 1, any(k.startswith(query) for k in state_dict))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def fused_release(self) -> None:
+        super().fused_release()
+        del self.ela

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ela_kernels.conversion.blocks import FusedBlock
+from ela_kernels.conversion.blocks import BlockELA, FusedBlock, FusedELABlock
 from ela_kernels.conversion.fused import (
     Fused,
     FusedDecay,
@@ -21,6 +21,7 @@ from ela_kernels.conversion.fused import (
 from ela_kernels.conversion.handshake import (
     DisagreementError,
     base_form,
+    check_names,
     isolated,
     light_form,
     parameter_names,
@@ -30,13 +31,20 @@ from ela_kernels.conversion.tails import find_tail
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.published import ConcatLayerAttention
 from ela_kernels.modules.query_key_value import QueryKeyValue
+from ela_kernels.modules.skipping import SkipMode, check_skip
 
 M = TypeVar("M", bound=nn.Module)
 
 _MARK = "_converted"
 
 
-def convert(model: nn.Module, *, strict: bool = False) -> ConversionReport:
+def convert(
+    model: nn.Module,
+    *,
+    to: Literal["ela"] | None = None,
+    skip: SkipMode = "retrieval",
+    strict: bool = False,
+) -> ConversionReport:
     """Make the layer attention of a published network run on the kernels, in place; results stay what they were.
 
     A module with convolutions `Wq`, `Wk` and `Wv` is a candidate, whatever its class. A copy of it and our layer are
@@ -52,6 +60,11 @@ def convert(model: nn.Module, *, strict: bool = False) -> ConversionReport:
 
     Args:
         model: a model, or a layer.
+        to: `"ela"` makes the retrieval of every converted residual block of the base form one that can be skipped: an
+            :class:`ela_kernels.ELA`, its child `ela`, which :class:`ela_kernels.EBQM` watches and
+            :func:`ela_kernels.prune` makes permanent. Its parts stay where they are, and what is added to the state
+            dict is its decision.
+        skip: skip mode of these.
         strict: raise where a candidate would be left; nothing is changed then.
 
     Returns:
@@ -59,7 +72,7 @@ def convert(model: nn.Module, *, strict: bool = False) -> ConversionReport:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: `strict`, and a candidate cannot be converted.
+        ValueError: another `to` or `skip`; `strict`, and a candidate cannot be converted.
 
     Warns:
         UserWarning: the model has no candidate, or none that can be converted.
@@ -74,6 +87,13 @@ def convert(model: nn.Module, *, strict: bool = False) -> ConversionReport:
         2  converted  LayerAttention
     """
     _check_module(model)
+    if to not in (None, "ela"):
+        raise ValueError(f"to: got {to!r}; allowed are 'ela' and None")
+    check_skip(skip)
+    if to == "ela" and any(
+        isinstance(m, FusedLayer) and not m.fused_form.carries for m in model.modules()
+    ):
+        unconvert(model)
     report = ConversionReport()
     plans: list[_Plan] = []
     names = dict(model.named_modules())
@@ -82,7 +102,7 @@ def convert(model: nn.Module, *, strict: bool = False) -> ConversionReport:
             if not _is_candidate(module):
                 continue
             try:
-                plan = _plan(name, module, names)
+                plan = _plan(name, module, names, skip if to == "ela" else None)
             except DisagreementError as why:
                 report.left[name] = str(why)
             else:
@@ -138,6 +158,7 @@ class _Plan:
         self.what = what
         self.steps: list[tuple[nn.Module, type[Fused], dict[str, object]]] = []
         self.own: nn.Module | None = None
+        self.skip: SkipMode | None = None
 
     def add_block(self, attention: str, dim: int, holds: bool, names: dict[str, nn.Module]) -> None:
         """Convert the residual block around `attention` too, where it is one."""
@@ -149,37 +170,50 @@ class _Plan:
             if isinstance(block, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
                 break
             norms = (m for m in block.children() if isinstance(m, nn.BatchNorm2d))
-            if not any(m.num_features == dim for m in norms):
+            if isinstance(block, Fused) or not any(m.num_features == dim for m in norms):
                 continue
             try:
                 if is_parametrized(block):
                     raise DisagreementError("the block has a parametrization of its own")
+                check_names(block, FusedBlock if self.skip is None else FusedELABlock)
+                if self.skip is not None and hasattr(block, "ela"):
+                    raise DisagreementError("it has ela of its own, a name that ours needs")
                 tail = find_tail(block, inside, dim, holds)
             except DisagreementError as error:
                 why = str(error)
             else:
-                self.steps.append((block, FusedBlock, {"tail": tail}))
+                mixin = FusedBlock if self.skip is None else FusedELABlock
+                self.steps.append((block, mixin, {"fused_tail": tail}))
                 self.what += ", with the residual block"
+                if self.skip is not None:
+                    self.what += ", as ELA"
                 return
         self.what += f"; not the block: {why}"
 
     def carry_out(self) -> None:
         for module, mixin, kept in self.steps:
             fuse(module, mixin, **kept, what=self.what)
+            if isinstance(module, FusedELABlock):
+                assert self.skip is not None
+                module.ela = BlockELA(module, self.skip)
+                module.ela.to(next(module.parameters()).device)
+                module.ela.train(module.training)
         if self.own is not None:
             self.own.__class__ = LayerAttention
             setattr(self.own, _MARK, True)
 
 
-def _plan(name: str, module: nn.Module, names: dict[str, nn.Module]) -> _Plan:
-    """How a candidate is converted.
+def _plan(
+    name: str, module: nn.Module, names: dict[str, nn.Module], skip: SkipMode | None
+) -> _Plan:
+    """How a candidate is converted; `skip`: the skip mode of an ELA, or None for none.
 
     Raises:
         DisagreementError: it is not.
     """
     if isinstance(module, QueryKeyValue):
         if isinstance(module, Fused):
-            return _Plan(module.what)
+            return _Plan(module.fused_what)
         plan = _Plan("LayerAttention")
         if type(module) is ConcatLayerAttention:
             plan.own = module
@@ -192,9 +226,10 @@ def _plan(name: str, module: nn.Module, names: dict[str, nn.Module]) -> _Plan:
         )
     if len(parameter_names(module)) == 1:
         return _light_plan(name, module, names)
-    form = base_form(module)
+    form = base_form(module)._replace(carries=skip is not None)
     plan = _Plan(f"base form, {form.dim // form.head_dim} heads of {form.head_dim}")
-    plan.steps.append((module, FusedLayer, {"form": form}))
+    plan.steps.append((module, FusedLayer, {"fused_form": form}))
+    plan.skip = skip
     plan.add_block(name, form.dim, True, names)
     return plan
 
@@ -208,7 +243,9 @@ def _light_plan(name: str, module: nn.Module, names: dict[str, nn.Module]) -> _P
         raise DisagreementError("the module around it has a parametrization of its own")
     form, factor = light_form(parent, child)
     plan = _Plan(f"light form, {form.dim // form.head_dim} heads of {form.head_dim}")
-    plan.steps.append((module, FusedGate, {"form": form, "lender": Lender(parent, factor)}))
-    plan.steps.append((parent, FusedDecay, {"layer_name": child}))
+    plan.steps.append(
+        (module, FusedGate, {"fused_form": form, "fused_lender": Lender(parent, factor)})
+    )
+    plan.steps.append((parent, FusedDecay, {"fused_layer_name": child}))
     plan.add_block(around, form.dim, False, names)
     return plan

@@ -32,6 +32,10 @@ class _Reached(BaseException):
         self.attention, self.given = attention, given
 
 
+class _TracedReached(BaseException):
+    """The same in a graph that is compiled, where an exception carries nothing."""
+
+
 class _Cut(threading.local):
     attention: nn.Module | None = None
     circumstances: tuple[object, ...] = ()
@@ -58,6 +62,8 @@ def run_up_to(
     attention: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **options: Any
 ) -> Any:
     """What the attention was :class:`Given`, where `forward` could be left there; otherwise its result."""
+    if torch.compiler.is_compiling():
+        return _traced_up_to(attention, forward, x, *args, **options)
     before = _cut.attention, _cut.circumstances
     _cut.attention, _cut.circumstances = attention, _circumstances(x)
     try:
@@ -70,7 +76,31 @@ def run_up_to(
         _cut.attention, _cut.circumstances = before
 
 
+def _traced_up_to(
+    attention: nn.Module, forward: Callable[..., Any], *args: Any, **options: Any
+) -> Any:
+    """:func:`run_up_to` while a graph is compiled, which cannot look at what a thread has to itself."""
+    object.__setattr__(attention, _ENDS, True)
+    try:
+        return forward(*args, **options)
+    except _TracedReached:
+        pass
+    finally:
+        object.__setattr__(attention, _ENDS, False)
+    given = getattr(attention, _GIVEN)
+    object.__setattr__(attention, _GIVEN, None)
+    return given
+
+
+_ENDS, _GIVEN = "_ends_its_block", "_given"
+
+
 def end_here(attention: nn.Module, x: Tensor, state: Any) -> None:
     """Called by an attention with what it was given: leaves the block around it, if that asked for it."""
+    if torch.compiler.is_compiling():
+        if getattr(attention, _ENDS, False):
+            object.__setattr__(attention, _GIVEN, Given(x, state))
+            raise _TracedReached
+        return
     if _cut.attention is attention and _cut.circumstances == _circumstances(x):
         raise _Reached(attention, Given(x, state))

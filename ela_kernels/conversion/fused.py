@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
@@ -29,6 +30,7 @@ class Form(NamedTuple):
         parameters: names of the arguments of its forward.
         starts: whether it begins anew whatever it is given.
         starts_on_none: whether it begins anew where keys and values are None.
+        carries: whether keys and values are no tensors in compiled graphs either, since some layers can be skipped.
     """
 
     dim: int
@@ -37,39 +39,40 @@ class Form(NamedTuple):
     parameters: tuple[str, ...]
     starts: bool = False
     starts_on_none: bool = False
+    carries: bool = False
 
 
 class Fused(nn.Module):
     """In front of the class of a converted module; `unfuse` takes it away again."""
 
-    original: type[nn.Module]
-    mixin: type[Fused]
-    what: str  # for the report
+    fused_original: type[nn.Module]
+    fused_mixin: type[Fused]
+    fused_what: str  # for the report
 
-    def original_forward(self, *args: Any, **options: Any) -> Any:
+    def fused_original_forward(self, *args: Any, **options: Any) -> Any:
         """As the module was written."""
-        return self.original.forward(self, *args, **options)
+        return self.fused_original.forward(self, *args, **options)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, and cannot be found by its name.
         reduced = super().__reduce_ex__(max(protocol, 2))
         if not isinstance(reduced, tuple) or reduced[1] != (type(self),):
             return reduced  # the class has a way of its own
-        return _blank, (self.mixin, self.original), *reduced[2:]
+        return _blank, (self.fused_mixin, self.fused_original), *reduced[2:]
 
-    def release(self) -> None:
+    def fused_release(self) -> None:
         """Take away what the mixin keeps in the instance."""
-        del self.what
+        del self.fused_what
 
 
 class FusedFilters(Fused, QueryKeyValue):
     """Query, key and value by the convolutions of a published layer, whose sizes the handshake found."""
 
-    form: Form
+    fused_form: Form
 
-    dim = property(lambda self: self.form.dim)
-    head_dim = property(lambda self: self.form.head_dim)
-    kernel_size = property(lambda self: self.form.kernel_size)
+    dim = property(lambda self: self.fused_form.dim)
+    head_dim = property(lambda self: self.fused_form.head_dim)
+    kernel_size = property(lambda self: self.fused_form.kernel_size)
 
     @staticmethod
     def is_filter(module: nn.Module) -> bool:
@@ -87,9 +90,16 @@ class FusedFilters(Fused, QueryKeyValue):
         y = y.unsqueeze(1)
         return [w(y).squeeze(1) for w in filters]
 
-    def release(self) -> None:
-        super().release()
-        del self.form
+    def fused_release(self) -> None:
+        super().fused_release()
+        del self.fused_form
+
+
+class Carried:
+    """What layers that can be skipped hand on in a compiled graph as keys and values: the history, and no tensor."""
+
+    def __init__(self, history: LayerHistory) -> None:
+        self.history = history
 
 
 class FusedLayer(FusedFilters, LayerAttention):
@@ -105,33 +115,47 @@ class FusedLayer(FusedFilters, LayerAttention):
         """
         if state and isinstance(state[0], LayerHistory):
             return super().forward(x, *state, **options)
-        names = self.form.parameters[1:]
+        names = self.fused_form.parameters[1:]
         given = (*state, *(options.pop(n) for n in names[len(state) :] if n in options))
         if options or len(given) != 2:
-            return self.original_forward(x, *state, **options)
-        history = self._history(x, *given)
+            return self.fused_original_forward(x, *state, **options)
+        history = self.fused_history(x, *given)
         if history is None:
-            return self.original_forward(x, *given)
+            return self.fused_original_forward(x, *given)
         end_here(self, x, history)
-        return self.with_state(super().forward(x, history), history)
+        return self.fused_with_state(super().forward(x, history), history)
 
     @staticmethod
-    def with_state(out: Tensor, history: LayerHistory) -> tuple[Tensor, Tensor, Tensor]:
-        """What the original gives, after the layer's turn in `history`."""
+    def fused_with_state(
+        out: Tensor, history: LayerHistory, x: Tensor | None = None
+    ) -> tuple[Tensor, Any, Any]:
+        """What the original gives, after the layer's turn in `history`; `x`: of a layer that may have given no pair."""
+        if torch.compiler.is_compiling():
+            return out, Carried(history), Carried(history)
         left = history.latest
+        pairs = left.pairs
+        if not pairs.keys:
+            assert x is not None
+            pairs = pairs._replace(keys=(x[:, :, 0, 0],), values=(x,))
+            none = [Stacked.of(t, history, left, count=0) for t in (pairs.keys, pairs.values)]
+            return out, none[0], none[1]
         return (
             out,
-            Stacked.of(left.pairs.keys, history, left),
-            Stacked.of(left.pairs.values, history, left),
+            Stacked.of(pairs.keys, history, left),
+            Stacked.of(pairs.values, history, left),
         )
 
-    def _history(self, x: Any, keys: Any, values: Any) -> Any:
+    def fused_history(self, x: Any, keys: Any, values: Any) -> Any:
         """The one that the layer goes on with; None where the original has to serve."""
-        if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():
+        form = self.fused_form
+        if not isinstance(x, Tensor):
             return None
-        form = self.form
+        if (needs_dispatcher(x) or is_transformed()) and not form.carries:
+            return None
         if form.starts or (form.starts_on_none and keys is None and values is None):
             return LayerHistory()
+        if isinstance(keys, Carried):
+            return keys.history
         history = continued(keys, values)
         if history is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
             keys, values = (t.make() if isinstance(t, Stacked) else t for t in (keys, values))
@@ -153,42 +177,42 @@ class FusedGate(FusedFilters, LightLayerAttention):
     output too.
     """
 
-    lender: Lender
+    fused_lender: Lender
     stands_for = LightLayerAttention
 
     # The factor [C, 1, 1], under the name that the kernels' plan knows.
-    lambda_t = property(lambda self: getattr(*self.lender))
+    lambda_t = property(lambda self: getattr(*self.fused_lender))
 
     def forward(self, x: Tensor, prev_out: Tensor | None = None) -> Tensor:
         if prev_out is None:
-            out: Tensor = self.original_forward(x)
+            out: Tensor = self.fused_original_forward(x)
             return out
         return super().forward(x, prev_out)
 
-    def release(self) -> None:
-        super().release()
-        del self.lender
+    def fused_release(self) -> None:
+        super().fused_release()
+        del self.fused_lender
 
 
 class FusedDecay(Fused):
     """The module around a light layer: `forward(x, prev_out)`, the gated value plus the decayed previous output."""
 
-    layer_name: str
+    fused_layer_name: str
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original: `[B, C, H, W]` of `x` and the output before, `[B, C, H, W]` each."""
-        layer = self._modules.get(self.layer_name)
+        layer = self._modules.get(self.fused_layer_name)
         if options or len(args) != 2 or not isinstance(layer, FusedGate) or has_hooks(layer):
-            return self.original_forward(*args, **options)
+            return self.fused_original_forward(*args, **options)
         x, prev_out = args
         if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():
-            return self.original_forward(x, prev_out)
+            return self.fused_original_forward(x, prev_out)
         end_here(self, x, prev_out)
         return layer(x, prev_out)
 
-    def release(self) -> None:
-        super().release()
-        del self.layer_name
+    def fused_release(self) -> None:
+        super().fused_release()
+        del self.fused_layer_name
 
 
 _classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
@@ -198,7 +222,7 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
     """The class of `mixin` in front of `original`; the same one at every call."""
     found = _classes.get((mixin, original))
     if found is None:
-        body = {"mixin": mixin, "original": original, "__module__": original.__module__}
+        body = {"fused_mixin": mixin, "fused_original": original, "__module__": original.__module__}
         found = type(f"Fused{original.__name__}", (mixin, original), body)
         found = _classes.setdefault((mixin, original), found)
     return found
@@ -207,14 +231,30 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
 def fuse(module: nn.Module, mixin: type[Fused], what: str = "", **kept: Any) -> None:
     """Put `mixin` in front of the class of `module`, with what it keeps in the instance."""
     module.__class__ = fused_class(mixin, type(module))
-    for name, value in (("what", what), *kept.items()):
+    for name, value in (("fused_what", what), *kept.items()):
         object.__setattr__(module, name, value)
+
+
+def names_taken(module: nn.Module, mixin: type[Fused]) -> list[str]:
+    """Names of the module or its class that the mixin would hide: the module's own code may need them.
+
+    The sizes that both have are no matter where they are the same.
+    """
+    own = set(vars(module)) | {name for name, _ in module.named_children()}
+    own |= {name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers())}
+    for kind in type(module).__mro__[: type(module).__mro__.index(nn.Module)]:
+        own |= set(vars(kind))
+    hidden = own & (set(dir(mixin)) - set(dir(nn.Module)))
+    return sorted(name for name in hidden if name not in SIZES)
+
+
+SIZES = ("dim", "head_dim", "heads", "kernel_size")
 
 
 def unfuse(module: Fused) -> None:
     """Undo :func:`fuse`."""
-    module.release()
-    module.__class__ = module.original  # type: ignore[assignment]
+    module.fused_release()
+    module.__class__ = module.fused_original  # type: ignore[assignment]
 
 
 def _blank(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:

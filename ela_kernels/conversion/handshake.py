@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ela_kernels.backends.setting import use_backend
-from ela_kernels.conversion.fused import Form, FusedDecay, FusedGate, FusedLayer, Lender, fuse
+from ela_kernels.conversion.fused import (
+    SIZES,
+    Form,
+    Fused,
+    FusedDecay,
+    FusedGate,
+    FusedLayer,
+    Lender,
+    fuse,
+    names_taken,
+)
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 from ela_kernels.ops.light_layer_attention import light_layer_attention
 from ela_kernels.torch_internals import remove_hooks
@@ -239,7 +249,8 @@ def base_form(module: nn.Module) -> Form:
         )
         if close(out, want):
             form = layer.form(head_dim, starts=starts, starts_on_none=starts_on_none)
-            fuse(layer.own, FusedLayer, form=form)
+            check_names(layer.own, FusedLayer, form)
+            fuse(layer.own, FusedLayer, fused_form=form)
             _agree(_three(layer.own(x, held_keys, held_values)), (out, keys, values))
             return form
     raise DisagreementError(
@@ -275,11 +286,29 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
             if close(out, light_layer_attention(q, k, v, prev_out, decay, layer.dim // head_dim)):
                 form = layer.form(head_dim)
                 around = layer.copy.module
-                fuse(layer.own, FusedGate, form=form, lender=Lender(around, factor))
-                fuse(around, FusedDecay, layer_name=name)
+                check_names(layer.own, FusedGate, form)
+                check_names(around, FusedDecay)
+                fuse(layer.own, FusedGate, fused_form=form, fused_lender=Lender(around, factor))
+                fuse(around, FusedDecay, fused_layer_name=name)
                 _agree((around(x, prev_out),), (out,))
                 return form, factor
     raise DisagreementError("its output is not the gated value plus the decayed output before")
+
+
+def check_names(module: nn.Module, mixin: type[Fused], form: Form | None = None) -> None:
+    """That the class of ours hides nothing that the module's own code may need.
+
+    Raises:
+        DisagreementError: it does.
+    """
+    taken = names_taken(module, mixin)
+    if form is not None:
+        sizes = {**form._asdict(), "heads": form.dim // form.head_dim}
+        taken += [n for n in SIZES if getattr(module, n, sizes[n]) != sizes[n]]
+    if taken:
+        raise DisagreementError(
+            f"it has {', '.join(taken)} of its own, a name that ours needs; rename that to convert it"
+        )
 
 
 def _agree(ours: Sequence[Any], theirs: Sequence[Tensor]) -> None:

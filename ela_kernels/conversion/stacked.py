@@ -58,13 +58,19 @@ class Stacked(Tensor):
     has_grad: bool
 
     @staticmethod
-    def of(pairs: tuple[Tensor, ...], history: LayerHistory, snapshot: Snapshot) -> Stacked:
-        """The stack of `pairs`, the keys or the values of `snapshot`."""
+    def of(
+        pairs: tuple[Tensor, ...],
+        history: LayerHistory,
+        snapshot: Snapshot,
+        count: int | None = None,
+    ) -> Stacked:
+        """The stack of the first `count` of `pairs`, the keys or the values of `snapshot`; of all if None."""
         last = pairs[-1]
         dtype = last.dtype
         if snapshot.pairs.mixed:  # as torch.cat promotes them
             dtype = reduce(torch.promote_types, [pair.dtype for pair in pairs])
-        shape = (last.shape[0], len(pairs), *last.shape[1:])
+        count = len(pairs) if count is None else count
+        shape = (last.shape[0], count, *last.shape[1:])
         stacked = cast("Stacked", tensor_without_memory(Stacked, shape, dtype, last.device))
         stacked.pairs, stacked.history, stacked.snapshot = pairs, history, snapshot
         stacked.made, stacked.has_grad = None, torch.is_grad_enabled()
@@ -74,10 +80,10 @@ class Stacked(Tensor):
         """The tensor; the same one at every call."""
         if self.made is None:
             with plain_functions():
-                dtype = self.dtype
+                dtype, count = self.dtype, self.shape[1]
             # Not as whoever looks at it has gradients enabled: the layers go on from it.
             with torch.inference_mode(False), torch.set_grad_enabled(self.has_grad):
-                self.made = torch.stack([pair.to(dtype) for pair in self.pairs], 1)
+                self.made = torch.stack([pair.to(dtype) for pair in self.pairs], 1)[:, :count]
         return self.made
 
     @classmethod

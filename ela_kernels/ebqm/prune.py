@@ -67,7 +67,12 @@ def _outside(model: nn.Module) -> set[nn.Module]:
     """The `LayerAttention` modules that stand anywhere but in an ELA layer, also those that stand in one as well."""
     named = list(model.named_modules(remove_duplicate=False))
     inside = tuple(f"{name}." if name else "" for name, m in named if isinstance(m, ELA))
-    return {m for name, m in named if _retrieves(m) and not name.startswith(inside)}
+    lent: set[nn.Module] = set().union(
+        *(_attentions(m) for _, m in named if isinstance(m, ELA) and m.lent)
+    )
+    return {
+        m for name, m in named if _retrieves(m) and m not in lent and not name.startswith(inside)
+    }
 
 
 def _serves(name: str, layer: ELA, layers: dict[str, ELA], outside: set[nn.Module]) -> bool:

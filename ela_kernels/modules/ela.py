@@ -62,6 +62,10 @@ class ELA(Skipping):
         ...     x = layer(x, history)
     """
 
+    # Whether its parts are those of a converted block: they stand elsewhere in the model, and `drop_path`, of whatever
+    # class, is known to multiply each sample with a number.
+    lent = False
+
     def __init__(
         self,
         dim: int,
@@ -77,6 +81,10 @@ class ELA(Skipping):
         self.norm: nn.Module | None = norm_layer(dim)
         self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
         self.drop_path = DropPath(drop_path)
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a layer starts with that nobody has run or watched."""
         # What EBQM needs: whether it watches, the divergences of this step, and whether to look again.
         self.watched = False
         self.watchers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -131,7 +139,7 @@ class ELA(Skipping):
                         "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
                     )
                 gives = True
-                out = residual_block(attn, norm, self.act, self.drop_path, x, history)
+                out = residual_block(attn, norm, self.act, self.drop_path, x, history, self.lent)
                 if watched:
                     self._observe(history.kl, history.has_divergence)
                 return out
@@ -283,9 +291,7 @@ class ELA(Skipping):
             pruned = int(extra[3])
             if pruned:
                 # Before the children are loaded, so that none of them misses its parameters.
-                # A module that somebody else retrieves with has its query's filter still.
-                queries = (k.startswith(prefix + "attn.") and ".Wq." in k for k in state_dict)
-                self.remove_unused(provides=pruned == 1, keeps_query=any(queries))
+                self.remove_unused(pruned == 1, keeps_query=self._has_query(state_dict, prefix))
             elif decision in state_dict:
                 # In an average of checkpoints the buffer was averaged, and the rest is that of one of them.
                 mine = (state_dict[decision] > 0.5).to(extra)
@@ -303,6 +309,10 @@ class ELA(Skipping):
             # A checkpoint that has nothing of this layer (of a head alone, say) says nothing about it either.
             if decision not in state_dict and any(k.startswith(prefix) for k in state_dict):
                 self.skipped = self.pruned
+
+    def _has_query(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a state has the query's filter: somebody else retrieves with the same module."""
+        return any(k.startswith(prefix + "attn.") and ".Wq." in k for k in state_dict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -18,6 +18,12 @@ import ela_kernels as ek
 from ela_kernels.conversion.fused import Fused
 from tests.support.small_published import Around, Decay, Layer, Network
 
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_graphs() -> None:
+    torch._dynamo.reset()
+
+
 FORMS = {"base": {}, "light": {"light": True}, "base, drop path": {"drop": 0.4}}
 
 
@@ -300,3 +306,24 @@ def test_blocks_of_another_kind_keep_their_end(kind: str) -> None:
         return [x, *(p.grad for p in blocks.parameters()), *blocks.buffers()]
 
     check(run(ours), run(model))
+
+
+class Named(Layer):
+    """Has a method or an attribute of a name that ours has."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        super().__init__(8)
+        setattr(self, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fits"),
+    [("plan", None, False), ("dim", 8, True), ("dim", 7, False), ("kernel_size", (3, 3), False)],
+)
+def test_names_that_ours_would_hide(name: str, value: Any, fits: bool) -> None:
+    layer = Named(name, value)
+    report = ek.convert(nn.ModuleList([layer, Layer(8)]))
+    assert ("0" in report.converted) == fits
+    if not fits:
+        assert f"it has {name} of its own" in report.left["0"]
+    assert getattr(layer, name) == value
