@@ -47,12 +47,12 @@ def difference_from_published(model: ResNet, light: bool) -> str | None:
     return None
 
 
-def note_on_heads(model: ResNet) -> str:
-    """That no checkpoint has this number, and what it is in the model."""
+def note_on_options(model: ResNet) -> str:
+    """What the model was built with, and no checkpoint says."""
     sizes = sorted({size for _, size in _heads(model)})
     return (
-        f"head_dim, {' and '.join(map(str, sizes))} in the model, is in no checkpoint, and has to be what it was "
-        "trained with"
+        f"head_dim, {' and '.join(map(str, sizes))} in the model, variant and identity_init are in no checkpoint, and "
+        "have to be those that it was trained with"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ela_kernels.models.checkpoints import SOURCES, Source, names_here, read_tensors, source_of
-from ela_kernels.models.fidelity import difference_from_published, is_light, note_on_heads
+from ela_kernels.models.fidelity import difference_from_published, is_light, note_on_options
 from ela_kernels.models.resnet import ResNet
 
 _MOST_NAMES = 6  # in a message, of one kind
@@ -52,9 +52,10 @@ def load_weights(
 
     Equivalent PyTorch: `model.load_state_dict({name_here(name): tensor for name, tensor in state.items()})`.
 
-    What need not fit: attention layers stay as they are where the checkpoint has no attention at all, and so does a
-    classifier of another number of classes. Everything else has to, unless `strict` is False. Nothing is changed where
-    anything is refused.
+    What need not fit: attention layers stay as they are where the checkpoint has no attention at all, and so does the
+    classifier where it has none, or one of another number of classes. Everything else has to, unless `strict` is False.
+    Nothing is changed where anything is refused. Networks whose names and shapes are the same and that compute
+    something else cannot be told, but for the attention of MRLA.
 
     Args:
         model: a :class:`ResNet`. Of a wrapped one what is inside, as `model.module`.
@@ -114,7 +115,7 @@ def load_weights(
     report = _compared(model, tensors, there, found)
     difference, notes = None, []
     if any(name.startswith("attentions.") for name in report.loaded):
-        notes.append(note_on_heads(model))
+        notes.append(note_on_options(model))
         if found == "mrla":
             difference = difference_from_published(model, is_light(there))
     problems = _problems(report, there) if strict else []
@@ -127,7 +128,7 @@ def load_weights(
     if problems:
         raise ValueError(
             f"path_or_state_dict: got a checkpoint with the names of {found}, of which nothing was loaded: "
-            f"{'; '.join(problems)}. Allowed is one of the same network{_advice(report)}; strict=False loads what fits"
+            f"{'; '.join(problems)}; allowed is one of the same network{_advice(report)}. strict=False loads what fits"
         )
     state = {mine: tensors[theirs] for mine, theirs in report.loaded.items()}
     model.load_state_dict(state, strict=False)
@@ -143,7 +144,8 @@ _NO_ATTENTION = "the checkpoint has no attention"
 _NOT_COUNTED = "the checkpoint did not count batches"
 _NO_CLASSIFIER = "the model gives feature maps, and has no classifier"
 _CLASSES = "a classifier of another number of classes"
-_ALLOWED = (_NO_ATTENTION, _NOT_COUNTED, _NO_CLASSIFIER, _CLASSES)
+_CLASSES_UNKNOWN = "the checkpoint has no classifier"
+_ALLOWED = (_NO_ATTENTION, _NOT_COUNTED, _NO_CLASSIFIER, _CLASSES, _CLASSES_UNKNOWN)
 
 _CLASSIFIER = ("head.weight", "head.bias")
 
@@ -154,12 +156,13 @@ def _compared(
     """What would be loaded, and why the rest would not."""
     state = model.state_dict()
     reasons = {
-        mine: _reason_against(tensors[theirs], state[mine])
+        mine: _reason_against(mine, tensors[theirs], state[mine])
         for mine, theirs in there.items()
-        if mine in state and not mine.endswith("._extra_state")  # it grows, and reads what is older
+        if mine in state
     }
-    if any(reasons.get(name) for name in _CLASSIFIER):
-        reasons.update(dict.fromkeys(_CLASSIFIER, _CLASSES))
+    against = [name for name in _CLASSIFIER if reasons.get(name) is not None]
+    if against and all(_has_other_classes(tensors[there[n]], state[n]) for n in against):
+        reasons.update({name: _CLASSES for name in _CLASSIFIER if name in reasons})
     left = {}
     for mine, theirs in there.items():
         no_place = _NO_CLASSIFIER if mine in _CLASSIFIER and model.head is None else _NO_PLACE
@@ -175,6 +178,8 @@ def _compared(
                 continue  # of a layer that can be skipped: where nothing is said, it is not
             if mine.startswith("attentions.") and not has_attention:
                 reason = _NO_ATTENTION
+            elif mine in _CLASSIFIER and not any(name in there for name in _CLASSIFIER):
+                reason = _CLASSES_UNKNOWN
             elif mine.endswith(".num_batches_tracked"):
                 reason = _NOT_COUNTED
         if reason is not None:
@@ -183,7 +188,14 @@ def _compared(
     return LoadedWeights(source, loaded, missing, left)
 
 
-def _reason_against(given: Tensor, mine: Tensor) -> str | None:
+def _has_other_classes(given: Tensor, mine: Tensor) -> bool:
+    """Of a classifier's weight or bias: whether the number of rows is all that differs."""
+    return given.shape != mine.shape and given.shape[1:] == mine.shape[1:]
+
+
+def _reason_against(name: str, given: Tensor, mine: Tensor) -> str | None:
+    if name.endswith("._extra_state"):
+        return None  # it grows, and reads what is older
     if given.shape != mine.shape:
         return f"{_OTHER_SHAPE}: {list(given.shape)} for {list(mine.shape)}"
     if given.is_floating_point() != mine.is_floating_point():
@@ -210,7 +222,7 @@ def _advice(report: LoadedWeights) -> str:
 
 def _is_pruned(tensors: Mapping[str, Tensor]) -> bool:
     """Whether a layer was pruned, by what layers that can be skipped say beside their parameters."""
-    return any(name.endswith("._extra_state") and bool(t[3]) for name, t in tensors.items())
+    return any(name.endswith("._extra_state") and bool(t[3:4].any()) for name, t in tensors.items())
 
 
 def _grouped(found: Mapping[str, str]) -> list[str]:
@@ -219,7 +231,7 @@ def _grouped(found: Mapping[str, str]) -> list[str]:
     for name, reason in found.items():
         kind, _, detail = reason.partition(": ")
         groups.setdefault(kind, []).append(f"{name} ({detail})" if detail else name)
-    return [f"{len(names)} {kind}: {_listed(names)}" for kind, names in groups.items()]
+    return [f"{len(names)} ({kind}): {_listed(names)}" for kind, names in groups.items()]
 
 
 def _listed(names: Iterable[str]) -> str:

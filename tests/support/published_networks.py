@@ -6,6 +6,7 @@ and, as with DLA (arXiv 2406.13392), for small ones.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Literal
@@ -25,19 +26,17 @@ class Filters(nn.Module):
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
-        size = int((torch.tensor(float(channels)).log2() + 1) / 2)
+        size = int((math.log2(channels) + 1) / 2)
         size += 1 - size % 2
         self.heads = channels // head_dim
         self.Wq = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.Wk = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.Wv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         means = x.mean((2, 3))[:, None]
-        return tuple(t.unflatten(1, (self.heads, -1)) for t in self.made(x, means))
-
-    def made(self, x: Tensor, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.Wq(means)[:, 0], self.Wk(means)[:, 0], self.Wv(x)
+        made = self.Wq(means)[:, 0], self.Wk(means)[:, 0], self.Wv(x)
+        return [t.unflatten(1, (self.heads, -1)) for t in made]
 
 
 class Attention(nn.Module):
