@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Any, type[Exception], str, tuple[str, .
         {**MRLA, "fc.weight": torch.ones(3, 7), "fc.bias": torch.ones(3)},
         ValueError,
         "path_or_state_dict",
-        ("1 (of another shape): fc.weight ([3, 7] for [5, 64])",),
+        ("(of another shape): fc.weight ([3, 7] for [5, 64])",),
     ),
     "half a classifier": (
         {"attention": "mrla"},
