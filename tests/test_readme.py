@@ -11,7 +11,13 @@ import ela_kernels as ek
 ROOT = Path(__file__).parents[1]
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/dropin.md")
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/dropin.md",
+        "docs/models.md",
+    )
 }
 README = PAGES["README.md"]
 

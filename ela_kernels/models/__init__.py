@@ -1,12 +1,16 @@
 """Networks with layer attention."""
 
-from ela_kernels.models.resnet import (
+from ela_kernels.models.resnet import ResNet
+from ela_kernels.models.weights import LoadedWeights, load_weights
+from ela_kernels.models.zoo import (
     MODELS,
     CifarResNet,
-    ResNet,
     build_model,
+    resnet18,
     resnet20,
+    resnet26,
     resnet32,
+    resnet34,
     resnet50,
     resnet56,
     resnet101,
@@ -16,10 +20,15 @@ from ela_kernels.models.resnet import (
 __all__ = [
     "MODELS",
     "CifarResNet",
+    "LoadedWeights",
     "ResNet",
     "build_model",
+    "load_weights",
+    "resnet18",
     "resnet20",
+    "resnet26",
     "resnet32",
+    "resnet34",
     "resnet50",
     "resnet56",
     "resnet101",

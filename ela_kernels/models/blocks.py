@@ -36,12 +36,21 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (arXiv 1512.03385)."""
+    """Two 3x3 convolutions around a shortcut (arXiv 1512.03385).
+
+    Args:
+        inputs: channels of the map that comes in.
+        width: channels of the convolutions.
+        stride: of the first convolution, and of the shortcut.
+        gives_shortcut: forward gives `(output, shortcut)`: what stands after the block wants both.
+    """
 
     expansion = 1
+    gives_shortcut = False  # of blocks that were pickled before there was a choice
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, gives_shortcut: bool = False) -> None:
         super().__init__()
+        self.gives_shortcut = gives_shortcut
         self.conv1 = _conv3x3(inputs, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = _conv3x3(width, width)
@@ -49,19 +58,31 @@ class BasicBlock(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inputs, width, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm that ends the residual branch."""
+        return self.bn2
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         y = self.relu(self.bn1(self.conv1(x)))
-        out: Tensor = self.relu(self.bn2(self.conv2(y)) + self.downsample(x))
-        return out
+        y = self.bn2(self.conv2(y))
+        shortcut: Tensor = self.downsample(x)
+        out: Tensor = self.relu(y + shortcut)
+        return (out, shortcut) if self.gives_shortcut else out
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions around a shortcut, the stride in the 3x3 (arXiv 1512.03385)."""
+    """1x1, 3x3 and 1x1 convolutions around a shortcut, the stride in the 3x3 (arXiv 1512.03385).
+
+    Arguments as :class:`BasicBlock`; the output has four times `width` channels.
+    """
 
     expansion = 4
+    gives_shortcut = False
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, gives_shortcut: bool = False) -> None:
         super().__init__()
+        self.gives_shortcut = gives_shortcut
         outputs = width * self.expansion
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -72,27 +93,41 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inputs, outputs, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm that ends the residual branch."""
+        return self.bn3
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
-        out: Tensor = self.relu(self.bn3(self.conv3(y)) + self.downsample(x))
-        return out
+        y = self.bn3(self.conv3(y))
+        shortcut: Tensor = self.downsample(x)
+        out: Tensor = self.relu(y + shortcut)
+        return (out, shortcut) if self.gives_shortcut else out
+
+
+def _activation(relu: bool) -> nn.Module:
+    return nn.ReLU(inplace=True) if relu else nn.Identity()
 
 
 class MRLA(nn.Module):
-    """`x + drop_path(relu(bn(o)))`, o from the base form of layer attention; never skipped.
+    """`x + drop_path(act(bn(o)))`, o from the base form of layer attention; never skipped.
 
-    Parameters and their names are those of :class:`ela_kernels.ELA`, which loads this block's state.
+    Parameters and their names are those of :class:`ela_kernels.ELA`, which loads this block's state. `act` is a ReLU,
+    as published, or nothing.
 
     Source:
         MRLA (arXiv 2302.03985), the block form in a residual network.
     """
 
-    def __init__(self, attn: LayerAttention | ConcatLayerAttention, drop_path: float) -> None:
+    def __init__(
+        self, attn: LayerAttention | ConcatLayerAttention, drop_path: float, relu: bool = True
+    ) -> None:
         super().__init__()
         self.attn = attn
         self.norm = nn.BatchNorm2d(attn.dim)
-        self.act = nn.ReLU(inplace=True)
+        self.act = _activation(relu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, history: LayerHistory | ConcatHistory) -> Tensor:
@@ -103,24 +138,32 @@ class MRLA(nn.Module):
 
 
 class MRLALight(nn.Module):
-    """`x + drop_path(relu(bn(o)))`, o from the light form of layer attention.
+    """`x + drop_path(act(bn(o)))`, o from the light form of layer attention.
+
+    As published there is no `act`, and the o of the layer before is the shortcut of the residual block whose output x
+    is. Ours has a ReLU and the o that the layer before gave, for the stage's first layer the map that enters it.
 
     Source:
-        MRLA (arXiv 2302.03985), the light form. Its o_0 is our choice: the map that enters the stage's first layer.
+        MRLA (arXiv 2302.03985), the light form.
     """
 
-    def __init__(self, attn: LightLayerAttention, drop_path: float) -> None:
+    def __init__(self, attn: LightLayerAttention, drop_path: float, relu: bool = True) -> None:
         super().__init__()
         self.attn = attn
         self.norm = nn.BatchNorm2d(attn.dim)
-        self.act = nn.ReLU(inplace=True)
+        self.act = _activation(relu)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, previous: PreviousOutput) -> Tensor:
+    def forward(self, x: Tensor, previous: PreviousOutput | Tensor) -> Tensor:
+        """The block's output; `previous`: the o of the layer before, or what keeps it between the stage's layers."""
+        kept = previous if isinstance(previous, PreviousOutput) else None
+        prev_out = previous if kept is None else kept.find(self, x)
+        assert isinstance(prev_out, Tensor)
         result, out = light_residual_block(
-            self.attn, self.norm, self.act, self.drop_path, x, previous.find(self, x)
+            self.attn, self.norm, self.act, self.drop_path, x, prev_out
         )
-        previous.leave(out)
+        if kept is not None:
+            kept.leave(out)
         return result
 
 
@@ -137,7 +180,11 @@ class StageAttention(nn.ModuleList):
         head_dim: channels of a head.
         fused: False takes the concatenating modules (`"mrla"` only).
         skip: skip mode of ELA layers.
+        relu: whether a ReLU stands after each norm.
+        takes_shortcut: each layer is given the shortcut of its residual block instead of a history.
     """
+
+    takes_shortcut = False  # of stages that were pickled before there was a choice
 
     def __init__(
         self,
@@ -147,32 +194,67 @@ class StageAttention(nn.ModuleList):
         head_dim: int,
         fused: bool,
         skip: SkipMode,
+        relu: bool = True,
+        takes_shortcut: bool = False,
     ) -> None:
         layers: list[nn.Module] = []
+        act = nn.ReLU if relu else nn.Identity
         for drop_path in drop_paths:
             if kind == "ela":
-                layers.append(ELA(dim, head_dim, drop_path=drop_path, skip=skip))
+                layers.append(ELA(dim, head_dim, act_layer=act, drop_path=drop_path, skip=skip))
             elif kind == "mrla_light":
-                layers.append(MRLALight(LightLayerAttention(dim, head_dim), drop_path))
+                layers.append(MRLALight(LightLayerAttention(dim, head_dim), drop_path, relu))
             else:
                 attention = LayerAttention if fused else ConcatLayerAttention
-                layers.append(MRLA(attention(dim, head_dim), drop_path))
+                layers.append(MRLA(attention(dim, head_dim), drop_path, relu))
         super().__init__(layers)
-        self.kind, self.fused = kind, fused
+        self.kind, self.fused, self.takes_shortcut = kind, fused, takes_shortcut
 
-    def new_history(self) -> History:
-        """What the layers of the stage share in one forward pass."""
+    def new_history(self) -> History | None:
+        """What the layers of the stage share in one forward pass; None where they share nothing."""
+        if self.takes_shortcut:
+            return None
         if self.kind == "mrla_light":
             return PreviousOutput()
         concatenates = any(isinstance(m, ConcatLayerAttention) for m in self.modules())
         return ConcatHistory() if concatenates else LayerHistory()
 
 
-def initialise(model: nn.Module) -> None:
-    """Kaiming initialisation of the residual network's own convolutions; attention layers keep theirs."""
+def initialise(model: nn.Module, all_maps: bool = False, zero_last_norm: bool = False) -> None:
+    """Kaiming initialisation of the residual network's own convolutions; attention layers keep theirs.
+
+    Args:
+        model: the network.
+        all_maps: of the 3x3 filters of attention layers too.
+        zero_last_norm: a residual branch begins with nothing, by the scale of its last norm.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
+        if isinstance(module, nn.Conv2d) and (all_maps or module.groups == 1):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif zero_last_norm and isinstance(module, (BasicBlock, Bottleneck)):
+            nn.init.zeros_(module.last_norm.weight)
 
 
-__all__ = ["ATTENTIONS", "Attention", "BasicBlock", "Bottleneck", "StageAttention", "initialise"]
+def begin_as_identity(stages: nn.ModuleList) -> None:
+    """Set the scale of each attention layer's norm to zero: with nothing but the sum after it, the layer gives x.
+
+    The scale has a gradient at once, and the attention has one as soon as the scale is not zero. With a ReLU after the
+    norm neither would ever have any, since its derivative at zero is zero.
+    """
+    for stage in stages:
+        assert isinstance(stage, StageAttention)
+        for layer in stage:
+            assert isinstance(layer.act, nn.Identity)
+            assert isinstance(layer.norm, nn.BatchNorm2d)
+            nn.init.zeros_(layer.norm.weight)
+
+
+__all__ = [
+    "ATTENTIONS",
+    "Attention",
+    "BasicBlock",
+    "Bottleneck",
+    "StageAttention",
+    "begin_as_identity",
+    "initialise",
+]

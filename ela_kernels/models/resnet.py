@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ela_kernels.models.blocks import (
     BasicBlock,
     Bottleneck,
     StageAttention,
+    begin_as_identity,
     initialise,
 )
 from ela_kernels.modules.drop_path import DropPath
@@ -23,18 +24,42 @@ from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 
 Block = Literal["basic", "bottleneck"]
-_BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
+Stem = Literal["small", "imagenet", "deep"]
+Variant = Literal["ours", "published"]
+BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
     "basic": BasicBlock,
     "bottleneck": Bottleneck,
 }
 HEAD_DIM = 16
+PUBLISHED_HEAD_DIM = 32  # of the light form, and of bottlenecks for small images
 
 
 class ResNet(nn.Module):
     """A residual network whose blocks each query all earlier blocks of their stage.
 
-    After every residual block stands an attention layer, `x <- x + drop_path(relu(bn(o)))`, with one history for each
+    After every residual block stands an attention layer, `x <- x + drop_path(act(bn(o)))`, with one history for each
     stage and forward pass. With `attention="none"` it is the plain residual network.
+
+    There are two variants of it. `"ours"` is our definition: all forms of attention stand in the same network, so that
+    they compare. `"published"` is each form in the network that it was published in:
+
+    =======================  ======================  ===========================  ==================================
+    .                        `"ours"`                `"published"`, base form     `"published"`, light form
+    =======================  ======================  ===========================  ==================================
+    `act`                    ReLU                    ReLU                         none
+    o of the layer before    what that layer gave;   (all layers of the stage)    the shortcut of the residual block
+                             first the stage's map
+    `head_dim`               16                      16                           32
+    `head_dim`, small stem   16                      32; 16 with basic blocks     32; 16 with basic blocks
+    `stem`, large images     `"imagenet"`            `"deep"`                     `"imagenet"`
+    `drop_path`              grows with depth        the same for all layers      the same for all layers
+    last norm of a branch    scale 1                 scale 0 (small stem: 1)      scale 0 (small stem: 1)
+    filters `Wv`             PyTorch's initial ones  Kaiming's                    Kaiming's
+    =======================  ======================  ===========================  ==================================
+
+    The base form is `"mrla"`. `"ela"` with `variant="published"` is its network, with layers that can be skipped, and
+    `"none"` the plain one that they were compared with. Of large images bottlenecks are published; basic blocks follow
+    the same rules.
 
     Args:
         blocks: number of residual blocks of each stage.
@@ -44,14 +69,20 @@ class ResNet(nn.Module):
         in_chans: channels of the images.
         attention: `"none"`, `"mrla"`, `"mrla_light"` or `"ela"`; :class:`ela_kernels.EBQM` then finds what to skip.
         fused: False takes the published, concatenating modules instead of the kernels; for `"mrla"` only.
-        head_dim: channels of a head; 16 if None, and never more than a stage has channels.
-        drop_path: probability of dropping a retrieval in training, growing linearly from 0 at the first layer to this
-            value at the last.
+        head_dim: channels of a head; by the table if None, and never more than a stage has channels.
+        drop_path: probability of dropping a retrieval in training: of the last layer, from 0 at the first and growing
+            linearly between them, or of every layer where the variant is the published one.
         skip: what a skipped ELA layer leaves out, `"retrieval"` or `"layer"`.
-        stem: `"small"` (one 3x3 convolution, for images of some tens of pixels) or `"imagenet"` (7x7, then pooling).
+        stem: `"small"` (one 3x3 convolution, for images of some tens of pixels), `"imagenet"` (7x7, then pooling) or
+            `"deep"` (three 3x3, the first with stride 2, then pooling); by the table if None.
         features_only: forward gives the list of the stages' last maps; there is no classifier.
         checkpointing: recompute each block and its attention in the backward pass instead of keeping their
             intermediate maps. Running statistics of batch norms are then updated twice a step.
+        variant: `"ours"` or `"published"`.
+        identity_init: every attention layer gives its input at first, so that attention put into a trained network
+            changes nothing before the first step. Our definition: the scale of its norm starts at 0, and `act` is left
+            out in all forms, since behind a ReLU a scale of 0 would never have a gradient. It costs nothing: the same
+            kernels serve. A model is built with the same value again to load a checkpoint of its own.
 
     Shapes:
         Images `[B, in_chans, H, W]` to scores `[B, num_classes]`, or to a list of maps.
@@ -60,7 +91,8 @@ class ResNet(nn.Module):
         TypeError, ValueError: arguments that do not fit, each named.
 
     Source:
-        ResNet (arXiv 1512.03385); layer attention in it as MRLA (arXiv 2302.03985); ELA (arXiv 2503.06473).
+        ResNet (arXiv 1512.03385); layer attention in it as MRLA (arXiv 2302.03985), whose published networks are
+        `variant="published"`, those for small images as published with DLA (arXiv 2406.13392); ELA (arXiv 2503.06473).
     """
 
     def __init__(
@@ -75,15 +107,26 @@ class ResNet(nn.Module):
         head_dim: int | None = None,
         drop_path: float = 0.0,
         skip: SkipMode = "retrieval",
-        stem: Literal["small", "imagenet"] = "imagenet",
+        stem: Stem | None = None,
         features_only: bool = False,
         checkpointing: bool = False,
+        variant: Variant = "ours",
+        identity_init: bool = False,
     ) -> None:
         super().__init__()
-        _check(blocks, widths, block, attention, fused, stem)
+        published = variant == "published"
+        if stem is None:
+            stem = "deep" if published and attention in ("mrla", "ela") else "imagenet"
+        _check(blocks, widths, block, attention, fused, stem, variant, identity_init)
         check_count("num_classes", num_classes)
         check_count("in_chans", in_chans)
-        _check_head_dim(head_dim, [width * _BLOCKS[block].expansion for width in widths], attention)
+        kind, is_light = BLOCKS[block], attention == "mrla_light"
+        head_size = HEAD_DIM
+        if published and (is_light if stem != "small" else block == "bottleneck"):
+            head_size = PUBLISHED_HEAD_DIM
+        head_size = _check_head_dim(
+            head_dim, head_size, [width * kind.expansion for width in widths], attention
+        )
         DropPath(drop_path)  # its checks, before the value is spread over the layers
         check_skip(skip)
         if checkpointing and not fused:
@@ -91,30 +134,39 @@ class ResNet(nn.Module):
                 "checkpointing: got True with fused=False; the concatenating modules cannot be recomputed. Allowed is "
                 "fused=True"
             )
-        kind = _BLOCKS[block]
         channels = widths[0] if stem == "small" else 64
-        self.stem = _small_stem(in_chans, channels) if stem == "small" else _imagenet_stem(in_chans)
+        self.stem = _stem(stem, in_chans, channels)
         self.stages = nn.ModuleList()
         self.attentions = nn.ModuleList()
         total, done = sum(blocks), 0
         for i, (count, width) in enumerate(zip(blocks, widths, strict=True)):
             stage = nn.ModuleList()
             for j in range(count):
-                stage.append(kind(channels, width, stride=2 if i > 0 and j == 0 else 1))
+                stride = 2 if i > 0 and j == 0 else 1
+                stage.append(kind(channels, width, stride, gives_shortcut=published and is_light))
                 channels = width * kind.expansion
             self.stages.append(stage)
             if attention != "none":
                 rates = [drop_path * (done + j) / max(total - 1, 1) for j in range(count)]
-                size = min(HEAD_DIM if head_dim is None else head_dim, channels)
-                self.attentions.append(
-                    StageAttention(attention, channels, rates, size, fused, skip)
+                layers = StageAttention(
+                    attention,
+                    channels,
+                    [drop_path] * count if published else rates,
+                    min(head_size, channels),
+                    fused,
+                    skip,
+                    relu=not identity_init and not (published and is_light),
+                    takes_shortcut=published and is_light,
                 )
+                self.attentions.append(layers)
             done += count
         self.num_features = channels
         self.features_only = features_only
         self.checkpointing = checkpointing
         self.head = None if features_only else nn.Linear(channels, num_classes)
-        initialise(self)
+        initialise(self, all_maps=published, zero_last_norm=published and stem != "small")
+        if identity_init:
+            begin_as_identity(self.attentions)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The last map of every stage, `[B, C, H, W]` each."""
@@ -147,7 +199,11 @@ class ResNet(nn.Module):
 def _run_block(
     block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any, copy: bool
 ) -> Tensor:
-    x = block(x)
+    given: Any = block(x)
+    if isinstance(given, tuple):  # the shortcut stands for the layer before
+        x, history = given
+    else:
+        x = given
     if layer is None:
         return x
     # Nothing between the blocks changes a map in place that anybody else may have.
@@ -155,16 +211,22 @@ def _run_block(
     return out
 
 
-def _small_stem(in_chans: int, width: int) -> nn.Module:
-    conv = nn.Conv2d(in_chans, width, 3, padding=1, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-
-
-def _imagenet_stem(in_chans: int) -> nn.Module:
-    conv = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
-    return nn.Sequential(
-        conv, nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
-    )
+def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
+    """Convolutions with a norm and a ReLU each; pooling after them for large images."""
+    # Outputs, size and stride of each.
+    convolutions = {
+        "small": [(width, 3, 1)],
+        "imagenet": [(width, 7, 2)],
+        "deep": [(width // 2, 3, 2), (width // 2, 3, 1), (width, 3, 1)],
+    }[kind]
+    layers: list[nn.Module] = []
+    for outputs, size, stride in convolutions:
+        conv = nn.Conv2d(in_chans, outputs, size, stride=stride, padding=size // 2, bias=False)
+        layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+        in_chans = outputs
+    if kind != "small":
+        layers.append(nn.MaxPool2d(3, stride=2, padding=1))
+    return nn.Sequential(*layers)
 
 
 def _check(
@@ -174,6 +236,8 @@ def _check(
     attention: str,
     fused: bool,
     stem: str,
+    variant: str,
+    identity_init: bool,
 ) -> None:
     sequences = all(isinstance(s, Sequence) and not isinstance(s, str) for s in (blocks, widths))
     if not sequences or not all(_is_count(n) for s in (blocks, widths) for n in s):
@@ -186,9 +250,10 @@ def _check(
             "length, of positive ints"
         )
     for name, value, allowed in (
-        ("block", block, tuple(_BLOCKS)),
+        ("block", block, tuple(BLOCKS)),
         ("attention", attention, ATTENTIONS),
-        ("stem", stem, ("small", "imagenet")),
+        ("stem", stem, get_args(Stem)),
+        ("variant", variant, get_args(Variant)),
     ):
         if value not in allowed:
             raise ValueError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}")
@@ -197,94 +262,28 @@ def _check(
             f"fused: got False with attention={attention!r}; allowed is False with 'mrla' only, which has a published, "
             "concatenating form here"
         )
+    if not isinstance(identity_init, bool):
+        raise TypeError(f"identity_init: got {type(identity_init).__name__}; allowed is a bool")
+    if identity_init and attention == "none":
+        raise ValueError(
+            "identity_init: got True with attention='none', which has no layer to start as the identity; allowed is "
+            "True with another attention"
+        )
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_head_dim(head_dim: int | None, channels: Sequence[int], attention: str) -> None:
-    """Refuse by what was given: each stage takes the lesser of it and its own number of channels."""
-    size = HEAD_DIM if head_dim is None else check_count("head_dim", head_dim)
+def _check_head_dim(
+    head_dim: int | None, default: int, channels: Sequence[int], attention: str
+) -> int:
+    """What was given, or the default. Refused by that: a stage takes the lesser of it and its number of channels."""
+    size = default if head_dim is None else check_count("head_dim", head_dim)
     if attention != "none" and any(count % min(size, count) for count in channels):
-        got = f"None, which is {HEAD_DIM}" if head_dim is None else str(head_dim)
+        got = f"None, which is {default}" if head_dim is None else str(head_dim)
         raise ValueError(
             f"head_dim: got {got}, for stages of {', '.join(map(str, channels))} channels; allowed is a divisor of "
             "each stage's channels, or a number that is larger than they are"
         )
-
-
-def CifarResNet(  # noqa: N802 - makes a ResNet, and reads as one
-    blocks: Sequence[int] = (3, 3, 3),
-    widths: Sequence[int] = (16, 32, 64),
-    block: Block = "basic",
-    num_classes: int = 10,
-    **options: Any,
-) -> ResNet:
-    """A residual network for small images, of any depth; options as :class:`ResNet`."""
-    return ResNet(blocks, widths, block, num_classes, stem="small", **options)
-
-
-def _cifar(depth: int) -> Callable[..., ResNet]:
-    def make(num_classes: int = 10, block: Block = "basic", **options: Any) -> ResNet:
-        if block not in _BLOCKS:
-            raise ValueError(f"block: got {block!r}; allowed are {', '.join(map(repr, _BLOCKS))}")
-        convolutions = 2 if block == "basic" else 3
-        count, rest = divmod(depth - 2, 3 * convolutions)
-        if rest:
-            raise ValueError(
-                f"block: got {block!r} for resnet{depth}; allowed is a block whose {convolutions} convolutions make up "
-                f"{depth - 2} layers in 3 equal stages"
-            )
-        return CifarResNet((count,) * 3, (16, 32, 64), block, num_classes, **options)
-
-    make.__name__ = make.__qualname__ = f"resnet{depth}"
-    make.__doc__ = f"""ResNet-{depth} for 32x32 images: 3 stages of widths 16, 32, 64; basic blocks, or bottlenecks.
-
-    Args:
-        num_classes: outputs of the classifier.
-        block: `"basic"` or `"bottleneck"`{"" if (depth - 2) % 9 == 0 else " (not at this depth)"}.
-        **options: as :class:`ResNet`.
-
-    Source: ResNet (arXiv 1512.03385), section 4.2.
-    """
-    return make
-
-
-def _imagenet(depth: int, blocks: tuple[int, ...]) -> Callable[..., ResNet]:
-    def make(num_classes: int = 1000, **options: Any) -> ResNet:
-        return ResNet(blocks, (64, 128, 256, 512), "bottleneck", num_classes, **options)
-
-    make.__name__ = make.__qualname__ = f"resnet{depth}"
-    make.__doc__ = f"""ResNet-{depth}: 4 stages of {blocks} bottlenecks, for images of about 224x224.
-
-    Args:
-        num_classes: outputs of the classifier.
-        **options: as :class:`ResNet`.
-
-    Source: ResNet (arXiv 1512.03385), table 1; the stride is in the 3x3 convolution.
-    """
-    return make
-
-
-resnet20 = _cifar(20)
-resnet32 = _cifar(32)
-resnet56 = _cifar(56)
-resnet110 = _cifar(110)
-resnet50 = _imagenet(50, (3, 4, 6, 3))
-resnet101 = _imagenet(101, (3, 4, 23, 3))
-
-MODELS: dict[str, Callable[..., ResNet]] = {
-    make.__name__: make for make in (resnet20, resnet32, resnet56, resnet110, resnet50, resnet101)
-}
-
-
-def build_model(name: str, **options: Any) -> ResNet:
-    """A model by name, `"resnet20"` to `"resnet101"`; options as the function of that name.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in MODELS:
-        raise ValueError(f"name: got {name!r}; allowed are {', '.join(MODELS)}")
-    return MODELS[name](**options)
+    return size
