@@ -82,9 +82,8 @@ def convert(
         >>> model = torch.nn.ModuleList(ek.modules.ConcatLayerAttention(32) for _ in range(3))
         >>> print(ek.convert(model))
         3 converted, 0 left
-        0  converted  LayerAttention
-        1  converted  LayerAttention
-        2  converted  LayerAttention
+        converted, 3: LayerAttention
+            0, 1, 2
     """
     _check_module(model)
     if to not in (None, "ela"):

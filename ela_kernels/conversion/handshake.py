@@ -35,6 +35,7 @@ from ela_kernels.torch_internals import remove_hooks
 # Relative to the largest element. The numbers are float64, and the sums short.
 CLOSE = 1e-9
 MAP, DEPTH = (5, 4), 3
+SUMS = "keys and values come from running sums: not softmax layer attention"
 
 
 class DisagreementError(Exception):
@@ -217,7 +218,13 @@ def base_form(module: nn.Module) -> Form:
     x = random(2, layer.dim, *MAP)
     held_keys = random(2, DEPTH, layer.dim)
     held_values = random(2, DEPTH, layer.dim, *MAP)
-    out, keys, values = _three(layer.copy.run(x, held_keys, held_values))
+    try:
+        found = layer.copy.run(x, held_keys, held_values)
+    except DisagreementError:
+        if _adds_up(layer, x):
+            raise DisagreementError(SUMS) from None
+        raise
+    out, keys, values = _three(found)
     q, k, v = layer.parts(x)
     k, v = k.unsqueeze(1), v.unsqueeze(1)
     starts = keys.dim() == 3 and keys.shape[1] == 1
@@ -271,6 +278,7 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
         raise DisagreementError(
             "it gives the gated value alone, and the module around it is not called with the output before"
         )
+    _check_gate(layer)
     factors = [n for n, p in module.named_parameters(recurse=False) if p.shape == (layer.dim, 1, 1)]
     if not factors:
         raise DisagreementError(
@@ -293,6 +301,36 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
                 _agree((around(x, prev_out),), (out,))
                 return form, factor
     raise DisagreementError("its output is not the gated value plus the decayed output before")
+
+
+def _check_gate(layer: Layer) -> None:
+    """That a light layer gives its gated value, and if it does not, what else it is."""
+    x = layer.copy.random(2, layer.dim, *MAP)
+    with _failure("its forward(x)"):
+        out = layer.own.eval()(x)
+    q, k, v = layer.parts(x)
+    nothing = torch.zeros_like(v)
+    decay = torch.zeros(layer.dim, 1, 1, dtype=v.dtype)
+    acts = {"": None, **{name: m for name, m in layer.own.named_children() if name not in "WqWkWv"}}
+    for name, act in acts.items():
+        try:
+            value = v if act is None else act(v)
+        except Exception:  # a pooling, say
+            continue
+        if not isinstance(value, Tensor) or value.shape != v.shape:
+            continue
+        gates = (
+            light_layer_attention(q, k, value, nothing, decay, layer.dim // size)
+            for size in layer.sizes
+        )
+        if any(close(out, gate) for gate in gates):
+            if act is None:
+                return
+            raise DisagreementError(
+                f"its value passes {type(act).__name__} ({name}), which no kernel here knows: converting it would gain "
+                "nothing"
+            )
+    raise DisagreementError("its output is not a value that is gated by query and key")
 
 
 def check_names(module: nn.Module, mixin: type[Fused], form: Form | None = None) -> None:
@@ -318,6 +356,15 @@ def _agree(ours: Sequence[Any], theirs: Sequence[Tensor]) -> None:
             raise DisagreementError("our layer gives another result; please report it")
 
 
+def _adds_up(layer: Layer, x: Tensor) -> bool:
+    """Whether it takes zeros of no dimension for keys and values, as only sums do."""
+    try:
+        found = layer.copy.evaluated(x, 0.0, 0.0)
+    except DisagreementError:
+        return False
+    return isinstance(found, (tuple, list)) and len(found) == 3
+
+
 def _three(found: Any) -> tuple[Tensor, Tensor, Tensor]:
     if (
         isinstance(found, (tuple, list))
@@ -331,7 +378,7 @@ def _three(found: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _other_state(keys: Tensor, values: Tensor, k: Tensor, v: Tensor, x: Tensor) -> str:
     """Why keys and values are not the concatenation of those that came in and the layer's own."""
     if keys.shape == k[:, :-1].shape and values.shape == v[:, :-1].shape:
-        return "keys and values come from running sums: not softmax layer attention"
+        return SUMS
     if close(values[:, -1], x) if values.dim() == 5 else False:
         return (
             "it keeps raw feature maps, and applies Wk and Wv to all of them at every layer: another function than "
@@ -359,14 +406,14 @@ def _of_context(layer: Layer) -> str:
     except DisagreementError:
         out = None
     if isinstance(out, (tuple, list)):
-        return "keys and values come from running sums: not softmax layer attention"
+        return SUMS
     if not isinstance(out, Tensor):
         try:
             state = layer.copy.evaluated(x, None)
         except DisagreementError:
             state = None
         if isinstance(state, (tuple, list)):
-            return "keys and values come from running sums: not softmax layer attention"
+            return SUMS
         return f"its forward({names}) is no call of layer attention that is known here"
     q = layer.parts(x)[0]
     pairs = [layer.parts(m)[1:] for m in context.unbind(1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass, field
 
 
@@ -20,13 +21,14 @@ class ConversionReport:
     def __str__(self) -> str:
         if not self.converted and not self.left:
             return "nothing to convert: no module has Wq, Wk and Wv"
-        rows = [
-            (name or "(the model itself)", "converted", what)
-            for name, what in self.converted.items()
-        ]
-        rows += [(name or "(the model itself)", "left", why) for name, why in self.left.items()]
-        width = max(len(row[0]) for row in rows)
-        head = f"{len(self.converted)} converted, {len(self.left)} left"
-        return "\n".join(
-            (head, *(f"{name.ljust(width)}  {did:<9}  {what}" for name, did, what in rows))
-        )
+        lines = [f"{len(self.converted)} converted, {len(self.left)} left"]
+        for did, names in (("converted", self.converted), ("left", self.left)):
+            for what in dict.fromkeys(names.values()):
+                alike = [
+                    name or "(the model itself)" for name, other in names.items() if other == what
+                ]
+                lines.append(f"{did}, {len(alike)}: {what}")
+                lines += textwrap.wrap(
+                    ", ".join(alike), 116, initial_indent="    ", subsequent_indent="    "
+                )
+        return "\n".join(lines)
