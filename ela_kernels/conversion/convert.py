@@ -18,16 +18,10 @@ from ela_kernels.conversion.fused import (
     fuse,
     unfuse,
 )
-from ela_kernels.conversion.handshake import (
-    DisagreementError,
-    base_form,
-    check_names,
-    isolated,
-    light_form,
-    parameter_names,
-)
+from ela_kernels.conversion.handshake import base_form, check_names, light_form
 from ela_kernels.conversion.report import ConversionReport
 from ela_kernels.conversion.tails import find_tail
+from ela_kernels.conversion.trial import DisagreementError, isolated, parameter_names
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.published import ConcatLayerAttention
 from ela_kernels.modules.query_key_value import QueryKeyValue

@@ -1,22 +1,13 @@
-"""Whether a module computes what one of ours does: both are run on small random maps, and compared.
-
-The module is copied, its parameters are drawn anew, so that no zero or repeated number hides a difference, and it runs
-in float64 on the CPU, in evaluation and in training mode. Nothing of the original is called or changed.
-"""
+"""Whether a module computes what one of ours does: both are run on small random maps, and compared."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
-from ela_kernels.backends.setting import use_backend
 from ela_kernels.conversion.fused import (
     SIZES,
     Form,
@@ -28,137 +19,12 @@ from ela_kernels.conversion.fused import (
     fuse,
     names_taken,
 )
+from ela_kernels.conversion.trial import Copy, DisagreementError, close, failure, parameter_names
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 from ela_kernels.ops.light_layer_attention import light_layer_attention
-from ela_kernels.torch_internals import remove_hooks
 
-# Relative to the largest element. The numbers are float64, and the sums short.
-CLOSE = 1e-9
 MAP, DEPTH = (5, 4), 3
 SUMS = "keys and values come from running sums: not softmax layer attention"
-
-
-class DisagreementError(Exception):
-    """Why a module is left as it is."""
-
-
-def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments that the forward of `module` needs, in their order."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(module.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in kinds)
-
-
-class Copy:
-    """A copy of a module to run: float64 on the CPU, with parameters drawn anew and no hooks.
-
-    Raises:
-        DisagreementError: it has no numbers to copy, or cannot be copied.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        if any(t.is_meta for t in tensors):
-            raise DisagreementError(
-                "its parameters are on the meta device; convert after to_empty() or after loading"
-            )
-        self.generator = torch.Generator().manual_seed(0)
-        with _failure("a copy of it"):
-            self.module = copy.deepcopy(module)
-            self.module.to(device="cpu", dtype=torch.float64)
-            remove_hooks(self.module)
-            for part in list(self.module.modules()):
-                if is_parametrized(part):
-                    _make_plain(part)
-            with torch.no_grad():
-                for parameter in self.module.parameters():
-                    parameter.copy_(self.random(*parameter.shape))
-
-    def random(self, *shape: int) -> Tensor:
-        """Numbers of a normal distribution, the same in every run."""
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device="cpu")
-
-    def evaluated(self, *inputs: Any, training: bool = False) -> Any:
-        """What the module gives, in evaluation mode unless `training`.
-
-        Raises:
-            DisagreementError: it raises.
-        """
-        self.module.train(training)
-        own = copy.deepcopy(inputs)  # it may change them
-        with _failure(f"forward({', '.join(parameter_names(self.module))})"):
-            return self.module(*own)
-
-    def run(self, *inputs: Any) -> Any:
-        """What the module gives, in both modes.
-
-        Raises:
-            DisagreementError: it raises, or gives something else in training mode.
-        """
-        found = self.evaluated(*inputs)
-        if not _equal(found, self.evaluated(*inputs, training=True)):
-            raise DisagreementError("its results in training differ from those in evaluation mode")
-        return found
-
-
-def _make_plain(part: Any) -> None:
-    """Take a parametrization away: both read it alike, and one that changes in training would look like a difference.
-
-    By hand, since PyTorch's own way changes the class, which the original shares.
-    """
-    tensors = {name: getattr(part, name).detach().clone() for name in part.parametrizations}
-    part.__class__ = type(part).__bases__[0]
-    del part.parametrizations
-    for name, tensor in tensors.items():
-        part.register_parameter(name, nn.Parameter(tensor))
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Around handshakes: no gradients, no autocast, the default device and dtype, and random numbers as before."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    # A copy may make tensors of the default dtype, and on maps as small as these threads wait for each other.
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    try:
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.device("cpu"),
-            torch.autocast("cpu", enabled=False),
-            use_backend("eager"),
-        ):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _failure(what: str) -> Iterator[None]:
-    """Whatever a stranger's code raises is a reason to leave it alone."""
-    try:
-        yield
-    except Exception as error:
-        words = str(error).strip().splitlines()
-        said = f"{type(error).__name__}: {words[0][:120]}" if words else type(error).__name__
-        raise DisagreementError(f"{what} raised {said}") from error
-
-
-def close(a: object, b: Tensor) -> bool:
-    """Whether `a` is `b` up to rounding."""
-    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return bool((a - b).abs().max() <= CLOSE * b.abs().max())
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, (tuple, list)):
-        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and close(a, b)
-    return type(a) is type(b)
 
 
 def head_sizes(module: nn.Module, dim: int) -> tuple[int, ...]:
@@ -198,7 +64,7 @@ class Layer:
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query and key `[B, C]` and value of a map, by the copy's parameters, as ours make them."""
         y = x.mean((2, 3)).unsqueeze(1)
-        with _failure("a convolution of it"):
+        with failure("a convolution of it"):
             return self.own.Wq(y).squeeze(1), self.own.Wk(y).squeeze(1), self.own.Wv(x)
 
     def form(self, head_dim: int, **found: bool) -> Form:
@@ -306,7 +172,7 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
 def _check_gate(layer: Layer) -> None:
     """That a light layer gives its gated value, and if it does not, what else it is."""
     x = layer.copy.random(2, layer.dim, *MAP)
-    with _failure("its forward(x)"):
+    with failure("its forward(x)"):
         out = layer.own.eval()(x)
     q, k, v = layer.parts(x)
     nothing = torch.zeros_like(v)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ela_kernels.conversion.blocks import FUNCTIONAL, Tail
-from ela_kernels.conversion.handshake import Copy, DisagreementError, close, parameter_names
+from ela_kernels.conversion.trial import Copy, DisagreementError, close, parameter_names
 
 MAP, DEPTH = (4, 6), 2
 
