@@ -133,16 +133,19 @@ class FusedLayer(FusedFilters, LayerAttention):
         if torch.compiler.is_compiling():
             return out, Carried(history), Carried(history)
         left = history.latest
-        pairs = left.pairs
-        if not pairs.keys:
+        keys, values = left.pairs.keys, left.pairs.values
+        if not keys:
             assert x is not None
-            pairs = pairs._replace(keys=(x[:, :, 0, 0],), values=(x,))
-            none = [Stacked.of(t, history, left, count=0) for t in (pairs.keys, pairs.values)]
-            return out, none[0], none[1]
+            return (
+                out,
+                x.new_empty(x.shape[0], 0, x.shape[1]),
+                x.new_empty(x.shape[0], 0, *x.shape[1:]),
+            )
+        held_keys, held_values = history.held or (None, None)
         return (
             out,
-            Stacked.of(pairs.keys, history, left),
-            Stacked.of(pairs.values, history, left),
+            Stacked.of(keys, history, left, held_keys),
+            Stacked.of(values, history, left, held_values),
         )
 
     def fused_history(self, x: Any, keys: Any, values: Any) -> Any:

@@ -54,6 +54,7 @@ class Stacked(Tensor):
     history: LayerHistory
     snapshot: Snapshot
     pairs: tuple[Tensor, ...]
+    held: Tensor | None
     made: Tensor | None
     has_grad: bool
 
@@ -62,28 +63,32 @@ class Stacked(Tensor):
         pairs: tuple[Tensor, ...],
         history: LayerHistory,
         snapshot: Snapshot,
-        count: int | None = None,
+        held: Tensor | None = None,
     ) -> Stacked:
-        """The stack of the first `count` of `pairs`, the keys or the values of `snapshot`; of all if None."""
+        """The stack of `pairs`, the keys or the values of `snapshot`, of which the first are stacked in `held`."""
         last = pairs[-1]
         dtype = last.dtype
         if snapshot.pairs.mixed:  # as torch.cat promotes them
             dtype = reduce(torch.promote_types, [pair.dtype for pair in pairs])
-        count = len(pairs) if count is None else count
-        shape = (last.shape[0], count, *last.shape[1:])
+        shape = (last.shape[0], len(pairs), *last.shape[1:])
         stacked = cast("Stacked", tensor_without_memory(Stacked, shape, dtype, last.device))
         stacked.pairs, stacked.history, stacked.snapshot = pairs, history, snapshot
-        stacked.made, stacked.has_grad = None, torch.is_grad_enabled()
+        stacked.held, stacked.made, stacked.has_grad = held, None, torch.is_grad_enabled()
         return stacked
 
     def make(self) -> Tensor:
         """The tensor; the same one at every call."""
         if self.made is None:
             with plain_functions():
-                dtype, count = self.dtype, self.shape[1]
+                dtype = self.dtype
             # Not as whoever looks at it has gradients enabled: the layers go on from it.
             with torch.inference_mode(False), torch.set_grad_enabled(self.has_grad):
-                self.made = torch.stack([pair.to(dtype) for pair in self.pairs], 1)[:, :count]
+                held, pairs = self.held, self.pairs
+                if held is None:
+                    self.made = torch.stack([pair.to(dtype) for pair in pairs], 1)
+                else:
+                    own = [pair.unsqueeze(1) for pair in pairs[held.shape[1] :]]
+                    self.made = torch.cat((held, *own), 1).to(dtype)
         return self.made
 
     @classmethod

@@ -33,6 +33,7 @@ class Places:
         self._latest = self._now
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
         self._made_in = graph_task()
+        self.held: tuple[Tensor, Tensor] | None = None  # the stacked pairs that it began with
 
     @classmethod
     def holding(cls, keys: Tensor, values: Tensor, *, heads: int) -> Self:
@@ -51,6 +52,7 @@ class Places:
             )
         history = cls()
         history._now = history._latest = Snapshot.of(keys, values, heads)
+        history.held = (keys, values)
         return history
 
     @property
