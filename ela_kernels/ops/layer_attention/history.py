@@ -54,8 +54,20 @@ class LayerHistory(Places):
     Works with `torch.utils.checkpoint` (`use_reentrant=False`) when `caller` is given, as the modules of this
     package do. Kernels give first derivatives only; second ones come with `use_backend("eager")`.
 
+    A second forward pass over a history is refused outside of a recomputation, as soon as the first two layers that
+    differ come again, one after the other. Not seen, since it may be on purpose: a stage whose places all share one
+    layer, or that has one layer, calls of :meth:`attend` without `caller`, and what compiled graphs or replicas run.
+
     A checkpoint keeps the history that it is called with. As with a list, both stay in memory where layers were
     checkpointed and their backward has not run to its end; elsewhere all goes with the last reference to the outputs.
+
+    Args:
+        repeats: the stage goes through its layers several times in one forward pass, on purpose (`a, b, a, b`, with
+            shared weights). A layer that comes again by itself (`a, a, a`, or `a, b, a, c`) needs no word.
+
+    Raises:
+        TypeError: `repeats` is no bool.
+        ValueError: by its methods, a second forward pass; the sentence names its first layers.
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -69,8 +81,8 @@ class LayerHistory(Places):
 
     _retrieves_its_own_way = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, repeats: bool = False) -> None:
+        super().__init__(repeats)
         self._record = Record()
         self._decided: Decided | None = None
         self.turns = Turns()

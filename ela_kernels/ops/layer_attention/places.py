@@ -24,11 +24,20 @@ def _never_recomputes() -> bool:
 class Places:
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: bool = False) -> None:
+        if type(repeats) is not bool:
+            raise TypeError(
+                f"repeats: got {type(repeats).__name__}; allowed is True, for a stage that goes through its layers "
+                "several times in one forward pass, or False"
+            )
         self._now = Snapshot()
         self._latest = self._now
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
         self._made_in = graph_task()
+        self._repeats = repeats
+        # Who came last; the first two different layers that came one after the other, and the place of the second.
+        self._last: Any = None
+        self._first_two: tuple[Any, Any, int] | None = None
 
     @property
     def position(self) -> int:
@@ -48,8 +57,12 @@ class Places:
     def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...], recomputing: bool) -> Snapshot:
         """The snapshot that this layer extends: the present one, or its old one in a recomputation."""
         if not recomputing:
-            if caller is not None and not _never_recomputes():
-                self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
+            if caller is not None:
+                if caller is not self._last and not torch.compiler.is_compiling():
+                    self._refuse_second_pass(caller)
+                if not _never_recomputes():
+                    place = self._now, torch.is_grad_enabled()
+                    self._found_by.setdefault(caller, []).append(place)
             return self._now
         found = self._found_by.get(caller, []) if caller is not None else []
         if len(found) != 1:
@@ -66,6 +79,28 @@ class Places:
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             )
         return snapshot
+
+    def _refuse_second_pass(self, caller: Any) -> None:
+        """Refuse the stage's first two layers, one after the other, for the second time.
+
+        A layer alone may come again, also in a row: it may be shared by several places of the stage. A stage whose
+        layers all take turns again is told from a second pass by nothing but its word.
+        """
+        last, self._last = self._last, caller
+        if last is None:
+            return
+        if self._first_two is None:
+            self._first_two = last, caller, self._now.position
+            return
+        first, second, place = self._first_two
+        if caller is second and last is first and not self._repeats:
+            raise ValueError(
+                f"history: got a second forward pass, after {self._now.position - 1} layers: "
+                f"{type(first).__name__} of place {place - 1} and {type(second).__name__} of place {place} came again, "
+                "one after the other, and would retrieve from the pass before; allowed is one forward pass. Make a "
+                "new LayerHistory for each stage and forward pass; for a stage that goes through its layers several "
+                "times on purpose, LayerHistory(repeats=True)"
+            )
 
     def _leave(self, snapshot: Snapshot, recomputing: bool) -> None:
         self._latest = snapshot
