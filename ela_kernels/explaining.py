@@ -172,7 +172,7 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     watch = _Watch(names)
     token = _watch.set(watch)
     try:
-        with _unchanged(model):
+        with unchanged(model):
             model(*inputs, **options)
     finally:
         _watch.reset(token)
@@ -180,7 +180,7 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are afterwards what they were."""
     before = [(owned, dict(owned), _copies(owned)) for owned in map(buffers_of, model.modules())]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}

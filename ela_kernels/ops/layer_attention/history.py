@@ -94,21 +94,6 @@ class LayerHistory(Places):
             cls._retrieves_its_own_way = True
 
     @property
-    def depth(self) -> int:
-        """Number of key and value pairs held."""
-        return len(self._now.pairs.keys)
-
-    @property
-    def weights(self) -> Tensor | None:
-        """Weights `[B, G, t]` of the last layer that retrieved; None before the first."""
-        return self._latest.weights
-
-    @property
-    def kl(self) -> Tensor | None:
-        """Divergence `[B, G]` of the last layer that retrieved from the one before it; None without one."""
-        return self._latest.kl
-
-    @property
     def has_divergence(self) -> Tensor | None:
         """Whether :attr:`kl` is a divergence, where that is data (see `active` of :meth:`attend`); None otherwise."""
         return None if self._decided is None else self._decided.has_divergence
@@ -203,7 +188,7 @@ class LayerHistory(Places):
                 )
             token = snapshot.token
         at = snapshot.position + 1
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token), recomputing)
+        self._leave(Snapshot(pairs, at, heads, weights, kl, token), recomputing, caller)
         return out
 
     def provide(
@@ -228,7 +213,7 @@ class LayerHistory(Places):
             link = self._link(pairs, heads, 1.0, channels_last, backend)
             token = provide_pull(k, v, token, link)
         last = Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
-        self._leave(last, recomputing)
+        self._leave(last, recomputing, caller)
 
     def plan_layer(
         self,
@@ -329,7 +314,7 @@ class LayerHistory(Places):
         )
         pairs = snapshot.pairs.extended(k, v, link.path)
         at = snapshot.position + 1
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token), plan.recomputing)
+        self._leave(Snapshot(pairs, at, heads, weights, kl, token), plan.recomputing, caller)
         return out
 
     def _layer_link(
@@ -356,15 +341,14 @@ class LayerHistory(Places):
         pairs = snapshot.pairs.extended(k, v, link.path)
         at = snapshot.position + 1
         last = Snapshot(pairs, at, heads, snapshot.weights, snapshot.kl, token)
-        self._leave(last, plan.recomputing)
+        self._leave(last, plan.recomputing, caller)
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         recomputing = self.recomputing
         p = self._enter(caller, (), recomputing)
-        self._leave(
-            Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token), recomputing
-        )
+        after = Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token)
+        self._leave(after, recomputing, caller)
 
     @torch.no_grad()
     def probe(
@@ -383,7 +367,10 @@ class LayerHistory(Places):
         held, _, prev = self._read_by(q, self._now)
         keys = [*(key.detach() for key in held), k.detach()]
         prev = None if prev is None else prev.detach()
-        return layer_attention_weights(q.detach(), keys, heads, scale, prev)
+        found = layer_attention_weights(q.detach(), keys, heads, scale, prev)
+        if self._observer is not None:
+            self._observer.probed(self, found)
+        return found
 
     def _decided_with(
         self, snapshot: Snapshot, given: Tensor | None, is_decided: bool = False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels import torch_internals
+from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 
 
@@ -35,6 +36,7 @@ class Places:
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
         self._made_in = graph_task()
         self._repeats = repeats
+        self._observer = present_observer()
         # Who came last; the first two different layers that came one after the other, and the place of the second.
         self._last: Any = None
         self._first_two: tuple[Any, Any, int] | None = None
@@ -43,6 +45,26 @@ class Places:
     def position(self) -> int:
         """Number of layers that came by, skipped ones included."""
         return self._now.position
+
+    @property
+    def depth(self) -> int:
+        """Number of key and value pairs held."""
+        return len(self._now.pairs.keys)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights `[B, G, t]` of the last layer that retrieved; None before the first."""
+        return self._latest.weights
+
+    @property
+    def kl(self) -> Tensor | None:
+        """Divergence `[B, G]` of the last layer that retrieved from the one before it; None without one."""
+        return self._latest.kl
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether somebody looks on, who wants to know of skipped layers too what they would retrieve."""
+        return self._observer is not None
 
     @property
     def recomputing(self) -> bool:
@@ -102,7 +124,9 @@ class Places:
                 "times on purpose, LayerHistory(repeats=True)"
             )
 
-    def _leave(self, snapshot: Snapshot, recomputing: bool) -> None:
+    def _leave(self, snapshot: Snapshot, recomputing: bool, caller: Any) -> None:
         self._latest = snapshot
         if not recomputing:
+            if self._observer is not None:
+                self._observer.came_by(self, caller, self._now, snapshot)
             self._now = snapshot
