@@ -6,12 +6,12 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ela_kernels.explaining import unchanged
+from ela_kernels.explaining import copies_of, restore, unchanged
 from ela_kernels.modules.ela import ELA
 from ela_kernels.ops.layer_attention.readers import Readers
 from ela_kernels.torch_internals import without_compiling
@@ -47,30 +47,33 @@ def untouched(model: nn.Module, training: bool | None) -> Iterator[None]:
                     parameter.requires_grad_(wants)
 
 
-Kept = dict[str, tuple[Any, Any]]
-"""Attributes by name: each object, and what it held where it is a container."""
+class Kept(NamedTuple):
+    """A module's attributes: the objects by name, and of those that can change what they held."""
+
+    objects: dict[str, Any]
+    containers: dict[str, Any]
+    tensors: dict[str, Tensor]
 
 
 def _attributes(module: nn.Module) -> Kept:
-    return {
-        name: (value, value.copy() if isinstance(value, (dict, list, set)) else None)
-        for name, value in vars(module).items()
-    }
+    own = vars(module)
+    containers = {n: v.copy() for n, v in own.items() if isinstance(v, (dict, list, set))}
+    return Kept(dict(own), containers, copies_of(own))
 
 
 def _put_back(module: nn.Module, attributes: Kept) -> None:
     # Not by setattr, which modules overload.
     own = vars(module)
     own.clear()
-    for name, (value, held) in attributes.items():
-        own[name] = value
-        if held is None:
-            continue
-        value.clear()
-        if isinstance(value, list):
-            value.extend(held)
+    own.update(attributes.objects)
+    for name, held in attributes.containers.items():
+        own[name].clear()
+        if isinstance(held, list):
+            own[name].extend(held)
         else:
-            value.update(held)
+            own[name].update(held)
+    for name, value in attributes.tensors.items():
+        restore(own[name], value)
 
 
 @contextmanager

@@ -256,6 +256,17 @@ def test_layers_of_ones_own() -> None:
     assert "not a layer that EBQM watches" in str(found)
 
 
+def test_beside_ela_layers_others_are_not_decided_about() -> None:
+    torch.manual_seed(3)
+    model = Stage(*(kind(C, 4).double() for kind in (ek.ELA, ek.LayerAttention, ek.ELA)))
+    found = ek.analyze(model, maps(), ceiling=1.0)
+    assert found.fit is not None
+    assert found.fit.layers == 1
+    assert [a.reason is None for a in found.layers] == [False, True, False]
+    assert math.isnan(found.layers[1].retention)
+    assert len(found.layers[1].weights) == 2
+
+
 def test_what_is_left_out() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

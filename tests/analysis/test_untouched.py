@@ -24,10 +24,12 @@ class Busy(nn.Module):
         super().__init__()
         self.calls, self.seen, self.last = 0, [], None
         self.by_size: dict[int, Tensor] = {}
+        self.total = torch.zeros(1)  # no buffer
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         self.seen.append(x.shape)
+        self.total += 1
         self.by_size[self.calls] = self.last = x
         if self.calls == 1:
             self.late = nn.Linear(2, 2)
@@ -119,6 +121,7 @@ def test_all_is_as_it_was(
     wanted = [p.requires_grad for p in model.parameters()]
     parts = list(model.modules())
     state, watched, numbers = plain_state(model), copy.deepcopy(ebqm.state_dict()), random_state()
+    total = model.busy.total.clone()
     observed = [list(layer.observations) for layer in ela_layers(model)]
     read = readers(model)
 
@@ -131,6 +134,7 @@ def test_all_is_as_it_was(
     assert random_state() == numbers
     assert list(model.modules()) == parts
     assert plain_state(model) == state
+    assert torch.equal(model.busy.total, total)
     assert readers(model) == read
     assert [p.requires_grad for p in model.parameters()] == wanted
     for now, before in zip(ela_layers(model), observed, strict=True):
