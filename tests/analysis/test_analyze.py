@@ -138,13 +138,14 @@ def test_a_skipped_layer_is_asked_what_it_would_retrieve(skip: str) -> None:
     assert "skipped now" in str(ek.analyze(model, batches))
 
 
-def test_a_pruned_layer_has_nothing_to_show() -> None:
+@pytest.mark.parametrize("number", [1, 2], ids=["read", "unread"])
+def test_a_pruned_layer_has_nothing_to_show(number: int) -> None:
     model, batches = network(), images()
     model(batches[0])
-    layer = [m for m in model.modules() if isinstance(m, ek.ELA)][2]
+    layer = [m for m in model.modules() if isinstance(m, ek.ELA)][number]
     layer.skipped = True
     ek.prune(model)
-    found = ek.analyze(model, batches).layers[2]
+    found = ek.analyze(model, batches).layers[number]
     assert (found.retrieves, found.weights, found.samples) == (False, (), 0)
     assert (found.skipped, found.reason) == (True, Reason.PRUNED)
 

@@ -44,6 +44,11 @@ class Net(nn.Module):
         self.busy = Busy()
         self.net = CifarResNet((2, 2), (8, 16), attention="ela", head_dim=4, drop_path=0.3)
 
+    def train(self, mode: bool = True) -> Net:
+        assert self.net.head is not None
+        self.net.head.requires_grad_(mode)
+        return super().train(mode)
+
     def forward(self, x: Tensor) -> Tensor:
         with torch.enable_grad():
             return self.net(self.busy(x))
@@ -153,6 +158,17 @@ def test_all_is_as_it_was(
         ebqm.step()
     history = ek.LayerHistory()
     assert not history.is_observed
+
+
+def test_ebqm_takes_no_note() -> None:
+    """Also of what would be added up apart, since no list can be put back there."""
+    model, watched = Net(), []
+    ek.EBQM(model)
+    for layer in ela_layers(model):
+        layer.register_forward_hook(lambda layer, *_: watched.append(layer.watched))
+    ek.analyze(model, works(model))
+    assert watched == [False] * 12
+    assert all(layer.watched for layer in ela_layers(model))
 
 
 def test_the_next_training_step_is_the_same() -> None:
