@@ -17,11 +17,6 @@ def graph_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch_internals.graph_task()
 
 
-def _never_recomputes() -> bool:
-    """True in inference mode: the weights of earlier layers need not stay. torch.compile cannot trace the question."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
 class Places:
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
@@ -80,9 +75,12 @@ class Places:
         """The snapshot that this layer extends: the present one, or its old one in a recomputation."""
         if not recomputing:
             if caller is not None:
-                if caller is not self._last and not torch.compiler.is_compiling():
+                is_traced = torch.compiler.is_compiling()
+                if not is_traced and caller is not self._last:
                     self._refuse_second_pass(caller)
-                if not _never_recomputes():
+                # In inference mode nothing recomputes, and the weights of earlier layers need not stay. torch.compile
+                # cannot trace the question.
+                if is_traced or not torch.is_inference_mode_enabled():
                     place = self._now, torch.is_grad_enabled()
                     self._found_by.setdefault(caller, []).append(place)
             return self._now
