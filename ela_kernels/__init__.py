@@ -3,6 +3,7 @@
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ela_kernels.analysis import analyze
 from ela_kernels.backends import backend_status, use_backend
 from ela_kernels.conversion import ConversionReport, convert, unconvert
 from ela_kernels.ebqm import EBQM, prune
@@ -33,6 +34,7 @@ __all__ = [
     "LayerHistory",
     "LightLayerAttention",
     "__version__",
+    "analyze",
     "backend_status",
     "convert",
     "explain",
@@ -46,7 +48,7 @@ __all__ = [
 ]
 
 # The subpackages that are for users. Networks are imported when they are asked for.
-_SUBPACKAGES = ("ebqm", "models", "modules")
+_SUBPACKAGES = ("analysis", "ebqm", "models", "modules")
 
 
 def __getattr__(name: str) -> object:

@@ -172,7 +172,7 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
     watch = _Watch(names)
     token = _watch.set(watch)
     try:
-        with _unchanged(model):
+        with unchanged(model):
             model(*inputs, **options)
     finally:
         _watch.reset(token)
@@ -180,9 +180,9 @@ def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are afterwards what they were."""
-    before = [(owned, dict(owned), _copies(owned)) for owned in map(buffers_of, model.modules())]
+    before = [(owned, dict(owned), copies_of(owned)) for owned in map(buffers_of, model.modules())]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kinds = {device.type for device in devices}
     device_type = kinds.pop() if len(kinds) == 1 else "cuda"
@@ -195,10 +195,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             owned.clear()
             owned.update(objects)  # the pass may have put others in their places
             for name, value in copies.items():
-                _restore(owned[name], value)
+                restore(owned[name], value)
 
 
-def _copies(owned: dict[str, Any]) -> dict[str, Tensor]:
+def copies_of(owned: dict[str, Any]) -> dict[str, Tensor]:
     """Of what has numbers to keep."""
     return {
         name: buffer.detach().clone()
@@ -207,7 +207,7 @@ def _copies(owned: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _restore(buffer: Tensor, value: Tensor) -> None:
+def restore(buffer: Tensor, value: Tensor) -> None:
     """Only where it was changed, and past autograd: a backward of an earlier pass may be to come."""
     if torch.equal(buffer.detach(), value):
         return

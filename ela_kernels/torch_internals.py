@@ -7,7 +7,9 @@ in a training run, unless it says otherwise. Most are bound here to another name
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -139,6 +141,16 @@ def is_exporting() -> bool:
     nothing of a compiled model.
     """
     return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def without_compiling() -> Any:
+    """A context in which compiled functions and modules run as they are written.
+
+    The public name loads the compiler, which takes seconds, and is needless where nobody has loaded it. Always.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 # --- Modules: what may be passed by, because calling it would run no more than its parameters say.

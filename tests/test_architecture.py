@@ -89,6 +89,10 @@ def test_no_modules_import_each_other() -> None:
         ),
         ("ebqm", {"ebqm", "modules", "ops", "backends", "torch_internals"}),
         ("models", {"models", "modules", "ops", "torch_internals"}),
+        (
+            "analysis",
+            {"analysis", "ebqm", "modules", "ops", "explaining", "torch_internals", "training"},
+        ),
     ],
 )
 def test_folders_import_what_is_below_them(folder: str, may_import: set[str]) -> None:

@@ -156,13 +156,13 @@ class FusedLayer(FusedFilters, LayerAttention):
         if (needs_dispatcher(x) or is_transformed()) and not form.carries:
             return None
         if form.starts or (form.starts_on_none and keys is None and values is None):
-            return LayerHistory()
+            return LayerHistory(repeats=True)  # what it is given says all about the pass
         if isinstance(keys, Carried):
             return keys.history
         history = continued(keys, values)
         if history is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
             keys, values = (t.make() if isinstance(t, Stacked) else t for t in (keys, values))
-            history = LayerHistory.holding(keys, values, heads=self.heads)
+            history = LayerHistory.holding(keys, values, heads=self.heads, repeats=True)
         return history
 
 

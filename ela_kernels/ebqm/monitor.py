@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ela_kernels.ebqm.beta import fit_beta, retention
 from ela_kernels.ebqm.decision import Candidate, Reason, Verdict, decide
+from ela_kernels.ebqm.mapping import map_scores
 from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
 from ela_kernels.ebqm.settings import Settings, checked_settings
@@ -274,18 +274,9 @@ class EBQM:
             layer.probe_next = due and not layer.pruned
 
     def _decide(self) -> None:
-        settings = self.settings
         seen = self._statistics.read()
         self._statistics.forget_bad()
-        finite = [i for i, x in enumerate(seen) if x is not None and math.isfinite(x)]
-        values = [x for x in seen if x is not None and math.isfinite(x)]
-        count = len(self._layers)
-        fitted, scores = [math.nan] * count, [math.nan] * count
-        fit = None
-        if values:
-            fit = fit_beta(values, settings.prior_count, settings.prior_concentration)
-            for i, (u, r) in zip(finite, retention(values, fit, settings.reference), strict=True):
-                fitted[i], scores[i] = u, r
+        fit, fitted, scores = map_scores(seen, self.settings)
         verdicts = self._verdicts(seen, scores)
         for i, (layer, verdict) in enumerate(zip(self._layers, verdicts, strict=True)):
             if layer.skipped != verdict.skipped:

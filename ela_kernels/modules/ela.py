@@ -28,6 +28,10 @@ MOST_OBSERVATIONS = 64
 _numbers = itertools.count(1)
 
 
+def _take_no_note(_: Tensor | None) -> None:
+    """Of a probe that is for somebody who looks on, who is told by the history."""
+
+
 class ELA(Skipping):
     """Efficient layer attention: a residual retrieval from the stage's history, skipped when it is redundant.
 
@@ -151,14 +155,17 @@ class ELA(Skipping):
     def _pass(self, x: Tensor, history: LayerHistory, probe: bool, copy: bool) -> Tensor:
         """Leave out the retrieval; give key and value where the skip mode says so."""
         attn, provides = self.attn, self.skip == "retrieval"
-        if attn is None or not (provides or probe):
+        # A pruned layer has nothing left to make a query with.
+        is_looked_at = probe or (history.is_observed and not self.pruned)
+        if attn is None or not (provides or is_looked_at):
             served_without_kernels(self, "skipped")
             history.pass_by(caller=self)
             return passed_on(x, copy or (not torch.compiler.is_compiling() and has_hooks(self)))
         # By its call, not by a method of it: wrappers and hooks work there.
         # Hooks may change what they get in place; a compiled graph copies where that needs it.
         copy = copy or (not torch.compiler.is_compiling() and has_hooks(self, attn))
-        turn = Turn(provides=provides, probe=self._observe if probe else None, copy=copy)
+        look = self._observe if probe else _take_no_note if is_looked_at else None
+        turn = Turn(provides=provides, probe=look, copy=copy)
         out: Tensor = attn(x, history, turn=turn)
         if out.dtype != x.dtype and out.dtype != torch.promote_types(out.dtype, x.dtype):
             # A wrapper (mixed precision of FSDP, say) cast what went in. Not x alone: backward hooks are on `out`.

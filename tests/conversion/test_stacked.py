@@ -162,3 +162,19 @@ def test_wrong_ones_are_refused_by_name() -> None:
         ValueError, match=r"^keys, values: got shapes \[2, 3, 8\] and \[2, 2, 8, 4, 3\]"
     ):
         layer(x, torch.randn(2, 3, 8), torch.randn(2, 2, 8, 4, 3))
+
+
+def test_layers_may_come_again_as_in_the_original() -> None:
+    theirs, ours = layers(2)
+    results = []
+    for stage in (theirs, ours):
+        x = torch.linspace(-1, 1, 2 * 8 * 12).double().view(2, 8, 4, 3)
+        k = v = None
+        for layer in (*stage, *stage, stage[1]):
+            out, k, v = layer(x, k, v)
+            x = x + out
+        stage.zero_grad()
+        x.square().sum().backward()
+        results.append([x, *(p.grad for p in stage.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)

@@ -54,8 +54,20 @@ class LayerHistory(Places):
     Works with `torch.utils.checkpoint` (`use_reentrant=False`) when `caller` is given, as the modules of this
     package do. Kernels give first derivatives only; second ones come with `use_backend("eager")`.
 
+    A second forward pass over a history is refused outside of a recomputation, as soon as the first two layers that
+    differ come again, one after the other. Not seen, since it may be on purpose: a stage whose places all share one
+    layer, or that has one layer, calls of :meth:`attend` without `caller`, and what compiled graphs or replicas run.
+
     A checkpoint keeps the history that it is called with. As with a list, both stay in memory where layers were
     checkpointed and their backward has not run to its end; elsewhere all goes with the last reference to the outputs.
+
+    Args:
+        repeats: the stage goes through its layers several times in one forward pass, on purpose (`a, b, a, b`, with
+            shared weights). A layer that comes again by itself (`a, a, a`, or `a, b, a, c`) needs no word.
+
+    Raises:
+        TypeError: `repeats` is no bool.
+        ValueError: by its methods, a second forward pass; the sentence names its first layers.
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -69,8 +81,8 @@ class LayerHistory(Places):
 
     _retrieves_its_own_way = False
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, repeats: bool = False) -> None:
+        super().__init__(repeats)
         self._record = Record()
         self._decided: Decided | None = None
         self.turns = Turns()
@@ -80,21 +92,6 @@ class LayerHistory(Places):
         super().__init_subclass__(**kwargs)
         if {"attend", "provide"} & vars(cls).keys() and "plan_layer" not in vars(cls):
             cls._retrieves_its_own_way = True
-
-    @property
-    def depth(self) -> int:
-        """Number of key and value pairs held."""
-        return len(self._now.pairs.keys)
-
-    @property
-    def weights(self) -> Tensor | None:
-        """Weights `[B, G, t]` of the last layer that retrieved; None before the first."""
-        return self._latest.weights
-
-    @property
-    def kl(self) -> Tensor | None:
-        """Divergence `[B, G]` of the last layer that retrieved from the one before it; None without one."""
-        return self._latest.kl
 
     @property
     def has_divergence(self) -> Tensor | None:
@@ -191,7 +188,7 @@ class LayerHistory(Places):
                 )
             token = snapshot.token
         at = snapshot.position + 1
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token), recomputing)
+        self._leave(Snapshot(pairs, at, heads, weights, kl, token), recomputing, caller)
         return out
 
     def provide(
@@ -216,7 +213,7 @@ class LayerHistory(Places):
             link = self._link(pairs, heads, 1.0, channels_last, backend)
             token = provide_pull(k, v, token, link)
         last = Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
-        self._leave(last, recomputing)
+        self._leave(last, recomputing, caller)
 
     def plan_layer(
         self,
@@ -317,7 +314,7 @@ class LayerHistory(Places):
         )
         pairs = snapshot.pairs.extended(k, v, link.path)
         at = snapshot.position + 1
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token), plan.recomputing)
+        self._leave(Snapshot(pairs, at, heads, weights, kl, token), plan.recomputing, caller)
         return out
 
     def _layer_link(
@@ -344,15 +341,14 @@ class LayerHistory(Places):
         pairs = snapshot.pairs.extended(k, v, link.path)
         at = snapshot.position + 1
         last = Snapshot(pairs, at, heads, snapshot.weights, snapshot.kl, token)
-        self._leave(last, plan.recomputing)
+        self._leave(last, plan.recomputing, caller)
 
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         recomputing = self.recomputing
         p = self._enter(caller, (), recomputing)
-        self._leave(
-            Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token), recomputing
-        )
+        after = Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token)
+        self._leave(after, recomputing, caller)
 
     @torch.no_grad()
     def probe(
@@ -371,7 +367,10 @@ class LayerHistory(Places):
         held, _, prev = self._read_by(q, self._now)
         keys = [*(key.detach() for key in held), k.detach()]
         prev = None if prev is None else prev.detach()
-        return layer_attention_weights(q.detach(), keys, heads, scale, prev)
+        found = layer_attention_weights(q.detach(), keys, heads, scale, prev)
+        if self._observer is not None:
+            self._observer.probed(self, found)
+        return found
 
     def _decided_with(
         self, snapshot: Snapshot, given: Tensor | None, is_decided: bool = False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels import torch_internals
+from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -20,23 +21,28 @@ def graph_task() -> int:
     return -1 if torch.compiler.is_compiling() else torch_internals.graph_task()
 
 
-def _never_recomputes() -> bool:
-    """True in inference mode: the weights of earlier layers need not stay. torch.compile cannot trace the question."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-
-
 class Places:
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
-    def __init__(self) -> None:
+    def __init__(self, repeats: bool = False) -> None:
+        if type(repeats) is not bool:
+            raise TypeError(
+                f"repeats: got {type(repeats).__name__}; allowed is True, for a stage that goes through its layers "
+                "several times in one forward pass, or False"
+            )
         self._now = Snapshot()
         self._latest = self._now
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
         self._made_in = graph_task()
         self.held: tuple[Tensor, Tensor] | None = None  # the stacked pairs that it began with
+        self._repeats = repeats
+        self._observer = present_observer()
+        # Who came last; the first two different layers that came one after the other, and the place of the second.
+        self._last: Any = None
+        self._first_two: tuple[Any, Any, int] | None = None
 
     @classmethod
-    def holding(cls, keys: Tensor, values: Tensor, *, heads: int) -> Self:
+    def holding(cls, keys: Tensor, values: Tensor, *, heads: int, repeats: bool = False) -> Self:
         """A history that holds `keys` `[B, T, C]` and `values` `[B, T, C, *spatial]`, made elsewhere.
 
         The layers after them retrieve them with the rest. They are read where they are; their gradients are those of
@@ -50,7 +56,7 @@ class Places:
                 f"keys, values: got shapes {list(keys.shape)} and {list(values.shape)}; allowed are [B, T, C] and "
                 "[B, T, C, *spatial]"
             )
-        history = cls()
+        history = cls(repeats)
         history._now = history._latest = Snapshot.of(keys, values, heads)
         history.held = (keys, values)
         return history
@@ -78,6 +84,26 @@ class Places:
         return other
 
     @property
+    def depth(self) -> int:
+        """Number of key and value pairs held."""
+        return len(self._now.pairs.keys)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights `[B, G, t]` of the last layer that retrieved; None before the first."""
+        return self._latest.weights
+
+    @property
+    def kl(self) -> Tensor | None:
+        """Divergence `[B, G]` of the last layer that retrieved from the one before it; None without one."""
+        return self._latest.kl
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether somebody looks on, who wants to know of skipped layers too what they would retrieve."""
+        return self._observer is not None
+
+    @property
     def recomputing(self) -> bool:
         """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
         return graph_task() not in (-1, self._made_in)
@@ -90,8 +116,15 @@ class Places:
     def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...], recomputing: bool) -> Snapshot:
         """The snapshot that this layer extends: the present one, or its old one in a recomputation."""
         if not recomputing:
-            if caller is not None and not _never_recomputes():
-                self._found_by.setdefault(caller, []).append((self._now, torch.is_grad_enabled()))
+            if caller is not None:
+                is_traced = torch.compiler.is_compiling()
+                if not is_traced and caller is not self._last:
+                    self._refuse_second_pass(caller)
+                # In inference mode nothing recomputes, and the weights of earlier layers need not stay. torch.compile
+                # cannot trace the question.
+                if is_traced or not torch.is_inference_mode_enabled():
+                    place = self._now, torch.is_grad_enabled()
+                    self._found_by.setdefault(caller, []).append(place)
             return self._now
         found = self._found_by.get(caller, []) if caller is not None else []
         if len(found) != 1:
@@ -109,7 +142,31 @@ class Places:
             )
         return snapshot
 
-    def _leave(self, snapshot: Snapshot, recomputing: bool) -> None:
+    def _refuse_second_pass(self, caller: Any) -> None:
+        """Refuse the stage's first two layers, one after the other, for the second time.
+
+        A layer alone may come again, also in a row: it may be shared by several places of the stage. A stage whose
+        layers all take turns again is told from a second pass by nothing but its word.
+        """
+        last, self._last = self._last, caller
+        if last is None:
+            return
+        if self._first_two is None:
+            self._first_two = last, caller, self._now.position
+            return
+        first, second, place = self._first_two
+        if caller is second and last is first and not self._repeats:
+            raise ValueError(
+                f"history: got a second forward pass, after {self._now.position - 1} layers: "
+                f"{type(first).__name__} of place {place - 1} and {type(second).__name__} of place {place} came again, "
+                "one after the other, and would retrieve from the pass before; allowed is one forward pass. Make a "
+                "new LayerHistory for each stage and forward pass; for a stage that goes through its layers several "
+                "times on purpose, LayerHistory(repeats=True)"
+            )
+
+    def _leave(self, snapshot: Snapshot, recomputing: bool, caller: Any) -> None:
         self._latest = snapshot
         if not recomputing:
+            if self._observer is not None:
+                self._observer.came_by(self, caller, self._now, snapshot)
             self._now = snapshot

@@ -57,13 +57,15 @@ class Turns:
 
     Attributes:
         stage: the number of the first of them, which stands for the stage; None before it came by.
+        present: whose turn it is; None where it is nobody's of them.
         watched: whether EBQM watches one of them.
     """
 
-    __slots__ = ("_given_by", "_is_on", "stage", "watched")
+    __slots__ = ("_given_by", "_is_on", "present", "stage", "watched")
 
     def __init__(self) -> None:
         self.stage: int | None = None
+        self.present: Skippable | None = None
         self.watched = False
         self._given_by: list[Readers] = []
         self._is_on = False
@@ -75,6 +77,7 @@ class Turns:
         self._is_on = True
         if recomputing or torch.compiler.is_compiling():
             return
+        self.present = layer
         layer.readers.came_by = True
         # Skipped or not: it may come back.
         reader = weakref.ref(layer)
@@ -83,7 +86,7 @@ class Turns:
 
     def end(self, readers: Readers | None) -> None:
         """The turn is over. Who comes by from now on is one of `readers`; None where no pair was given."""
-        self._is_on = False
+        self._is_on, self.present = False, None
         if readers is not None and not torch.compiler.is_compiling():
             readers.known = True
             self._given_by.append(readers)
