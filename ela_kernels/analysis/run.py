@@ -166,9 +166,10 @@ def _names(model: nn.Module) -> dict[Any, str]:
 def _left_out(model: nn.Module, seen: set[Any]) -> dict[str, str]:
     """Layers of this package that were not seen, by name, and why."""
     left = {}
-    inside = {part for m in model.modules() if isinstance(m, ELA) for part in m.modules()} - {
-        m for m in model.modules() if isinstance(m, ELA)
-    }
+    layers = {m for m in model.modules() if isinstance(m, ELA)}
+    inside = {part for m in layers for part in m.modules()} - layers
+    # Those of a converted block stand beside it.
+    inside |= {part for m in layers if m.lent and m.attn is not None for part in m.attn.modules()}
     for module, name in _names(model).items():
         if module in seen or module in inside:
             continue

@@ -202,3 +202,17 @@ def test_another_goal_is_refused() -> None:
 def test_light_forms_and_layers_without_a_block_are_said_to_stay() -> None:
     report = ek.convert(Network(light=True), to="ela")
     assert not any("ELA" in what for what in report.converted.values())
+
+
+def test_analysed() -> None:
+    """A converted network is looked at as one of ours, before and after it can be skipped."""
+    model, ours = both()
+    ek.convert(model)
+    for network, what in ((model, "mrla.mrla"), (ours, "ela")):
+        found = ek.analyze(network, [X])
+        assert [layer.name for layer in found.layers] == [f"blocks.{i}.{what}" for i in range(6)]
+        assert "left out" not in str(found)
+    plain, skippable = (ek.analyze(network, [X]).layers for network in (model, ours))
+    for a, b in zip(plain, skippable, strict=True):
+        assert a.weights == pytest.approx(b.weights)
+        assert a.divergence == pytest.approx(b.divergence, nan_ok=True)
