@@ -16,14 +16,14 @@ State = tuple[Tensor, Tensor]
 
 
 class Gates(nn.Module):
-    """Three gates from one vector, through a quarter of its channels."""
+    """Three gates from one vector, through a part of its channels."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         self.seq = nn.Sequential(
-            nn.Linear(channels, channels // 4),
+            nn.Linear(channels, channels // reduction),
             nn.ReLU(inplace=True),
-            nn.Linear(channels // 4, 3 * channels),
+            nn.Linear(channels // reduction, 3 * channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,11 +33,11 @@ class Gates(nn.Module):
 class SharingCell(nn.Module):
     """One step of a cell like an LSTM's, whose hidden state is the sigmoid of its memory."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         self.dropout = nn.Dropout(0.1)
-        self.w_ih = nn.ModuleList([Gates(channels)])
-        self.w_hh = nn.ModuleList([Gates(channels)])
+        self.w_ih = nn.ModuleList([Gates(channels, reduction)])
+        self.w_hh = nn.ModuleList([Gates(channels, reduction)])
         self.sigmoid = nn.Sigmoid()
 
     def forward(self, x: Tensor, state: State) -> State:
@@ -89,11 +89,11 @@ class BaseAttention(nn.Module):
 class BaseStage(nn.Module):
     """Blocks and attentions in turn; between them every earlier key and value is multiplied by a scale of its own."""
 
-    def __init__(self, layers: list[Trunk], attention: list[nn.Module]) -> None:
+    def __init__(self, layers: list[Trunk], attention: list[nn.Module], reduction: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.attention = nn.Sequential(*attention)
-        self.lstm = SharingCell(layers[0].channels)
+        self.lstm = SharingCell(layers[0].channels, reduction)
         self.GlobalAvg = nn.AdaptiveAvgPool2d((1, 1))
         self.GlobalAvg1 = nn.AdaptiveAvgPool2d((1, 1))
         self.relu = nn.ReLU(inplace=True)
@@ -140,12 +140,14 @@ class LightApart(nn.Module):
 class LightStage(nn.Module):
     """Blocks and attentions in turn; the shortcut is rescaled and filtered before it reaches the attention."""
 
-    def __init__(self, layers: list[Trunk], attention: list[nn.Module], filters: str) -> None:
+    def __init__(
+        self, layers: list[Trunk], attention: list[nn.Module], reduction: int, filters: str
+    ) -> None:
         super().__init__()
         channels, self.filters = layers[0].channels, filters
         self.layers = nn.Sequential(*layers)
         self.attention = nn.Sequential(*attention)
-        self.lstm = SharingCell(channels)
+        self.lstm = SharingCell(channels, reduction)
         self.GlobalAvg = nn.AdaptiveAvgPool2d((1, 1))
         self.GlobalAvg1 = nn.AdaptiveAvgPool2d((1, 1))
         self.add_module(
@@ -183,6 +185,7 @@ class DLAResNet(ResNet):
         drop: float = 0.0,
         classes: int = 10,
         image: int = 32,
+        reduction: int = 4,
         names: tuple[str, str] = ("layer_attention", "excite"),
     ) -> None:
         super().__init__(stem, width)
@@ -200,9 +203,9 @@ class DLAResNet(ResNet):
                 else:
                     attention.append(BaseAttention(channels, dim_perhead, j == 0, drop))
             if light:
-                stages.append(LightStage(blocks, attention, names[1]))
+                stages.append(LightStage(blocks, attention, reduction, names[1]))
             else:
-                stages.append(BaseStage(blocks, attention))
+                stages.append(BaseStage(blocks, attention, reduction))
         if stem == "cifar":
             self.stages = nn.ModuleList(stages)
         else:

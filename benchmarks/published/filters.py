@@ -108,12 +108,13 @@ class LightAttention(Filters):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.means(x)
-        q, k = (t.unflatten(2, (self.heads, -1)) for t in (self.Wq(y), self.Wk(y)))
+        q, k = (t.view(len(x), self.heads, 1, -1) for t in (self.Wq(y), self.Wk(y)))
         v = self.Wv(x)
         if hasattr(self, "act_v"):
             v = self.act_v(v)
-        gate = self.sigmoid((q * k).sum(-1) * self._norm_fact).transpose(1, 2)
-        return (v.unflatten(1, (self.heads, -1)) * gate[..., None, None]).view_as(x)
+        scores = torch.einsum("bgid,bgjd->bgij", q, k) * self._norm_fact
+        gate = self.sigmoid(scores).unsqueeze(-1)
+        return (v.unflatten(1, (self.heads, -1)) * gate).view_as(v)
 
 
 class ContextAttention(Filters):

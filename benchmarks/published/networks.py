@@ -74,7 +74,15 @@ NETWORKS = {
     "dynamic base": Published(partial(DLAResNet, "base", DEPTHS, **_cifar), CIFAR, 5),
     "dynamic light": Published(partial(DLAResNet, "light", DEPTHS, **_cifar), CIFAR, 5),
     "dynamic light, imagenet": Published(
-        partial(DLAResNet, "light", DEPTHS, stem="imagenet", names=("mrla", "extict"), **_images),
+        partial(
+            DLAResNet,
+            "light",
+            DEPTHS,
+            stem="imagenet",
+            reduction=16,
+            names=("mrla", "extict"),
+            **_images,
+        ),
         IMAGES,
         5,
     ),
