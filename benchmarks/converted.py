@@ -125,7 +125,7 @@ def measure_family(
     return {
         "shape": list(shape),
         "converted": len(report.converted),
-        "left": dict(report.left),
+        "left": {name: str(reason) for name, reason in report.left.items()},
         "training": training,
         "inference": inference,
         "peak_bytes": peaks,
