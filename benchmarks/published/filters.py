@@ -27,7 +27,7 @@ class Filters(nn.Module):
         self.Wq = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.Wk = nn.Conv1d(1, 1, size, padding=size // 2, bias=False)
         self.Wv = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels, bias=False)
-        self._norm_fact = dim_perhead**-0.5
+        self._norm_fact = 1 / math.sqrt(dim_perhead)
 
     def means(self, x: Tensor) -> Tensor:
         """Means over space `[B, 1, C]`."""
@@ -129,9 +129,9 @@ class ContextAttention(Filters):
         maps = ctx.flatten(0, 1)
         q = self.Wq(self.means(x)).view(b, self.heads, 1, -1)
         k = self.Wk(self.means(maps)).reshape(b, self.heads, t, -1)
-        v = self.Wv(maps).view(b, self.heads, t, -1)
-        weights = (q @ k.transpose(-1, -2) * self._norm_fact).softmax(-1)
-        return (weights @ v).view(b, c, h, w)
+        v = self.Wv(maps).view(b, self.heads, t, -1, h, w)
+        weights = (torch.einsum("bgid,bgtd->bgit", q, k) * self._norm_fact).softmax(-1)
+        return torch.einsum("bgit,bgtdhw->bgidhw", weights, v).view(b, c, h, w)
 
 
 class ElementwiseMap(nn.Module):
