@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.converted import CONVERTED, FAMILIES, ORIGINAL
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
@@ -68,6 +69,8 @@ def _targets(results: Results) -> Iterator[Target]:
             yield Target(f"network, {name} over plain", "resnet56", value, bound, False)
         value = networks["concatenating_over"]["mrla"]["of_medians"]
         yield Target("network, concatenating over mrla", "resnet56", value, 2.0, True)
+    if not results["small"]:  # a small network's time is that of everything but its layers
+        yield from _converted_targets(results["converted"])
     for shape, floor in results["floor"].items():
         forward, backward = (floor[f"{name}_percent_of_probe"] for name in ("forward", "backward"))
         yield Target("op forward, % of read probe", shape, forward, 80.0, True)
@@ -87,6 +90,45 @@ def _targets(results: Results) -> Iterator[Target]:
             overhead = results["overhead"][what]["both"]["median"]
             name = f"overhead of the {what}, us a layer"
             yield Target(name, results["overhead"]["shape"], overhead, bound, False)
+
+
+def _converted_targets(converted: Results) -> Iterator[Target]:
+    for name, found in converted.items():
+        family = FAMILIES[name]
+        for phase in ("training", "inference"):
+            value = found[phase]["times_faster"]["of_medians"]
+            what = f"converted, {phase}, times faster than the original"
+            yield Target(what, name, value, family.faster, True)
+        if family.memory is not None:
+            what = "converted, peak memory of a step over the original's"
+            yield Target(what, name, found["peak_ratio"], family.memory, False)
+
+
+def _converted_table(converted: Results) -> list[str]:
+    lines = ["Networks in their published shapes, as they are and converted (kept malloc)", ""]
+    rows = []
+    for name, found in converted.items():
+        cells = [f"{name} {found['shape']}", f"{found['converted']} of {_layers(found)}"]
+        for phase in ("training", "inference"):
+            ms = found[phase]["ms"]
+            cells.append(f"{_time(ms[ORIGINAL])} -> {_time(ms[CONVERTED])}")
+            cells.append(f"{found[phase]['times_faster']['of_medians']:.2f}")
+        peaks = [found["peak_bytes"][form] / 2**20 for form in (ORIGINAL, CONVERTED)]
+        cells += [f"{peaks[0]:.1f} -> {peaks[1]:.1f}", f"{found['peak_ratio']:.2f}"]
+        rows.append(cells)
+    head = ["network", "layers", "training step, ms", "faster", "inference, ms", "faster"]
+    head += ["peak of a step, MiB", "ratio"]
+    lines += [*table(head, rows), ""]
+    reasons = {(n, why) for n, found in converted.items() for why in found["left"].values()}
+    if reasons:
+        lines += [f"- {name}: left alone: {why}" for name, why in sorted(reasons)]
+        lines.append("")
+    return lines
+
+
+def _layers(found: Results) -> int:
+    """Layers that were converted or left."""
+    return int(found["converted"]) + len(found["left"])
 
 
 def text_report(results: Results) -> str:
@@ -136,6 +178,8 @@ def text_report(results: Results) -> str:
             for name, ms in networks["ms"].items()
         ]
         lines += [*table(["network", "a step", "over plain"], rows), ""]
+    if results["converted"]:
+        lines += _converted_table(results["converted"])
     if results["floor"]:
         lines += ["Op against the read probe (GB/s of the least bytes)", ""]
         rows = [

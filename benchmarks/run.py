@@ -1,7 +1,8 @@
 """Measure layer attention on this machine and write what was found.
 
 python -m benchmarks.run --quick --out results/bench     one stage, the compiled baseline left out: under a minute
-python -m benchmarks.run --full --out results/bench      everything: half an hour
+python -m benchmarks.run --full --out results/bench      everything: an hour
+python -m benchmarks.run --smoke --out results/bench     tiny sizes: does everything run? its numbers mean nothing
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.environment import (
     process_environment,
 )
 from benchmarks.report import plot, text_report
-from benchmarks.shapes import QUICK_STAGES, STAGES, StageShape, parse_shape
+from benchmarks.shapes import QUICK_STAGES, SMOKE_STAGES, STAGES, StageShape, parse_shape
 from benchmarks.worker import ONCE, PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ FULL_ROUNDS = {
     "divergence": 60,
     "overhead": 400,
     "networks": 11,
+    "converted": 7,
 }
 QUICK_ROUNDS = {
     "stages": 5,
@@ -49,7 +51,10 @@ QUICK_ROUNDS = {
     "divergence": 15,
     "overhead": 60,
     "networks": 3,
+    "converted": 3,
 }
+# Parts that --quick and --smoke leave out: whole networks take minutes, except small ones.
+LEFT_OUT = {"quick": ("networks", "converted"), "smoke": ("networks",), "full": ()}
 
 
 class Run:
@@ -58,11 +63,15 @@ class Run:
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.folder = folder
         self.threads: int | None = args.threads
-        self.rounds = QUICK_ROUNDS if args.quick else FULL_ROUNDS
-        if args.rounds is not None:
-            self.rounds = dict.fromkeys(self.rounds, args.rounds)
-        self.shapes: list[StageShape] = args.shapes or list(QUICK_STAGES if args.quick else STAGES)
-        self.parts: list[str] = args.parts or [p for p in PARTS if args.full or p != "networks"]
+        size = "full" if args.full else "quick" if args.quick else "smoke"
+        self.small = size == "smoke"
+        self.rounds = FULL_ROUNDS if size == "full" else QUICK_ROUNDS
+        rounds = 2 if self.small and args.rounds is None else args.rounds
+        if rounds is not None:
+            self.rounds = dict.fromkeys(self.rounds, rounds)
+        stages = {"full": STAGES, "quick": QUICK_STAGES, "smoke": SMOKE_STAGES}[size]
+        self.shapes: list[StageShape] = args.shapes or list(stages)
+        self.parts: list[str] = args.parts or [p for p in PARTS if p not in LEFT_OUT[size]]
         compiled = args.full if args.compile is None else args.compile
         self.processes: list[dict[str, Any]] = []
         self.contenders = [EAGER, *([COMPILED] if compiled else []), LAYER, PULL, PUSH]
@@ -107,6 +116,8 @@ class Run:
         command += ["--rounds", json.dumps(self.rounds)]
         if self.threads is not None:
             command += ["--threads", str(self.threads)]
+        if self.small:
+            command.append("--small")
         start = time.perf_counter()
         done = subprocess.run(
             command,
@@ -135,12 +146,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--quick", action="store_true", help="one stage, few rounds")
     size.add_argument("--full", action="store_true", help="all stages")
+    size.add_argument("--smoke", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
         "--shapes", type=parse_shape, nargs="+", metavar="TxBxCxHxD", help="other stages"
     )
     parser.add_argument(
-        "--parts", nargs="+", choices=PARTS, help="all with --full; with --quick no networks"
+        "--parts", nargs="+", choices=PARTS, help="all with --full; else no networks of full size"
     )
     parser.add_argument("--rounds", type=int, help="rounds of every part")
     parser.add_argument("--threads", type=int, help="torch.set_num_threads")
@@ -162,7 +174,12 @@ def main(argv: list[str] | None = None) -> None:
     machine = describe(args.threads)
     with tempfile.TemporaryDirectory(prefix="ela-benchmarks-") as folder:
         run = Run(args, Path(folder))
-        results = {"machine": machine, "rounds": run.rounds, **run.measure()}
+        results = {
+            "machine": machine,
+            "rounds": run.rounds,
+            "small": run.small,
+            **run.measure(),
+        }
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = text_report(results)
     (args.out / "tables.md").write_text(text)

@@ -43,6 +43,8 @@ STAGES = (
 
 QUICK_STAGES = (StageShape(12, 4, 256, 14, 16),)
 
+SMOKE_STAGES = (StageShape(3, 2, 16, 6, 8),)
+
 # So small that nothing but Python, autograd and the calls themselves is left.
 OVERHEAD_STAGE = StageShape(12, 1, 16, 4, 16)
 

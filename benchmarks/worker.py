@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.blocks import measure_blocks
+from benchmarks.converted import measure_converted
 from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.layer_floor import measure_layer_floor
 from benchmarks.light import measure_light
@@ -35,20 +36,23 @@ PARTS = (
     "memory",
     "overhead",
     "networks",
+    "converted",
 )
 # Whose numbers do not depend on the shape.
-ONCE = ("overhead", "networks")
+ONCE = ("overhead", "networks", "converted")
 
 
 def measure(
-    part: str, shape: StageShape, contenders: list[str], rounds: dict[str, int]
+    part: str, shape: StageShape, contenders: list[str], rounds: dict[str, int], small: bool
 ) -> dict[str, Any]:
-    """One part's results."""
+    """One part's results. `small`: small networks where a part's do not depend on the shape."""
     with_contenders = {"stages": measure_stage, "blocks": measure_blocks, "light": measure_light}
     if part in with_contenders:
         return with_contenders[part](shape, contenders, rounds[part])
     if part == "networks":
         return measure_networks(rounds[part])
+    if part == "converted":
+        return measure_converted(rounds[part], small)
     if part == "memory":
         return measure_memory(shape, contenders)
     if part == "overhead":
@@ -69,6 +73,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", required=True)
     parser.add_argument("--rounds", type=json.loads, required=True)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     if args.threads is not None:
@@ -77,7 +82,7 @@ def main() -> None:
     log = {}
     for part in args.parts:
         load, start = os.getloadavg()[0], time.perf_counter()
-        results[part] = measure(part, args.shape, args.contenders, args.rounds)
+        results[part] = measure(part, args.shape, args.contenders, args.rounds, args.small)
         seconds = time.perf_counter() - start
         log[part] = {"load_before": round(load, 2), "seconds": round(seconds, 1)}
     with tempfile.NamedTemporaryFile("w", dir=args.out.parent, delete=False) as file:
