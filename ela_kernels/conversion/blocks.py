@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.conversion.cut import Given, run_up_to
 from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer
+from ela_kernels.explaining import refused
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode, Skipping
-from ela_kernels.torch_internals import has_hooks, has_own_hooks, own_child, part_of
+from ela_kernels.torch_internals import has_hooks, has_own_hooks, is_exporting, own_child, part_of
 
 
 class Tail(NamedTuple):
@@ -53,6 +55,13 @@ def _act(block: FusedBlock) -> nn.Module:
     return _RELU if tail.act == FUNCTIONAL else _part(block, tail.act)
 
 
+def _layer_in(attention: nn.Module) -> nn.Module:
+    """The layer itself; of the light form it is in the module that has the decay."""
+    if isinstance(attention, FusedDecay):
+        return part_of(attention, attention.fused_layer_name)
+    return attention
+
+
 class FusedBlock(Fused):
     """In front of a residual block; the forward's arguments and results are the original's."""
 
@@ -62,14 +71,17 @@ class FusedBlock(Fused):
         """As the original."""
         tail = self.fused_tail
         attention = part_of(self, tail.attention)
-        if (
-            torch.compiler.is_compiling()
-            or not args
-            or not isinstance(args[0], Tensor)
-            or has_hooks(attention, *(part_of(self, name) for name in tail.between))
-        ):
+        if torch.compiler.is_compiling():
             return self.fused_original_forward(*args, **options)
-        found = run_up_to(attention, self.fused_original_forward, *args, **options)
+        why = None
+        if has_hooks(attention, *(part_of(self, name) for name in tail.between)):
+            why = "the attention, or a module between the block and it, has hooks, or all modules have"
+        elif not args or not isinstance(args[0], Tensor):
+            why = "the block is not called with its map in first place"
+        if why is not None:
+            refused(_layer_in(attention), "block", refusal_by((why,)))
+            return self.fused_original_forward(*args, **options)
+        found = run_up_to(attention, self.fused_original_forward, args, options)
         if not isinstance(found, Given):
             return found
         # Out here, what the block's own code held is freed.
@@ -78,10 +90,11 @@ class FusedBlock(Fused):
         if isinstance(attention, FusedLayer):
             out = residual_block(attention, norm, act, drop_path, x, state, samples=True)
             return attention.fused_with_state(out, state)
-        assert isinstance(attention, FusedDecay)
-        layer = part_of(attention, attention.fused_layer_name)
+        layer = _layer_in(attention)
         assert isinstance(layer, FusedGate)
-        return light_residual_block(layer, norm, act, drop_path, x, state, samples=True)[0]
+        assert isinstance(attention, FusedDecay)
+        decay = attention.fused_decay()
+        return light_residual_block(layer, norm, act, drop_path, x, state, True, decay)[0]
 
     def fused_release(self) -> None:
         super().fused_release()
@@ -101,6 +114,15 @@ class BlockELA(ELA):
         Skipping.__init__(self, skip)
         self._begin()
         self._block = (block,)  # no child
+
+    def is_of(self, block: FusedELABlock) -> None:
+        """Where it stands: a replica's block is another one."""
+        if self._block[0] is not block:
+            self._block = (block,)
+
+    def is_around(self, layer: nn.Module) -> bool:
+        """Whether its attention is `layer`."""
+        return self._layer is layer
 
     def _has_query(self, state_dict: dict[str, Any], prefix: str) -> bool:
         """The block has seen to it already."""
@@ -155,13 +177,20 @@ class FusedELABlock(FusedBlock):
         """As the original; where its retrieval is skipped, without it."""
         tail = self.fused_tail
         attention, ela = part_of(self, tail.attention), part_of(self, "ela")
+        assert isinstance(ela, BlockELA)
+        ela.is_of(self)
+        if is_exporting():
+            raise RuntimeError(
+                f"{type(self).__name__}: got torch.export of a network that was converted with to='ela', which leaves "
+                "a block in the middle; allowed is to export it after ela_kernels.unconvert, or without to='ela'"
+            )
         hooked = [n for n in (tail.attention, *tail.between) if has_own_hooks(part_of(self, n))]
         if hooked:
             raise RuntimeError(
                 f"{type(self).__name__}: got hooks on {', '.join(hooked)}, whose calls a block that was converted with "
                 "to='ela' does not finish; allowed are hooks on the block, its norm or Wq, Wk and Wv"
             )
-        found = run_up_to(attention, self.fused_original_forward, *args, **options)
+        found = run_up_to(attention, self.fused_original_forward, args, options)
         if not isinstance(found, Given):
             raise RuntimeError(
                 f"{type(self).__name__}: its attention was called under other circumstances than the block (gradients, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Literal, TypeVar
 
 from torch import nn
@@ -14,11 +15,10 @@ from ela_kernels.conversion.fused import (
     FusedDecay,
     FusedGate,
     FusedLayer,
-    Lender,
     fuse,
     unfuse,
 )
-from ela_kernels.conversion.handshake import base_form, check_names, light_form
+from ela_kernels.conversion.handshake import base_form, check_class, check_names, light_form
 from ela_kernels.conversion.report import ConversionReport
 from ela_kernels.conversion.tails import find_tail
 from ela_kernels.conversion.trial import DisagreementError, isolated, parameter_names
@@ -152,9 +152,20 @@ class _Plan:
         self.steps: list[tuple[nn.Module, type[Fused], dict[str, object]]] = []
         self.own: nn.Module | None = None
         self.skip: SkipMode | None = None
+        self.elas: list[BlockELA] = []  # that are there already
 
-    def add_block(self, attention: str, dim: int, holds: bool, names: dict[str, nn.Module]) -> None:
-        """Convert the residual block around `attention` too, where it is one."""
+    def add_block(
+        self,
+        attention: str,
+        dim: int,
+        holds: bool,
+        names: dict[str, nn.Module],
+        fuse_copy: Callable[[nn.Module], None],
+    ) -> None:
+        """Convert the residual block around `attention` too, where it is one.
+
+        `fuse_copy`: converts the attention, given a copy of it.
+        """
         parts = attention.split(".")
         why = "no residual block is around it"
         for i in range(len(parts) - 1, -1, -1):
@@ -168,14 +179,15 @@ class _Plan:
             try:
                 if is_parametrized(block):
                     raise DisagreementError("the block has a parametrization of its own")
-                check_names(block, FusedBlock if self.skip is None else FusedELABlock)
+                mixin = FusedBlock if self.skip is None else FusedELABlock
+                check_names(block, mixin)
+                check_class(block, mixin)
                 if self.skip is not None and hasattr(block, "ela"):
                     raise DisagreementError("it has ela of its own, a name that ours needs")
-                tail = find_tail(block, inside, dim, holds)
+                tail = find_tail(block, inside, dim, holds, fuse_copy)
             except DisagreementError as error:
                 why = str(error)
             else:
-                mixin = FusedBlock if self.skip is None else FusedELABlock
                 self.steps.append((block, mixin, {"fused_tail": tail}))
                 self.what += ", with the residual block"
                 if self.skip is not None:
@@ -184,6 +196,9 @@ class _Plan:
         self.what += f"; not the block: {why}"
 
     def carry_out(self) -> None:
+        for ela in self.elas:
+            if self.skip is not None:
+                ela.skip = self.skip
         for module, mixin, kept in self.steps:
             fuse(module, mixin, **kept, what=self.what)
             if isinstance(module, FusedELABlock):
@@ -206,7 +221,11 @@ def _plan(
     """
     if isinstance(module, QueryKeyValue):
         if isinstance(module, Fused):
-            return _Plan(module.fused_what)
+            plan = _Plan(module.fused_what)
+            elas = (m for m in names.values() if isinstance(m, BlockELA))
+            plan.elas = [ela for ela in elas if ela.is_around(module)]
+            plan.skip = skip
+            return plan
         plan = _Plan("LayerAttention")
         if type(module) is ConcatLayerAttention:
             plan.own = module
@@ -223,7 +242,9 @@ def _plan(
     plan = _Plan(f"base form, {form.dim // form.head_dim} heads of {form.head_dim}")
     plan.steps.append((module, FusedLayer, {"fused_form": form}))
     plan.skip = skip
-    plan.add_block(name, form.dim, True, names)
+    plan.add_block(
+        name, form.dim, True, names, lambda copy: fuse(copy, FusedLayer, fused_form=form)
+    )
     return plan
 
 
@@ -236,9 +257,13 @@ def _light_plan(name: str, module: nn.Module, names: dict[str, nn.Module]) -> _P
         raise DisagreementError("the module around it has a parametrization of its own")
     form, factor = light_form(parent, child)
     plan = _Plan(f"light form, {form.dim // form.head_dim} heads of {form.head_dim}")
-    plan.steps.append(
-        (module, FusedGate, {"fused_form": form, "fused_lender": Lender(parent, factor)})
-    )
-    plan.steps.append((parent, FusedDecay, {"fused_layer_name": child}))
-    plan.add_block(around, form.dim, False, names)
+    of_parent: dict[str, object] = {"fused_layer_name": child, "fused_factor": factor}
+    plan.steps.append((module, FusedGate, {"fused_form": form}))
+    plan.steps.append((parent, FusedDecay, of_parent))
+
+    def fuse_copy(copy: nn.Module) -> None:
+        fuse(copy.get_submodule(child), FusedGate, fused_form=form)
+        fuse(copy, FusedDecay, fused_layer_name=child, fused_factor=factor)
+
+    plan.add_block(around, form.dim, False, names, fuse_copy)
     return plan

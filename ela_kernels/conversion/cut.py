@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.dispatch import refusal_by
+from ela_kernels.explaining import refused
 from ela_kernels.torch_internals import cuda_stream, top_saved_tensors_hooks
+
+_OTHERWISE = (
+    "the block calls its attention under other circumstances than it is called itself (gradients, autocast, a "
+    "checkpoint, a stream)"
+)
 
 
 class Given(NamedTuple):
@@ -59,15 +66,18 @@ def _circumstances(x: Tensor) -> tuple[object, ...]:
 
 
 def run_up_to(
-    attention: nn.Module, forward: Callable[..., Any], x: Tensor, *args: Any, **options: Any
+    attention: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Any:
     """What the attention was :class:`Given`, where `forward` could be left there; otherwise its result."""
     if torch.compiler.is_compiling():
-        return _traced_up_to(attention, forward, x, *args, **options)
+        return _traced_up_to(attention, forward, args, options)
     before = _cut.attention, _cut.circumstances
-    _cut.attention, _cut.circumstances = attention, _circumstances(x)
+    _cut.attention, _cut.circumstances = attention, _circumstances(args[0])
     try:
-        return forward(x, *args, **options)
+        return forward(*args, **options)
     except _Reached as reached:
         if reached.attention is not attention:
             raise
@@ -77,7 +87,10 @@ def run_up_to(
 
 
 def _traced_up_to(
-    attention: nn.Module, forward: Callable[..., Any], *args: Any, **options: Any
+    attention: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> Any:
     """:func:`run_up_to` while a graph is compiled, which cannot look at what a thread has to itself."""
     object.__setattr__(attention, _ENDS, True)
@@ -95,12 +108,18 @@ def _traced_up_to(
 _ENDS, _GIVEN = "_ends_its_block", "_given"
 
 
-def end_here(attention: nn.Module, x: Tensor, state: Any) -> None:
-    """Called by an attention with what it was given: leaves the block around it, if that asked for it."""
+def end_here(attention: nn.Module, layer: nn.Module, x: Tensor, state: Any) -> None:
+    """Called by an attention with what it was given: leaves the block around it, if that asked for it.
+
+    `layer`: the layer in it, of which it is noted why the block was not left.
+    """
     if torch.compiler.is_compiling():
         if getattr(attention, _ENDS, False):
             object.__setattr__(attention, _GIVEN, Given(x, state))
             raise _TracedReached
         return
-    if _cut.attention is attention and _cut.circumstances == _circumstances(x):
+    if _cut.attention is not attention:
+        return
+    if _cut.circumstances == _circumstances(x):
         raise _Reached(attention, Given(x, state))
+    refused(layer, "block", refusal_by((_OTHERWISE,)))

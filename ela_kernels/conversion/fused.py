@@ -18,8 +18,9 @@ from ela_kernels.conversion.stacked import Stacked, continued
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
+from ela_kernels.ops.autocast import is_autocast_on
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.torch_internals import has_hooks, is_plain_convolution
+from ela_kernels.torch_internals import has_hooks, has_own_hooks, is_plain_convolution, own_child
 
 
 class Form(NamedTuple):
@@ -52,6 +53,9 @@ class Fused(nn.Module):
     def fused_original_forward(self, *args: Any, **options: Any) -> Any:
         """As the module was written."""
         return self.fused_original.forward(self, *args, **options)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Not that of the original, which may keep a register of its subclasses or ask for options."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, and cannot be found by its name.
@@ -90,6 +94,11 @@ class FusedFilters(Fused, QueryKeyValue):
         y = y.unsqueeze(1)
         return [w(y).squeeze(1) for w in filters]
 
+    def fused_is_watched(self) -> bool:
+        """Whether a part that ours does not call has hooks."""
+        others = [m for name, m in self.named_children() if name not in ("Wq", "Wk", "Wv")]
+        return any(has_own_hooks(*other.modules()) for other in others)
+
     def fused_release(self) -> None:
         super().fused_release()
         del self.fused_form
@@ -107,22 +116,23 @@ class FusedLayer(FusedFilters, LayerAttention):
 
     stands_for = LayerAttention
 
-    def forward(self, x: Any, *state: Any, **options: Any) -> Any:
+    def forward(self, *args: Any, **options: Any) -> Any:
         """As the original: `out` `[B, C, H, W]`, keys `[B, t, C]` and values `[B, t, C, H, W]` up to this layer.
 
         Keys and values are stand-ins that carry the history, and become tensors when they are looked into. Given a
         :class:`ela_kernels.LayerHistory` in their place it is a `LayerAttention`.
         """
-        if state and isinstance(state[0], LayerHistory):
-            return super().forward(x, *state, **options)
-        names = self.fused_form.parameters[1:]
-        given = (*state, *(options.pop(n) for n in names[len(state) :] if n in options))
-        if options or len(given) != 2:
-            return self.fused_original_forward(x, *state, **options)
-        history = self.fused_history(x, *given)
+        if len(args) > 1 and isinstance(args[1], LayerHistory):
+            return super().forward(*args, **options)
+        names = self.fused_form.parameters
+        given = (*args, *(options[n] for n in names[len(args) :] if n in options))
+        if len(given) != 3 or len(given) != len(args) + len(options):
+            return self.fused_original_forward(*args, **options)
+        x, *state = given
+        history = self.fused_history(x, *state)
         if history is None:
-            return self.fused_original_forward(x, *given)
-        end_here(self, x, history)
+            return self.fused_original_forward(*given)
+        end_here(self, self, x, history)
         return self.fused_with_state(super().forward(x, history), history)
 
     @staticmethod
@@ -151,7 +161,7 @@ class FusedLayer(FusedFilters, LayerAttention):
     def fused_history(self, x: Any, keys: Any, values: Any) -> Any:
         """The one that the layer goes on with; None where the original has to serve."""
         form = self.fused_form
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor) or self.fused_is_watched():
             return None
         if (needs_dispatcher(x) or is_transformed()) and not form.carries:
             return None
@@ -159,63 +169,68 @@ class FusedLayer(FusedFilters, LayerAttention):
             return LayerHistory(repeats=True)  # what it is given says all about the pass
         if isinstance(keys, Carried):
             return keys.history
+        if not (isinstance(keys, Tensor) and isinstance(values, Tensor)):
+            return None
+        # Anything else, resized or empty, say, is the original's own to serve or to refuse.
+        batch, *rest = x.shape
+        if keys.dim() != 3 or keys.shape[::2] != (batch, form.dim) or keys.device != x.device:
+            return None
+        if values.shape != (batch, keys.shape[1], *rest) or values.device != x.device:
+            return None
         history = continued(keys, values)
-        if history is None and isinstance(keys, Tensor) and isinstance(values, Tensor):
+        if history is None:
+            if not keys.dtype == values.dtype == x.dtype or is_autocast_on(x):
+                return None
             keys, values = (t.make() if isinstance(t, Stacked) else t for t in (keys, values))
             history = LayerHistory.holding(keys, values, heads=self.heads, repeats=True)
         return history
 
 
-class Lender(NamedTuple):
-    """The module around a light layer that has its `lambda_t`, and the parameter's name; no child of it."""
-
-    module: nn.Module
-    name: str
-
-
 class FusedGate(FusedFilters, LightLayerAttention):
-    """The light form's layer, which borrows the decay of the module around it.
+    """The light form's layer: `forward(x)`, the gated value alone.
 
-    Called as the original, `forward(x)`, it gives the gated value alone; the module around it gives it the previous
-    output too.
+    Given the output before and a decay as well, it is the light form.
     """
 
-    fused_lender: Lender
     stands_for = LightLayerAttention
 
-    # The factor [C, 1, 1], under the name that the kernels' plan knows.
-    lambda_t = property(lambda self: getattr(*self.fused_lender))
-
-    def forward(self, x: Tensor, prev_out: Tensor | None = None) -> Tensor:
-        if prev_out is None:
-            out: Tensor = self.fused_original_forward(x)
-            return out
-        return super().forward(x, prev_out)
-
-    def fused_release(self) -> None:
-        super().fused_release()
-        del self.fused_lender
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """As the original, or `[B, C, H, W]` of `x`, the output before and the decay."""
+        if options or len(args) != 3:
+            return self.fused_original_forward(*args, **options)
+        return super().forward(*args)
 
 
 class FusedDecay(Fused):
     """The module around a light layer: `forward(x, prev_out)`, the gated value plus the decayed previous output."""
 
     fused_layer_name: str
+    fused_factor: str
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original: `[B, C, H, W]` of `x` and the output before, `[B, C, H, W]` each."""
-        layer = self._modules.get(self.fused_layer_name)
-        if options or len(args) != 2 or not isinstance(layer, FusedGate) or has_hooks(layer):
+        layer = own_child(self, self.fused_layer_name)
+        if (
+            options
+            or len(args) != 2
+            or not isinstance(layer, FusedGate)
+            or has_hooks(layer)
+            or layer.fused_is_watched()
+        ):
             return self.fused_original_forward(*args, **options)
         x, prev_out = args
         if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():
             return self.fused_original_forward(x, prev_out)
-        end_here(self, x, prev_out)
-        return layer(x, prev_out)
+        end_here(self, layer, x, prev_out)
+        return layer(x, prev_out, self.fused_decay())
+
+    def fused_decay(self) -> Any:
+        """The decay, `[C, 1, 1]`."""
+        return getattr(self, self.fused_factor)
 
     def fused_release(self) -> None:
         super().fused_release()
-        del self.fused_layer_name
+        del self.fused_layer_name, self.fused_factor
 
 
 _classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}

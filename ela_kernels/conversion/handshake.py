@@ -15,15 +15,25 @@ from ela_kernels.conversion.fused import (
     FusedDecay,
     FusedGate,
     FusedLayer,
-    Lender,
     fuse,
+    fused_class,
     names_taken,
 )
-from ela_kernels.conversion.trial import Copy, DisagreementError, close, failure, parameter_names
+from ela_kernels.conversion.trial import (
+    Copy,
+    DisagreementError,
+    RaisedError,
+    close,
+    failure,
+    kept_by,
+    parameter_names,
+    same_gradients,
+)
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 from ela_kernels.ops.light_layer_attention import light_layer_attention
 
-MAP, DEPTH = (5, 4), 3
+# Deeper than any stage that was published, so that a window over the last layers is seen for what it is.
+MAP, DEPTH = (3, 2), 48
 SUMS = "keys and values come from running sums: not softmax layer attention"
 
 
@@ -81,11 +91,12 @@ def base_form(module: nn.Module) -> Form:
     if len(layer.names) != 3:
         raise DisagreementError(_unknown_call(layer))
     random = layer.copy.random
-    x = random(2, layer.dim, *MAP)
-    held_keys = random(2, DEPTH, layer.dim)
-    held_values = random(2, DEPTH, layer.dim, *MAP)
+    x = random(2, layer.dim, *MAP).requires_grad_()
+    held_keys = random(2, DEPTH, layer.dim).requires_grad_()
+    held_values = random(2, DEPTH, layer.dim, *MAP).requires_grad_()
+    given = (x, held_keys, held_values)
     try:
-        found = layer.copy.run(x, held_keys, held_values)
+        found = layer.copy.run(*given)
     except DisagreementError:
         if _adds_up(layer, x):
             raise DisagreementError(SUMS) from None
@@ -102,7 +113,7 @@ def base_form(module: nn.Module) -> Form:
     if not starts:
         try:
             first = _three(layer.copy.run(x, None, None))
-        except DisagreementError:
+        except RaisedError:
             pass  # it is never called so
         else:
             one = (v[:, -1], k[:, -1:], v[:, -1:])
@@ -123,8 +134,15 @@ def base_form(module: nn.Module) -> Form:
         if close(out, want):
             form = layer.form(head_dim, starts=starts, starts_on_none=starts_on_none)
             check_names(layer.own, FusedLayer, form)
+            check_class(layer.own, FusedLayer)
+            calls = [given, (x, None, None)] if starts_on_none else [given]
+            theirs = [_three(layer.copy.evaluated(*call)) for call in calls]
+            gradients = [
+                layer.copy.gradients(of, call) for of, call in zip(theirs, calls, strict=True)
+            ]
             fuse(layer.own, FusedLayer, fused_form=form)
-            _agree(_three(layer.own(x, held_keys, held_values)), (out, keys, values))
+            for call, of, wanted in zip(calls, theirs, gradients, strict=True):
+                _agree(layer.copy, layer.own(*call), of, call, wanted)
             return form
     raise DisagreementError(
         "its output is not softmax attention over the keys with scores divided by the root of the head size"
@@ -151,7 +169,8 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
             f"the module around it has no factor [{layer.dim}, 1, 1] of the output before"
         )
     random = layer.copy.random
-    x, prev_out = random(2, layer.dim, *MAP), random(2, layer.dim, *MAP)
+    x = random(2, layer.dim, *MAP).requires_grad_()
+    prev_out = random(2, layer.dim, *MAP).requires_grad_()
     out = layer.copy.run(x, prev_out)
     q, k, v = layer.parts(x)
     for head_dim in layer.sizes:
@@ -162,9 +181,13 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
                 around = layer.copy.module
                 check_names(layer.own, FusedGate, form)
                 check_names(around, FusedDecay)
-                fuse(layer.own, FusedGate, fused_form=form, fused_lender=Lender(around, factor))
-                fuse(around, FusedDecay, fused_layer_name=name)
-                _agree((around(x, prev_out),), (out,))
+                check_class(layer.own, FusedGate)
+                check_class(around, FusedDecay)
+                wanted = layer.copy.gradients((out,), (x, prev_out))
+                fuse(layer.own, FusedGate, fused_form=form)
+                fuse(around, FusedDecay, fused_layer_name=name, fused_factor=factor)
+                ours = (around(x, prev_out),)
+                _agree(layer.copy, ours, (out,), (x, prev_out), wanted)
                 return form, factor
     raise DisagreementError("its output is not the gated value plus the decayed output before")
 
@@ -172,8 +195,11 @@ def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
 def _check_gate(layer: Layer) -> None:
     """That a light layer gives its gated value, and if it does not, what else it is."""
     x = layer.copy.random(2, layer.dim, *MAP)
+    before = kept_by(layer.own)
     with failure("its forward(x)"):
         out = layer.own.eval()(x)
+    if kept_by(layer.own) != before:
+        raise DisagreementError("its forward keeps something in the module, which ours would not")
     q, k, v = layer.parts(x)
     nothing = torch.zeros_like(v)
     decay = torch.zeros(layer.dim, 1, 1, dtype=v.dtype)
@@ -215,11 +241,29 @@ def check_names(module: nn.Module, mixin: type[Fused], form: Form | None = None)
         )
 
 
-def _agree(ours: Sequence[Any], theirs: Sequence[Tensor]) -> None:
-    """The converted copy itself, whatever serves it."""
-    for a, b in zip(ours, theirs, strict=True):
-        if not close(a + 0, b):
-            raise DisagreementError("our layer gives another result; please report it")
+def check_class(module: nn.Module, mixin: type[Fused]) -> None:
+    """That a class of ours can stand in front of that of `module`.
+
+    Raises:
+        DisagreementError: its class or its metaclass does not allow that.
+    """
+    with failure("a class in front of its own"):
+        fused_class(mixin, type(module))
+
+
+def _agree(
+    copy: Copy,
+    ours: Sequence[Any],
+    theirs: Sequence[Tensor],
+    given: Sequence[Any],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """That the converted copy itself gives what the original gave, and its gradients."""
+    made = [out + 0 for out in ours]
+    if not all(map(close, made, theirs)):
+        raise DisagreementError("our layer gives another result")
+    if not same_gradients(copy.gradients(made, given), gradients):
+        raise DisagreementError("its gradients are others than those of what it computes")
 
 
 def _adds_up(layer: Layer, x: Tensor) -> bool:

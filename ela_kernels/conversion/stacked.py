@@ -20,7 +20,6 @@ _METADATA = frozenset(
         Tensor.device.__get__,
         Tensor.ndim.__get__,  # type: ignore[attr-defined]
         Tensor.layout.__get__,  # type: ignore[attr-defined]
-        Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
         Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
         Tensor.is_meta.__get__,  # type: ignore[attr-defined]
         Tensor.is_sparse.__get__,  # type: ignore[attr-defined]
@@ -39,6 +38,18 @@ _METADATA = frozenset(
         torch.numel,
     }
 )
+
+
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+
+
+def _lost(gradient: Tensor | None) -> None:
+    # What backward hooks pass on has zeros here, or nothing.
+    if gradient is not None and bool(gradient.any()):
+        raise RuntimeError(
+            "a converted network: got an autograd function that was applied to the keys or values which its layers "
+            "hand on, and whose gradient would be lost; allowed is to apply it to keys[:] or values[:]"
+        )
 
 
 class Stacked(Tensor):
@@ -74,7 +85,17 @@ class Stacked(Tensor):
         stacked = cast("Stacked", tensor_without_memory(Stacked, shape, dtype, last.device))
         stacked.pairs, stacked.history, stacked.snapshot = pairs, history, snapshot
         stacked.held, stacked.made, stacked.has_grad = held, None, torch.is_grad_enabled()
+        if stacked.has_grad and last.requires_grad:
+            # Autograd's own engine may take it for an input, and leave its gradient here, where nobody asks for it.
+            with plain_functions():
+                stacked.requires_grad_().register_hook(_lost)
         return stacked
+
+    def again(self) -> Stacked:
+        """Another one for the same."""
+        other = Stacked.of(self.pairs, self.history, self.snapshot, self.held)
+        other.made, other.has_grad = self.made, self.has_grad
+        return other
 
     def make(self) -> Tensor:
         """The tensor; the same one at every call."""
@@ -96,15 +117,22 @@ class Stacked(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _REQUIRES_GRAD:
+            return False
         with plain_functions():
             if func in _METADATA:
                 return func(*args, **kwargs)
+        if func is Tensor.view_as and len(args) == 2 and args[0] is args[1]:
+            # What autograd does to an input that a function gives back, as the one behind backward hooks does.
+            return args[0].again()
         return func(*(_made(a) for a in args), **{name: _made(a) for name, a in kwargs.items()})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0].again()
         raise RuntimeError(
             f"{func}: got the keys or values of a converted network from code that passes PyTorch's functions by; "
             "allowed is to use them by those. Call ela_kernels.unconvert(model), or index them once (keys[:, :])"
@@ -135,7 +163,8 @@ def continued(keys: object, values: object) -> LayerHistory | None:
     if made_by(keys) is not None or made_by(values) is not None:
         # It came out of an autograd function, which hid from the pairs in it what they were made of.
         raise RuntimeError(
-            "a converted network: got reentrant checkpointing, which would lose the gradients between layers; allowed "
-            "is torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            "a converted network: got keys or values from an autograd function, as reentrant checkpointing makes them, "
+            "which would lose the gradients between layers; allowed is "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
     return keys.history.at(keys.snapshot)

@@ -44,7 +44,12 @@ class LightLayerAttention(QueryKeyValue):
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
 
     def plan(
-        self, x: Tensor, prev_out: Tensor, op: str = "light_layer", obstacles: tuple[str, ...] = ()
+        self,
+        x: Tensor,
+        prev_out: Tensor,
+        op: str = "light_layer",
+        obstacles: tuple[str, ...] = (),
+        decay: Tensor | None = None,
     ) -> LightPlan | Refusal:
         """The kernels that serve this layer, with its parameters, or every reason why none does."""
         if torch.compiler.is_compiling():
@@ -62,19 +67,21 @@ class LightLayerAttention(QueryKeyValue):
         if wq is None:
             obstacles = (*obstacles, "Wq is missing")
             wq = wk
-        if self.lambda_t.shape != (self.dim, 1, 1):
+        decay = self.lambda_t if decay is None else decay
+        if decay.shape != (self.dim, 1, 1):
             obstacles = (*obstacles, "lambda_t has another shape than the layer was made with")
-        of_light = LightFilters(wq, wk, wv, self.lambda_t)
+        of_light = LightFilters(wq, wk, wv, decay)
         found = plan_light_layer(x, of_light, prev_out, op, obstacles)
         return found if isinstance(found, Refusal) else LightPlan(found, of_light)
 
-    def forward(self, x: Tensor, prev_out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, prev_out: Tensor, decay: Tensor | None = None) -> Tensor:
         """The output `[B, C, H, W]`.
 
         Args:
             x: feature map `[B, C, H, W]`.
             prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`. Of another dtype
                 than `x` outside of autocast, the wider of the two is that of the output.
+            decay: the factor `[C, 1, 1]` in the place of `lambda_t`, of a layer that has none of its own.
 
         Raises:
             ValueError: a backend with kernels is forced and cannot serve the layer; the message holds every reason.
@@ -82,7 +89,7 @@ class LightLayerAttention(QueryKeyValue):
         self.check_input(x)
         why = None
         if isinstance(prev_out, Tensor):
-            plan = self.plan(x, prev_out)
+            plan = self.plan(x, prev_out, decay=decay)
             if isinstance(plan, LightPlan):
                 served(self, "layer", plan.backend.name)
                 scale = self.head_dim**-0.5
@@ -99,4 +106,5 @@ class LightLayerAttention(QueryKeyValue):
                 # As PyTorch's own product and sum: the wider of the two.
                 wider = torch.promote_types(v.dtype, prev_out.dtype)
                 q, k, v, prev_out = (t.to(wider) for t in (q, k, v, prev_out))
-        return gated(q, k, v, prev_out, self.lambda_t, self.heads, why=why)
+        decay = self.lambda_t if decay is None else decay
+        return gated(q, k, v, prev_out, decay, self.heads, why=why)

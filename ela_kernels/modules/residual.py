@@ -64,11 +64,15 @@ def light_residual_block(
     x: Tensor,
     prev_out: Tensor,
     samples: bool = False,
+    decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x + drop_path(act(norm(o)))` with `o = attn(x, prev_out)`, and `o`; in one call where the kernels can."""
+    """`x + drop_path(act(norm(o)))` with `o = attn(x, prev_out)`, and `o`; in one call where the kernels can.
+
+    `samples` as of :func:`residual_block`, `decay` as of the layer's forward.
+    """
     obstacles = _obstacles(attn, LightLayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
-        plan = attn.plan(x, prev_out, "light_block", obstacles)
+        plan = attn.plan(x, prev_out, "light_block", obstacles, decay)
         if isinstance(plan, LightPlan):
             served(attn, "block", plan.backend.name)
             epilogue = epilogue_of(norm, act, drop_path, x)
@@ -79,7 +83,7 @@ def light_residual_block(
             assert block is not None
             return block, o
         refused(attn, "block", plan, tells=plan.forced is None)
-    o = attn(x, prev_out)
+    o = attn(x, prev_out) if decay is None else attn(x, prev_out, decay)
     # It goes on to the next layer, so neither norm nor activation may change it in place.
     out: Tensor = x + drop_path(act(norm(o)))
     return out, o

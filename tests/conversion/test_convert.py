@@ -254,8 +254,46 @@ def test_hooks_on_the_way_are_called_and_the_kernels_serve_less() -> None:
     ours.blocks[2].bn_mrla.register_forward_hook(lambda *_: seen.append("norm"))
     check(step(ours, X), step(model, X))
     assert seen == ["Stacked", "norm"]
-    forms = [e.form for e in ek.explain(ours, X)]
-    assert forms == ["block", "layer", "layer", "block", "block", "block"]
+    found = ek.explain(ours, X)
+    assert [e.form for e in found] == ["block", "layer", "layer", "block", "block", "block"]
+    assert "between the block and it, has hooks" in found[1].reasons["block"][0]
+    assert "norm" in found[2].reasons["block"][0]
+
+
+class Careful(Around):
+    """Calls its layer in float32, whatever autocast says, as some code does."""
+
+    def forward(self, x: Tensor, prev_k: Any, prev_v: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x if x.dtype == torch.float64 else x.float(), prev_k, prev_v)
+
+
+def test_an_attention_under_circumstances_of_its_own_is_called_where_it_stands() -> None:
+    model = Network()
+    for block in model.blocks:
+        block.mrla.__class__ = Careful
+    ours = copy.deepcopy(model)
+    ek.convert(ours, strict=True)
+    x = X.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        want, got = model(x), ours(x)
+        found = ek.explain(ours, x)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)  # bfloat16 around it
+    assert {e.form for e in found} == {"layer"}
+    assert all("other circumstances" in e.reasons["block"][0] for e in found)
+    assert {e.form for e in ek.explain(ours, x)} == {"block"}
+
+
+def test_a_block_called_by_keyword() -> None:
+    model, ours = both()
+    block, other = model.blocks[0], ours.blocks[0]
+    for a, b in zip(
+        other(x=X, prev_k=None, prev_v=None), block(x=X, prev_k=None, prev_v=None), strict=True
+    ):
+        torch.testing.assert_close(a + 0, b)
+    found = ek.explain(other, x=X, prev_k=None, prev_v=None)
+    assert found[0].reasons["block"] == ("the block is not called with its map in first place",)
 
 
 def test_a_light_layer_with_hooks_of_its_own_is_called_as_it_was() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,10 +183,9 @@ def test_without_an_attribute_the_head_size_is_tried_out() -> None:
             self.groups_of = self.__dict__.pop("heads")
 
         def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
-            other = Layer(8)
-            other.__dict__.update(self.__dict__)
-            other.heads = self.groups_of
-            return other(x, prev_K, prev_V)
+            parts = {"Wq": self.Wq, "Wk": self.Wk, "Wv": self.Wv}
+            named: Any = SimpleNamespace(heads=self.groups_of, starts=False, **parts)
+            return Layer.forward(named, x, prev_K, prev_V)
 
     assert "2 heads of 4" in ek.convert(Unnamed()).converted[""]
 

@@ -154,14 +154,21 @@ def test_what_passes_functions_by_is_refused() -> None:
         k + 1
 
 
-def test_wrong_ones_are_refused_by_name() -> None:
-    layer = Layer(8)
-    ek.convert(layer)
+def test_what_is_no_state_of_the_layer_is_the_original_s_to_serve_or_refuse() -> None:
+    layer, ours = Layer(8), Layer(8)
+    ours.load_state_dict(layer.state_dict())
+    ek.convert(ours)
     x = torch.randn(2, 8, 4, 3)
-    with pytest.raises(
-        ValueError, match=r"^keys, values: got shapes \[2, 3, 8\] and \[2, 2, 8, 4, 3\]"
-    ):
-        layer(x, torch.randn(2, 3, 8), torch.randn(2, 2, 8, 4, 3))
+    for of in (layer, ours):
+        with pytest.raises(RuntimeError, match=r"subscript t has size 3"):
+            of(x, torch.randn(2, 3, 8), torch.randn(2, 2, 8, 4, 3))
+    # An empty tensor of one dimension, as torch.cat takes it; and a history of another size of maps.
+    nothing = torch.tensor([])
+    for a, b in zip(ours(x, nothing, nothing), layer(x, nothing, nothing), strict=True):
+        torch.testing.assert_close(a + 0, b)
+    _, k, v = ours(x, None, None)
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        ours(torch.randn(2, 8, 5, 3), k, v)
 
 
 def test_layers_may_come_again_as_in_the_original() -> None:

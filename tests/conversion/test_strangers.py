@@ -1,0 +1,402 @@
+"""Modules that are nearly what is converted: whatever is converted of them, nothing may change."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import ela_kernels as ek
+from tests.support.small_published import BaseBlock, Block, Decay, Gate, Layer, Network
+
+
+class Truncated(Layer):
+    """No gradients between layers."""
+
+    def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+        if prev_K is not None:
+            prev_K, prev_V = prev_K.detach(), prev_V.detach()
+        return super().forward(x, prev_K, prev_V)
+
+
+class Windowed(Layer):
+    """The last five layers."""
+
+    def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+        if prev_K is not None:
+            prev_K, prev_V = prev_K[:, -4:], prev_V[:, -4:]
+        return super().forward(x, prev_K, prev_V)
+
+
+class Keeping(Layer):
+    """Keeps its keys for a figure."""
+
+    last: Any = None
+
+    def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+        out, k, v = super().forward(x, prev_K, prev_V)
+        self.last = k.detach()
+        return out, k, v
+
+
+class Counting(Layer):
+    """Has a statistic in a buffer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("mean", torch.zeros(dim))
+
+    def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+        out, k, v = super().forward(x, prev_K, prev_V)
+        self.mean.lerp_(out.detach().mean((0, 2, 3)), 0.1)
+        return out, k, v
+
+
+class Annealed(Layer):
+    """A temperature that is one at first, in a buffer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.register_buffer("tau", torch.ones(()))
+
+    def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+        out, k, v = super().forward(x, prev_K, prev_V)
+        return out * self.tau, k, v
+
+
+LAYERS = {
+    "truncated": (Truncated, "its gradients are others"),
+    "windowed": (Windowed, "not the keys and values"),
+    "keeping": (Keeping, "keeps something"),
+    "counting": (Counting, "differ|keeps something"),
+    "annealed": (Annealed, "something else than to begin anew"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_are_left(name: str) -> None:
+    kind, reason = LAYERS[name]
+    report = ek.convert(nn.ModuleDict({"stranger": kind(8), "friend": Layer(8)}))
+    assert list(report.converted) == ["friend"]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(report.left["stranger"])
+
+
+class Scale(nn.Module):
+    """What LayerScale and ReZero do."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(shape) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Stop(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+class Halved(nn.Module):
+    """A number for each channel, of none that it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.linspace(0.5, 1, 8, dtype=x.dtype)[:, None, None]
+
+
+def with_end(end: nn.Module) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        block = BaseBlock(8, 8, False, False, 0.0)
+        block.drop_path = end
+        return block
+
+    return make
+
+
+class FirstOfAll(BaseBlock):
+    """Adds nothing where there is nothing to retrieve from."""
+
+    def forward(self, x: Tensor, prev_k: Any, prev_v: Any) -> Any:
+        x = self.relu(self.bn(self.conv(x)) + x)
+        attn, k, v = self.mrla(x, prev_k, prev_v)
+        if prev_k is None:
+            return x, k, v
+        return x + self.drop_path(self.relu(self.bn_mrla(attn))), k, v
+
+
+class Inline(BaseBlock):
+    """Drops the whole batch at once."""
+
+    def forward(self, x: Tensor, prev_k: Any, prev_v: Any) -> Any:
+        x = self.relu(self.bn(self.conv(x)) + x)
+        attn, k, v = self.mrla(x, prev_k, prev_v)
+        out = self.relu(self.bn_mrla(attn))
+        if self.training and torch.rand(()) < 0.3:
+            out = out * 0
+        return x + out, k, v
+
+
+class Auxiliary(BaseBlock):
+    """Appends a loss to a list."""
+
+    def forward(self, x: Tensor, prev_k: Any, prev_v: Any) -> Any:
+        x = self.relu(self.bn(self.conv(x)) + x)
+        attn, k, v = self.mrla(x, prev_k, prev_v)
+        self.losses.append(attn.square().mean())
+        return x + self.relu(self.bn_mrla(attn)), k, v
+
+
+class Catching(BaseBlock):
+    """Goes on without its attention, whatever happened in it."""
+
+    def forward(self, x: Tensor, prev_k: Any, prev_v: Any) -> Any:
+        x = self.relu(self.bn(self.conv(x)) + x)
+        try:
+            attn, k, v = self.mrla(x, prev_k, prev_v)
+        except BaseException:
+            return x, prev_k, prev_v
+        return x + self.relu(self.bn_mrla(attn)), k, v
+
+
+def plain(kind: type[Block]) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        block = kind(8, 8, False, False, 0.0)
+        block.losses = []
+        return block
+
+    return make
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "a scale": with_end(Scale()),
+    "a scale of one": with_end(Scale(1)),
+    "a scale for each channel": with_end(Scale(8, 1, 1)),
+    "fixed numbers for channels": with_end(Halved()),
+    "a stop": with_end(Stop()),
+    "dropout at zero": with_end(nn.Dropout(0.0)),
+    "the first of all": plain(FirstOfAll),
+    "random numbers in line": plain(Inline),
+    "a list of losses": plain(Auxiliary),
+    "a bare except": plain(Catching),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_that_keep_their_end(name: str) -> None:
+    torch.manual_seed(0)
+    theirs = nn.ModuleList(BLOCKS[name]() for _ in range(3)).double()
+    ours = copy.deepcopy(theirs)
+    what = ek.convert(ours, strict=True).converted.values()
+    assert all("not the block" in w for w in what)
+    for module in (*theirs.modules(), *ours.modules()):
+        if isinstance(module, nn.Dropout):
+            module.p = 0.5
+    x = torch.linspace(-1, 1, 4 * 8 * 12).double().view(4, 8, 4, 3).sin()
+    results = []
+    for network in (theirs, ours):
+        torch.manual_seed(2)
+        y, k, v = x, None, None
+        for block in network:
+            y, k, v = block(y, k, v)
+        y.square().sum().backward()
+        grads = [p.grad for p in network.parameters()]
+        results.append(
+            [
+                y,
+                *grads,
+                *network.buffers(),
+                *(torch.tensor(len(b.losses)) for b in network if hasattr(b, "losses")),
+            ]
+        )
+    for a, b in zip(*results, strict=True):
+        if a is None or b is None:  # none is as good as zeros
+            assert not any(bool(t.any()) for t in (a, b) if t is not None)
+        else:
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+
+
+def test_a_decay_that_lets_no_gradient_pass_is_left() -> None:
+    class Part(Decay):
+        def forward(self, xt: Tensor, ot_1: Tensor) -> Tensor:
+            return self.mrla(xt) + self.lambda_t * ot_1.detach()
+
+    report = ek.convert(nn.ModuleList([Part(8), Decay(8)]))
+    assert "gradients" in report.left["0.mrla"]
+
+
+def test_arguments_by_names_of_their_own() -> None:
+    class Named(Layer):
+        def forward(self, feat: Tensor, keys: Any = None, values: Any = None) -> Any:
+            return super().forward(feat, keys, values)
+
+    class NamedGate(Gate):
+        def forward(self, feat: Tensor) -> Tensor:
+            return super().forward(feat)
+
+    class NamedDecay(Decay):
+        def forward(self, now: Tensor, before: Tensor) -> Tensor:
+            return self.mrla(feat=now) + self.lambda_t * before
+
+    x = torch.randn(2, 8, 4, 3)
+    layer, light = Named(8), NamedDecay(8)
+    light.mrla.__class__ = NamedGate
+    calls: list[Callable[[], Any]] = [
+        lambda: layer(feat=x, keys=None, values=None)[0],
+        lambda: layer(x)[0],
+        lambda: layer(x, values=None, keys=None)[0],
+        lambda: light(now=x, before=x),
+        lambda: light(x, x),
+    ]
+    want = [call() for call in calls]
+    ek.convert(layer, strict=True), ek.convert(light, strict=True)
+    for call, expected in zip(calls, want, strict=True):
+        torch.testing.assert_close(call(), expected)
+
+
+def test_hooks_on_parts_that_ours_does_not_call() -> None:
+    class WithParts(Layer):
+        def __init__(self) -> None:
+            super().__init__(8)
+            self.pool = nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+            self.pool(x)
+            return super().forward(x, prev_K, prev_V)
+
+    layer, seen = WithParts(), []
+    ek.convert(layer, strict=True)
+    x = torch.randn(2, 8, 4, 3)
+    layer(x, None, None)
+    handle = layer.pool.register_forward_hook(lambda *_: seen.append(1))
+    layer(x, None, None)
+    handle.remove()
+    layer(x, None, None)
+    assert seen == [1]
+
+
+def test_values_of_another_size_are_the_original_s_to_resize() -> None:
+    class Resizing(Layer):
+        def forward(self, x: Tensor, prev_K: Any, prev_V: Any) -> Any:
+            if prev_V is not None and prev_V.shape[-2:] != x.shape[-2:]:
+                size = (prev_V.shape[2], *x.shape[-2:])
+                prev_V = F.adaptive_avg_pool3d(prev_V, size)
+            return super().forward(x, prev_K, prev_V)
+
+    torch.manual_seed(0)
+    theirs = nn.ModuleList(Resizing(8) for _ in range(3)).double()
+    ours = copy.deepcopy(theirs)
+    ek.convert(ours, strict=True)
+    x, results = torch.linspace(-1, 1, 2 * 8 * 64).double().view(2, 8, 8, 8).sin(), []
+    for stage in (theirs, ours):
+        y, k, v = stage[0](x, None, None)
+        y, k, v = stage[1](y, k, v)
+        y, k, v = stage[2](y[..., ::2, ::2].contiguous(), k, v)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in stage.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-12)
+
+
+def test_classes_with_a_register_of_their_subclasses() -> None:
+    found: list[str] = []
+
+    class Registered:
+        def __init_subclass__(cls, *, key: str, **options: Any) -> None:
+            super().__init_subclass__(**options)
+            found.append(key)
+
+    class Mine(Registered, Layer, key="mine"):
+        pass
+
+    layer = Mine(8)
+    ek.convert(layer, strict=True)
+    assert isinstance(layer, Mine)
+    assert found == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "where", ["blocks.1", "blocks.1.mrla", "blocks.4.mrla.mrla", "blocks.1.bn_mrla"]
+)
+def test_backward_hooks(where: str) -> None:
+    torch.manual_seed(0)
+    theirs = Network().double()
+    for module in theirs.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # such hooks allow none
+    ours = copy.deepcopy(theirs)
+    ek.convert(ours, strict=True)
+    seen: list[int] = []
+    x = torch.linspace(-1, 1, 2 * 3 * 64).double().view(2, 3, 8, 8).sin()
+    for network in (theirs, ours):
+        network.get_submodule(where).register_full_backward_hook(lambda *_: seen.append(1))
+        network(x).square().sum().backward()
+    assert len(seen) == 2
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_autograd_functions_on_what_is_handed_on_are_refused_and_may_have_the_tensor() -> None:
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, t: Tensor) -> Tensor:
+            return t * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 0.5
+
+    torch.manual_seed(0)
+    theirs = nn.ModuleList(Layer(8) for _ in range(2)).double()
+    ours = copy.deepcopy(theirs)
+    ek.convert(ours, strict=True)
+    x, results = torch.linspace(-1, 1, 2 * 8 * 12).double().view(2, 8, 4, 3).sin(), []
+    for stage in (theirs, ours):
+        y, k, v = stage[0](x, None, None)
+        y, k, v = stage[1](y, Half.apply(k[:]), Half.apply(v[:]))
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in stage.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-11, atol=1e-12)
+    y, k, v = ours[0](x, None, None)
+    with pytest.raises(RuntimeError, match="autograd function"):
+        ours[1](y, Half.apply(k), Half.apply(v))[0].sum().backward()
+
+
+def test_replicas_use_their_own_parameters() -> None:
+    """The steps of DataParallel, without its devices."""
+    torch.manual_seed(0)
+    light = Decay(8)
+    ek.convert(light, strict=True)
+    modules = list(light.modules())
+    replicas: list[Any] = [m._replicate_for_data_parallel() for m in modules]
+    for module, replica in zip(modules, replicas, strict=True):
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[modules.index(child)])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach() + 1)
+    fresh = Decay(8)
+    with torch.no_grad():
+        for a, b in zip(fresh.parameters(), light.parameters(), strict=True):
+            a.copy_(b + 1)
+    x, before = torch.randn(2, 8, 4, 3), torch.randn(2, 8, 4, 3)
+    torch.testing.assert_close(replicas[0](x, before), fresh(x, before))
+
+
+def test_an_exported_ela_is_refused() -> None:
+    model = Network()
+    ek.convert(model, to="ela")
+    with pytest.raises(Exception, match=r"unconvert"):
+        torch.export.export(model, (torch.randn(2, 3, 8, 6),), strict=False)
+
+
+def test_the_skip_mode_of_what_is_converted_already() -> None:
+    model = Network()
+    ek.convert(model, to="ela")
+    ek.convert(model, to="ela", skip="layer")
+    assert {m.skip for m in model.modules() if isinstance(m, ek.ELA)} == {"layer"}
