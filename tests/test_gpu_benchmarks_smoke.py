@@ -167,7 +167,7 @@ def test_a_dry_run_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     parts = [part for part in run.PARTS if "compiled" not in part]
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--smoke"]
     assert run.main([parts[0], *arguments]) == 0
-    assert run.main([*parts[1:], *arguments]) == 0
+    assert run.main([f"{parts[1]}=60", *parts[2:], *arguments]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["parts"]) == parts
     for part in parts:
@@ -188,7 +188,7 @@ def test_a_dry_run_of_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert list(pieces_of) == list(PIECES)
     assert pieces_of["producer backward"]["backends"]["cpp"]["percent_of_copy"] > 0
     (network,) = results["parts"]["networks"]["cases"].values()
-    assert {"ela cpp", "mrla cpp", "ela cpp in a graph"} <= set(network["over_plain"])
+    assert {"published", "ela cpp", "mrla cpp", "ela cpp in a graph"} <= set(network["over_plain"])
     assert results["machine"]["smoke"]
     capsys.readouterr()
     assert run.main(["report", "--out", str(tmp_path)]) == 0
@@ -271,7 +271,7 @@ def test_a_table_without_some_parts_is_still_a_table() -> None:
     results = fake_results()
     assert backward_percent({"ops": {}}, "cuda") is None
     text = target_table(results)
-    assert "| >= 90 " in text
+    assert "| >= 92 " in text
     del results["parts"]["floor"]
     assert "copy bandwidth" not in target_table(results)
     assert "no numbers" in text_report({"parts": {}})
@@ -280,8 +280,10 @@ def test_a_table_without_some_parts_is_still_a_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["floors", "--out", "x"], "invalid choice"),
+        (["floors", "--out", "x"], "got 'floors'; allowed are floor, "),
         (["floor"], "--out"),
+        (["floor=", "--out", "x"], "got '' seconds; allowed is a positive number"),
+        (["floor=inf", "--out", "x"], "got 'inf' seconds; allowed is a positive number"),
         (["floor", "--out", "x", "--seconds", "0"], "allowed is a positive number"),
         (["floor", "--out", "x", "--backends", "eager"], "invalid choice"),
     ],
@@ -321,7 +323,8 @@ def test_the_script_parses() -> None:
         (["{out}", "--quick"], "unknown option --quick"),
         (["{out}", "other"], "one OUT_DIR"),
         (["{out}", "--seconds", "9m"], "allowed is a whole number"),
-        (["{out}", "--steps", "build tsts"], "got 'tsts'; allowed are build tests"),
+        (["{out}", "--steps", "build tsts"], "got 'tsts'; allowed are build first tests"),
+        (["{out}", "--plan", "third"], "got 'third'; allowed are all, first, second"),
     ],
 )
 def test_the_script_refuses_what_it_does_not_know(
@@ -354,36 +357,65 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
     assert done.stdout.rstrip().splitlines()[-1].startswith("| cpp: peak memory")
 
 
+# Most important first; a step that is in no plan would never be measured.
+FIRST = ["build", "first", "sanitizer", "floor", "layers"]
+SECOND = [
+    *("build", "tests", "layers", "networks", "floor", "rivals", "memory", "pieces", "stages"),
+    *("divergence", "overhead", "compiled", "layers_compiled"),
+]
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("arguments", "seconds", "steps"),
+    [
+        ("--plan first", 200, FIRST),
+        ("--plan second", 400, SECOND),
+        ("--steps first,overhead,layers", 540, ["layers", "overhead", "first"]),
+        ("--plan first --steps overhead,layers,floor", 200, ["floor", "layers", "overhead"]),
+    ],
+)
+def test_the_steps_of_a_plan(arguments: str, seconds: int, steps: list[str]) -> None:
+    done = script("--list", *(word.replace(",", " ") for word in arguments.split()))
+    assert (done.returncode, done.stderr) == (0, "")
+    head, *listed = done.stdout.splitlines()
+    assert [line.split()[0] for line in listed] == steps
+    assert all(int(line.split()[1]) > 0 for line in listed)
+    assert int(head.split()[-2]) <= seconds
+
+
 @pytest.mark.slow
 @needs_bash
 @needs_cpp
-def test_a_dry_run_of_everything_in_the_script_but_the_build(tmp_path: Path) -> None:
-    steps = (
-        "rivals overhead divergence memory compiled layers_compiled networks pieces layers stages "
-        "floor sanitizer tests"
-    )
-    done = script(str(tmp_path), "--smoke", "--steps", steps)
+@pytest.mark.parametrize("plan", ["first", "second"])
+def test_a_dry_run_of_a_plan(plan: str, tmp_path: Path) -> None:
+    done = script(str(tmp_path), "--smoke", "--plan", plan, "--seconds", "590")
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.iterdir())) <= 8
     results = json.loads((tmp_path / "results.json").read_text())
-    # Whatever the order in which they are named: the most important first.
-    assert list(results["parts"]) == [
-        "layers",
-        "networks",
-        "floor",
-        "pieces",
-        "stages",
-        "memory",
-        "divergence",
-        "overhead",
-        "rivals",
-        "compiled",
-        "layers_compiled",
-    ]
+    measured = [part for part in (FIRST if plan == "first" else SECOND) if part in run.PARTS]
+    assert list(results["parts"]) == measured
     assert all(not part.get("refused") for part in results["parts"].values())
+    assert results["machine"]["few"] == (plan == "first")
     assert " passed" in (tmp_path / "tests.log").read_text()
-    assert "compute-sanitizer" in done.stdout
+    assert ("compute-sanitizer" in done.stdout) == (plan == "first")
     assert re.search(r"compiled ahead: (\d+) of \1, ", done.stdout)
+
+
+@needs_bash
+@pytest.mark.parametrize("plan", ["second", "all"])
+def test_a_plan_that_measures_everything(plan: str) -> None:
+    listed = script("--list", "--plan", plan).stdout.splitlines()[1:]
+    assert {*run.PARTS} <= {line.split()[0] for line in listed}
+
+
+def test_the_script_looks_where_the_tests_for_a_gpu_are() -> None:
+    (listed,) = re.findall(r"^with_gpu_tests=\((.*)\)$", SCRIPT.read_text(), flags=re.MULTILINE)
+    paths = [ROOT / path for path in listed.split()]
+    assert all(path.exists() for path in paths)
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        if "mark.gpu" in path.read_text() and path != Path(__file__).resolve():
+            assert any(path.is_relative_to(folder) for folder in paths), path
 
 
 @needs_bash
