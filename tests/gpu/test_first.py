@@ -17,6 +17,8 @@ from support.layer_stages import (
     make_blocks,
     make_light_blocks,
     make_stage,
+    run_blocks,
+    run_stage,
 )
 from support.layers_on_gpu import assert_right
 from support.layouts import channels_last, contiguous
@@ -33,8 +35,10 @@ pytestmark = [
     pytest.mark.usefixtures("backend", "poisoned_memory", "exact_convolutions"),
 ]
 
-# Every address and stride on 16 bytes, several heads; and none of them, with a map that no tile divides.
-SHAPES = {"aligned": (4, 32, 8, 16), "odd": (3, 21, 13, 9)}
+# Every address and stride on 16 bytes, several heads; and none of them, with a map that no tile divides. The numbers are
+# many, since some lie within a rounding of zero before the activation, which then passes a whole gradient or none: of
+# few, PyTorch may happen to have none such, and be held up as too exact.
+SHAPES = {"aligned": (8, 32, 16, 32), "odd": (5, 21, 27, 19)}
 HEAD_DIMS = {"aligned": 16, "odd": 7}
 DEPTH = 3
 
@@ -42,11 +46,6 @@ shapes = pytest.mark.parametrize("shape", list(SHAPES))
 dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 makers = pytest.mark.parametrize("maker", [contiguous, channels_last])
 forms = pytest.mark.parametrize("form", FORMS, ids=str)
-
-
-def factor_of(backend: str) -> int:
-    """See :func:`support.layers_on_gpu.assert_right`; a dry run may interpret, which rounds to bfloat16 otherwise."""
-    return INTERPRETED if getattr(KERNELS[backend], "interprets", False) else 8
 
 
 def heads_of(shape: str) -> int:
@@ -90,13 +89,47 @@ def test_a_history(maker, dtype, shape, kernels_ran):
     assert kernels_ran.count("gather") == DEPTH
 
 
+def step(modules, x):
+    """Outputs, and gradients, those of one kind of parameter together: of a filter there are three numbers.
+
+    The gradients that arrive are of either sign, so that sums of many stay within float16.
+    """
+    modules = copy.deepcopy(modules)
+    if isinstance(modules[0], ek.ELA):
+        outs, history = run_blocks(modules, x)
+    elif isinstance(modules[0], ek.LayerAttention):
+        outs, history = run_stage(modules, x)
+    else:
+        previous, outs, history = PreviousOutput(), [], None
+        for block in modules:
+            outs.append(block(outs[-1] if outs else x, previous))
+    kinds = {f"output {i}": [out.detach()] for i, out in enumerate(outs)}
+    arriving = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).double()
+    loss = (outs[-1].double() * arriving.to(x.device)).sum()
+    if history is not None:
+        kinds |= {"weights": [history.weights.detach()], "divergence": [history.kl.detach()]}
+        loss = loss + history.kl.double().sum() + history.weights.double().square().sum()
+    leaves = {"0.x": x} | dict(modules.named_parameters())
+    for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+        kinds.setdefault("gradients of " + name.partition(".")[2], []).append(grad)
+    for name, buffer in modules.named_buffers():
+        kinds.setdefault(name.rpartition(".")[2], []).append(buffer)
+    return {k: torch.cat([t.double().cpu().flatten() for t in ts]) for k, ts in kinds.items()}
+
+
+def check(modules, x, backend):
+    """A dry run may interpret, which rounds to bfloat16 otherwise."""
+    is_interpreted = getattr(KERNELS[backend], "interprets", False)
+    assert_right(modules, x, backend, step, factor=INTERPRETED if is_interpreted else 8)
+
+
 @shapes
 @dtypes
 @forms
 def test_layers(form, dtype, shape, backend, layers_ran):
     """What makes query, key and value, the attention, and the way back through both."""
     layers, x = make_stage(SHAPES[shape], DEPTH, HEAD_DIMS[shape], dtype, form)
-    assert_right(layers, x, backend, factor=factor_of(backend))
+    check(layers, x, backend)
     assert layers_ran == ["layer"] * DEPTH + ["layer_backward"] * DEPTH
 
 
@@ -107,21 +140,8 @@ def test_layers(form, dtype, shape, backend, layers_ran):
 def test_blocks(form, dtype, shape, is_training, backend, layers_ran):
     """The same with norm, activation and residual, the norm's statistics those of the batch or tracked ones."""
     blocks, x = make_blocks(SHAPES[shape], DEPTH, HEAD_DIMS[shape], dtype, form)
-    assert_right(blocks.train(is_training), x, backend, factor=factor_of(backend))
+    check(blocks.train(is_training), x, backend)
     assert layers_ran == ["layer"] * DEPTH + ["layer_backward"] * DEPTH
-
-
-def light_step(blocks, x):
-    """Outputs, and gradients, those of one kind of parameter together: of a filter there are three numbers."""
-    blocks, previous, outs = copy.deepcopy(blocks), PreviousOutput(), []
-    for block in blocks:
-        outs.append(block(outs[-1] if outs else x, previous))
-    leaves = {"0.x": x} | dict(blocks.named_parameters())
-    grads = torch.autograd.grad(outs[-1].double().square().sum(), list(leaves.values()))
-    kinds = {f"output {i}": [out.detach()] for i, out in enumerate(outs)}
-    for name, grad in zip(leaves, grads, strict=True):
-        kinds.setdefault("gradients of " + name.partition(".")[2], []).append(grad)
-    return {k: torch.cat([t.double().cpu().flatten() for t in ts]) for k, ts in kinds.items()}
 
 
 @shapes
@@ -130,4 +150,4 @@ def light_step(blocks, x):
 def test_light_blocks(form, dtype, shape, light_backend):
     blocks, x = make_light_blocks(SHAPES[shape], DEPTH, HEAD_DIMS[shape], dtype)
     x = x.detach().contiguous(memory_format=form).requires_grad_()
-    assert_right(blocks, x, light_backend, light_step, factor=factor_of(light_backend))
+    check(blocks, x, light_backend)
