@@ -7,6 +7,7 @@ at all the other sizes, depths and layouts is tested in tests/conformance/.
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ pytestmark = [
     pytest.mark.usefixtures("backend", "poisoned_memory", "exact_convolutions"),
 ]
 
-# Every address and stride on 16 bytes, several heads; and none of them, with a map that no tile divides. The numbers are
+# Every address and stride on 16 bytes, several heads; and none of them, with a map that no tile divides. Numbers are
 # many, since some lie within a rounding of zero before the activation, which then passes a whole gradient or none: of
 # few, PyTorch may happen to have none such, and be held up as too exact.
 SHAPES = {"aligned": (8, 32, 16, 32), "odd": (5, 21, 27, 19)}
@@ -90,7 +91,7 @@ def test_a_history(maker, dtype, shape, kernels_ran):
 
 
 def step(modules, x):
-    """Outputs, and gradients, those of one kind of parameter together: of a filter there are three numbers.
+    """Outputs, and gradients, those of one kind of parameter together: of a filter over channels there are three numbers.
 
     The gradients that arrive are of either sign, so that sums of many stay within float16.
     """
@@ -111,7 +112,8 @@ def step(modules, x):
         loss = loss + history.kl.double().sum() + history.weights.double().square().sum()
     leaves = {"0.x": x} | dict(modules.named_parameters())
     for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-        kinds.setdefault("gradients of " + name.partition(".")[2], []).append(grad)
+        kind = re.sub("W[qk]", "Wq or Wk", name.partition(".")[2])
+        kinds.setdefault(f"gradients of {kind}", []).append(grad)
     for name, buffer in modules.named_buffers():
         kinds.setdefault(name.rpartition(".")[2], []).append(buffer)
     return {k: torch.cat([t.double().cpu().flatten() for t in ts]) for k, ts in kinds.items()}
