@@ -13,7 +13,7 @@ import torch
 import ela_kernels as ek
 from ela_kernels.backends.extension import build_info
 
-PACKAGES = ("triton", "liger-kernel", "flash-attn-res")
+PACKAGES = ("triton", "liger-kernel", "fla-core", "flash-attn-res")
 
 # A cache of this size where PyTorch does not tell: that of the largest GPUs, so that inputs are surely rotated.
 _L2_BYTES = 64 * 2**20

@@ -91,7 +91,7 @@ def test_a_history(maker, dtype, shape, kernels_ran):
 
 
 def step(modules, x):
-    """Outputs, and gradients, those of one kind of parameter together: of a filter over channels there are three numbers.
+    """Outputs, and gradients, those of one kind of parameter together.
 
     The gradients that arrive are of either sign, so that sums of many stay within float16.
     """
@@ -120,9 +120,13 @@ def step(modules, x):
 
 
 def check(modules, x, backend):
-    """A dry run may interpret, which rounds to bfloat16 otherwise."""
+    """As :func:`support.layers_on_gpu.assert_right`; a wrong kernel is off by far more.
+
+    Of a filter over the channels there are three numbers: in float16 one draw of 600 had their errors 16 times as large
+    as PyTorch's. A dry run may interpret, which rounds to bfloat16 otherwise.
+    """
     is_interpreted = getattr(KERNELS[backend], "interprets", False)
-    assert_right(modules, x, backend, step, factor=INTERPRETED if is_interpreted else 8)
+    assert_right(modules, x, backend, step, factor=INTERPRETED if is_interpreted else 20)
 
 
 @shapes
