@@ -158,6 +158,13 @@ if [ "$smoke" = 0 ] && compgen -G "$carried/wheels/*.whl" >/dev/null; then
   fi
 fi
 
+if [ "$smoke" = 0 ] && [ -f "$carried/triton/manifest.json" ]; then
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$(mktemp -d)}"
+  say "$("$python" -m benchmarks.gpu.kernels put "$carried/triton" "$TRITON_CACHE_DIR" 2>>"$log")"
+fi
+triton_kernels() { find "${TRITON_CACHE_DIR:-$HOME/.triton/cache}" -name '*.cubin' 2>/dev/null | wc -l; }
+brought="$(triton_kernels)"
+
 built() { # WITH: cuda or cpu
   ELA_KERNELS_BUILD="$1" limited "$(most_of build)" "$reserved" \
     "$python" setup.py --quiet build_ext --inplace >>"$log" 2>&1
@@ -341,6 +348,7 @@ done
 finish_warming
 [ "${#short[@]}" = 0 ] || measure "${short[@]}"
 
+[ "$smoke" = 1 ] || say "Triton compiled $(($(triton_kernels) - brought)) kernels here"
 say "done${failed:+; failed:$failed}"
 limited 30 0 "$python" -m benchmarks.gpu.run report --out "$out" 2>>"$log"
 [ -z "$failed" ]
