@@ -251,9 +251,11 @@ test_step() { # NAME: first or tests
     # Of a backend that needs no device.
     pytests "$most" tests/conformance/test_op_properties.py -k "cpp and hull" || code=$?
   else
-    # The tests that take much memory, or count it, run alone.
-    pytests "$most" -m gpu --durations=15 "${with_gpu_tests[@]}" --ignore=tests/gpu/test_memory.py \
-      "${workers[@]}" || code=$?
+    # Those of CUDA in a fraction of the time: Triton compiles more than two thousand kernels for the others, which may be
+    # cut off. The tests that take much memory, or count it, run alone.
+    local these=("${with_gpu_tests[@]}" --ignore=tests/gpu/test_memory.py "${workers[@]}")
+    pytests $((most / 2)) -m gpu -k "not triton" "${these[@]}" || code=$?
+    pytests $((most * 2 / 3)) -m gpu -k triton --durations=15 "${these[@]}" || code=$?
     finish_warming
     pytests 70 -m gpu tests/gpu/test_memory.py || code=$?
   fi

@@ -55,12 +55,14 @@ def test_what_was_made_elsewhere_is_found(tmp_path: Path) -> None:
     made, cache = tmp_path / "made", tmp_path / "cache"
     count, anew = compiled(made)
     assert count == anew > 0
-    about = kernels.triton_files() | {"capability": "9.0", "kernels": count}
-    (made / kernels.MANIFEST).write_text(json.dumps(about))
-    assert kernels.put(made, cache) == f"{count} Triton kernels for 9.0 were brought along"
-    # Its files are listed by their whole paths.
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    kernels.pack(made, packed, {"capability": "9.0", "kernels": count})
+    assert kernels.put(packed, cache) == f"{count} Triton kernels for 9.0 were brought along"
+    # Triton lists a kernel's files by their whole paths.
     made.rename(tmp_path / "gone")
     assert compiled(cache) == [count, 0]
+    assert not list(cache.rglob("*.source"))
 
 
 def test_kernels_of_another_triton_are_left_out(tmp_path: Path) -> None:

@@ -19,9 +19,11 @@ import io
 import json
 import logging
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -30,10 +32,12 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
-MANIFEST = "manifest.json"
-# What the cache is filled from: the parts of `--plan first` and its tests.
+MANIFEST, KERNELS = "manifest.json", "kernels.tar.xz"
+# What the cache is filled from: the parts of `--plan first` and its tests; and of `--plan second`.
 PARTS = ("sanitizer", "floor", "layers")
-TESTS = "tests/gpu/test_first.py"
+TESTS = ("tests/gpu/test_first.py",)
+WHOLE_PARTS = (*PARTS, "pieces", "stages", "memory", "networks")
+WHOLE_TESTS = (*TESTS, "tests/gpu/test_light.py", "tests/conformance")
 
 
 def triton_files() -> dict[str, str]:
@@ -132,57 +136,93 @@ def compiling_only(capability: int) -> Iterator[list[str]]:
                 driver.reset_active()
 
 
-def fill(capability: int) -> tuple[list[str], list[str]]:
+class _OnTheCpu:
+    """For pytest: the tests of the backend on a GPU take their tensors from the CPU, and ask for no device."""
+
+    def pytest_collection_finish(self) -> None:
+        import torch
+
+        import ela_kernels as ek
+
+        backends = importlib.import_module("support.backends")
+
+        @contextmanager
+        def forced(backend: Any) -> Iterator[None]:
+            with ek.use_backend(backend.name):
+                yield
+
+        backends.OnDevice.device = torch.device("cpu")
+        backends.OnDevice.forced = forced
+
+
+def fill(capability: int, whole: bool) -> tuple[list[str], list[str]]:
     """Compile all; the kernels' names, and what could not be run."""
     import torch
 
+    import ela_kernels.backends.triton as package
     from benchmarks.gpu import warm
     from benchmarks.gpu.setting import Setting
 
+    # Before the tests do, which would have them interpreted.
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
     os.environ["ELA_KERNELS_TEST_DEVICE"] = "cpu"
-    setting = Setting(torch.device("cpu"), ("triton",), few=True)
+    setting = Setting(torch.device("cpu"), ("triton",), few=not whole)
     problems = []
     with compiling_only(capability) as made:
-        for job in warm.jobs(setting, PARTS):
+        for job in warm.jobs(setting, WHOLE_PARTS if whole else PARTS):
             problem = warm.run_job(job, setting, 1.0)
             print(f"{len(made)} kernels", flush=True)
             problems += [] if problem is None else [problem]
         import pytest
 
+        tests = [str(ROOT / path) for path in (WHOLE_TESTS if whole else TESTS)]
         with redirect_stdout(io.StringIO()):  # all that it would say is that results are wrong
-            pytest.main(["-q", "-p", "no:cacheprovider", str(ROOT / TESTS), "-k", "triton"])
+            arguments = ["-q", "-p", "no:cacheprovider", "--tb=no", "-m", "gpu", "-k", "triton"]
+            pytest.main([*arguments, *tests], plugins=[_OnTheCpu()])
     return made, problems
 
 
-def make(folder: Path, capability: str) -> int:
+def make(folder: Path, capability: str, whole: bool = False) -> int:
     """Fill `folder`; 1 where something could not be compiled."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    # Read when Triton is imported, which nothing above has done.
-    os.environ["TRITON_CACHE_DIR"] = str(folder)
-    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
-    made, problems = fill(int(capability.replace(".", "")))
+    with tempfile.TemporaryDirectory() as cache:
+        # Read when Triton is imported, which nothing above has done.
+        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
+        made, problems = fill(int(capability.replace(".", "")), whole)
+        pack(Path(cache), folder, {"capability": capability, "kernels": len(made)})
     for problem in problems:
         print(problem[:300], file=sys.stderr)
-    about = triton_files() | {"capability": capability, "kernels": len(made)}
-    (folder / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
-    print(
-        f"{len(made)} kernels for {capability} by Triton {about['triton']}, {size:.1f} MiB, in {folder}"
-    )
+    size = (folder / KERNELS).stat().st_size / 2**20
+    print(f"{len(made)} Triton kernels for {capability}, {size:.1f} MiB, in {folder}")
     return 1 if problems else 0
 
 
+def pack(cache: Path, folder: Path, about: dict[str, Any]) -> None:
+    """What a launch needs of a cache: not the text that a kernel was compiled from, most of all that there is."""
+
+    def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if entry.name.endswith(".source") else entry
+
+    with tarfile.open(folder / KERNELS, "w:xz") as packed:
+        packed.add(cache, ".", filter=wanted)
+    (folder / MANIFEST).write_text(json.dumps(triton_files() | about, indent=1) + "\n")
+
+
 def put(folder: Path, cache: Path) -> str:
-    """Copy what was made into a cache; what was done, in one sentence."""
+    """Add what was made to a cache; what was done, in one sentence."""
     about = json.loads((folder / MANIFEST).read_text())
     here = triton_files()
     if here["files"] != about["files"]:
         return (
-            f"Triton's kernels in {folder} are left out: they are of Triton {about['triton']}, and here is "
+            f"the Triton kernels in {folder} are left out: they are of Triton {about['triton']}, and here is "
             f"{here['triton']}, or one built otherwise"
         )
-    shutil.copytree(folder, cache, dirs_exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / KERNELS) as packed:
+        packed.extractall(cache, filter="data")
     for group in cache.glob("*/__grp__*"):  # lists its files by their whole paths
         names = json.loads(group.read_text())["child_paths"]
         paths = {name: str(group.parent / name) for name in names}
@@ -198,12 +238,15 @@ def main(argv: list[str] | None = None) -> int:
     making = commands.add_parser("make")
     making.add_argument("folder", type=Path, help="it is emptied first")
     making.add_argument("--capability", default="9.0")
+    making.add_argument(
+        "--whole", action="store_true", help="for all tests and parts: hours of one core"
+    )
     putting = commands.add_parser("put")
     putting.add_argument("folder", type=Path)
     putting.add_argument("cache", type=Path)
     args = parser.parse_args(argv)
     if args.command == "make":
-        return make(args.folder.resolve(), args.capability)
+        return make(args.folder.resolve(), args.capability, args.whole)
     print(put(args.folder, args.cache))
     return 0
 

@@ -41,7 +41,8 @@ pytestmark = [
 # few, PyTorch may happen to have none such, and be held up as too exact.
 SHAPES = {"aligned": (8, 32, 16, 32), "odd": (5, 21, 27, 19)}
 HEAD_DIMS = {"aligned": 16, "odd": 7}
-DEPTH = 3
+DEPTH = 3  # of three, a kernel is compiled for four
+LAYERS = 2
 
 shapes = pytest.mark.parametrize("shape", list(SHAPES))
 dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
@@ -120,13 +121,19 @@ def step(modules, x):
 
 
 def check(modules, x, backend):
-    """As :func:`support.layers_on_gpu.assert_right`; a wrong kernel is off by far more.
+    """See :func:`support.layers_on_gpu.assert_right`. A dry run may interpret, which rounds to bfloat16 otherwise.
 
-    Of a filter over the channels there are three numbers: in float16 one draw of 600 had their errors 16 times as large
-    as PyTorch's. A dry run may interpret, which rounds to bfloat16 otherwise.
+    Of a filter over the channels there are three numbers, each a sum of both signs. Where an activation passes some
+    gradients by chance, their rounding errors in half precision are as large as they are: they are left out there.
     """
     is_interpreted = getattr(KERNELS[backend], "interprets", False)
-    assert_right(modules, x, backend, step, factor=INTERPRETED if is_interpreted else 20)
+    by_chance = x.dtype != torch.float32 and not isinstance(modules[0], ek.LayerAttention)
+
+    def compared(modules, x):
+        found = step(modules, x)
+        return {k: v for k, v in found.items() if not (by_chance and "Wq or Wk" in k)}
+
+    assert_right(modules, x, backend, compared, factor=INTERPRETED if is_interpreted else 8)
 
 
 @shapes
@@ -134,9 +141,9 @@ def check(modules, x, backend):
 @forms
 def test_layers(form, dtype, shape, backend, layers_ran):
     """What makes query, key and value, the attention, and the way back through both."""
-    layers, x = make_stage(SHAPES[shape], DEPTH, HEAD_DIMS[shape], dtype, form)
+    layers, x = make_stage(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype, form)
     check(layers, x, backend)
-    assert layers_ran == ["layer"] * DEPTH + ["layer_backward"] * DEPTH
+    assert layers_ran == ["layer"] * LAYERS + ["layer_backward"] * LAYERS
 
 
 @pytest.mark.parametrize("is_training", [True, False], ids=["training", "inference"])
@@ -145,15 +152,15 @@ def test_layers(form, dtype, shape, backend, layers_ran):
 @forms
 def test_blocks(form, dtype, shape, is_training, backend, layers_ran):
     """The same with norm, activation and residual, the norm's statistics those of the batch or tracked ones."""
-    blocks, x = make_blocks(SHAPES[shape], DEPTH, HEAD_DIMS[shape], dtype, form)
+    blocks, x = make_blocks(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype, form)
     check(blocks.train(is_training), x, backend)
-    assert layers_ran == ["layer"] * DEPTH + ["layer_backward"] * DEPTH
+    assert layers_ran == ["layer"] * LAYERS + ["layer_backward"] * LAYERS
 
 
 @shapes
 @dtypes
 @forms
 def test_light_blocks(form, dtype, shape, light_backend):
-    blocks, x = make_light_blocks(SHAPES[shape], DEPTH, HEAD_DIMS[shape], dtype)
+    blocks, x = make_light_blocks(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype)
     x = x.detach().contiguous(memory_format=form).requires_grad_()
     check(blocks, x, light_backend)
