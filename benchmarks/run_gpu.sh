@@ -103,7 +103,7 @@ wanted() { case " $steps " in *" $1 "*) return 0 ;; *) return 1 ;; esac }
 
 # limited CAP KEEP COMMAND...: run with a limit of CAP seconds, less where KEEP seconds must remain for later steps.
 limited() {
-  local cap="$1" keep="$2" left
+  local cap="$1" keep="$2" left options=(--kill-after=5)
   shift 2
   left=$((seconds - SECONDS - keep))
   [ "$left" -lt "$cap" ] && cap="$left"
@@ -111,7 +111,8 @@ limited() {
     say "no time left for: $*"
     return 125
   fi
-  timeout --signal="${signal:-TERM}" --kill-after=5 "$cap" "$@"
+  [ -n "${as_from_keyboard:-}" ] && options=(--foreground --signal=INT --kill-after=10)
+  timeout "${options[@]}" "$cap" "$@"
 }
 
 step_failed() { # WHAT CODE
@@ -223,11 +224,11 @@ finish_warming() {
 }
 
 # pytests SECONDS ARGUMENTS...: with a line for each test as soon as it has run. It is interrupted as from the keyboard:
-# then it still says what failed.
+# then it still says what failed, if the interrupt reaches it once, and not its workers.
 pytests() {
   local most="$1"
   shift
-  signal=INT limited "$most" "$reserved" "$python" -m pytest -v -p no:cacheprovider "$@" >>"$out/tests.log" 2>&1
+  as_from_keyboard=1 limited "$most" "$reserved" "$python" -m pytest -v -p no:cacheprovider "$@" >>"$out/tests.log" 2>&1
 }
 
 # Where there are tests with the marker gpu; to look for them in all of tests/ takes long.
