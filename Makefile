@@ -36,7 +36,7 @@ BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=10000000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick test test-oldest slow gpu-test lint format compdb bench gpu-bench cuda-report \
-  triton-report asan tsan clean
+  triton-report triton-versions asan tsan clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -121,6 +121,16 @@ cuda-report: $(INSTALLED) ## what nvcc makes of the CUDA kernels: registers, occ
 
 triton-report: $(INSTALLED) ## what Triton's compiler makes of the Triton kernels; no GPU, some minutes
 	$(BIN)/python -m build_tools.triton_report --out docs/kernels/triton_report.md $(REPORT_ARGS)
+
+# With the PyTorch that is installed: kernels are only compiled, by the Triton that comes first on the path.
+TRITON_VERSIONS ?= 3.6.0 3.7.0 3.8.0
+triton-versions: $(INSTALLED) ## compile the Triton kernels for Hopper with each TRITON_VERSIONS, and look for spills; no GPU
+	@set -e; for version in $(TRITON_VERSIONS); do \
+	  folder="build/triton-$$version"; \
+	  [ -d "$$folder/triton" ] || \
+	    $(BIN)/python -m pip install --quiet --no-deps --target "$$folder" "triton==$$version"; \
+	  PYTHONPATH="$$folder:." $(BIN)/python -m build_tools.triton_report --cases 4 --targets sm_90; \
+	done
 
 asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usual build, and test the kernels
 	$(call sanitized-build,address$(comma)undefined,$(ASAN))

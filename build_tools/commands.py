@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 from build_tools import options
+from build_tools.carried import carried_in
 from build_tools.compilers import BuildError, CudaCompiler, CxxCompiler, find_cuda, find_cxx
 from build_tools.ninja_file import (
     SIMD_FLAGS,
@@ -81,6 +83,10 @@ def build(mode: str, output: Path, folder: Path) -> dict[str, Any]:
 
     def compiled(cxx: CxxCompiler, cuda: CudaCompiler | None) -> Plan:
         plan = Plan(ROOT, output, cxx, cuda, sanitizers, compile_flags, link_flags)
+        objects = options.carried_objects(os.environ)
+        if objects is not None:
+            plan = dataclasses.replace(plan, carried=carried_in(plan, objects))
+            print(f"{len(plan.carried)} of {len(plan.sources())} objects are taken from {objects}")
         compile_plan(plan, folder, jobs)
         return plan
 
@@ -130,6 +136,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "openmp": plan.cxx.has_openmp,
         "pybind11": pybind11.__version__,
         "sanitizers": plan.sanitizers,
+        "carried_objects": len(plan.carried),
     }
     if not plan.cxx.is_x86_64:
         del record["simd_flags"]

@@ -35,6 +35,7 @@ AVX512_BF16_FLAGS = [*AVX512_FLAGS, "-mavx512bf16"]
 # folders then stand nowhere in a build, and may be any. Of what ninja, the shell and a depfile take for their own,
 # ninja's writer and shlex could escape all; but nvcc hands paths to a shell unescaped.
 SOURCES = "csrc"
+CARRIED = "carried"  # the same for objects that are not compiled here
 
 SIMD_FLAGS = {"avx2": AVX2_FLAGS, "avx512": AVX512_FLAGS, "avx512_bf16": AVX512_BF16_FLAGS}
 
@@ -50,6 +51,8 @@ class Plan:
     sanitizers: list[str] = field(default_factory=list)
     extra_compile: list[str] = field(default_factory=list)
     extra_link: list[str] = field(default_factory=list)
+    carried: Mapping[Path, Path] = field(default_factory=dict)
+    """Objects that are there already, all in one folder, by the source that they are of."""
 
     def common_flags(self) -> list[str]:
         flags = ["-std=c++17", "-O1" if self.sanitizers else "-O3", "-fPIC", "-fvisibility=hidden"]
@@ -179,8 +182,11 @@ def ninja_text(plan: Plan) -> str:
     writer.rule("link", command="$cxx $in $ldflags -o $out", description="$out")
     objects = []
     for source in plan.sources():
+        if source in plan.carried:
+            objects.append(str(Path(CARRIED, plan.carried[source].name)))
+            continue
         name = source.relative_to(plan.root / "csrc")
-        target = Path("objects", f"{name}.o")
+        target = object_of(plan, source)
         rule = "nvcc" if source.suffix == ".cu" else "cxx"
         flags = plan.flags_for(source)
         variables = {"flags": _shell(flags)} if flags else None
@@ -188,6 +194,11 @@ def ninja_text(plan: Plan) -> str:
         objects.append(str(target))
     writer.build(library_of(plan), "link", objects)
     return text.getvalue()
+
+
+def object_of(plan: Plan, source: Path) -> Path:
+    """What ninja compiles a source to, in the folder of the build."""
+    return Path("objects", f"{source.relative_to(plan.root / 'csrc')}.o")
 
 
 def library_of(plan: Plan) -> str:
@@ -235,6 +246,10 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
     if plan.cuda is not None:
         check_nvcc_runs_in(folder)
     link_sources(plan.root, folder)
+    if plan.carried:
+        link = folder / CARRIED
+        link.unlink(missing_ok=True)
+        link.symlink_to(next(iter(plan.carried.values())).parent.resolve())
     (folder / "build.ninja").write_bytes(os.fsencode(ninja_text(plan)))
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     command = [str(Path(ninja.BIN_DIR, "ninja")), "-j", str(jobs), "-k", "0", "-v"]

@@ -105,6 +105,18 @@ def build_mode(environ: Mapping[str, str]) -> str:
     return mode
 
 
+def carried_objects(environ: Mapping[str, str]) -> Path | None:
+    """The folder of objects compiled elsewhere (`ELA_KERNELS_OBJECTS`, see `build_tools.carried`), if one is named."""
+    name = environ.get("ELA_KERNELS_OBJECTS", "").strip()
+    if not name:
+        return None
+    if not Path(name).is_dir():
+        raise BuildOptionError(
+            f"ELA_KERNELS_OBJECTS={name!r}; allowed is a folder that `python -m build_tools.carried` has filled"
+        )
+    return Path(name)
+
+
 def shell_words(environ: Mapping[str, str], variable: str) -> list[str]:
     """A variable's words, parted and quoted as in a shell."""
     text = environ.get(variable, "")

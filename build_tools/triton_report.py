@@ -361,14 +361,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the table as Markdown")
     parser.add_argument("--targets", nargs="+", default=list(DEFAULT_TARGETS))
     parser.add_argument("--quick", action="store_true", help="the first two calls only")
+    parser.add_argument("--cases", type=int, default=len(CASES), help="so many of the calls only")
     options = parser.parse_args()
     import triton
 
-    cases = CASES[:2] if options.quick else CASES
+    print(f"Triton {triton.__version__}", flush=True)
+    cases = CASES[: 2 if options.quick else options.cases]
     rows = compile_cases(cases, tuple(options.targets))
     spilling = [r for r in rows if r.spilled_bytes]
     for r in spilling:
-        print(f"spills: {r.kernel} {r.case} {r.target}: {r.spilled_bytes} bytes", file=sys.stderr)
+        print(
+            f"Triton {triton.__version__} spills: {r.kernel} {r.case} {r.target}: {r.spilled_bytes} bytes",
+            file=sys.stderr,
+        )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(markdown(rows, triton.__version__))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from benchmarks.gpu.footprint import PIECES, piece_bytes
 from benchmarks.gpu.ops import tolerance
 from benchmarks.gpu.report import targets, text_report
 from benchmarks.gpu.setting import make_setting
-from benchmarks.gpu.shapes import FLOOR_CASES, INTERLEAVED, LAYER_CASES, STAGE_CASES, Case
+from benchmarks.gpu.shapes import (
+    FEW_CASES,
+    FLOOR_CASES,
+    INTERLEAVED,
+    LAYER_CASES,
+    STAGE_CASES,
+    Case,
+)
 from benchmarks.shapes import StageShape
 from ela_kernels.backends.cpp import layer as cpp_layer
 from ela_kernels.backends.dispatch import KERNELS
@@ -100,13 +108,15 @@ def test_a_network_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatc
 
 @needs_cpp
 def test_all_kernels_are_exercised() -> None:
-    assert exercise.exercise("cpp", CPU) > 100
+    everything = exercise.exercise("cpp", CPU)
+    assert everything > 100
+    assert 0 < exercise.exercise("cpp", CPU, few=True) < everything / 4
 
 
 @needs_cpp
 def test_compiling_ahead(capsys: pytest.CaptureFixture[str]) -> None:
     setting = make_setting("cpu", None, smoke=True)
-    todo = warm.jobs(True, ["floor", "pieces", "networks", "layers", "stages"])
+    todo = warm.jobs(setting, ["floor", "pieces", "networks", "layers", "stages"])
     assert len(todo) == 6
     assert [warm.run_job(job, setting, 0.1) for job in todo] == [None] * 6
 
@@ -117,8 +127,10 @@ def test_compiling_ahead(capsys: pytest.CaptureFixture[str]) -> None:
     assert problem is not None
     assert "RuntimeError: no such kernel" in problem
     # Everything that is measured, the first of each part before the second of any.
-    everything = warm.jobs(False, [*run.PARTS, "sanitizer"])
+    everything = warm.jobs(replace(setting, smoke=False), [*run.PARTS, "sanitizer"])
     assert len(everything) > len(FLOOR_CASES) + len(STAGE_CASES) + 2 * len(LAYER_CASES)
+    few = warm.jobs(replace(setting, smoke=False, few=True), ["floor", "layers", "sanitizer"])
+    assert len(few) == 3 * len(FEW_CASES) + 1
 
 
 @needs_cpp
@@ -156,10 +168,16 @@ def test_targets_of_pieces_layers_and_networks() -> None:
             },
             "layers": {
                 "cases": {
-                    "12x64x1024x14x16 float32 channels_first layer": {
+                    f"{shape} float32 channels_first layer": {
                         "contenders": {},
-                        "over": {"triton": {"eager": {"of_medians": 4.5}}},
+                        "over": {"triton": {"eager": {"of_medians": over}}},
                     }
+                    for shape, over in (
+                        ("12x64x1024x14x16", 7.5),
+                        ("23x64x1024x14x16", 9.0),
+                        ("12x128x64x32x16", 2.5),
+                        ("3x32x256x56x16", 4.5),
+                    )
                 }
             },
             "layers_compiled": {
@@ -174,7 +192,11 @@ def test_targets_of_pieces_layers_and_networks() -> None:
                 "cases": {
                     "resnet50 [128, 3, 224, 224]": {
                         "contenders": {"plain": {"ms": ms}, "ela triton": {"ms": ms}},
-                        "over_plain": {"ela triton": {"of_medians": 1.2}},
+                        "over_plain": {
+                            "published": {"of_medians": 3.0},
+                            "ela triton": {"of_medians": 1.2},
+                            "mrla triton": {"of_medians": 1.3},
+                        },
                     },
                     "resnet56 [128, 3, 32, 32]": {
                         "contenders": {"ela triton": {"ms": ms}},
@@ -187,9 +209,16 @@ def test_targets_of_pieces_layers_and_networks() -> None:
     found = {target.what: target for target in targets(results)}
     assert found["triton: producer, % of copy bandwidth"].value == 80.0
     assert not found["triton: producer, % of copy bandwidth"].met
-    assert found["triton: whole layer, times faster than eager"].met
+    deep = found["triton: whole layer, T >= 12, times faster than eager"]
+    assert (deep.value, deep.met) == (7.5, False)
+    cifar = found["triton: whole layer, CIFAR stages, times faster than eager"]
+    assert (cifar.value, cifar.met) == (2.5, True)
+    shallow = found["triton: whole layer, T < 12, times faster than eager"]
+    assert (shallow.value, shallow.met) == (4.5, True)
     assert not found["triton: whole layer, times faster than torch.compile"].met
     network = found["triton: ELA's training step, of the plain network's"]
-    assert (network.value, network.met) == (1.2, True)
+    assert (network.value, network.met) == (1.2, False)
+    assert found["triton: fused MRLA's training step, of the plain network's"].met
+    assert not any(what.startswith("published") for what in found)
     text = text_report(results)
     assert "| resnet56 [128, 3, 32, 32] " in text

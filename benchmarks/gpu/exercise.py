@@ -19,13 +19,18 @@ _SHAPES = ((3, 2, 12, 7, 5, 3), (2, 1, 37, 9, 1, 37), (2, 3, 16, 1, 1, 2), (9, 1
 _COUNTS = {"triton": 1, "cuda": 3}
 
 
-def exercise(backend: str, device: torch.device) -> int:
-    """Forward, backward in both forms, gather and weights-only; returns the number of layers that ran."""
+def exercise(backend: str, device: torch.device, few: bool = False) -> int:
+    """Forward, backward in both forms, gather and weights-only; returns the number of layers that ran.
+
+    `few`: one shape, in each dtype and each layout once.
+    """
     count = 0
+    shapes = _SHAPES[:1] if few else _SHAPES[: _COUNTS.get(backend)]
+    layouts = (torch.contiguous_format, torch.channels_last)
     with ek.use_backend(backend):
-        for dtype in (torch.float32, torch.bfloat16):
-            for depth, batch, channels, rows, columns, heads in _SHAPES[: _COUNTS.get(backend)]:
-                for layout in (torch.contiguous_format, torch.channels_last):
+        for i, dtype in enumerate((torch.float32, torch.bfloat16)):
+            for depth, batch, channels, rows, columns, heads in shapes:
+                for layout in layouts[i : i + 1] if few else layouts:
                     leaves = [
                         torch.randn(size, device=device)
                         .to(dtype)
@@ -92,9 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     """Exercise all backends that run on the device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.exercise", description=__doc__)
     parser.add_argument("--device", default="cuda")
-    setting = make_setting(parser.parse_args(argv).device, None, smoke=True)
+    parser.add_argument("--smoke", action="store_true", help="changes nothing: all is small")
+    parser.add_argument("--few", action="store_true", help="one shape alone")
+    args = parser.parse_args(argv)
+    setting = make_setting(args.device, None, smoke=True)
     for backend in setting.backends:
-        print(f"{backend}: {exercise(backend, setting.device)} layers")
+        print(f"{backend}: {exercise(backend, setting.device, args.few)} layers", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.footprint import OPS, least_bytes
 from benchmarks.gpu.ops import LayerOps, check_operation, refusing
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.shapes import FLOOR_CASES, SMOKE_CASES, Case
+from benchmarks.gpu.shapes import FEW_CASES, FLOOR_CASES, SMOKE_CASES, Case
 from benchmarks.gpu.timing import Budget, graphed, take_turns
 from benchmarks.measure import Contender, summarize
 
@@ -46,11 +46,18 @@ def copy_contender(setting: Setting, size: int = _COPY_BYTES) -> tuple[Contender
     return graphed(partial(target.copy_, source), setting.device), 2 * size
 
 
+def cases_of(setting: Setting) -> list[Case]:
+    """Most important first."""
+    if setting.smoke:
+        return SMOKE_CASES[:1] if setting.few else SMOKE_CASES
+    return FEW_CASES if setting.few else FLOOR_CASES
+
+
 def measure(setting: Setting, budget: Budget, save: Save) -> None:
     """All cases, each saved as soon as it is there; what the budget does not reach is named."""
     report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
     copy, copy_bytes = copy_contender(setting)
-    for case in SMOKE_CASES if setting.smoke else FLOOR_CASES:
+    for case in cases_of(setting):
         if budget.left < 4 and report["cases"]:
             report["left_out"].append(case.name)
             continue

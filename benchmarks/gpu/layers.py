@@ -15,7 +15,13 @@ from benchmarks.contenders import WrongResultError
 from benchmarks.gpu.floor import Save
 from benchmarks.gpu.ops import ROUNDING
 from benchmarks.gpu.setting import Setting
-from benchmarks.gpu.shapes import COMPILED_LAYER_CASES, LAYER_CASES, SMOKE_CASES, Case
+from benchmarks.gpu.shapes import (
+    COMPILED_LAYER_CASES,
+    FEW_CASES,
+    LAYER_CASES,
+    SMOKE_CASES,
+    Case,
+)
 from benchmarks.gpu.stages import BASELINES, COMPILED, EAGER, eager_bytes, time_contenders
 from benchmarks.gpu.timing import Budget
 from ela_kernels.modules.published import ConcatHistory, ConcatLayerAttention
@@ -156,13 +162,19 @@ def contenders_of(
     return steps
 
 
+def cases_of(setting: Setting, compiled: bool) -> list[Case]:
+    """Most important first."""
+    if setting.smoke:
+        return SMOKE_CASES[:1] if compiled or setting.few else SMOKE_CASES[::2]
+    if setting.few:
+        return FEW_CASES
+    return COMPILED_LAYER_CASES if compiled else LAYER_CASES
+
+
 def measure(setting: Setting, budget: Budget, save: Save, compiled: bool = False) -> None:
     """All cases, layers and blocks, each saved as soon as it is there; what the budget does not reach is named."""
     report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
-    cases = COMPILED_LAYER_CASES if compiled else LAYER_CASES
-    if setting.smoke:
-        cases = SMOKE_CASES[:1] if compiled else SMOKE_CASES[::2]
-    for case in cases:
+    for case in cases_of(setting, compiled):
         for kind in KINDS:
             name = f"{case.name} {kind}"
             # The norm keeps two maps more a layer.

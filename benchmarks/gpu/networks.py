@@ -1,4 +1,7 @@
-"""A training step of whole networks: plain, with the base form at every block, and ELA with a third skipped."""
+"""A training step of whole networks: plain, with the base form at every block, and ELA with a third skipped.
+
+The base form as published too, which concatenates in PyTorch's own pieces.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from benchmarks.gpu.timing import Budget, graphed, synchronize, take_turns
 from benchmarks.measure import Contender, ratio, summarize
 from ela_kernels.models import build_model
 
-PLAIN, FUSED, SKIPPING = "plain", "mrla", "ela"
+PLAIN, FUSED, SKIPPING, PUBLISHED = "plain", "mrla", "ela", "published"
 
 # The loss of a first step in bfloat16 against the same network on PyTorch's own pieces, in the same dtypes.
 _LOSS_TOLERANCE = 0.02
@@ -56,7 +59,10 @@ class TrainingStep:
 
     def __init__(self, case: NetworkCase, attention: str, device: torch.device) -> None:
         torch.manual_seed(0)
-        network = build_model(case.model, attention=attention, **case.options)
+        options = case.options
+        if attention == PUBLISHED:
+            attention, options = FUSED, {**options, "fused": False}
+        network = build_model(case.model, attention=attention, **options)
         self.network = network.to(device, memory_format=torch.channels_last).train()
         if attention == SKIPPING:
             for stage in self.network.attentions:
@@ -154,6 +160,7 @@ def _measure_case(
 
     plain = TrainingStep(case, "none", setting.device)
     add(PLAIN, plain, None)
+    add(PUBLISHED, TrainingStep(case, PUBLISHED, setting.device), None)
     for kind in (SKIPPING, FUSED):
         for backend in setting.backends:
             step = TrainingStep(case, kind, setting.device)

@@ -1,9 +1,10 @@
 """The nearest public kernels, where they compute the same thing as ours; left out where they are not installed.
 
-Liger-Kernel's `attn_res` and flash-attn-res compute attention residuals (arXiv 2603.15031): over depth, as here, but
-with a score for every token, `softmax_j <w, rms_norm(v_j)>`, one learned query w for all tokens and one head of all C
-channels, from maps stacked in one tensor. Ours has G heads, queries and keys given for each sample, one set of weights
-for all positions of it, separate maps, and the divergence. The two coincide in:
+Liger-Kernel's `attn_res`, flash-linear-attention's `fused_attnres` and flash-attn-res compute attention residuals
+(arXiv 2603.15031): over depth, as here, but with a score for every token, `softmax_j <w, rms_norm(v_j)>`, one learned
+query w for all tokens and one head of all C channels. Their maps are stacked in one tensor, but for
+flash-linear-attention, which takes them apart as ours does. Ours has G heads, queries and keys given for each sample,
+one set of weights for all positions of it, and the divergence. The two coincide in:
 
 - `uniform`: the learned query is zero, and so is ours. All weights are 1 / T, output and gradients of the maps are
   equal on maps of any size. Both read T maps and write one (backward: T), so times can be compared; theirs also take
@@ -11,9 +12,11 @@ for all positions of it, separate maps, and the divergence. The two coincide in:
 - `token`: one position a sample, one head, keys rms_norm(v_j) made beforehand. Equal for any query. Ours reads the keys
   as well, twice the bytes of theirs: comparable in what comes out, not in what goes in; making the keys is not counted.
 
-Several heads, weights shared by the positions of a sample, the divergence and channels-first maps have no counterpart.
-flash-attn-res gives bfloat16, takes C of a power of two, and of its two phases only the first is the like of ours; its
-gradients of the maps are compared, not those of the query, which is a parameter there.
+Several heads, weights shared by the positions of a sample, the divergence and channels-first maps have no counterpart,
+nor has a whole step: theirs gives a map its gradient from one later layer at a time, ours from all of them at once.
+flash-linear-attention tries its configurations in a first call, which is not timed but takes seconds. flash-attn-res
+gives bfloat16, takes C of a power of two, and of its two phases only the first is the like of ours; its gradients of
+the maps are compared, not those of the query, which is a parameter there.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +46,16 @@ _SMOKE_SIZES = {"uniform": [(3, 2, 5, 16)], "token": [(3, 10, 1, 16)]}
 # more. A wrong weight is off by its whole size.
 _ALLOWED = 4 * ROUNDING[torch.bfloat16]
 
-Attend = Callable[[Tensor, Tensor], Tensor]
+# Of the maps, in one tensor or apart, and the query.
+Attend = Callable[[Tensor, Tensor], Tensor] | Callable[[list[Tensor], Tensor], Tensor]
+
+
+class Rival(NamedTuple):
+    """A package, its function as the measurement calls it, and whether it takes maps that are stacked in one tensor."""
+
+    package: str
+    load: Callable[[], Attend]
+    stacked: bool = True
 
 
 def _liger() -> Attend:
@@ -66,9 +78,20 @@ def _flash_attn_res() -> Attend:
     return attend
 
 
-RIVALS: dict[str, tuple[str, Callable[[], Attend]]] = {
-    "liger attn_res": ("liger_kernel", _liger),
-    "flash-attn-res": ("flash_attn_res", _flash_attn_res),
+def _fla() -> Attend:
+    from fla.ops.attnres import fused_attnres
+
+    def attend(values: list[Tensor], w: Tensor) -> Tensor:
+        out: Tensor = fused_attnres(w, values, torch.ones_like(w), rms_eps=_EPS)
+        return out
+
+    return attend
+
+
+RIVALS = {
+    "liger attn_res": Rival("liger_kernel", _liger),
+    "flash-linear-attention attnres": Rival("fla", _fla, stacked=False),
+    "flash-attn-res": Rival("flash_attn_res", _flash_attn_res),
 }
 
 
@@ -76,12 +99,12 @@ def measure(setting: Setting, budget: Budget, save: Save) -> None:
     """Forward, and forward with backward, of each rival that is installed, and of ours on the same maps."""
     report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": [], "rivals": {}}
     attends: dict[str, Attend] = {}
-    for name, (module, load) in RIVALS.items():
-        if importlib.util.find_spec(module) is None:
+    for name, rival in RIVALS.items():
+        if importlib.util.find_spec(rival.package) is None:
             report["rivals"][name] = "not installed"
             continue
         with refusing(name, report["refused"]):
-            attends[name] = load()
+            attends[name] = rival.load()
             report["rivals"][name] = "installed"
     save(report)
     if not attends and not setting.smoke:
@@ -124,7 +147,13 @@ def _measure_case(
     # out of the comparison of gradients elsewhere.
     want_out, want_grad = _expected(stacked.detach().double(), w.double(), dout.double())
     steps: dict[str, tuple[Callable[[], Tensor], list[Tensor], str | None]] = {
-        name: (partial(attend, stacked, w.clone().requires_grad_()), [stacked], None)
+        name: (
+            partial(
+                attend, stacked if RIVALS[name].stacked else values, w.clone().requires_grad_()
+            ),
+            [stacked] if RIVALS[name].stacked else values,
+            None,
+        )
         for name, attend in attends.items()
     }
     steps |= {backend: (ours, values, backend) for backend in setting.backends}

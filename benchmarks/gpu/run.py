@@ -1,7 +1,7 @@
 """Parts of the GPU benchmarks in one process, added to OUT/results.json; or the tables of what is there.
 
 python -m benchmarks.gpu.run floor --out OUT --seconds 60
-python -m benchmarks.gpu.run memory divergence --out OUT --seconds 8
+python -m benchmarks.gpu.run memory=8 divergence=4 --out OUT
 python -m benchmarks.gpu.run report --out OUT
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -87,18 +88,39 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("parts", nargs="+", choices=[*PARTS, "report"], metavar="part")
+    parser.add_argument(
+        "parts", nargs="+", type=_part, metavar="part", help="a name, or name=seconds of its own"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--seconds", type=float, default=60.0, help="about how long each may take")
+    parser.add_argument(
+        "--seconds", type=_seconds, default=60.0, help="about how long each other may take"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs="+", choices=["cuda", "triton", "cpp"])
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes and few rounds, to see that it runs"
     )
-    args = parser.parse_args(argv)
-    if args.seconds <= 0:
-        parser.error(f"--seconds: got {args.seconds}; allowed is a positive number")
-    return args
+    parser.add_argument("--few", action="store_true", help="the largest shapes alone")
+    return parser.parse_args(argv)
+
+
+def _part(text: str) -> tuple[str, float | None]:
+    """`name` or `name=seconds`."""
+    name, sign, seconds = text.partition("=")
+    allowed = [*PARTS, "report"]
+    if name not in allowed:
+        raise argparse.ArgumentTypeError(f"got {name!r}; allowed are {', '.join(allowed)}")
+    return name, _seconds(seconds) if sign else None
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r} seconds; allowed is a positive number")
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -106,17 +128,17 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for part in args.parts:
+    for part, seconds in args.parts:
         if part == "report":
             results = read_results(args.out)
             print(write_report(results, args.out), flush=True)
             write_pictures(results, args.out)
             continue
-        setting = make_setting(args.device, args.backends, args.smoke)
+        setting = make_setting(args.device, args.backends, args.smoke, args.few)
         if not setting.backends:
             print(f"{part}: none of our backends can run here", file=sys.stderr)
         try:
-            run_part(part, args.out, args.seconds, setting)
+            run_part(part, args.out, seconds or args.seconds, setting)
         except Exception:
             traceback.print_exc()
             print(f"{part}: FAILED; what it had measured is kept", file=sys.stderr)

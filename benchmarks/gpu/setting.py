@@ -13,7 +13,7 @@ import torch
 import ela_kernels as ek
 from ela_kernels.backends.extension import build_info
 
-PACKAGES = ("triton", "liger-kernel", "flash-attn-res")
+PACKAGES = ("triton", "liger-kernel", "fla-core", "flash-attn-res")
 
 # A cache of this size where PyTorch does not tell: that of the largest GPUs, so that inputs are surely rotated.
 _L2_BYTES = 64 * 2**20
@@ -21,11 +21,15 @@ _L2_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Setting:
-    """Device and backends of a run. `smoke`: tiny shapes and a few rounds, to see that everything runs."""
+    """Device and backends of a run.
+
+    `smoke`: tiny shapes and a few rounds, to see that everything runs. `few`: the largest shapes alone, a first look.
+    """
 
     device: torch.device
     backends: tuple[str, ...]
     smoke: bool = False
+    few: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -54,7 +58,9 @@ class Setting:
         return free
 
 
-def make_setting(device: str, backends: list[str] | None, smoke: bool) -> Setting:
+def make_setting(
+    device: str, backends: list[str] | None, smoke: bool, few: bool = False
+) -> Setting:
     """The setting, with those of `backends` that are available; all GPU backends if None."""
     found = torch.device(device)
     if found.type == "cuda" and found.index is None:
@@ -62,7 +68,7 @@ def make_setting(device: str, backends: list[str] | None, smoke: bool) -> Settin
     if backends is None:
         backends = ["cuda", "triton"] if found.type == "cuda" else ["cpp"]
     status = ek.backend_status()
-    return Setting(found, tuple(b for b in backends if status[b] == "available"), smoke)
+    return Setting(found, tuple(b for b in backends if status[b] == "available"), smoke, few)
 
 
 def describe(setting: Setting) -> dict[str, Any]:
@@ -78,6 +84,7 @@ def describe(setting: Setting) -> dict[str, Any]:
         "cuda_architectures": build_info().get("cuda_architectures"),
         "backends": ek.backend_status(),
         "smoke": setting.smoke,
+        "few": setting.few,
     }
     report |= {package: _version(package) for package in PACKAGES}
     if setting.on_gpu:

@@ -75,6 +75,8 @@ LARGE = [
     StageShape(12, 128, 64, 32, 16),
     StageShape(3, 64, 2048, 7, 16),
 ]
+# For a first look: the two shapes with the most bytes in a stage, as images and networks of both kinds have them.
+FEW_CASES = _variants([LARGE[2], LARGE[1]], _ALL[0], _ALL[2])
 # The stages of a network for CIFAR, batch 128, and one that a cache holds.
 SMALL = [
     StageShape(12, 128, 64, 32, 16),

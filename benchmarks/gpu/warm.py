@@ -19,7 +19,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu import layers, networks, shapes, stages
+from benchmarks.gpu import floor, layers, networks, shapes, stages
 from benchmarks.gpu.exercise import exercise
 from benchmarks.gpu.footprint import OPS, PIECES
 from benchmarks.gpu.ops import LayerOps
@@ -76,30 +76,30 @@ def _network(case: networks.NetworkCase, setting: Setting) -> None:
 
 def _exercise(setting: Setting) -> None:
     for backend in setting.backends:
-        exercise(backend, setting.device)
+        exercise(backend, setting.device, setting.few)
 
 
-def jobs(smoke: bool, parts: Sequence[str]) -> list[Job]:
+def jobs(setting: Setting, parts: Sequence[str]) -> list[Job]:
     """Those of the steps and parts named; the first of each before the second of any."""
-    lists = [found for part, found in _jobs_by_part(smoke).items() if part in parts]
+    lists = [found for part, found in _jobs_by_part(setting).items() if part in parts]
     rounds = itertools.zip_longest(*lists)
     return [job for jobs_of_round in rounds for job in jobs_of_round if job is not None]
 
 
-def _jobs_by_part(smoke: bool) -> dict[str, list[Job]]:
-    small = shapes.SMOKE_CASES[:1]
+def _jobs_by_part(setting: Setting) -> dict[str, list[Job]]:
+    smoke, small = setting.smoke, shapes.SMOKE_CASES[:1]
     of_networks = [case for case in networks.CASES if not case.is_instead]
     return {
         "sanitizer": [] if smoke else [_exercise],
         "layers": [
             partial(_layers, case, kind, False)
-            for case in (small if smoke else shapes.LAYER_CASES)
+            for case in (small if smoke else layers.cases_of(setting, False))
             for kind in layers.KINDS
         ],
         "networks": [
             partial(_network, case) for case in (networks.SMOKE_CASES if smoke else of_networks)
         ],
-        "floor": [partial(_floor, case) for case in (small if smoke else shapes.FLOOR_CASES)],
+        "floor": [partial(_floor, case) for case in (small if smoke else floor.cases_of(setting))],
         "pieces": [partial(_pieces, case) for case in (small if smoke else shapes.PIECE_CASES)],
         "stages": [
             partial(_stage, case, False) for case in (small if smoke else shapes.STAGE_CASES)
@@ -150,12 +150,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.warm", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--parts", nargs="+", default=list(_jobs_by_part(True)))
+    parser.add_argument("--parts", nargs="+", required=True)
     parser.add_argument("--smoke", action="store_true", help="a few tiny shapes")
+    parser.add_argument("--few", action="store_true", help="the largest shapes alone")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    setting = make_setting(args.device, None, args.smoke)
-    todo = jobs(args.smoke, args.parts)
+    setting = make_setting(args.device, None, args.smoke, args.few)
+    todo = jobs(setting, args.parts)
     problems = warm(todo, setting, args.workers)
     for problem in problems:
         print(problem[:300], file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -35,6 +36,7 @@ def compile_report(*arguments: str, timeout: int) -> str:
 
 def test_kernels_compile_for_hopper_without_spills():
     lines = compile_report("--quick", "--targets", "sm_90", timeout=300).splitlines()
+    assert lines[0] == f"Triton {importlib.metadata.version('triton')}"
     forms = [line for line in lines if "layer_attention_fwd_kernel" in line]
     assert len(forms) == 6  # planar and interleaved: alone, with a residual, with statistics
     # Four vectors of a map: four maps in groups, or the two and three of a light layer.

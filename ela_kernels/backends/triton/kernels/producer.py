@@ -254,10 +254,11 @@ def layer_producer_bwd_kernel(
                     there = _has(h, w, height, width, 1 - k // 3, 1 - k % 3)
                     there = here & across(there, INTERLEAVED)
                     dv = tl.load(dv_at + shift, mask=there, other=0.0).to(tl.float32)
-                    if NEED_X:
-                        dx += along(taps[k], INTERLEAVED) * dv
+                    # The sums first, and the gates read anew after the loop: otherwise one of Triton 3.6 to 3.8 spills.
                     if NEED_TAPS:
                         more = more + (sums[k] + x * dv,)
+                    if NEED_X:
+                        dx += along(taps[k], INTERLEAVED) * dv
                 if NEED_TAPS:
                     sums = more
             if NEED_X:
@@ -268,6 +269,10 @@ def layer_producer_bwd_kernel(
                 dx_at = _position_offsets(h, w, width, stride_dr, UNIT, INTERLEAVED)
                 tl.store(dx_lines + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=here)
         if NEED_TAPS:
+            if HAS_GATES:
+                gate = tl.load(
+                    gates_ptr + (b * channels + c) // head_dim, mask=mask_line, other=0.0
+                )
             for k in tl.static_range(9):
                 at = ((b.to(tl.int64) * groups + group) * 9 + k) * channels + c
                 total = line_sum(sums[k], INTERLEAVED)

@@ -1,0 +1,182 @@
+"""The first tests to run on a device: every family of kernels in every dtype and layout, at two shapes, quickly.
+
+`bash benchmarks/run_gpu.sh OUT_DIR --plan first` runs these, and the others only when they pass. What each kernel does
+at all the other sizes, depths and layouts is tested in tests/conformance/.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from support.cases import make_case
+from support.layer_stages import (
+    FORMS,
+    INTERPRETED,
+    make_blocks,
+    make_light_blocks,
+    make_stage,
+    run_blocks,
+    run_stage,
+)
+from support.layers_on_gpu import CPU, on_device
+from support.layouts import channels_last, contiguous
+from support.on_gpu import DEVICE, GPU_DTYPES, case_on, evaluate_on, moved
+from support.oracle import assert_matches, oracle, tolerances
+from support.pull_stages import Stage, check_stage
+
+import ela_kernels as ek
+from ela_kernels.backends.dispatch import KERNELS
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.usefixtures("backend", "poisoned_memory", "exact_convolutions"),
+]
+
+# Every address and stride on 16 bytes, several heads; and none of them, with a map that no tile divides. Numbers are
+# many, since some lie within a rounding of zero before the activation, which then passes a whole gradient or none: of
+# few, PyTorch may happen to have none such, and be held up as too exact.
+SHAPES = {"aligned": (8, 32, 16, 32), "odd": (5, 21, 27, 19)}
+HEAD_DIMS = {"aligned": 16, "odd": 7}
+DEPTH = 3  # of three, a kernel is compiled for four
+LAYERS = 2
+
+shapes = pytest.mark.parametrize("shape", list(SHAPES))
+dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+makers = pytest.mark.parametrize("maker", [contiguous, channels_last])
+forms = pytest.mark.parametrize("form", FORMS, ids=str)
+
+
+def heads_of(shape: str) -> int:
+    return SHAPES[shape][1] // HEAD_DIMS[shape]
+
+
+@shapes
+@dtypes
+@makers
+def test_the_op(maker, dtype, shape, kernels_ran):
+    """Forward, and the backward that gives all gradients at once."""
+    case = make_case(SHAPES[shape], DEPTH, heads_of(shape), dtype, maker, dout=maker)
+    assert_matches(evaluate_on(case), case)
+    assert kernels_ran == ["forward", "backward"]
+
+
+@shapes
+@dtypes
+def test_weights_alone(dtype, shape, kernels_ran):
+    case = make_case(SHAPES[shape], DEPTH, heads_of(shape), dtype)
+    on_device = case_on(case)
+    with torch.no_grad():
+        weights, kl = ek.layer_attention_weights(
+            on_device.q, on_device.keys, case.heads, prev_weights=on_device.prev_weights
+        )
+    want, allowed = oracle(case), tolerances(case)
+    for name, found in (("weights", weights), ("kl", kl)):
+        torch.testing.assert_close(
+            found.cpu().double(), want[name].detach(), rtol=0, atol=allowed[name]
+        )
+    assert kernels_ran == ["weights"]
+
+
+@shapes
+@dtypes
+@makers
+def test_a_history(maker, dtype, shape, kernels_ran):
+    """Forward, dot products and what is gathered from later layers."""
+    check_stage(Stage(SHAPES[shape], heads_of(shape), DEPTH, dtype, maker), moved)
+    assert kernels_ran.count("forward") == kernels_ran.count("backward") == DEPTH
+    assert kernels_ran.count("gather") == DEPTH
+
+
+def step(modules, x):
+    """Outputs, and gradients, those of one kind of parameter together.
+
+    The gradients that arrive are of either sign, so that sums of many stay within float16.
+    """
+    modules = copy.deepcopy(modules)
+    if isinstance(modules[0], ek.ELA):
+        outs, history = run_blocks(modules, x)
+    elif isinstance(modules[0], ek.LayerAttention):
+        outs, history = run_stage(modules, x)
+    else:
+        previous, outs, history = PreviousOutput(), [], None
+        for block in modules:
+            outs.append(block(outs[-1] if outs else x, previous))
+    kinds = {f"output {i}": [out.detach()] for i, out in enumerate(outs)}
+    arriving = torch.randn(x.shape, generator=torch.Generator().manual_seed(7)).double()
+    loss = (outs[-1].double() * arriving.to(x.device)).sum()
+    if history is not None:
+        kinds |= {"weights": [history.weights.detach()], "divergence": [history.kl.detach()]}
+        loss = loss + history.kl.double().sum() + history.weights.double().square().sum()
+    leaves = {"0.x": x} | dict(modules.named_parameters())
+    for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+        kind = re.sub("W[qk]", "Wq or Wk", name.partition(".")[2])
+        kinds.setdefault(f"gradients of {kind}", []).append(grad)
+    for name, buffer in modules.named_buffers():
+        kinds.setdefault(name.rpartition(".")[2], []).append(buffer)
+    return {k: torch.cat([t.double().cpu().flatten() for t in ts]) for k, ts in kinds.items()}
+
+
+def check(modules, x, backend):
+    """As near to float64 as PyTorch's own pieces in the same dtype, within 8 times: either is one draw of roundings.
+
+    Besides 2e-5 of the norm, and half an ulp in half precision, where PyTorch happens to be exact. An activation whose
+    input is within rounding of zero passes a whole gradient or none, of which one was seen to be 1e-3 of the norm of a
+    filter's gradient, three sums of both signs; in half precision, with many such, these errors are as large as that
+    gradient itself, and it is left out.
+    """
+    modules, x = modules.to(DEVICE), on_device(x)
+    with ek.use_backend(backend):
+        found = step(modules, x)
+    with ek.use_backend("eager"):
+        plain = step(modules, x)
+        leaf = x.detach().to(CPU, torch.float64).requires_grad_()
+        exact = step(copy.deepcopy(modules).to(CPU, torch.float64), leaf)
+    is_half, has_activation = (
+        x.dtype != torch.float32,
+        not isinstance(modules[0], ek.LayerAttention),
+    )
+    # A dry run may interpret, which rounds to bfloat16 otherwise.
+    factor = INTERPRETED if getattr(KERNELS[backend], "interprets", False) else 8
+    for kind, truth in exact.items():
+        if is_half and has_activation and "Wq or Wk" in kind:
+            continue
+        own = 2e-5 + (torch.finfo(x.dtype).eps / 2 if is_half else 0)
+        if has_activation and kind.startswith("gradients"):
+            own += 1e-2
+        error, theirs = ((r[kind] - truth).norm() for r in (found, plain))
+        allowed = factor * theirs + own * truth.norm()
+        assert error <= allowed, f"{kind}: {error:.3g} from float64, allowed is {allowed:.3g}"
+
+
+@shapes
+@dtypes
+@forms
+def test_layers(form, dtype, shape, backend, layers_ran):
+    """What makes query, key and value, the attention, and the way back through both."""
+    layers, x = make_stage(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype, form)
+    check(layers, x, backend)
+    assert layers_ran == ["layer"] * LAYERS + ["layer_backward"] * LAYERS
+
+
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "inference"])
+@shapes
+@dtypes
+@forms
+def test_blocks(form, dtype, shape, is_training, backend, layers_ran):
+    """The same with norm, activation and residual, the norm's statistics those of the batch or tracked ones."""
+    blocks, x = make_blocks(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype, form)
+    check(blocks.train(is_training), x, backend)
+    assert layers_ran == ["layer"] * LAYERS + ["layer_backward"] * LAYERS
+
+
+@shapes
+@dtypes
+@forms
+def test_light_blocks(form, dtype, shape, light_backend):
+    blocks, x = make_light_blocks(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype)
+    x = x.detach().contiguous(memory_format=form).requires_grad_()
+    check(blocks, x, light_backend)
