@@ -49,8 +49,8 @@ class Family(NamedTuple):
 
 
 R50, R101 = (3, 4, 6, 3), (3, 4, 23, 3)
-_base = {"width": 64, "stem": "deep", "dim_perhead": 16, "drop": 0.2}
-_light = {"width": 64, "stem": "imagenet", "drop": 0.2}
+_base: dict[str, Any] = {"width": 64, "stem": "deep", "dim_perhead": 16, "drop": 0.2}
+_light: dict[str, Any] = {"width": 64, "stem": "imagenet", "drop": 0.2}
 _images = (8, 3, 128, 128)
 
 FAMILIES = {

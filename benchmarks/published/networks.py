@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -35,9 +35,9 @@ IMAGES = (3, 3, 32, 32)
 TOKENS = (3, 3, 16, 16)
 DEPTHS = (3, 2)
 
-_cifar = {"width": 8, "dim_perhead": 8, "drop": 0.3, "image": 8}
-_images = {"width": 8, "dim_perhead": 8, "drop": 0.3}
-_tokens = {
+_cifar: dict[str, Any] = {"width": 8, "dim_perhead": 8, "drop": 0.3, "image": 8}
+_images: dict[str, Any] = {"width": 8, "dim_perhead": 8, "drop": 0.3}
+_tokens: dict[str, Any] = {
     "image": 16,
     "patch": 4,
     "dim": 32,
@@ -46,7 +46,7 @@ _tokens = {
     "dim_perhead": 8,
     "drop": 0.3,
 }
-_basic = {**_cifar, "dim_perhead": 4, "basic": True}
+_basic: dict[str, Any] = {**_cifar, "dim_perhead": 4, "basic": True}
 
 NETWORKS = {
     "base cifar": Published(partial(BaseResNet, DEPTHS, **_cifar), CIFAR, 5),

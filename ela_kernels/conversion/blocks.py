@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.conversion.cut import Given, run_up_to
-from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer
+from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer, is_wrapped
 from ela_kernels.explaining import refused
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode, Skipping
-from ela_kernels.torch_internals import has_hooks, has_own_hooks, is_exporting, own_child, part_of
+from ela_kernels.torch_internals import has_own_hooks, is_exporting, own_child, part_of
 
 
 class Tail(NamedTuple):
@@ -32,6 +32,7 @@ class Tail(NamedTuple):
         norm: the norm.
         act: the ReLU; None where there is none, FUNCTIONAL where it is no module.
         drop_path: what multiplies each sample with a number; None where there is none.
+        drops: the class of that, which may be another by now.
     """
 
     attention: str
@@ -39,6 +40,7 @@ class Tail(NamedTuple):
     norm: str
     act: str | None
     drop_path: str | None
+    drops: type[nn.Module] = nn.Identity
 
 
 FUNCTIONAL = ""
@@ -53,6 +55,16 @@ def _part(block: nn.Module, name: str | None) -> nn.Module:
 def _act(block: FusedBlock) -> nn.Module:
     tail = block.fused_tail
     return _RELU if tail.act == FUNCTIONAL else _part(block, tail.act)
+
+
+def _path(block: FusedBlock) -> list[nn.Module] | None:
+    """The modules from the block down to its attention; None where that is none of ours any more."""
+    tail = block.fused_tail
+    try:
+        found = [part_of(block, name) for name in (*tail.between, tail.attention)]
+    except (KeyError, AssertionError):
+        return None
+    return found if isinstance(found[-1], (FusedLayer, FusedDecay)) else None
 
 
 def _layer_in(attention: nn.Module) -> nn.Module:
@@ -70,11 +82,12 @@ class FusedBlock(Fused):
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original."""
         tail = self.fused_tail
-        attention = part_of(self, tail.attention)
-        if torch.compiler.is_compiling():
+        path = _path(self)
+        if torch.compiler.is_compiling() or path is None:
             return self.fused_original_forward(*args, **options)
+        attention = path[-1]
         why = None
-        if has_hooks(attention, *(part_of(self, name) for name in tail.between)):
+        if is_wrapped(*path):
             why = "the attention, or a module between the block and it, has hooks, or all modules have"
         elif not args or not isinstance(args[0], Tensor):
             why = "the block is not called with its map in first place"
@@ -87,14 +100,15 @@ class FusedBlock(Fused):
         # Out here, what the block's own code held is freed.
         x, state = found
         norm, act, drop_path = part_of(self, tail.norm), _act(self), _part(self, tail.drop_path)
+        samples = type(drop_path) is tail.drops
         if isinstance(attention, FusedLayer):
-            out = residual_block(attention, norm, act, drop_path, x, state, samples=True)
+            out = residual_block(attention, norm, act, drop_path, x, state, samples)
             return attention.fused_with_state(out, state)
         layer = _layer_in(attention)
         assert isinstance(layer, FusedGate)
         assert isinstance(attention, FusedDecay)
         decay = attention.fused_decay()
-        return light_residual_block(layer, norm, act, drop_path, x, state, True, decay)[0]
+        return light_residual_block(layer, norm, act, drop_path, x, state, samples, decay)[0]
 
     def fused_release(self) -> None:
         super().fused_release()
@@ -114,6 +128,11 @@ class BlockELA(ELA):
         Skipping.__init__(self, skip)
         self._begin()
         self._block = (block,)  # no child
+
+    @property
+    def samples(self) -> bool:  # type: ignore[override]
+        """Whether the drop path is still what the handshake has seen."""
+        return type(self.drop_path) is self._block[0].fused_tail.drops
 
     def is_of(self, block: FusedELABlock) -> None:
         """Where it stands: a replica's block is another one."""
@@ -176,15 +195,24 @@ class FusedELABlock(FusedBlock):
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original; where its retrieval is skipped, without it."""
         tail = self.fused_tail
-        attention, ela = part_of(self, tail.attention), part_of(self, "ela")
+        path, ela = _path(self), part_of(self, "ela")
         assert isinstance(ela, BlockELA)
+        if path is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: its attention was exchanged for another; allowed is to exchange it after "
+                "ela_kernels.unconvert"
+            )
+        attention = path[-1]
         ela.is_of(self)
         if is_exporting():
             raise RuntimeError(
                 f"{type(self).__name__}: got torch.export of a network that was converted with to='ela', which leaves "
                 "a block in the middle; allowed is to export it after ela_kernels.unconvert, or without to='ela'"
             )
-        hooked = [n for n in (tail.attention, *tail.between) if has_own_hooks(part_of(self, n))]
+        names = (*tail.between, tail.attention)
+        hooked = [
+            n for n, m in zip(names, path, strict=True) if has_own_hooks(m) or "forward" in vars(m)
+        ]
         if hooked:
             raise RuntimeError(
                 f"{type(self).__name__}: got hooks on {', '.join(hooked)}, whose calls a block that was converted with "

@@ -138,7 +138,7 @@ class FusedLayer(FusedFilters, LayerAttention):
     @staticmethod
     def fused_with_state(
         out: Tensor, history: LayerHistory, x: Tensor | None = None
-    ) -> tuple[Tensor, Any, Any]:
+    ) -> tuple[Any, ...]:
         """What the original gives, after the layer's turn in `history`; `x`: of a layer that may have given no pair."""
         if torch.compiler.is_compiling():
             return out, Carried(history), Carried(history)
@@ -152,11 +152,14 @@ class FusedLayer(FusedFilters, LayerAttention):
                 x.new_empty(x.shape[0], 0, *x.shape[1:]),
             )
         held_keys, held_values = history.held or (None, None)
-        return (
-            out,
+        state = (
             Stacked.of(keys, history, left, held_keys),
             Stacked.of(values, history, left, held_values),
         )
+        if not torch.is_grad_enabled() and any(v.requires_grad for v in values):
+            # Concatenated here, they would be cut off from the layers before.
+            return out, *(t.make().detach() for t in state)
+        return out, *state
 
     def fused_history(self, x: Any, keys: Any, values: Any) -> Any:
         """The one that the layer goes on with; None where the original has to serve."""
@@ -201,6 +204,11 @@ class FusedGate(FusedFilters, LightLayerAttention):
         return super().forward(*args)
 
 
+def is_wrapped(*modules: nn.Module) -> bool:
+    """Whether calling any of `modules` runs more than the forward of its class."""
+    return has_hooks(*modules) or any("forward" in vars(module) for module in modules)
+
+
 class FusedDecay(Fused):
     """The module around a light layer: `forward(x, prev_out)`, the gated value plus the decayed previous output."""
 
@@ -214,7 +222,7 @@ class FusedDecay(Fused):
             options
             or len(args) != 2
             or not isinstance(layer, FusedGate)
-            or has_hooks(layer)
+            or is_wrapped(layer)
             or layer.fused_is_watched()
         ):
             return self.fused_original_forward(*args, **options)

@@ -143,9 +143,10 @@ def _made(value: Any) -> Any:
     """`value` with every stack in it made."""
     if isinstance(value, Stacked):
         return value.make()
-    if type(value) in (tuple, list):
-        return type(value)(_made(v) for v in value)
-    if type(value) is dict:
+    if isinstance(value, (tuple, list)):
+        made = [_made(v) for v in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    if isinstance(value, dict):
         return {key: _made(v) for key, v in value.items()}
     return value
 

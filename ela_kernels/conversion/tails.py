@@ -68,6 +68,8 @@ def find_tail(
     others = [n for n in after if n not in norms and n not in acts]
     if len(norms) != 1:
         raise DisagreementError("no BatchNorm2d follows the attention, or several do")
+    if norms[0] in seen[0].first:
+        raise DisagreementError("the norm that follows the attention is used before it as well")
     if len(others) > 1 or any(one.after != after for one in seen):
         raise DisagreementError(
             "more than a norm, an activation and a drop path follow the attention"
@@ -79,7 +81,8 @@ def find_tail(
     parts = attention.split(".")
     between = tuple(".".join(parts[:i]) for i in range(1, len(parts)))
     for act, drop_path in product([*acts, None, FUNCTIONAL], [*others, None]):
-        tail = Tail(attention, between, norms[0], act, drop_path)
+        drops = nn.Identity if drop_path is None else type(run.names[drop_path])
+        tail = Tail(attention, between, norms[0], act, drop_path, drops)
         if all(run.ends_in(tail, one) for one in seen):
             fuse_attention(run.attention)
             fuse(run.block, FusedBlock, fused_tail=tail)
@@ -97,7 +100,7 @@ def _may_drop_samples(module: nn.Module) -> bool:
 
 @dataclass
 class _Seen:
-    """One run of a block: what it was given, what its attention gave, what was called after that, and how it ended."""
+    """One run of a block: what it was given, what its attention gave, what else was called, and how it ended."""
 
     training: bool
     inputs: list[Any]
@@ -110,6 +113,7 @@ class _Seen:
     random: Tensor = field(default_factory=lambda: torch.empty(0))
     buffers: dict[str, Tensor] = field(default_factory=dict)
     kept: list[object] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)
     results: tuple[Tensor, ...] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
@@ -196,8 +200,7 @@ class _Run:
             if name and module not in inside:
 
                 def called(module: nn.Module, args: Any, name: str = name) -> None:
-                    if seen.calls:
-                        seen.after.append(name)
+                    (seen.after if seen.calls else seen.first).append(name)
 
                 hooks.append(module.register_forward_pre_hook(called))
         return hooks

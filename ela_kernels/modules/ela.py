@@ -66,9 +66,10 @@ class ELA(Skipping):
         ...     x = layer(x, history)
     """
 
-    # Whether its parts are those of a converted block: they stand elsewhere in the model, and `drop_path`, of whatever
-    # class, is known to multiply each sample with a number.
+    # Whether its parts are those of a converted block, and stand elsewhere in the model.
     lent = False
+    # Whether `drop_path`, of whatever class, is known to multiply each sample with a number.
+    samples = False
 
     def __init__(
         self,

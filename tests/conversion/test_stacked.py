@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -152,6 +152,32 @@ def test_what_passes_functions_by_is_refused() -> None:
     _, k, _ = layer(torch.randn(2, 8, 4, 3), None, None)
     with torch._C.DisableTorchFunctionSubclass(), pytest.raises(RuntimeError, match="unconvert"):
         k + 1
+
+
+def test_keys_and_values_of_two_dtypes_are_refused_by_a_history() -> None:
+    k, v = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8, 4, 3)
+    with pytest.raises(
+        ValueError, match=r"^keys, values: got torch.bfloat16 on cpu and torch.float32"
+    ):
+        ek.LayerHistory.holding(k, v, heads=2)
+    # A converted layer leaves them to the original, which promotes them.
+    layer, ours = Layer(8), Layer(8)
+    ours.load_state_dict(layer.state_dict())
+    ek.convert(ours)
+    x = torch.randn(2, 8, 4, 3)
+    for a, b in zip(ours(x, k, v), layer(x, k, v), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tuple_with_names_holds_tensors_when_it_is_used() -> None:
+    class Pair(NamedTuple):
+        a: Any
+        b: Any
+
+    layer = Layer(8)
+    ek.convert(layer)
+    _, k, _ = layer(torch.randn(2, 8, 4, 3), None, None)
+    assert torch.cat(Pair(k, k), 1).shape == (2, 2, 8)
 
 
 def test_what_is_no_state_of_the_layer_is_the_original_s_to_serve_or_refuse() -> None:

@@ -164,6 +164,15 @@ class Catching(BaseBlock):
         return x + self.relu(self.bn_mrla(attn)), k, v
 
 
+class Shared(BaseBlock):
+    """One norm before and behind its attention."""
+
+    def forward(self, x: Tensor, prev_k: Any, prev_v: Any) -> Any:
+        x = self.relu(self.bn_mrla(self.conv(x)) + x)
+        attn, k, v = self.mrla(x, prev_k, prev_v)
+        return x + self.relu(self.bn_mrla(attn)), k, v
+
+
 def plain(kind: type[Block]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         block = kind(8, 8, False, False, 0.0)
@@ -184,6 +193,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "random numbers in line": plain(Inline),
     "a list of losses": plain(Auxiliary),
     "a bare except": plain(Catching),
+    "one norm twice": plain(Shared),
 }
 
 
@@ -400,3 +410,69 @@ def test_the_skip_mode_of_what_is_converted_already() -> None:
     ek.convert(model, to="ela")
     ek.convert(model, to="ela", skip="layer")
     assert {m.skip for m in model.modules() if isinstance(m, ek.ELA)} == {"layer"}
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_block_without_gradients_cuts_off_what_came_before(frozen: int) -> None:
+    """As concatenating there does."""
+    torch.manual_seed(0)
+    theirs = Network().double()
+    ours = copy.deepcopy(theirs)
+    ek.convert(ours, strict=True)
+    x = torch.linspace(-1, 1, 2 * 3 * 64).double().view(2, 3, 8, 8).sin()
+    for network in (theirs, ours):
+        y, k, v = x, None, None
+        for i, block in enumerate(network.blocks[:3]):
+            with torch.set_grad_enabled(i != frozen):
+                y, k, v = block(y, k, v)
+        if y.requires_grad:
+            y.square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-11)
+
+
+def test_parts_that_are_exchanged_afterwards() -> None:
+    """Dropout in the drop path's place, another attention, a forward wrapped by hand."""
+    torch.manual_seed(0)
+    theirs = Network(drop=0.3).double()
+    ours = copy.deepcopy(theirs)
+    ek.convert(ours, strict=True)
+    seen: list[str] = []
+
+    def wrapped(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            out = forward(*args)
+            seen.append(name)
+            return out
+
+        return call
+
+    for network in (theirs, ours):
+        network.blocks[1].drop_path = nn.Dropout2d(0.5)
+        network.blocks[2].relu = nn.GELU()
+        network.blocks[4].mrla = copy.deepcopy(theirs.blocks[4].mrla)
+        layer = network.blocks[5].mrla.mrla
+        layer.forward = wrapped(layer.forward, "layer")
+    x = torch.linspace(-1, 1, 4 * 3 * 64).double().view(4, 3, 8, 8).sin()
+    results = []
+    for network in (theirs, ours):
+        torch.manual_seed(1)
+        out = network(x)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in network.parameters()), *network.buffers()])
+    assert seen == ["layer", "layer"]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+
+
+def test_a_light_layer_whose_forward_is_wrapped() -> None:
+    light, seen = Decay(8), []
+    ek.convert(light, strict=True)
+    x, before = torch.randn(2, 8, 4, 3), torch.randn(2, 8, 4, 3)
+    want = light(x, before)
+    forward = light.mrla.forward
+    light.mrla.forward = lambda *args: (seen.append(len(args)), forward(*args))[1]
+    torch.testing.assert_close(light(x, before), want)
+    assert seen == [1]

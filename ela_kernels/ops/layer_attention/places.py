@@ -49,8 +49,13 @@ class Places:
         the functional op (the push form).
 
         Raises:
-            ValueError: other shapes.
+            ValueError: other shapes, dtypes or devices.
         """
+        if keys.dtype != values.dtype or keys.device != values.device:
+            raise ValueError(
+                f"keys, values: got {keys.dtype} on {keys.device} and {values.dtype} on {values.device}; "
+                "allowed is one dtype on one device. Convert one of them"
+            )
         if keys.dim() != 3 or values.dim() < 3 or keys.shape != values.shape[:3]:
             raise ValueError(
                 f"keys, values: got shapes {list(keys.shape)} and {list(values.shape)}; allowed are [B, T, C] and "
