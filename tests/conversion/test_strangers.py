@@ -476,3 +476,47 @@ def test_a_light_layer_whose_forward_is_wrapped() -> None:
     light.mrla.forward = lambda *args: (seen.append(len(args)), forward(*args))[1]
     torch.testing.assert_close(light(x, before), want)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("shared", ["layer", "around", "weight", "block"])
+def test_what_layers_share(shared: str) -> None:
+    torch.manual_seed(0)
+    theirs = Network().double()
+    one, other = theirs.blocks[1], theirs.blocks[2]
+    if shared == "layer":
+        other.mrla.mrla = one.mrla.mrla
+    elif shared == "around":
+        other.mrla = one.mrla
+    elif shared == "weight":
+        other.mrla.mrla.Wv.weight = one.mrla.mrla.Wv.weight
+    else:
+        theirs.blocks[2] = one
+    ours = copy.deepcopy(theirs)
+    report = ek.convert(ours, strict=True)
+    assert len(report.converted) == (6 if shared == "weight" else 5)
+    x = torch.linspace(-1, 1, 4 * 3 * 64).double().view(4, 3, 8, 8).sin()
+    results = []
+    for network in (theirs, ours):
+        out = network(x)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in network.parameters()), *network.buffers()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+    assert len(list(ours.parameters())) == len(list(theirs.parameters()))
+
+
+def test_a_network_of_several_dtypes() -> None:
+    """The second stage in double precision, the rest in single."""
+    torch.manual_seed(0)
+    theirs = Network().eval()
+    theirs.blocks[3:].double()
+    theirs.head.double()
+    for network in (theirs, ours := copy.deepcopy(theirs)):
+        network.blocks[3].register_forward_pre_hook(
+            lambda _, args: tuple(t.double() if isinstance(t, Tensor) else t for t in args)
+        )
+    ek.convert(ours, strict=True)
+    x = torch.randn(2, 3, 8, 8)
+    want, got = theirs(x), ours(x)
+    assert got.dtype == want.dtype == torch.float64
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)  # float32 in the first stage
