@@ -202,7 +202,7 @@ def _check_gate(layer: Layer) -> None:
         raise DisagreementError("its forward keeps something in the module, which ours would not")
     q, k, v = layer.parts(x)
     nothing = torch.zeros_like(v)
-    decay = torch.zeros(layer.dim, 1, 1, dtype=v.dtype)
+    decay = torch.zeros(layer.dim, 1, 1, dtype=v.dtype, device=v.device)
     acts = {"": None, **{name: m for name, m in layer.own.named_children() if name not in "WqWkWv"}}
     for name, act in acts.items():
         try:

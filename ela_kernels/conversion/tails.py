@@ -107,10 +107,10 @@ class _Seen:
     before: dict[str, Tensor]
     start: Tensor
     calls: int = 0
-    x: Tensor = field(default_factory=lambda: torch.empty(0))
-    out: Tensor = field(default_factory=lambda: torch.empty(0))
+    x: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    out: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     state: tuple[Any, ...] = ()
-    random: Tensor = field(default_factory=lambda: torch.empty(0))
+    random: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     buffers: dict[str, Tensor] = field(default_factory=dict)
     kept: list[object] = field(default_factory=list)
     first: list[str] = field(default_factory=list)
@@ -118,7 +118,7 @@ class _Seen:
     results: tuple[Tensor, ...] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
     later: dict[str, Tensor] = field(default_factory=dict)
-    end: Tensor = field(default_factory=lambda: torch.empty(0))
+    end: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
 
 
 class _Run:

@@ -109,10 +109,10 @@ class Copy:
     def gradients(self, outputs: Sequence[Any], inputs: Sequence[Any]) -> list[Tensor | None]:
         """Gradients of one random sum over `outputs`, of the tensors among `inputs` and of all parameters."""
         generator = torch.Generator().manual_seed(1)
-        total = torch.zeros(())
+        total = torch.zeros((), device="cpu")
         for out in outputs:
             if isinstance(out, Tensor) and out.is_floating_point():
-                weights = torch.randn(out.shape, generator=generator, dtype=out.dtype)
+                weights = torch.randn(out.shape, generator=generator, dtype=out.dtype, device="cpu")
                 total = total + (weights * out).sum()
         wanted = [t for t in inputs if isinstance(t, Tensor)]
         wanted += [p for p in self.module.parameters() if p.requires_grad]
