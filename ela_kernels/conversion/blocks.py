@@ -57,7 +57,7 @@ def _act(block: FusedBlock) -> nn.Module:
     return _RELU if tail.act == FUNCTIONAL else _part(block, tail.act)
 
 
-def _path(block: FusedBlock) -> list[nn.Module] | None:
+def path_of(block: FusedBlock) -> list[nn.Module] | None:
     """The modules from the block down to its attention; None where that is none of ours any more."""
     tail = block.fused_tail
     try:
@@ -82,7 +82,7 @@ class FusedBlock(Fused):
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original."""
         tail = self.fused_tail
-        path = _path(self)
+        path = path_of(self)
         if torch.compiler.is_compiling() or path is None:
             return self.fused_original_forward(*args, **options)
         attention = path[-1]
@@ -195,7 +195,7 @@ class FusedELABlock(FusedBlock):
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original; where its retrieval is skipped, without it."""
         tail = self.fused_tail
-        path, ela = _path(self), part_of(self, "ela")
+        path, ela = path_of(self), part_of(self, "ela")
         assert isinstance(ela, BlockELA)
         if path is None:
             raise RuntimeError(

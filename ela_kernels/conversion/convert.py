@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypeGuard, TypeVar
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ela_kernels.conversion.blocks import BlockELA, FusedBlock, FusedELABlock
+from ela_kernels.conversion.blocks import BlockELA, FusedBlock, FusedELABlock, path_of
 from ela_kernels.conversion.fused import (
     Fused,
     FusedDecay,
@@ -83,10 +83,10 @@ def convert(
     if to not in (None, "ela"):
         raise ValueError(f"to: got {to!r}; allowed are 'ela' and None")
     check_skip(skip)
-    if to == "ela" and any(
-        isinstance(m, FusedLayer) and not m.fused_form.carries for m in model.modules()
-    ):
-        unconvert(model)
+    # Of the other goal, to be converted anew; what can be skipped already keeps its decision.
+    others = [m for m in model.modules() if to == "ela" and _cannot_be_skipped(m)]
+    for module in others:
+        unfuse(module)
     report = ConversionReport()
     plans: list[_Plan] = []
     names = dict(model.named_modules())
@@ -102,6 +102,8 @@ def convert(
                 plans.append(plan)
                 report.converted[name] = plan.what
     if strict and report.left:
+        if others:
+            convert(model)  # as it was
         raise ValueError(
             "model: got layers that cannot be converted; allowed with strict=True are none. Nothing was changed:\n"
             + str(ConversionReport({}, report.left))
@@ -142,6 +144,14 @@ def _is_candidate(module: nn.Module) -> bool:
     if isinstance(module, QueryKeyValue):
         return isinstance(module, (ConcatLayerAttention, Fused)) or getattr(module, _MARK, False)
     return all(isinstance(getattr(module, name, None), nn.Module) for name in ("Wq", "Wk", "Wv"))
+
+
+def _cannot_be_skipped(module: nn.Module) -> TypeGuard[Fused]:
+    """Whether a module is of the base form, and was converted without `to="ela"`."""
+    if isinstance(module, FusedBlock) and not isinstance(module, FusedELABlock):
+        path = path_of(module)
+        module = module if path is None else path[-1]
+    return isinstance(module, FusedLayer) and not module.fused_form.carries
 
 
 class _Plan:

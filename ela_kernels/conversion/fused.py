@@ -158,7 +158,7 @@ class FusedLayer(FusedFilters, LayerAttention):
         )
         if not torch.is_grad_enabled() and any(v.requires_grad for v in values):
             # Concatenated here, they would be cut off from the layers before.
-            return out, *(t.make().detach() for t in state)
+            return out, *(t.make() for t in state)
         return out, *state
 
     def fused_history(self, x: Any, keys: Any, values: Any) -> Any:

@@ -54,6 +54,8 @@ class Copy:
             raise DisagreementError(
                 "its parameters are on the meta device; convert after to_empty() or after loading"
             )
+        if any(hasattr(t, "full_tensor") for t in tensors):
+            raise DisagreementError("its parameters are sharded; convert before fully_shard()")
         self.generator = torch.Generator().manual_seed(0)
         with failure("a copy of it"):
             self.module = copy.deepcopy(module)

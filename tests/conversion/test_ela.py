@@ -216,3 +216,23 @@ def test_analysed() -> None:
     for a, b in zip(plain, skippable, strict=True):
         assert a.weights == pytest.approx(b.weights)
         assert a.divergence == pytest.approx(b.divergence, nan_ok=True)
+
+
+def test_the_other_goal_for_the_rest_of_a_model() -> None:
+    """What can be skipped keeps its decision, light forms stay, and a refusal leaves all as it was."""
+    model = nn.ModuleDict({"ela": Network(), "base": Network(), "light": Network(light=True)})
+    ek.convert(model["ela"], to="ela")
+    model["ela"].blocks[1].ela.skipped = True
+    ek.convert(model)
+    model["stranger"] = nn.Module()
+    for name in ("Wq", "Wk", "Wv"):
+        setattr(model["stranger"], name, nn.Identity())
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="stranger"):
+        ek.convert(model, to="ela", strict=True)
+    assert [type(m) for m in model.modules()] == kinds
+    del model["stranger"]
+    ek.convert(model, to="ela", strict=True)
+    assert len(elas(model["base"])) == len(elas(model["ela"])) == 6
+    assert model["ela"].blocks[1].ela.skipped
+    assert {e.form for e in ek.explain(model["light"], X.float())} == {"block"}
