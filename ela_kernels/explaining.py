@@ -26,6 +26,8 @@ _FORMS = {
     "eager": "eager PyTorch",
     "pair": "key and value in one call",
     "pieces": "key and value by eager PyTorch",
+    "reuse": "the residual block around an earlier retrieval in one call",
+    "reuse by pieces": "the residual block around an earlier retrieval by eager PyTorch",
     "skipped": "nothing: the layer is skipped",
 }
 
@@ -39,8 +41,8 @@ class LayerExplanation(NamedTuple):
         layer: name of its class.
         form: `"block"` (one call of the kernels for the whole residual block), `"layer"` (for the whole layer), `"op"`
             (for the retrieval alone), `"push"` (the same, with T gradients for T values, which PyTorch adds up),
-            `"eager"`, and of a layer that gives its pair and retrieves nothing `"pair"`,
-            `"pieces"` or `"skipped"`.
+            `"eager"`; of a layer that gives its pair and retrieves nothing `"pair"`, `"pieces"` or `"skipped"`; and of
+            one that takes over an earlier retrieval `"reuse"` or `"reuse by pieces"`.
         backend: the name of what served it.
         reasons: of each better form that did not serve it, every reason.
     """

@@ -231,6 +231,23 @@ void layer_backward(const LayerPlan& plan, const std::optional<Own>& own, const 
   k.layer_backward[plan.dtype](p, threads);
 }
 
+// The end of a block that makes nothing else, and its gradients.
+void norm_forward(int dtype, const std::array<int64_t, 5>& sizes, const std::optional<Norm>& norm, int threads) {
+  require(norm.has_value(), "norm: needed");
+  const ela::NormParams p = norm_params(image_shape_of(sizes), norm, false, element_size(checked_dtype(dtype)));
+  py::gil_scoped_release unlocked;
+  ela::kernels().norm_forward[dtype](p, threads);
+}
+
+void norm_backward(int dtype, const std::array<int64_t, 5>& sizes, const std::optional<Norm>& norm,
+                   bool batch_statistics, int threads) {
+  require(norm.has_value(), "norm: needed");
+  const ela::NormParams p =
+      norm_params(image_shape_of(sizes), norm, batch_statistics, element_size(checked_dtype(dtype)));
+  py::gil_scoped_release unlocked;
+  ela::kernels().norm_backward[dtype](p, threads);
+}
+
 int64_t norm_workspace(const std::array<int64_t, 5>& sizes) {
   return ela::kernels().norm_workspace(image_shape_of(sizes));
 }
@@ -265,5 +282,7 @@ void bind_cpu_layer(py::module_& m) {
   def_named(m, "layer_backward", &layer_backward,
             "plan, *, own, arrived, x, wq, wk, wv, mean, wants_query, wants_key, gradients, norm, "
             "batch_statistics, threads");
+  def_named(m, "norm_forward", &norm_forward, "dtype, *, sizes, norm, threads");
+  def_named(m, "norm_backward", &norm_backward, "dtype, *, sizes, norm, batch_statistics, threads");
   def_named(m, "norm_workspace", &norm_workspace, "*, sizes");
 }

@@ -343,10 +343,11 @@ void layer_kernel(const LayerParams& p, int threads) {
     part.statistics.shape.part = at.heads;
     depthwise_kernel<T>(part.depthwise, some);
     channel_filters_kernel<T>(part.filters, some);
-    if (!p.retrieves) return;
-    weights_kernel<T>(part.weights, some);
-    aggregate_kernel<T>(part.aggregate, some);
-    if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
+    if (p.retrieves) {
+      weights_kernel<T>(part.weights, some);
+      aggregate_kernel<T>(part.aggregate, some);
+      if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
+    }
     if (p.is_block && !p.wants_statistics) norm_part(p.norm, at.heads, some, norm_kernel<T>);
   });
   if (!p.wants_statistics) return;

@@ -323,6 +323,19 @@ void prepare_norm_backward(const NormParams& p, int threads) {
   join_norm_sums<T>(p);
 }
 
+// All of it, for a block that makes nothing else.
+template <class T>
+void norm_forward_kernel(const NormParams& p, int threads) {
+  prepare_norm<T>(p);
+  norm_kernel<T>(p, threads);
+}
+
+template <class T>
+void norm_gradient_kernel(const NormParams& p, int threads) {
+  prepare_norm_backward<T>(p, threads);
+  norm_backward_kernel<T>(p, threads);
+}
+
 // Accumulation elements: partial sums, and four factors a channel.
 inline int64_t norm_workspace(const ImageShape& s) { return (2 * s.batch * stat_blocks(s) + 4) * s.channels; }
 

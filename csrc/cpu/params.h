@@ -138,7 +138,7 @@ struct NormParams {
 };
 
 // A layer's forward: value, mean, query and key from its input, then attention. `retrieves` false: no query, no
-// attention.
+// attention, and where it is a block still, its norm is that of an earlier retrieval.
 struct LayerParams {
   bool retrieves;
   DepthwiseParams depthwise;
@@ -196,6 +196,8 @@ struct Kernels {
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
   void (*layer[kDTypes])(const LayerParams&, int threads);
   void (*layer_backward[kDTypes])(const LayerBackwardParams&, int threads);
+  void (*norm_forward[kDTypes])(const NormParams&, int threads);
+  void (*norm_backward[kDTypes])(const NormParams&, int threads);
   void (*light_layer[kDTypes])(const LightParams&, int threads);
   void (*light_layer_backward[kDTypes])(const LightBackwardParams&, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from ela_kernels.backends.types import EPILOGUES, Filters, LightFilters, NormAct, Saved
+from ela_kernels.backends.types import EPILOGUES, Filters, LightFilters, NormAct, Retrieved, Saved
 
 
 def check_epilogue(epilogue: object) -> None:
@@ -14,6 +14,21 @@ def check_epilogue(epilogue: object) -> None:
     if type(epilogue) not in EPILOGUES:
         raise TypeError(
             f"epilogue: got {type(epilogue).__name__}; allowed is one of {', '.join(k.__name__ for k in EPILOGUES)}"
+        )
+
+
+def check_reused(x: Tensor, filters: Filters, epilogue: object, reused: Retrieved | None) -> None:
+    """An earlier layer's retrieval is what a norm is given, in place of one of its own, and in the form of `x`."""
+    if reused is None:
+        return
+    if filters.wq is not None or type(epilogue) is not NormAct:
+        raise TypeError(
+            f"reused: got one for an epilogue {type(epilogue).__name__} and filters "
+            f"{'with' if filters.wq is not None else 'without'} a query; allowed is a NormAct, without a query"
+        )
+    if reused.o.shape != x.shape or reused.o.dtype != x.dtype:
+        raise ValueError(
+            f"reused: got {list(reused.o.shape)} in {reused.o.dtype}; allowed is {list(x.shape)} in {x.dtype}, as of x"
         )
 
 

@@ -23,14 +23,17 @@ from ela_kernels.backends.types import (
     LightGradients,
     LightNeeds,
     NormAct,
+    NormGradients,
+    Retrieved,
     Saved,
     SavedLayer,
     SavedLightLayer,
 )
 
 HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
-# An op, the weights alone, a whole layer with its residual, with all of its residual block, and the light form of both.
-ATTENTION_OPS = frozenset({"layer_attention", "layer_attention_weights", "layer", "block"})
+# An op, the weights alone, a whole layer with its residual, with all of its residual block, the block around an earlier
+# layer's retrieval, and the light form of layer and block.
+ATTENTION_OPS = frozenset({"layer_attention", "layer_attention_weights", "layer", "block", "reuse"})
 LIGHT_OPS = frozenset({"light_layer", "light_block"})
 
 
@@ -195,13 +198,15 @@ class KernelBackend(Backend):
         prev_weights: Tensor | None,
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
+        reused: Retrieved | None = None,
     ) -> LayerForward:
         """Query, key and value from `x` (as `layout.readable` gave it), what the query retrieves, and what follows.
 
         Args:
             keys, values: those of the layers before; without `filters.wq` nothing is retrieved.
             epilogue: what follows the retrieval.
-            keeps_retrieved: whether a backward may need what a norm was given.
+            keeps_retrieved: whether a backward, or a later block, may need what a norm was given.
+            reused: in place of a retrieval, for an `epilogue` with a norm and `filters` without `wq`.
         """
 
     @abstractmethod
@@ -217,6 +222,24 @@ class KernelBackend(Backend):
 
         Args:
             contributions: what the later layers that retrieved this one left, in order of depth.
+        """
+
+    @abstractmethod
+    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
+        """`x + mask * act(norm(o))`, normed with `statistics` `[2, C]`; maps in one form."""
+
+    @abstractmethod
+    def norm_backward(
+        self,
+        o: Tensor,
+        dout: Tensor,
+        statistics: Tensor,
+        norm: NormAct,
+        also: Tensor | None = None,
+    ) -> NormGradients:
+        """The gradients of what :meth:`norm_forward` does; `also` is added to that of `o`.
+
+        Where `norm.statistics` is None, `statistics` are those of `o`, and move with it.
         """
 
     def light_layer(

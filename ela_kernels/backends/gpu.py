@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import check_epilogue, check_shape
+from ela_kernels.backends.checks import check_epilogue, check_reused, check_shape
 from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, KernelBackend
-from ela_kernels.backends.gpu_tables import GpuContribution, NormGradients, ProducerGradients
+from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
 from ela_kernels.backends.layout import dense, resolved
 from ela_kernels.backends.types import (
     NO_GRADIENTS,
@@ -23,6 +23,7 @@ from ela_kernels.backends.types import (
     LayerNeeds,
     NormAct,
     Residual,
+    Retrieved,
     Saved,
     SavedLayer,
 )
@@ -87,21 +88,6 @@ class GpuBackend(KernelBackend):
             needs: of x, wq, wk, wv.
         """
 
-    @abstractmethod
-    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
-        """`x + mask * act(norm(o))`."""
-
-    @abstractmethod
-    def norm_backward(
-        self,
-        o: Tensor,
-        dout: Tensor,
-        statistics: Tensor,
-        norm: NormAct,
-        also: Tensor | None = None,
-    ) -> NormGradients:
-        """The gradients of what :meth:`norm_forward` does; `also` is added to that of `o`."""
-
     def contribution(
         self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
     ) -> GpuContribution:
@@ -118,8 +104,10 @@ class GpuBackend(KernelBackend):
         prev_weights: Tensor | None,
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
+        reused: Retrieved | None = None,
     ) -> LayerForward:
         check_epilogue(epilogue)
+        check_reused(x, filters, epilogue, reused)
         norm = epilogue if type(epilogue) is NormAct else None
         made = self.retrieve(
             x,
@@ -132,9 +120,13 @@ class GpuBackend(KernelBackend):
             type(epilogue) is Residual,
             norm is not None and norm.statistics is None,
         )
+        if reused is not None:
+            made = made._replace(out=reused.o)
         if norm is None or made.out is None:
             return made
         statistics = made.statistics if norm.statistics is None else norm.statistics
+        if reused is not None:
+            statistics = reused.statistics
         assert statistics is not None
         out = self.norm_forward(made.out, x, statistics, norm)
         return made._replace(
@@ -151,20 +143,26 @@ class GpuBackend(KernelBackend):
     ) -> tuple[LayerGradients, GpuContribution | None]:
         """The norm's, the attention's, the gathered ones of key and value, and last those of what made them."""
         x, filters, mean, heads, attention, epilogue, retrieved, statistics = saved
-        dout, dweights, dkl, dk, dv = arrived
-        residual = dgamma = dbeta = None
+        dout, dweights, dkl, dk, dv, dretrieved = arrived
+        residual = dgamma = dbeta = dreused = None
         if epilogue is not None and dout is not None:
             residual = dout
             if type(epilogue) is NormAct:
                 assert retrieved is not None
                 assert statistics is not None
-                dout, dgamma, dbeta = self.norm_backward(retrieved, dout, statistics, epilogue)
+                dout, dgamma, dbeta = self.norm_backward(
+                    retrieved, dout, statistics, epilogue, dretrieved
+                )
+        elif dretrieved is not None:
+            dout = dretrieved
         own = dq = dprev = None
-        if attention is not None and (dout is not None or dweights is not None or dkl is not None):
+        if attention is None:
+            dreused = dout
+        elif dout is not None or dweights is not None or dkl is not None:
             dscores = torch.empty_like(attention.weights)
             own = self.contribution(attention.q, attention.weights, dscores, dout, False)
             contributions = [own, *contributions]
-        elif not contributions and dk is None and dv is None:
+        if own is None and residual is None and not contributions and dk is None and dv is None:
             return NO_GRADIENTS, None
         check_shape(x, mean, None if own is None else attention)
         if own is not None:
@@ -186,7 +184,7 @@ class GpuBackend(KernelBackend):
         dk = dense(dk) if need_key else None
         dv = resolved(dv) if need_value and dv is not None else None
         produced = self.produce_backward(x, filters, mean, dq, dk, dv, residual, needs[:4])
-        return LayerGradients(*produced, dprev, dgamma, dbeta), own
+        return LayerGradients(*produced, dprev, dgamma, dbeta, dreused), own
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

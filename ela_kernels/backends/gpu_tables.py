@@ -217,11 +217,3 @@ class ProducerGradients(NamedTuple):
     wq: Tensor | None
     wk: Tensor | None
     wv: Tensor | None
-
-
-class NormGradients(NamedTuple):
-    """Of the retrieval, and of `gamma` and `beta` in any dtype, None where the norm has no such parameter."""
-
-    o: Tensor
-    gamma: Tensor | None
-    beta: Tensor | None

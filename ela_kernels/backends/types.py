@@ -75,6 +75,21 @@ class NormAct(NamedTuple):
     track: Callable[[Tensor], None] | None = None
 
 
+class Retrieved(NamedTuple):
+    """An earlier layer's retrieval, and the mean and variance `[2, C]` to norm it with: its own, or given ones."""
+
+    o: Tensor
+    statistics: Tensor
+
+
+class NormGradients(NamedTuple):
+    """Of the retrieval, and of `gamma` and `beta` in any dtype, None where the norm has no such parameter."""
+
+    o: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
+
+
 Epilogue = Residual | NormAct
 RESIDUAL = Residual()
 EPILOGUES = (type(None), Residual, NormAct)
@@ -111,7 +126,7 @@ class SavedLayer(NamedTuple):
         mean: of `x` over space.
         heads: of the history.
         attention: None for a layer that only provides.
-        epilogue: without its `track`.
+        epilogue: without its `track`; without `attention` that of an earlier layer's retrieval.
         retrieved, statistics: as of :class:`LayerForward`.
     """
 
@@ -128,7 +143,8 @@ class SavedLayer(NamedTuple):
 class Arrived(NamedTuple):
     """The gradients that arrive at a whole layer: of its outputs, and of key and value from elsewhere than the record.
 
-    `out` is in the form of the layer's maps; see `layout.in_form_of`.
+    `out` is in the form of the layer's maps; see `layout.in_form_of`. `retrieved`: of what a norm was given, from later
+    blocks that took it too.
     """
 
     out: Tensor | None
@@ -136,6 +152,7 @@ class Arrived(NamedTuple):
     kl: Tensor | None
     key: Tensor | None
     value: Tensor | None
+    retrieved: Tensor | None = None
 
 
 class LayerNeeds(NamedTuple):
@@ -151,7 +168,8 @@ class LayerNeeds(NamedTuple):
 class LayerGradients(NamedTuple):
     """Gradients of a layer's inputs, of previous weights and of a norm's parameters; None where none was asked for.
 
-    Those of `gamma` and `beta` may be of another dtype than the parameters.
+    Those of `gamma` and `beta` may be of another dtype than the parameters. `retrieved`: of an earlier layer's
+    retrieval, which the epilogue was given.
     """
 
     x: Tensor | None = None
@@ -161,6 +179,7 @@ class LayerGradients(NamedTuple):
     prev: Tensor | None = None
     gamma: Tensor | None = None
     beta: Tensor | None = None
+    retrieved: Tensor | None = None
 
 
 NO_GRADIENTS = LayerGradients()

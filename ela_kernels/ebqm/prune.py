@@ -16,12 +16,12 @@ M = TypeVar("M", bound=nn.Module)
 def prune(model: M) -> M:
     """Make the skipping of the layers skipped now permanent, and remove the parameters that no longer serve, in place.
 
-    A layer skipped with `skip="retrieval"` loses the query's filter and the norm; it keeps the key's and the value's as
-    long as anybody who reads them retrieves: another ELA layer that is not skipped, a `LayerAttention` of its own, or
-    calls of :meth:`ela_kernels.LayerHistory.attend`. Who reads them is learnt from the forward passes that ran, in
-    whatever order and branches; nothing is guessed: they are kept where a layer that retrieves did not run, or in
-    compiled graphs alone. One skipped with `skip="layer"` loses everything. The output in
-    eval mode stays the same, bit for bit.
+    A layer skipped with `skip="retrieval"` loses the query's filter and the norm, one with `skip="reuse"` the query's
+    filter alone; it keeps the key's and the value's (where it gives them at all) as long as anybody who reads them
+    retrieves: another ELA layer that is not skipped, a `LayerAttention` of its own, or calls of
+    :meth:`ela_kernels.LayerHistory.attend`. Who reads them is learnt from the forward passes that ran, in any order
+    and branches; nothing is guessed: they are kept where a layer that retrieves did not run, or in compiled graphs
+    alone. One skipped with `skip="layer"` loses everything. The output in eval mode stays the same, bit for bit.
 
     An optimizer made before holds the removed parameters on: they get no gradient and so are not updated, but their
     memory and that of their moments is freed only with a new optimizer. A checkpoint of the pruned model loads into a
@@ -77,7 +77,7 @@ def _outside(model: nn.Module) -> set[nn.Module]:
 
 def _serves(name: str, layer: ELA, layers: dict[str, ELA], outside: set[nn.Module]) -> bool:
     """Whether the pair of a skipped layer is read, as far as is known."""
-    if not layer.skipped or layer.skip != "retrieval" or layer.attn is None:
+    if not layer.skipped or not layer.provides or layer.attn is None:
         return False
     if outside:
         # It may share a history with ELA layers, and may not have run yet.

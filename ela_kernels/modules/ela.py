@@ -17,7 +17,8 @@ from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import Totals, outside_of_transforms, refuse_static_graph
 from ela_kernels.modules.query_key_value import passed_on
 from ela_kernels.modules.residual import residual_block
-from ela_kernels.modules.skipping import SKIP_MODES, SkipMode, Skipping, check_skip
+from ela_kernels.modules.reuse import reused_block, without_sharing
+from ela_kernels.modules.skipping import MODES, SkipMode, Skipping
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.readers import Readers
 from ela_kernels.torch_internals import has_hooks, is_exporting
@@ -35,7 +36,8 @@ def _take_no_note(_: Tensor | None) -> None:
 class ELA(Skipping):
     """Efficient layer attention: a residual retrieval from the stage's history, skipped when it is redundant.
 
-    Equivalent PyTorch: `x + drop_path(act(norm(LayerAttention(dim)(x, history))))`, or `x` when skipped.
+    Equivalent PyTorch: `x + drop_path(act(norm(o)))` with `o = LayerAttention(dim)(x, history)`, or when skipped `x`,
+    or with `skip="reuse"` the same with the `o` of the last layer before it in the stage that retrieved.
 
     :class:`ela_kernels.EBQM` decides which layers are skipped; `skipped` can be set by hand too. It is part of the
     state dict, with the skip mode and the layer's place in its stage; a checkpoint without it loads as a layer that
@@ -49,7 +51,10 @@ class ELA(Skipping):
         act_layer: called without arguments; makes the activation. `nn.ReLU` is made to work in place.
         drop_path: probability of dropping the retrieval for a sample in training, in [0, 1].
         skip: what a skipped layer leaves out. `"retrieval"`: it retrieves nothing, `x` passes on unchanged, and its key
-            and value still go to the later layers. `"layer"`: it gives none either.
+            and value still go to the later layers. `"layer"`: it gives none either. `"reuse"`: it takes the last
+            retrieval before it in the stage in place of its own, which its own norm works on; with none before it, `x`
+            passes on.
+        provides: whether a layer skipped with `"reuse"` still gives its key and value; True if None.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
@@ -80,8 +85,9 @@ class ELA(Skipping):
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         drop_path: float = 0.0,
         skip: SkipMode = "retrieval",
+        provides: bool | None = None,
     ) -> None:
-        super().__init__(skip)
+        super().__init__(skip, provides)
         self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size)
         self.norm: nn.Module | None = norm_layer(dim)
         self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
@@ -136,7 +142,7 @@ class ELA(Skipping):
                 turns.watched = watched
             if self.pruned or not self.decides_as_data():
                 if self.skipped:
-                    gives = self.attn is not None and self.skip == "retrieval"
+                    gives = self.attn is not None and self.provides
                     return self._pass(x, history, watched and self.probe_next, copy)
                 attn, norm = self.attn, self.norm
                 if attn is None or norm is None:
@@ -144,7 +150,10 @@ class ELA(Skipping):
                         "ELA: this layer was pruned, and cannot retrieve; skipped must stay True"
                     )
                 gives = True
-                out = residual_block(attn, norm, self.act, self.drop_path, x, history, self.lent)
+                keeps = self.hands_on()
+                out = residual_block(
+                    attn, norm, self.act, self.drop_path, x, history, self.lent, keeps
+                )
                 if watched:
                     self._observe(history.kl, history.has_divergence)
                 return out
@@ -155,9 +164,23 @@ class ELA(Skipping):
 
     def _pass(self, x: Tensor, history: LayerHistory, probe: bool, copy: bool) -> Tensor:
         """Leave out the retrieval; give key and value where the skip mode says so."""
-        attn, provides = self.attn, self.skip == "retrieval"
+        attn = self.attn
+        skip, provides = MODES[self._mode()]
+        provides = provides and attn is not None
         # A pruned layer has nothing left to make a query with.
-        is_looked_at = probe or (history.is_observed and not self.pruned)
+        is_looked_at = attn is not None and (probe or (history.is_observed and not self.pruned))
+        look = None
+        if is_looked_at:
+            look = self._observe if probe else _take_no_note
+        if skip == "reuse":
+            kept = history.last_retrieved(attn if provides else self)
+            if kept is not None:
+                assert self.norm is not None
+                turn = Turn(provides=provides, probe=look, copy=False)
+                of_block = (attn, self.norm, self.act, self.drop_path, x, history)
+                out: Tensor = reused_block(*of_block, kept, turn, self, self.lent)
+                self.probe_next = self.probe_next and not probe
+                return out
         if attn is None or not (provides or is_looked_at):
             served_without_kernels(self, "skipped")
             history.pass_by(caller=self)
@@ -165,9 +188,8 @@ class ELA(Skipping):
         # By its call, not by a method of it: wrappers and hooks work there.
         # Hooks may change what they get in place; a compiled graph copies where that needs it.
         copy = copy or (not torch.compiler.is_compiling() and has_hooks(self, attn))
-        look = self._observe if probe else _take_no_note if is_looked_at else None
         turn = Turn(provides=provides, probe=look, copy=copy)
-        out: Tensor = attn(x, history, turn=turn)
+        out = attn(x, history, turn=turn)
         if out.dtype != x.dtype and out.dtype != torch.promote_types(out.dtype, x.dtype):
             # A wrapper (mixed precision of FSDP, say) cast what went in. Not x alone: backward hooks are on `out`.
             out = torch.where(x.new_zeros((), dtype=torch.bool), out, x)
@@ -182,19 +204,31 @@ class ELA(Skipping):
         assert self.attn is not None
         assert self.norm is not None
         active = ~(self.decision[0] > 0.5)  # as in eager PyTorch, at the half and at NaN too
-        turn = Turn(active, active if self.skip == "layer" else None)
+        skip, provides = MODES[self._mode()]
+        kept = history.last_retrieved() if skip == "reuse" else None
+        turn = Turn(active, None if provides else active)
         o = self.attn(x, history, turn=turn)
+        applies: Tensor | None = active
+        if skip == "reuse":
+            if kept is not None:
+                o = torch.where(active, o, kept.o)
+                applies = None if kept.exists is None else active | kept.exists
+            history.keep(o, applies)
+            o = without_sharing(self.norm, o)
         # Inside a transform of torch.func the layer is one of several models.
         if watched and history.kl is not None and torch.compiler.is_compiling():
             self.totals.add(history.kl, history.has_divergence)
+        if applies is None:
+            result: Tensor = x + self.drop_path(self.act(self.norm(o)))
+            return result
         # The norm of a skipped layer keeps its running statistics: it works on copies.
         buffers = dict(self.norm.named_buffers())
         copies = {name: buffer.clone() for name, buffer in buffers.items()}
         out = x + self.drop_path(self.act(functional_call(self.norm, copies, (o,))))
         with torch.no_grad():
             for name, buffer in buffers.items():
-                buffer.copy_(torch.where(active, copies[name], buffer))
-        return torch.where(active, out, x)
+                buffer.copy_(torch.where(applies, copies[name], buffer))
+        return torch.where(applies, out, x)
 
     def _observe(self, kl: Tensor | None, is_seen: Tensor | None = None) -> None:
         """Keep a divergence; `is_seen`: whether it is one, where that is data, after layers that are compiled."""
@@ -208,6 +242,28 @@ class ELA(Skipping):
             self.totals.add(found, is_seen)
         elif len(self.observations) < MOST_OBSERVATIONS:
             self.observations.append(found)
+
+    def hands_on(self) -> bool:
+        """Whether a later layer takes over what this one retrieves: those that came by the last time are asked.
+
+        True where none is known, which costs memory; where it turns out to be wrong, the retrieval is made again.
+        """
+        if MODES[self._last_mode][0] != "reuse":
+            return False
+        if not self.readers.known:
+            return True
+        asked = {self}
+        reference = self.readers.follower
+        layer = None if reference is None else reference()
+        while isinstance(layer, ELA) and layer not in asked:
+            if not layer.skipped:
+                return False
+            if layer.skip == "reuse":
+                return True
+            asked.add(layer)
+            reference = layer.readers.follower
+            layer = None if reference is None else reference()
+        return False
 
     def is_read(self) -> bool | None:
         """Whether somebody who retrieves now reads this layer's pair; None where it is not known.
@@ -230,7 +286,8 @@ class ELA(Skipping):
             provides: keep what makes the key and the value. Otherwise the layer is empty from then on.
             keeps_query: keep what makes the query too, for somebody else who retrieves with the same module.
         """
-        self.norm = None
+        if self.skip != "reuse":
+            self.norm = None
         if not provides:
             self.attn = None
         elif self.attn is not None and not keeps_query:
@@ -245,7 +302,7 @@ class ELA(Skipping):
         self.skipped = self.pruned
 
     def get_extra_state(self) -> Tensor:
-        """One tensor: skipped, number of the skip mode, place in the stage, pruned (2: emptied), whether it is read.
+        """One tensor: skipped, the number of how, place in the stage, pruned (2: emptied), whether it is read.
 
         Place and the last are -1 where they are not known.
         """
@@ -254,7 +311,7 @@ class ELA(Skipping):
         has_readers = self._has_readers()
         numbers = [
             int(self.skipped),
-            SKIP_MODES.index(self.skip),
+            self._mode(),
             place,
             pruned,
             -1 if has_readers is None else int(has_readers),
@@ -264,10 +321,10 @@ class ELA(Skipping):
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` gave, now or in an earlier version, without the last."""
         skipped, mode, place, _, *later = (int(s) for s in state.tolist())
-        if not 0 <= mode < len(SKIP_MODES):
+        if not 0 <= mode < len(MODES):
             raise ValueError(
-                f"state_dict: got the skip mode number {mode} for an ELA layer; allowed are those of "
-                f"{', '.join(map(repr, SKIP_MODES))}, from 0. The state is damaged, or of a later version"
+                f"state_dict: got the skip mode number {mode} for an ELA layer; allowed are 0 to {len(MODES) - 1}, for "
+                f"{', '.join(f'{m!r}' for m in MODES)}. The state is damaged, or of a later version"
             )
         if self.pruned and not skipped:
             raise ValueError(
@@ -277,8 +334,8 @@ class ELA(Skipping):
         # Only what differs: the buffer may be that of a moving average, between two decisions.
         if bool(skipped) != self.skipped:
             self.skipped = bool(skipped)
-        if SKIP_MODES[mode] != self.skip:
-            self.skip = check_skip(SKIP_MODES[mode])
+        if mode != self._mode():
+            self._decide((self._decision()[0], mode))
         if self.stage is None:  # what this model's own passes have shown counts for more
             self.place, self.is_first = None if place < 0 else place, place == 0
         self._had_readers = bool(later[0]) if later and later[0] >= 0 else None
@@ -299,11 +356,13 @@ class ELA(Skipping):
             pruned = int(extra[3])
             if pruned:
                 # Before the children are loaded, so that none of them misses its parameters.
+                if 0 <= int(extra[1]) < len(MODES):
+                    self._decide((True, int(extra[1])))
                 self.remove_unused(pruned == 1, keeps_query=self._has_query(state_dict, prefix))
             elif decision in state_dict:
                 # In an average of checkpoints the buffer was averaged, and the rest is that of one of them.
                 mine = (state_dict[decision] > 0.5).to(extra)
-                if 0 <= int(extra[1]) < len(SKIP_MODES):
+                if 0 <= int(extra[1]) < len(MODES):
                     state_dict = {**state_dict, key: torch.cat((mine, extra[2:]))}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

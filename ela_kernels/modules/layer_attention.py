@@ -118,15 +118,21 @@ class LayerAttention(QueryKeyValue):
         return x + out if residual else out
 
     def _pass_on(self, x: Tensor, history: Any, turn: Turn) -> Tensor:
-        if turn.probe is not None and not history.recomputing:
-            with torch.no_grad():
-                q, k = self.query_key(x)
-            turn.probe(history.probe(q, k, heads=self.heads).kl)
+        if turn.probe is not None:
+            self.look(x, history, turn.probe)
         if turn.provides:
             self.provide(x, history)
         # After the pair was made: autograd then comes to this node first, and hooks on it (those of FSDP, which bring
         # the parameters back) run before the backward that needs them.
         return passed_on(x, turn.copy)
+
+    def look(self, x: Tensor, history: Any, probe: Callable[[Tensor | None], None]) -> None:
+        """Tell `probe` the divergence that the layer would have; nothing else comes of it."""
+        if history.recomputing:
+            return
+        with torch.no_grad():
+            q, k = self.query_key(x)
+        probe(history.probe(q, k, heads=self.heads).kl)
 
     def provide(self, x: Tensor, history: LayerHistory) -> None:
         """Give key and value of `x` to the later layers, and retrieve nothing."""

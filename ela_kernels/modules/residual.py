@@ -35,10 +35,12 @@ def residual_block(
     x: Tensor,
     history: LayerHistory,
     samples: bool = False,
+    keeps: bool = False,
 ) -> Tensor:
     """`x + drop_path(act(norm(attn(x, history))))`, in one call of the kernels where they can serve all of it.
 
-    `samples`: `drop_path`, whatever its class, multiplies each sample with a number.
+    `samples`: `drop_path`, whatever its class, multiplies each sample with a number. `keeps`: the history keeps what is
+    retrieved, for blocks that take it over.
     """
     obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
@@ -47,12 +49,17 @@ def residual_block(
         if isinstance(plan, LayerPlan):
             served(attn, "block", plan.backend.name)
             epilogue = epilogue_of(norm, act, drop_path, x)
-            return history.attend_layer(x, plan, heads=attn.heads, epilogue=epilogue, caller=attn)
+            return history.attend_layer(
+                x, plan, heads=attn.heads, epilogue=epilogue, caller=attn, keeps=keeps
+            )
         refused(attn, "block", plan)
     elif kind_of(attn) is not LayerAttention and isinstance(attn, LayerAttention):
         why = f"attn is a {type(attn).__name__}, and the block is for LayerAttention"
         refused(attn, "block", refusal_by((why,)))
-    out: Tensor = x + drop_path(act(norm(attn(x, history))))
+    o = attn(x, history)
+    if keeps:
+        history.keep(o)
+    out: Tensor = x + drop_path(act(norm(o)))
     return out
 
 
@@ -112,7 +119,7 @@ def _obstacles(
     elif not isinstance(x, Tensor) or x.dim() != 4:
         return None
     if isinstance(norm, nn.BatchNorm2d):
-        found += _norm_obstacles(norm, x)
+        found += norm_obstacles(norm, x)
     return tuple(found)
 
 
@@ -124,10 +131,15 @@ def kind_of(attn: nn.Module) -> type[nn.Module]:
 
 
 def module_obstacles(
-    attn: nn.Module, norm: nn.Module, act: nn.Module, drop_path: nn.Module, samples: bool = False
+    attn: nn.Module | None,
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: nn.Module,
+    samples: bool = False,
 ) -> list[str]:
-    """Modules that kernels do not know, or that do more than their kind."""
+    """Modules that kernels do not know, or that do more than their kind; `attn` None where it is not called."""
     found = []
+    called = [m for m in (attn, norm, act, drop_path) if m is not None]
     of_norm, of_act, of_drop_path = type(norm), type(act), type(drop_path)
     if of_norm is not nn.BatchNorm2d:
         found.append(f"norm is {of_norm.__name__}, and the kernels know BatchNorm2d")
@@ -137,15 +149,15 @@ def module_obstacles(
         found.append(f"drop_path is {of_drop_path.__name__}, and the kernels know DropPath")
     found += [
         f"{type(module).__name__} has a forward of its own"
-        for module in (attn, norm, act, drop_path)
+        for module in called
         if not runs_as(module, type(module))
     ]
-    if has_hooks(attn, norm, act, drop_path):
+    if has_hooks(*called):
         found.append("attn, norm, act or drop_path has hooks, or all modules have")
     return found
 
 
-def _norm_obstacles(norm: nn.BatchNorm2d, x: Tensor) -> list[str]:
+def norm_obstacles(norm: nn.BatchNorm2d, x: Tensor) -> list[str]:
     """Why the kernels do not serve this norm on `x`; where they do not, PyTorch's own may have something to say.
 
     They add to `x` in one dtype, which under autocast need not be that of `x`.

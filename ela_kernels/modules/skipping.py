@@ -17,11 +17,19 @@ from ela_kernels.torch_internals import (
     version_of,
 )
 
-SkipMode = Literal["retrieval", "layer"]
+SkipMode = Literal["retrieval", "layer", "reuse"]
 SKIP_MODES: tuple[str, ...] = get_args(SkipMode)
 
+MODES: tuple[tuple[SkipMode, bool], ...] = (
+    ("retrieval", True),
+    ("layer", False),
+    ("reuse", True),
+    ("reuse", False),
+)
+"""What is left out, and whether the layer still gives its key and value, by the number that stands for both."""
+
 Decision = tuple[bool, int]
-"""Whether the layer is skipped, and the number of its skip mode."""
+"""Whether the layer is skipped, and the number in `MODES` of how."""
 
 # Layers whose decision is on an accelerator: reading one waits for the device, so all that changed are read at once.
 _on_devices: weakref.WeakSet[Skipping] = weakref.WeakSet()
@@ -31,12 +39,32 @@ _reading = threading.Lock()
 def check_skip(skip: object) -> SkipMode:
     """A skip mode, or an error that names the argument."""
     if skip not in SKIP_MODES:
-        raise ValueError(f"skip: got {skip!r}; allowed are 'retrieval' and 'layer'")
+        raise ValueError(f"skip: got {skip!r}; allowed are 'retrieval', 'layer' and 'reuse'")
     return skip  # type: ignore[return-value]
 
 
+def mode_number(skip: object, provides: bool | None = None) -> int:
+    """The number of a skip mode; `provides` is None for what is usual in it.
+
+    Raises:
+        TypeError, ValueError: by the names of the arguments.
+    """
+    numbers = [i for i, (mode, _) in enumerate(MODES) if mode == check_skip(skip)]
+    if provides is None:
+        return numbers[0]
+    if type(provides) is not bool:
+        raise TypeError(f"provides: got {type(provides).__name__}; allowed is True, False or None")
+    found = [i for i in numbers if MODES[i][1] is provides]
+    if not found:
+        raise ValueError(
+            f"provides: got {provides} for skip={skip!r}; allowed is {not provides}: a layer skipped with 'retrieval' "
+            "gives its key and value, and one skipped with 'layer' does not. With skip='reuse' both are allowed"
+        )
+    return found[0]
+
+
 class Skipping(nn.Module):
-    """A module that can be skipped; its buffer `decision` `[2]` holds 1 where it is or 0, and the skip mode's number.
+    """A module that can be skipped; its buffer `decision` `[2]` holds 1 where it is or 0, and the number of how.
 
     In floating point, since a moving average of the model's tensors moves this one too: the layer is skipped at more
     than 0.5, so that the average of a decision follows it as that of a parameter does. Integers would stand still.
@@ -47,9 +75,9 @@ class Skipping(nn.Module):
 
     decision: Tensor
 
-    def __init__(self, skip: SkipMode) -> None:
+    def __init__(self, skip: SkipMode, provides: bool | None = None) -> None:
         super().__init__()
-        self._last: Decision = (False, SKIP_MODES.index(check_skip(skip)))
+        self._last: Decision = (False, mode_number(skip, provides))
         self._last_mode = self._last[1]  # apart, since a compiled graph is made for it
         self._read_at: tuple[Tensor, int] | None = None
         self.register_buffer("decision", torch.tensor(self._last, dtype=torch.float32))
@@ -66,14 +94,26 @@ class Skipping(nn.Module):
 
     @property
     def skip(self) -> SkipMode:
-        """What a skipped layer leaves out, `"retrieval"` or `"layer"`; can be set."""
-        # A compiled graph is made for one mode; it is read again when the model is switched by train() or eval().
-        mode = self._last_mode if torch.compiler.is_compiling() else self._decision()[1]
-        return SKIP_MODES[mode]  # type: ignore[return-value]
+        """What a skipped layer leaves out, `"retrieval"`, `"layer"` or `"reuse"`; can be set."""
+        return MODES[self._mode()][0]
 
     @skip.setter
-    def skip(self, mode: SkipMode) -> None:
-        self._decide((self._decision()[0], SKIP_MODES.index(check_skip(mode))))
+    def skip(self, skip: SkipMode) -> None:
+        if check_skip(skip) != self.skip:
+            self._decide((self._decision()[0], mode_number(skip)))
+
+    @property
+    def provides(self) -> bool:
+        """Whether a skipped layer still gives its key and value to the later ones; can be set for `"reuse"`."""
+        return MODES[self._mode()][1]
+
+    @provides.setter
+    def provides(self, value: bool) -> None:
+        self._decide((self._decision()[0], mode_number(self.skip, value)))
+
+    def _mode(self) -> int:
+        # A compiled graph is made for one mode; it is read again when the model is switched by train() or eval().
+        return self._last_mode if torch.compiler.is_compiling() else self._decision()[1]
 
     def decides_as_data(self) -> bool:
         """Whether the decision may not be looked at: in a graph that is being compiled, and inside a transform."""
@@ -148,7 +188,7 @@ class Skipping(nn.Module):
         super().__setstate__(state)
         if "skipped" in self.__dict__:  # a pickle of a layer that kept its decision in attributes
             skipped, skip = self.__dict__.pop("skipped"), self.__dict__.pop("skip")
-            self._last = (bool(skipped), SKIP_MODES.index(skip))
+            self._last = (bool(skipped), mode_number(skip))
             self._last_mode = self._last[1]
             self._read_at = None
             if not self.pruned:
@@ -175,7 +215,8 @@ def _exact(decision: Tensor) -> list[float] | None:
 
 def _rounded(exact: list[float]) -> Decision:
     skipped, mode = exact
-    return skipped > 0.5, 1 if mode > 0.5 else 0
+    # By comparisons, which a NaN survives.
+    return skipped > 0.5, sum(mode > number - 0.5 for number in range(1, len(MODES)))
 
 
 def _state_of(decision: Tensor) -> tuple[Tensor, int] | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ela_kernels.backends import extension as built
 from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, LIGHT_OPS, KernelBackend
 from ela_kernels.backends.cpp import attention, layer, light
+from ela_kernels.backends.cpp import norm as norms
 from ela_kernels.backends.cpp.attention import CppContribution
 from ela_kernels.backends.types import (
     Arrived,
@@ -24,6 +25,8 @@ from ela_kernels.backends.types import (
     LightGradients,
     LightNeeds,
     NormAct,
+    NormGradients,
+    Retrieved,
     Saved,
     SavedLayer,
     SavedLightLayer,
@@ -114,9 +117,10 @@ class CppBackend(KernelBackend):
         prev_weights: Tensor | None,
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
+        reused: Retrieved | None = None,
     ) -> LayerForward:
         return layer.layer(
-            x, filters, keys, values, heads, scale, prev_weights, epilogue, keeps_retrieved
+            x, filters, keys, values, heads, scale, prev_weights, epilogue, keeps_retrieved, reused
         )
 
     def layer_backward(
@@ -128,6 +132,19 @@ class CppBackend(KernelBackend):
         needs: LayerNeeds,
     ) -> tuple[LayerGradients, CppContribution | None]:
         return layer.layer_backward(saved, arrived, contributions, index, needs)
+
+    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
+        return norms.norm_forward(o, x, statistics, norm)
+
+    def norm_backward(
+        self,
+        o: Tensor,
+        dout: Tensor,
+        statistics: Tensor,
+        norm: NormAct,
+        also: Tensor | None = None,
+    ) -> NormGradients:
+        return norms.norm_gradients(o, dout, statistics, norm, also)
 
     def light_layer(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import check_epilogue, check_shape, refuse_sizes
+from ela_kernels.backends.checks import check_epilogue, check_reused, check_shape, refuse_sizes
 from ela_kernels.backends.cpp.addresses import Table, maps, one_map, rows
 from ela_kernels.backends.cpp.attention import (
     DTYPE_CODES,
@@ -43,6 +43,7 @@ from ela_kernels.backends.types import (
     LayerNeeds,
     NormAct,
     Residual,
+    Retrieved,
     SavedLayer,
 )
 
@@ -149,19 +150,21 @@ def layer(
     prev_weights: Tensor | None,
     epilogue: Epilogue | None,
     keeps_retrieved: bool,
+    reused: Retrieved | None,
 ) -> LayerForward:
     """Query, key and value from `x` (which :func:`readable` gave), what the query retrieves and what follows: one call.
 
     `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
     """
     check_epilogue(epilogue)
+    check_reused(x, filters, epilogue, reused)
     plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
     wq, wk, wv = _readable(plan, filters)
     x_address = address(x, "x")
     retrieves = wq is not None
     depth = len(keys) + 1
     v, mean, k = plan.new_map(x), torch.empty_like(plan.row), torch.empty_like(plan.row)
-    q = out = weights = kl = statistics = block = norm = measured = None
+    q = out = weights = kl = statistics = block = norm = measured = kept_o = None
     if retrieves:
         q, out, weights = torch.empty_like(plan.row), plan.new_map(x), plan.new_weights(depth)
         prev_weights = dense(prev_weights)
@@ -180,6 +183,19 @@ def layer(
                 x=plan.map_view(x)[0],
                 out=(block.data_ptr(), *plan.made),
             )
+    elif reused is not None:
+        assert type(epilogue) is NormAct
+        out, block = reused.o, plan.new_map(x)
+        statistics = reused.statistics
+        o_view, kept_o = plan.map_view(out)
+        norm = norm_call(
+            plan.norm_sizes,
+            statistics,
+            epilogue,
+            o=o_view,
+            x=plan.map_view(x)[0],
+            out=(block.data_ptr(), *plan.made),
+        )
     key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
     extension = compiled()
     attention = extension.attention(
@@ -203,14 +219,14 @@ def layer(
         mean=mean.data_ptr(),
         attention=attention,
         kl=address(kl),
-        out=address(out),
+        out=address(out if retrieves else None),
         has_residual=type(epilogue) is Residual,
         mean_out=address(measured),
         variance_out=0 if measured is None else measured[1].data_ptr(),
         norm=None if norm is None else norm.arguments,
         threads=thread_count(plan.elements * depth),
     )
-    del key_table, value_table, norm
+    del key_table, value_table, norm, kept_o
     if block is None:
         return LayerForward(mean, q, k, v, out, weights, kl)
     return LayerForward(
@@ -227,20 +243,26 @@ def layer_backward(
 ) -> tuple[LayerGradients, CppContribution | None]:
     """All gradients of the layer at `index` in one call; its value's is gathered and convolved, never stored."""
     x, filters, mean, heads, attention, epilogue, retrieved, statistics = saved
-    dout, dweights, dkl, dk, dv = arrived
-    residual = norm = dgamma = dbeta = None
+    dout, dweights, dkl, dk, dv, dretrieved = arrived
+    residual = norm = dgamma = dbeta = dreused = None
     if epilogue is not None and dout is not None:
         residual = dout
         if type(epilogue) is NormAct:
             assert retrieved is not None
             assert statistics is not None
-            dout, dgamma, dbeta, norm = norm_backward(retrieved, dout, statistics, epilogue)
+            dout, dgamma, dbeta, norm = norm_backward(
+                retrieved, dout, statistics, epilogue, dretrieved
+            )
+    elif dretrieved is not None:
+        dout = dretrieved
     own = None
-    if attention is not None and (dout is not None or dweights is not None or dkl is not None):
+    if attention is None:
+        dreused = dout
+    elif dout is not None or dweights is not None or dkl is not None:
         written = torch.empty_like(attention.weights)
         own = CppContribution(attention.q, attention.weights, written, dout, False)
         contributions = [own, *contributions]
-    elif not contributions and dk is None and dv is None:
+    if own is None and residual is None and not contributions and dk is None and dv is None:
         return NO_GRADIENTS, None
     need_x, need_wq, need_wk, need_wv, need_prev = needs
     check_shape(x, mean, None if own is None else attention)
@@ -328,4 +350,4 @@ def layer_backward(
     del kept, dweights, dkl, prev, dout, dv, dk, residual, norm
     if not has_rows:
         dwq, dwk = (None if d is None else d.zero_() for d in (dwq, dwk))
-    return LayerGradients(dx, dwq, dwk, dwv, dprev, dgamma, dbeta), own
+    return LayerGradients(dx, dwq, dwk, dwv, dprev, dgamma, dbeta, dreused), own

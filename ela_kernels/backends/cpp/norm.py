@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ela_kernels.backends.checks import check_norm_sizes
 from ela_kernels.backends.cpp.addresses import one_map
-from ela_kernels.backends.cpp.attention import NO_MAP, new_map
+from ela_kernels.backends.cpp.attention import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.backends.layout import (
     MapView,
@@ -23,7 +23,7 @@ from ela_kernels.backends.layout import (
     kernel_sizes,
 )
 from ela_kernels.backends.memory import address, cast
-from ela_kernels.backends.types import NormAct
+from ela_kernels.backends.types import NormAct, NormGradients
 
 ImageSizes = tuple[int, int, int, int, int]
 """B, C, H, W, interleaved."""
@@ -80,6 +80,36 @@ def norm_call(
     )
     keeps = [gamma, beta, mask, workspace, statistics, dgamma, dbeta]
     return NormCall(arguments, norm.statistics is None, keeps)
+
+
+def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
+    """`x + mask * act(norm(o))`, in the form of `o`."""
+    interleaved = is_interleaved(o, False)
+    sizes = (*o.shape, int(interleaved))
+    out, out_view = new_map(o, kernel_sizes(o, 1, False, interleaved), False)
+    o_view, kept_o = one_map(o, False, interleaved)
+    x_view, kept_x = one_map(x, False, interleaved)
+    call = norm_call(sizes, statistics, norm, o=o_view, x=x_view, out=out_view)
+    compiled().norm_forward(
+        DTYPE_CODES[o.dtype], sizes=sizes, norm=call.arguments, threads=thread_count(3 * o.numel())
+    )
+    del kept_o, kept_x
+    return out
+
+
+def norm_gradients(
+    o: Tensor, dout: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
+) -> NormGradients:
+    """The gradients of what :func:`norm_forward` does, in a call of their own; `also` is added to that of `o`."""
+    do, dgamma, dbeta, call = norm_backward(o, dout, statistics, norm, also)
+    compiled().norm_backward(
+        DTYPE_CODES[o.dtype],
+        sizes=(*o.shape, int(is_interleaved(o, False))),
+        norm=call.arguments,
+        batch_statistics=call.batch_statistics,
+        threads=thread_count(5 * o.numel()),
+    )
+    return NormGradients(do, dgamma, dbeta)
 
 
 class NormBackward(NamedTuple):

@@ -12,8 +12,15 @@ from ela_kernels.backends import extension as built
 from ela_kernels.backends.cuda import attention, layer, producer
 from ela_kernels.backends.cuda import norm as norms
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
-from ela_kernels.backends.gpu_tables import GpuContribution, NormGradients, ProducerGradients
-from ela_kernels.backends.types import Filters, Gradients, LayerForward, NormAct, Saved
+from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
+from ela_kernels.backends.types import (
+    Filters,
+    Gradients,
+    LayerForward,
+    NormAct,
+    NormGradients,
+    Saved,
+)
 
 
 class CudaBackend(GpuBackend):

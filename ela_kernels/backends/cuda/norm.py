@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ela_kernels.backends.cuda import attention as cuda
 from ela_kernels.backends.gpu_tables import (
-    NormGradients,
     Sizes,
     check_norm,
     compact_strides,
@@ -21,7 +20,7 @@ from ela_kernels.backends.gpu_tables import (
 )
 from ela_kernels.backends.layout import MapView, dense, empty_map, is_interleaved, kernel_sizes
 from ela_kernels.backends.memory import address, cast
-from ela_kernels.backends.types import NormAct
+from ela_kernels.backends.types import NormAct, NormGradients
 
 __all__ = [
     "Moments",

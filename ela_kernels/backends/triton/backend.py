@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import ATTENTION_OPS, LIGHT_OPS, Request
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
-from ela_kernels.backends.gpu_tables import GpuContribution, NormGradients, ProducerGradients
+from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
 from ela_kernels.backends.types import (
     Filters,
     Gradients,
@@ -22,6 +22,7 @@ from ela_kernels.backends.types import (
     LightGradients,
     LightNeeds,
     NormAct,
+    NormGradients,
     Saved,
     SavedLightLayer,
 )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.gpu_tables import (
-    NormGradients,
     Sizes,
     Strides,
     alike_maps,
@@ -22,7 +21,7 @@ from ela_kernels.backends.triton.kernels.norm import (
     layer_norm_sums_kernel,
 )
 from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, make_plan
-from ela_kernels.backends.types import NormAct
+from ela_kernels.backends.types import NormAct, NormGradients
 
 # What a program of a second launch reads at once of partial sums: parts by channels.
 _BLOCK_P = 128

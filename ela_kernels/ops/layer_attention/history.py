@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import KernelBackend, Request
-from ela_kernels.backends.dispatch import Refusal, kernels_for, plan, refusal_by
+from ela_kernels.backends.contract import KernelBackend
+from ela_kernels.backends.dispatch import kernels_for, refusal_by
 from ela_kernels.backends.layout import accumulate_dtype, resolved
-from ela_kernels.backends.tracing import DECIDED, is_transformed, needs_dispatcher
-from ela_kernels.backends.types import Epilogue, Filters, Residual
+from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.explaining import refused, served
 from ela_kernels.ops import checks
-from ela_kernels.ops.autocast import as_autocast, autocast_inputs, is_autocast_on, layer_dtype
+from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
 from ela_kernels.ops.layer_attention.attend_node import attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
 from ela_kernels.ops.layer_attention.interface import (
@@ -24,21 +21,13 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention_weights,
     retrieve,
 )
-from ela_kernels.ops.layer_attention.layer_node import layer_pull, provider_pull
-from ela_kernels.ops.layer_attention.places import Places
-from ela_kernels.ops.layer_attention.plan import (
-    LayerPlan,
-    all_fit,
-    filter_obstacles,
-    pair_obstacles,
-    unseen_obstacles,
-)
-from ela_kernels.ops.layer_attention.readers import Turns
-from ela_kernels.ops.layer_attention.record import Link, Record
+from ela_kernels.ops.layer_attention.plan import pair_obstacles
+from ela_kernels.ops.layer_attention.record import Link
+from ela_kernels.ops.layer_attention.reuse import ReusedRetrievals
 from ela_kernels.ops.layer_attention.snapshot import Pairs, Snapshot
 
 
-class LayerHistory(Places):
+class LayerHistory(ReusedRetrievals):
     """Keys, values and weights of the layers of one stage in one forward pass.
 
     Make one for each stage and forward pass, and hand it to every layer of the stage in turn. Equivalent
@@ -78,14 +67,6 @@ class LayerHistory(Places):
         >>> history.weights.shape, history.kl.shape
         (torch.Size([2, 2, 3]), torch.Size([2, 2]))
     """
-
-    _retrieves_its_own_way = False
-
-    def __init__(self, repeats: bool = False) -> None:
-        super().__init__(repeats)
-        self._record = Record()
-        self._decided: Decided | None = None
-        self.turns = Turns()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Whole layers would pass by an `attend` or `provide` of a subclass: they do not serve one that has its own."""
@@ -212,143 +193,7 @@ class LayerHistory(Places):
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
             link = self._link(pairs, heads, 1.0, channels_last, backend)
             token = provide_pull(k, v, token, link)
-        last = Snapshot(pairs, snapshot.position + 1, heads, snapshot.weights, snapshot.kl, token)
-        self._leave(last, recomputing, caller)
-
-    def plan_layer(
-        self,
-        x: Tensor,
-        filters: Sequence[Tensor | None],
-        op: str = "layer",
-        obstacles: tuple[str, ...] = (),
-        caller: Any = None,
-    ) -> LayerPlan | Refusal:
-        """The kernels that serve a whole layer of `x` here, or every reason why none does.
-
-        Args:
-            x: feature map `[B, C, H, W]`.
-            filters: as of :meth:`attend_layer`; none where they are not known yet.
-            op: `"layer"`, or `"block"` with the residual block around it.
-            obstacles: what else stands between the layer and its kernels.
-            caller: the module that calls.
-        """
-        dtype = layer_dtype(x)
-        recomputing = self.recomputing
-        pairs = self._place_of(caller, recomputing).pairs
-        if (
-            obstacles
-            or needs_dispatcher(x)
-            or not x.numel()
-            or self._decided is not None
-            or not pairs.linked
-            or not pairs.are_all(dtype)
-            or self._retrieves_its_own_way
-            or not all_fit(filters, x, dtype)
-        ):
-            obstacles = (*obstacles, *self._obstacles(x, filters, dtype, pairs))
-        request = Request(
-            op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed(), obstacles
-        )
-        found = plan(request)
-        if isinstance(found, Refusal):
-            return found
-        return LayerPlan(found, filters, dtype, recomputing)  # type: ignore[arg-type]
-
-    def _obstacles(
-        self, x: Tensor, filters: Sequence[Tensor | None], dtype: torch.dtype, pairs: Pairs
-    ) -> list[str]:
-        found = unseen_obstacles(x)
-        if self._decided is not None:
-            found.append(DECIDED)
-        found += pair_obstacles(pairs, dtype)
-        if self._retrieves_its_own_way:
-            found.append(f"{type(self).__name__} has an attend or provide of its own")
-        return found + filter_obstacles(filters, x, dtype)
-
-    def attend_layer(
-        self,
-        x: Tensor,
-        plan: LayerPlan,
-        *,
-        heads: int,
-        epilogue: Epilogue | None = None,
-        caller: Any = None,
-    ) -> Tensor:
-        """Make query, key and value from `x`, append, retrieve and add what follows, all in one call.
-
-        Equivalent PyTorch::
-
-            y = x.mean((2, 3)).unsqueeze(1)                                       # [B, 1, C]
-            q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
-            v = F.conv2d(x, wv, padding=1, groups=C)
-            out = history.attend(q, k, v, heads=heads)
-            out = x + out                                                         # with RESIDUAL
-            out = x + mask * act(norm(out))                                       # with a NormAct
-
-        Under autocast `x` and the filters are cast to its dtype, as a convolution casts them.
-
-        Args:
-            x: feature map `[B, C, H, W]`.
-            plan: what :meth:`plan_layer` gave for it, with `wq` and `wk` `[1, 1, size]` with an odd size, and `wv`
-                `[C, 1, 3, 3]`.
-            heads: G, the same for all layers of the history.
-            epilogue: what follows. With a norm `x` has autocast's dtype already.
-            caller: the module that calls; needed under `torch.utils.checkpoint`.
-
-        Returns:
-            `out`, like `x`; under autocast in its dtype.
-
-        Raises:
-            As :meth:`attend`.
-
-        Source:
-            MRLA (arXiv 2302.03985), base form.
-        """
-        if x.dtype != plan.dtype and type(epilogue) is Residual:
-            return x + self.attend_layer(x, plan, heads=heads, caller=caller)
-        x, filters = as_autocast(x, plan.filters)
-        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
-        self._note_read(plan.recomputing)
-        out, weights, kl, token, k, v, _ = layer_pull(
-            resolved(x), filters, epilogue, snapshot.weights, snapshot.token, link
-        )
-        pairs = snapshot.pairs.extended(k, v, link.path)
-        at = snapshot.position + 1
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token), plan.recomputing, caller)
-        return out
-
-    def _layer_link(
-        self, x: Tensor, filters: Filters, heads: int, caller: Any, plan: LayerPlan
-    ) -> tuple[Snapshot, int, Link]:
-        """Where a layer is in the history, its heads, and the pairs before it."""
-        snapshot = self._enter(caller, (x, *filters), plan.recomputing)
-        pairs = snapshot.pairs
-        channels = x.shape[1]
-        if type(heads) is not int or heads != snapshot.heads:  # the same number is checked already
-            heads = checks.check_heads(heads, channels)
-        snapshot.check_fits(x, heads)
-        scale = 1.0 / math.sqrt(channels // heads)
-        keys, values = pairs.keys, pairs.values
-        path = pairs.next_path()
-        link = Link(path, keys, values, heads, scale, False, plan.backend, self._record, pairs)
-        return snapshot, heads, link
-
-    def provide_layer(self, x: Tensor, plan: LayerPlan, *, heads: int, caller: Any = None) -> None:
-        """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
-        x, filters = as_autocast(x, plan.filters._replace(wq=None))
-        snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
-        token, k, v = provider_pull(resolved(x), filters, snapshot.token, link)
-        pairs = snapshot.pairs.extended(k, v, link.path)
-        at = snapshot.position + 1
-        last = Snapshot(pairs, at, heads, snapshot.weights, snapshot.kl, token)
-        self._leave(last, plan.recomputing, caller)
-
-    def pass_by(self, caller: Any = None) -> None:
-        """Count a layer that neither retrieves nor provides."""
-        recomputing = self.recomputing
-        p = self._enter(caller, (), recomputing)
-        after = Snapshot(p.pairs, p.position + 1, p.heads, p.weights, p.kl, p.token)
-        self._leave(after, recomputing, caller)
+        self._leave(snapshot.moved_on(pairs, heads, token), recomputing, caller)
 
     @torch.no_grad()
     def probe(
@@ -383,10 +228,6 @@ class LayerHistory(Places):
             decided = Decided((None,) * len(snapshot.pairs.keys))
         # Not `_replace`, which the compiler of PyTorch 2.8 cannot trace.
         return Decided((*decided.given, given), decided.retrieved, decided.has_divergence)
-
-    def _note_read(self, recomputing: bool) -> None:
-        if not recomputing:
-            self.turns.note_read()
 
     def _backend(self, q: Tensor, snapshot: Snapshot, caller: Any) -> KernelBackend | None:
         """Those that serve this layer; None where the functional op, with its push form, does.

@@ -46,7 +46,10 @@ from ela_kernels.ops.layer_attention.saved_tensors import (
 
 
 class LayerOutput(NamedTuple):
-    """What a layer on a history gives, and what the history keeps of it; `statistics` `[2, C]` with a norm."""
+    """What a layer on a history gives, and what the history keeps of it.
+
+    `retrieved`: what a norm was given, where it was to be kept, and with `statistics` `[2, C]` if the norm took them.
+    """
 
     out: Tensor
     weights: Tensor
@@ -54,7 +57,8 @@ class LayerOutput(NamedTuple):
     token: Tensor | None
     key: Tensor
     value: Tensor
-    statistics: Tensor | None
+    retrieved: Tensor | None = None
+    statistics: Tensor | None = None
 
 
 def without_parameters(epilogue: Epilogue | None) -> Epilogue | None:
@@ -74,7 +78,7 @@ def in_dtype_of(parameter: Tensor | None, gradient: Tensor | None) -> Tensor | N
     return None if parameter is None or gradient is None else gradient.to(parameter.dtype)
 
 
-def _gradients(ctx: Any, saved: SavedLayer, arrived: Arrived, needs: LayerNeeds) -> LayerGradients:
+def gradients(ctx: Any, saved: SavedLayer, arrived: Arrived, needs: LayerNeeds) -> LayerGradients:
     """The backend's, and into the record what the layers before this one will need."""
     found: LayerGradients
     index = len(ctx.path) - 1
@@ -104,6 +108,7 @@ class _Layer(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         epilogue: Epilogue | None,
+        keeps: bool,
         token: Tensor | None,
         link: Link,
     ) -> tuple[Tensor | None, ...]:
@@ -117,7 +122,8 @@ class _Layer(torch.autograd.Function):
         save_with_pairs(
             ctx, link, r.k, r.v, x, wq, wk, wv, r.mean, r.q, r.weights, prev_weights, *of_norm
         )
-        return r.out, r.weights, r.kl, new_token(token, x), r.k, r.v, r.statistics
+        retrieved = r.retrieved if keeps else None
+        return r.out, r.weights, r.kl, new_token(token, x), r.k, r.v, retrieved, r.statistics
 
     @staticmethod
     def backward(
@@ -128,6 +134,7 @@ class _Layer(torch.autograd.Function):
         _: Tensor | None,
         dk: Tensor | None,
         dv: Tensor | None,
+        dretrieved: Tensor | None,
         __: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
@@ -136,18 +143,21 @@ class _Layer(torch.autograd.Function):
         gamma, beta, retrieved, statistics = of_norm or (None, None, None, None)
         if dout is not None:
             dout = in_form_of(values[-1], dout, ctx.channels_last)
+        if dretrieved is not None:
+            dretrieved = in_form_of(values[-1], dretrieved, ctx.channels_last)
         attention = Saved(q, keys, values, ctx.heads, ctx.scale, prev, weights, ctx.channels_last)
         epilogue = with_parameters(ctx.epilogue, gamma, beta)
         filters = Filters(wq, wk, wv)
         saved = SavedLayer(x, filters, mean, ctx.heads, attention, epilogue, retrieved, statistics)
         needs = LayerNeeds(*ctx.needs_input_grad[:5])
-        found = _gradients(ctx, saved, Arrived(dout, dweights, dkl, dk, dv), needs)
+        arrived = Arrived(dout, dweights, dkl, dk, dv, dretrieved)
+        *inputs, dgamma, dbeta, _ = gradients(ctx, saved, arrived, needs)
         release_pairs(ctx)
-        *inputs, dgamma, dbeta = found
         return (
             *inputs,
             in_dtype_of(gamma, dgamma),
             in_dtype_of(beta, dbeta),
+            None,
             None,
             token_gradient(ctx, ctx.token),
             None,
@@ -175,7 +185,7 @@ class _Provider(torch.autograd.Function):
         saved = SavedLayer(x, Filters(None, wk, wv), mean, ctx.heads, None, None, None, None)
         need_x, need_wk, need_wv = ctx.needs_input_grad[:3]
         needs = LayerNeeds(need_x, False, need_wk, need_wv, False)
-        found = _gradients(ctx, saved, Arrived(None, None, None, dk, dv), needs)
+        found = gradients(ctx, saved, Arrived(None, None, None, dk, dv), needs)
         return found.x, found.wk, found.wv, token_gradient(ctx, ctx.token), None
 
 
@@ -214,21 +224,32 @@ def layer_pull(
     prev_weights: Tensor | None,
     token: Tensor | None,
     link: Link,
+    keeps: bool = False,
 ) -> LayerOutput:
-    """One layer on a history: `link` holds the keys and values before it, and its own place last in the path."""
+    """One layer on a history: `link` holds the keys and values before it, and its own place last in the path.
+
+    `keeps`: give what a norm was given, too.
+    """
     x = readable(x)
     if not torch.is_grad_enabled():
-        r = _retrieve(x, filters, prev_weights, epilogue, link, False)
+        r = _retrieve(x, filters, prev_weights, epilogue, link, keeps)
         assert r.out is not None
         assert r.weights is not None
-        return LayerOutput(r.out, r.weights, r.kl, token, r.k, r.v, r.statistics)
+        taken = _taken(epilogue, r.statistics)
+        return LayerOutput(r.out, r.weights, r.kl, token, r.k, r.v, r.retrieved, taken)
     gamma = beta = None
     if type(epilogue) is NormAct:
         gamma, beta = epilogue.gamma, epilogue.beta
-    out, weights, kl, own, k, v, statistics = applied(
-        _Layer, x, *filters, prev_weights, gamma, beta, epilogue, token, link
+    out, weights, kl, own, k, v, retrieved, statistics = applied(
+        _Layer, x, *filters, prev_weights, gamma, beta, epilogue, keeps, token, link
     )
-    return LayerOutput(out, weights, kl, own if own.requires_grad else token, k, v, statistics)
+    own = own if own.requires_grad else token
+    return LayerOutput(out, weights, kl, own, k, v, retrieved, _taken(epilogue, statistics))
+
+
+def _taken(epilogue: Epilogue | None, statistics: Tensor | None) -> Tensor | None:
+    """Those of the batch, if the norm took them: a norm of another layer can take them over."""
+    return statistics if type(epilogue) is NormAct and epilogue.statistics is None else None
 
 
 def provider_pull(

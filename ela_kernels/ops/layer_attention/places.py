@@ -128,7 +128,10 @@ class Places:
                 # In inference mode nothing recomputes, and the weights of earlier layers need not stay. torch.compile
                 # cannot trace the question.
                 if is_traced or not torch.is_inference_mode_enabled():
-                    place = self._now, torch.is_grad_enabled()
+                    # What was retrieved is kept on only where a backward may recompute what takes it over.
+                    has_grad = torch.is_grad_enabled()
+                    now = self._now
+                    place = now if has_grad or now.kept is None else now.with_kept(None), has_grad
                     self._found_by.setdefault(caller, []).append(place)
             return self._now
         found = self._found_by.get(caller, []) if caller is not None else []

@@ -26,12 +26,13 @@ class Readers:
     on reading.
     """
 
-    __slots__ = ("_layers", "came_by", "known", "others")
+    __slots__ = ("_layers", "came_by", "follower", "known", "others")
 
     def __init__(self) -> None:
         self.known = False  # whether the layer gave a pair to any history
         self.came_by = False  # whether the layer was called outside of compiled graphs, so that it is among readers
         self.others = False
+        self.follower: weakref.ref[Skippable] | None = None  # who came by next, the last time
         self._layers: set[weakref.ref[Skippable]] = set()
 
     def add(self, reader: weakref.ref[Skippable]) -> None:
@@ -61,12 +62,13 @@ class Turns:
         watched: whether EBQM watches one of them.
     """
 
-    __slots__ = ("_given_by", "_is_on", "present", "stage", "watched")
+    __slots__ = ("_before", "_given_by", "_is_on", "present", "stage", "watched")
 
     def __init__(self) -> None:
         self.stage: int | None = None
         self.present: Skippable | None = None
         self.watched = False
+        self._before: Readers | None = None
         self._given_by: list[Readers] = []
         self._is_on = False
 
@@ -83,6 +85,9 @@ class Turns:
         reader = weakref.ref(layer)
         for readers in self._given_by:
             readers.add(reader)
+        if self._before is not None:
+            self._before.follower = reader
+        self._before = layer.readers
 
     def end(self, readers: Readers | None) -> None:
         """The turn is over. Who comes by from now on is one of `readers`; None where no pair was given."""

@@ -95,10 +95,37 @@ def _check_promotes(held: torch.dtype, dtype: torch.dtype, autocast: torch.dtype
     )
 
 
-class Snapshot:
-    """The history as one layer found it: immutable, so that a recomputed layer can start from it again."""
+class Kept(NamedTuple):
+    """What the last layer that retrieved got, kept for blocks that take it over.
 
-    __slots__ = ("heads", "kl", "pairs", "position", "token", "weights")
+    Attributes:
+        o: the retrieval, `[B, C, *spatial]`.
+        version: that it was kept at; whoever changed it in place made it another.
+        statistics: mean and biased variance `[2, C]` of it over the batch, where a norm has taken them.
+        exists: whether any layer has retrieved, a boolean of no dimension, where that is data; None: one has.
+    """
+
+    o: Tensor
+    version: int
+    statistics: Tensor | None = None
+    exists: Tensor | None = None
+
+    @classmethod
+    def of(cls, o: Tensor, statistics: Tensor | None = None, exists: Tensor | None = None) -> Kept:
+        version = -1 if torch.compiler.is_compiling() or o.is_inference() else version_of(o)
+        return cls(o, version, statistics, exists)
+
+    def is_as_it_was(self) -> bool:
+        return self.version < 0 or version_of(self.o) == self.version
+
+
+class Snapshot:
+    """The history as one layer found it: immutable, so that a recomputed layer can start from it again.
+
+    `kept` may be None where a layer has retrieved: then nobody needed it.
+    """
+
+    __slots__ = ("heads", "kept", "kl", "pairs", "position", "token", "weights")
 
     def __init__(
         self,
@@ -108,9 +135,19 @@ class Snapshot:
         weights: Tensor | None = None,
         kl: Tensor | None = None,
         token: Tensor | None = None,
+        kept: Kept | None = None,
     ) -> None:
         self.pairs, self.position, self.heads = pairs, position, heads
-        self.weights, self.kl, self.token = weights, kl, token
+        self.weights, self.kl, self.token, self.kept = weights, kl, token, kept
+
+    def moved_on(self, pairs: Pairs, heads: int | None, token: Tensor | None) -> Snapshot:
+        """After a layer that retrieved nothing of its own."""
+        return Snapshot(pairs, self.position + 1, heads, self.weights, self.kl, token, self.kept)
+
+    def with_kept(self, kept: Kept | None) -> Snapshot:
+        return Snapshot(
+            self.pairs, self.position, self.heads, self.weights, self.kl, self.token, kept
+        )
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, heads: int) -> Snapshot:

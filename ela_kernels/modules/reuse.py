@@ -1,0 +1,119 @@
+"""The residual block around an earlier layer's retrieval: `x + drop_path(act(norm(o)))`, in one call of the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ela_kernels.backends.dispatch import Refusal, refusal_by
+from ela_kernels.explaining import refused, served, served_without_kernels
+from ela_kernels.modules.layer_attention import LayerAttention, Turn
+from ela_kernels.modules.residual import (
+    epilogue_of,
+    kind_of,
+    module_obstacles,
+    norm_obstacles,
+    takes_batch,
+)
+from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.plan import LayerPlan
+from ela_kernels.ops.layer_attention.reuse import reuse_obstacles
+from ela_kernels.ops.layer_attention.snapshot import Kept
+
+# Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
+_GIVE_NEW_MEMORY = (
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm2d,
+    nn.GroupNorm,
+)
+
+
+def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:
+    """`o` for a norm, which leaves `o` itself as it is."""
+    return o if type(norm) in _GIVE_NEW_MEMORY else o.clone()
+
+
+def reused_block(
+    attn: nn.Module | None,
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: nn.Module,
+    x: Tensor,
+    history: LayerHistory,
+    kept: Kept,
+    turn: Turn,
+    caller: Any,
+    samples: bool = False,
+) -> Tensor:
+    """`x + drop_path(act(norm(o)))` with the `o` that was kept; key and value of `x` are given where `turn` says so.
+
+    Args:
+        attn: makes key and value; may be None where they are not given.
+        caller: the module that is skipped.
+        samples: as of :func:`~ela_kernels.modules.residual.residual_block`.
+
+    Raises:
+        ValueError: `x` has another shape than what was retrieved.
+    """
+    if kept.o.shape != x.shape:
+        raise ValueError(
+            f"x: got shape {list(x.shape)}; allowed is that of the retrieval that is used again, {list(kept.o.shape)}. "
+            "Make a new LayerHistory for each stage and forward pass"
+        )
+    if not torch.compiler.is_compiling():
+        plan = _plan(
+            attn if turn.provides else None, norm, act, drop_path, x, history, kept, samples
+        )
+        if not isinstance(plan, Refusal):
+            if turn.probe is not None:
+                assert isinstance(attn, LayerAttention)
+                attn.look(x, history, turn.probe)
+            epilogue = epilogue_of(norm, act, drop_path, x)
+            if isinstance(plan, LayerPlan):
+                assert isinstance(attn, LayerAttention)
+                served(caller, "reuse", plan.backend.name)
+                return history.reuse_and_provide(
+                    x, kept, epilogue, plan, heads=attn.heads, caller=attn
+                )
+            served(caller, "reuse", plan.name)
+            return history.reuse(x, kept, epilogue, plan, caller)
+        refused(caller, "reuse", plan)
+    served_without_kernels(caller, "reuse by pieces")
+    y = x
+    if turn.provides or turn.probe is not None:
+        assert attn is not None
+        # By its call, not by a method of it: wrappers and hooks work there.
+        y = attn(x, history, turn=turn)
+    if not turn.provides:
+        history.pass_by(caller)
+    out: Tensor = y + drop_path(act(norm(without_sharing(norm, kept.o))))
+    return out
+
+
+def _plan(
+    attn: nn.Module | None,
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: nn.Module,
+    x: Tensor,
+    history: LayerHistory,
+    kept: Kept,
+    samples: bool,
+) -> Any:
+    """A `LayerPlan` where `attn` gives a pair, kernels where nothing does, or why there are none."""
+    obstacles = module_obstacles(attn, norm, act, drop_path, samples)
+    takes = False
+    if isinstance(norm, nn.BatchNorm2d):
+        obstacles += norm_obstacles(norm, x)
+        takes = takes_batch(norm)
+    obstacles += reuse_obstacles(x, kept, takes)
+    if attn is None:
+        return history.plan_reuse(x, tuple(obstacles))
+    if kind_of(attn) is not LayerAttention:
+        name = type(attn).__name__
+        return refusal_by((f"attn is a {name}, and the block is for LayerAttention", *obstacles))
+    assert isinstance(attn, LayerAttention)
+    return attn.plan(x, history, "reuse", tuple(obstacles))
