@@ -15,10 +15,10 @@ from ela_kernels.explaining import is_explaining, served_without_kernels
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import Totals, outside_of_transforms, refuse_static_graph
-from ela_kernels.modules.query_key_value import passed_on
+from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
 from ela_kernels.modules.residual import residual_block
 from ela_kernels.modules.reuse import reused_block, without_sharing
-from ela_kernels.modules.skipping import MODES, SkipMode, Skipping
+from ela_kernels.modules.skipping import MODES, SkipMode, Skipping, rounded
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.readers import Readers
 from ela_kernels.torch_internals import has_hooks, is_exporting
@@ -190,9 +190,7 @@ class ELA(Skipping):
         copy = copy or (not torch.compiler.is_compiling() and has_hooks(self, attn))
         turn = Turn(provides=provides, probe=look, copy=copy)
         out = attn(x, history, turn=turn)
-        if out.dtype != x.dtype and out.dtype != torch.promote_types(out.dtype, x.dtype):
-            # A wrapper (mixed precision of FSDP, say) cast what went in. Not x alone: backward hooks are on `out`.
-            out = torch.where(x.new_zeros((), dtype=torch.bool), out, x)
+        out = as_before_wrappers(out, x)
         if probe:
             self.probe_next = False
         if not provides:
@@ -361,9 +359,12 @@ class ELA(Skipping):
                 self.remove_unused(pruned == 1, keeps_query=self._has_query(state_dict, prefix))
             elif decision in state_dict:
                 # In an average of checkpoints the buffer was averaged, and the rest is that of one of them.
-                mine = (state_dict[decision] > 0.5).to(extra)
+                mine = rounded(state_dict[decision].tolist())
                 if 0 <= int(extra[1]) < len(MODES):
-                    state_dict = {**state_dict, key: torch.cat((mine, extra[2:]))}
+                    state_dict = {
+                        **state_dict,
+                        key: torch.cat((extra.new_tensor(mine), extra[2:])),
+                    }
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

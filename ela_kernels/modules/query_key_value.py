@@ -44,6 +44,16 @@ def passed_on(x: Tensor, copy: bool) -> Tensor:
     return x.to(x.dtype if dtype == x.dtype else torch.promote_types(x.dtype, dtype), copy=True)
 
 
+def as_before_wrappers(passed: Tensor, x: Tensor) -> Tensor:
+    """What a layer passed on of `x`; `x` where a wrapper (mixed precision of FSDP, say) cast what went in.
+
+    Not `x` alone: backward hooks are on what was passed on.
+    """
+    if passed.dtype == x.dtype or passed.dtype == torch.promote_types(passed.dtype, x.dtype):
+        return passed
+    return torch.where(x.new_zeros((), dtype=torch.bool), passed, x)
+
+
 def pooled(x: Tensor) -> Tensor:
     """Mean over space, `[B, C]`: `x.mean((2, 3))`.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ela_kernels.backends.dispatch import Refusal, refusal_by
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
+from ela_kernels.modules.query_key_value import as_before_wrappers
 from ela_kernels.modules.residual import (
     epilogue_of,
     kind_of,
@@ -21,6 +22,7 @@ from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 from ela_kernels.ops.layer_attention.reuse import reuse_obstacles
 from ela_kernels.ops.layer_attention.snapshot import Kept
+from ela_kernels.torch_internals import has_hooks
 
 # Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
 _GIVE_NEW_MEMORY = (
@@ -85,8 +87,9 @@ def reused_block(
     y = x
     if turn.provides or turn.probe is not None:
         assert attn is not None
-        # By its call, not by a method of it: wrappers and hooks work there.
-        y = attn(x, history, turn=turn)
+        # By its call, not by a method of it: wrappers and hooks work there, which may change what they get in place.
+        copy = not torch.compiler.is_compiling() and has_hooks(attn)
+        y = as_before_wrappers(attn(x, history, turn=turn._replace(copy=copy)), x)
     if not turn.provides:
         history.pass_by(caller)
     out: Tensor = y + drop_path(act(norm(without_sharing(norm, kept.o))))

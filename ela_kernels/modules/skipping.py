@@ -134,7 +134,7 @@ class Skipping(nn.Module):
         if _costs_nothing_to_read(decision):
             exact = _exact(decision)
             if exact is not None:
-                self._know(_rounded(exact))
+                self._know(rounded(exact))
         else:
             _read_changed(self, decision)
         return self._last
@@ -213,7 +213,8 @@ def _exact(decision: Tensor) -> list[float] | None:
         return None
 
 
-def _rounded(exact: list[float]) -> Decision:
+def rounded(exact: list[float]) -> Decision:
+    """The decision that numbers stand for, which in a moving average lie between decisions."""
     skipped, mode = exact
     # By comparisons, which a NaN survives.
     return skipped > 0.5, sum(mode > number - 0.5 for number in range(1, len(MODES)))
@@ -246,5 +247,5 @@ def _read_changed(layer: Skipping, decision: Tensor) -> None:
         states = [_state_of(found) for _, found in changed]
         values = torch.stack([found.detach() for _, found in changed]).tolist()
         for (other, _), state, exact in zip(changed, states, values, strict=True):
-            other._know(_rounded(exact))
+            other._know(rounded(exact))
             other._read_at = state

@@ -95,7 +95,7 @@ def test_weights_and_divergences_by_hand() -> None:
         assert layer.divergence == pytest.approx((x1 / 4 + x2 / 2 + x3) / 1.75, rel=1e-5)
 
 
-@pytest.mark.parametrize("skip", [None, "retrieval", "layer"])
+@pytest.mark.parametrize("skip", [None, "retrieval", "layer", "reuse"])
 def test_it_is_what_ebqm_finds(skip: str | None) -> None:
     """The same batches as training steps that change nothing: the same statistics, scores and decisions."""
     model, batches = network(), images(4)
@@ -124,7 +124,7 @@ def test_it_is_what_ebqm_finds(skip: str | None) -> None:
     assert [a.retrieves for a in found.layers] == [True, skip is None, True, True, True]
 
 
-@pytest.mark.parametrize("skip", ["retrieval", "layer"])
+@pytest.mark.parametrize("skip", ["retrieval", "layer", "reuse"])
 def test_a_skipped_layer_is_asked_what_it_would_retrieve(skip: str) -> None:
     model, batches = network(), images()
     before = ek.analyze(model, batches).layers[1]

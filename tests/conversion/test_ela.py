@@ -65,20 +65,22 @@ class Without(nn.Module):
         self.model, self.skipped, self.skip = model, skipped, skip
 
     def forward(self, x: Tensor) -> Tensor:
-        k = v = None
+        k = v = retrieved = None
         for i, block in enumerate(self.model.blocks):
-            if i not in self.skipped:
-                x, k, v = block(x, k, v)
-                continue
             assert not block.drop_path.training or isinstance(block.drop_path, nn.Identity)
             identity = x if block.down is None else block.down(x)
             x = block.relu(block.bn(block.conv(x)) + identity)
-            if self.skip == "retrieval":
-                _, k, v = block.mrla(x, k, v)
+            if i not in self.skipped or self.skip != "layer":
+                own, k, v = block.mrla(x, k, v)
+            if i not in self.skipped:
+                retrieved = own
+            elif self.skip != "reuse":
+                continue
+            x = x + block.drop_path(block.relu(block.bn_mrla(retrieved)))
         return self.model.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("skip", ["retrieval", "layer"])
+@pytest.mark.parametrize("skip", ["retrieval", "layer", "reuse"])
 def test_skipped_retrievals(skip: SkipMode) -> None:
     model, ours = both(skip=skip)
     skipped = {1, 4, 5}
@@ -87,10 +89,10 @@ def test_skipped_retrievals(skip: SkipMode) -> None:
     check(step(ours), step(model, Without(model, skipped, skip)))
 
 
-@pytest.mark.parametrize("skip", ["retrieval", "layer"])
+@pytest.mark.parametrize("skip", ["retrieval", "layer", "reuse"])
 def test_the_first_layer_of_a_stage_may_be_skipped_by_hand(skip: SkipMode) -> None:
     _, ours = both(skip=skip)
-    if skip == "retrieval":
+    if skip != "layer":
         ours.blocks[0].ela.skipped = True
         ours(X).sum().backward()
         return
@@ -124,7 +126,7 @@ def test_ebqm_watches_decides_and_probes() -> None:
     assert not report.layers[3].skipped
 
 
-@pytest.mark.parametrize("skip", ["retrieval", "layer"])
+@pytest.mark.parametrize("skip", ["retrieval", "layer", "reuse"])
 def test_pruned(skip: SkipMode) -> None:
     _, ours = both(skip=skip)
     ours.eval()
@@ -135,9 +137,9 @@ def test_pruned(skip: SkipMode) -> None:
     assert torch.equal(ours(X), want)
     assert sum(p.numel() for p in ours.parameters()) < before
     names = set(ours.state_dict())
-    assert "blocks.1.bn_mrla.weight" not in names
+    assert ("blocks.1.bn_mrla.weight" in names) == (skip == "reuse")
     assert "blocks.1.mrla.mrla.Wv.weight" not in names  # nobody reads it: 2 is skipped too
-    assert ("blocks.4.mrla.mrla.Wv.weight" in names) == (skip == "retrieval")  # 5 reads it
+    assert ("blocks.4.mrla.mrla.Wv.weight" in names) == (skip != "layer")  # 5 reads it
     fresh = both(skip=skip)[1].eval()
     fresh.load_state_dict(ours.state_dict())
     assert torch.equal(fresh(X), want)

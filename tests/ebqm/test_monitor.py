@@ -28,7 +28,7 @@ def planted(redundant: set[int], **options: Any) -> tuple[Network, ek.EBQM]:
 
 
 class TestPlanted:
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     def test_the_planted_layers_are_skipped_and_no_others(self, mode: str) -> None:
         network, ebqm = planted(PLANTED, skip=mode)
         train(network, ebqm, 9)

@@ -11,7 +11,7 @@ from support.ela_models import Network, batch, plant, skipped, train
 import ela_kernels as ek
 from ela_kernels.ebqm import Reason
 
-MODES = ["retrieval", "layer"]
+MODES = ["retrieval", "layer", "reuse"]
 
 
 def made(mode: str, skip: set[int], depth: int = 6) -> Network:

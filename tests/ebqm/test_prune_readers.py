@@ -28,7 +28,7 @@ def assert_unchanged(network: nn.Module, x: Tensor) -> None:
     assert torch.equal(network(x), want)
 
 
-@pytest.mark.parametrize("mode", ["retrieval", "layer"])
+@pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
 @torch.no_grad()
 def test_a_layer_that_comes_back_after_the_last_pass_reads(mode: str) -> None:
     network, x = made([1, 2, 3]), batch()

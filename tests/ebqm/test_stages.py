@@ -144,7 +144,7 @@ def reloaded(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", ["retrieval", "layer"])
+@pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
 def test_pruning_changes_no_bit(kind: str, mode: str) -> None:
     """Every set of two skipped layers, and every single one."""
     make, x = KINDS[kind], batch()

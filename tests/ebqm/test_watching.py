@@ -81,7 +81,7 @@ class TestPassesThatAreNoTraining:
         network(batch())
         assert not network.layers[1].probe_next
 
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     def test_recomputed_parts_are_seen_once(self, mode: str) -> None:
         network = Network((3,), skip=mode)
         ek.EBQM(network)

@@ -141,7 +141,7 @@ def test_state_dict_round_trip_keeps_skipped_layers():
         assert not torch.equal(model(images()), small(attention="ela").eval()(images()))
 
 
-@pytest.mark.parametrize("skip", ["retrieval", "layer"])
+@pytest.mark.parametrize("skip", ["retrieval", "layer", "reuse"])
 def test_skipping_and_pruning_in_a_network(skip):
     model = small(attention="ela", skip=skip).eval()
     for i, j in [(0, 1), (0, 2), (2, 1)]:
@@ -222,7 +222,7 @@ def test_maps_given_away_may_be_changed_in_place(skip):
     last.sum().backward()
 
 
-@pytest.mark.parametrize("mode", ["retrieval", "layer"])
+@pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
 @pytest.mark.parametrize("of", ["the layer", "its attention"])
 @pytest.mark.parametrize("skip", [False, True])
 def test_hooks_may_change_the_output_in_place(mode, of, skip):

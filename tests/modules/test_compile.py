@@ -40,7 +40,7 @@ def test_a_stage_is_one_graph_and_stays_compiled() -> None:
     assert [row.divergence > 0 for row in ebqm.report().layers] == [False, True, True]
 
 
-@pytest.mark.parametrize("mode", ["retrieval", "layer"])
+@pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
 def test_decisions_compile_nothing_anew(mode: str) -> None:
     network = Network((4,), skip=mode).eval()
     counter = CompileCounter()
@@ -54,7 +54,7 @@ def test_decisions_compile_nothing_anew(mode: str) -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mode", ["retrieval", "layer"])
+@pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
 def test_training_of_200_steps_with_changing_decisions_is_one_graph(mode: str) -> None:
     """As eager training: every output, every gradient, running statistics, and the decisions."""
     settings = {"warmup": 10, "interval": 5, "probe_interval": 5, "smoothing": 0.5}

@@ -44,7 +44,7 @@ def by_hand(old: nn.Module, new: nn.Module, decay: float) -> None:
 
 
 class TestAverages:
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     @pytest.mark.parametrize("update", [by_lerp, by_hand])
     @pytest.mark.parametrize("decay", [0.0, 0.9])
     def test_a_moving_average_follows(
@@ -275,7 +275,7 @@ class TestStateDicts:
 
 
 class TestASkippedLayerIsAModule:
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     @pytest.mark.parametrize("grad", [True, False])
     def test_its_output_may_be_changed_in_place(self, mode: str, grad: bool, backend: str) -> None:
         network, x = decided(mode).train(grad), batch().requires_grad_(grad)
@@ -295,7 +295,7 @@ class TestASkippedLayerIsAModule:
             first, second = (torch.autograd.grad(y.square().sum(), x)[0] for y in results)
             assert torch.equal(first, second)
 
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_its_dtype_is_that_in_use(self, mode: str, dtype: torch.dtype) -> None:
         layer, x = decided(mode).layers[1], batch().to(dtype)
@@ -306,7 +306,7 @@ class TestASkippedLayerIsAModule:
                 found.append(layer(x, ek.LayerHistory()))
         assert found[0].dtype == found[1].dtype
 
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     def test_a_caller_that_changes_nothing_saves_the_copy(self, mode: str) -> None:
         layer, x = decided(mode).layers[1], batch().requires_grad_()
         out = layer(x, ek.LayerHistory(), copy=False)
@@ -321,7 +321,7 @@ class TestASkippedLayerIsAModule:
         out = decided().layers[1](x, ek.LayerHistory())
         assert out.is_contiguous(memory_format=torch.channels_last)
 
-    @pytest.mark.parametrize("mode", ["retrieval", "layer"])
+    @pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
     def test_hooks_on_its_parts_run(self, mode: str) -> None:
         layer, ran = decided(mode).layers[1].train(), []
         layer.attn.register_forward_hook(lambda *_: ran.append("attn"))
@@ -330,9 +330,9 @@ class TestASkippedLayerIsAModule:
         history = ek.LayerHistory()
         ek.LayerAttention(CHANNELS, head_dim=8)(batch(), history)
         layer(batch(), history)
-        assert ran == (["Wk", "attn"] if mode == "retrieval" else [])
+        assert ran == ([] if mode == "layer" else ["Wk", "attn"])
         ran.clear()
         layer.probe_next = True
         layer(batch(), history)
-        assert ran == (["Wk", "Wk", "attn"] if mode == "retrieval" else ["Wk", "attn"])
+        assert ran == (["Wk", "attn"] if mode == "layer" else ["Wk", "Wk", "attn"])
         assert len(layer.observations) == 1

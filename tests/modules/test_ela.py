@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import ela_kernels as ek
 
-MODES = ["retrieval", "layer"]
+MODES = ["retrieval", "layer", "reuse"]
 
 
 def watch(network: Network) -> list[list[Tensor]]:
@@ -54,26 +54,26 @@ def test_a_skipped_layer_passes_its_input_on(mode: str) -> None:
         before, depth = x, history.depth
         x = module(x, history)
         if i == 2:
-            assert torch.equal(x, before)
+            assert torch.equal(x, before) == (mode != "reuse")
             assert x.data_ptr() != before.data_ptr()  # whoever changes it in place changes no input
-            assert history.depth == depth + (mode == "retrieval")
-            if mode == "retrieval":
+            assert history.depth == depth + (mode != "layer")
+            if mode != "layer":
                 k, v = module.attn.key_value(before)
                 torch.testing.assert_close(history.keys[-1], k)  # sums in another order
                 torch.testing.assert_close(history.values[-1], v)
     assert [m.place for m in network.layers] == [0, 1, 2, 3]
     assert history.position == 4
     assert history.weights is not None
-    assert history.weights.shape[-1] == (4 if mode == "retrieval" else 3)
+    provides = mode != "layer"
+    assert history.weights.shape[-1] == (4 if provides else 3)
     x.sum().backward()
-    provides = mode == "retrieval"
     assert (layer.attn.Wv.weight.grad is not None) == provides
     assert (layer.attn.Wk.weight.grad is not None) == provides
     assert layer.attn.Wq.weight.grad is None
-    assert layer.norm.weight.grad is None
+    assert (layer.norm.weight.grad is None) == (mode != "reuse")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["retrieval", "layer"])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_skipped_layer_costs_a_copy(mode: str, training: bool) -> None:
     layer, x = ek.ELA(32, skip=mode, drop_path=0.5), torch.randn(2, 32, 4, 4)
@@ -221,9 +221,10 @@ def test_checkpointing_changes_no_gradient(
     for got, want in zip(recomputed, plain, strict=True):
         assert (got is None) == (want is None)
         assert got is None or torch.equal(got, want)
-    assert sum(g is None for g in plain) == len(skipped) * {"retrieval": 3, "layer": 5}[mode] + (
+    without = {"retrieval": 3, "layer": 5, "reuse": 1}[mode]
+    assert sum(g is None for g in plain) == len(skipped) * without + (
         # a key and value that no later layer retrieves
-        2 * sum(i == 3 or (i == 2 and 3 in skipped) for i in skipped) * (mode == "retrieval")
+        2 * sum(i == 3 or (i == 2 and 3 in skipped) for i in skipped) * (mode != "layer")
     )
 
 

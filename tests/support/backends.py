@@ -132,6 +132,8 @@ METHODS = (
     "gather",
     "layer",
     "layer_backward",
+    "norm_forward",
+    "norm_backward",
     "light_layer",
     "light_layer_backward",
 )
