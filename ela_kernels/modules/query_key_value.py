@@ -142,7 +142,7 @@ class QueryKeyValue(nn.Module):
                 f"dim={self.dim}"
             )
 
-    def _check_beside_parameters(self, x: Tensor) -> None:
+    def check_beside_parameters(self, x: Tensor) -> None:
         """Refuse `x` of another dtype or on another device than the parameters: what no kernel of a whole layer serves.
 
         One parameter stands for all, and only where it can be told what its convolution will read: not where it is
@@ -242,13 +242,13 @@ class QueryKeyValue(nn.Module):
 
     def query_key(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Query and key `[B, C]`, from the spatial mean of `x`."""
-        self._check_beside_parameters(x)
+        self.check_beside_parameters(x)
         q, k = self.filtered(pooled(x), self.Wq, self.Wk)
         return q, k
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key `[B, C]` and value `[B, C, H, W]`."""
-        self._check_beside_parameters(x)
+        self.check_beside_parameters(x)
         (k,) = self.filtered(pooled(x), self.Wk)
         return k, self.Wv(x)
 

@@ -83,12 +83,14 @@ class LayerHistory(ReusedRetrievals):
     def keys(self) -> tuple[Tensor, ...]:
         """The keys held, `[B, C]` each."""
         self._note_read(self.recomputing)
+        self._settle()
         return self._now.pairs.keys
 
     @property
     def values(self) -> tuple[Tensor, ...]:
         """The values held, `[B, C, *spatial]` each."""
         self._note_read(self.recomputing)
+        self._settle()
         return self._now.pairs.values
 
     def attend(
@@ -209,6 +211,7 @@ class LayerHistory(ReusedRetrievals):
             `weights` `[B, G, t + 1]` and `kl` `[B, G]`, without gradient.
         """
         self._note_read(self.recomputing)
+        self._settle()
         held, _, prev = self._read_by(q, self._now)
         keys = [*(key.detach() for key in held), k.detach()]
         prev = None if prev is None else prev.detach()

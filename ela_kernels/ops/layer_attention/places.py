@@ -71,11 +71,6 @@ class Places:
         """Number of layers that came by, skipped ones included."""
         return self._now.position
 
-    @property
-    def latest(self) -> Snapshot:
-        """What the last layer left, immutable; in a recomputation the layer that was recomputed last."""
-        return self._latest
-
     def at(self, snapshot: Snapshot) -> Self:
         """A history that goes on from `snapshot`, one of this history's.
 
@@ -87,11 +82,6 @@ class Places:
         other = copy(self)
         other._now = other._latest = snapshot
         return other
-
-    @property
-    def depth(self) -> int:
-        """Number of key and value pairs held."""
-        return len(self._now.pairs.keys)
 
     @property
     def weights(self) -> Tensor | None:

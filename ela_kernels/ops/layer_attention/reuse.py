@@ -15,6 +15,7 @@ from ela_kernels.backends.memory import PLAIN_TENSORS
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
 from ela_kernels.backends.types import NormAct, Retrieved
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
+from ela_kernels.ops.layer_attention.deferral import DeferredPairs
 from ela_kernels.ops.layer_attention.plan import LayerPlan, unseen_obstacles
 from ela_kernels.ops.layer_attention.reference import aggregate_reference
 from ela_kernels.ops.layer_attention.reuse_node import reuse_and_provide_pull, reuse_pull
@@ -34,7 +35,8 @@ class ReusedRetrievals(WholeLayers):
         Args:
             caller: the module that asks; needed under `torch.utils.checkpoint`.
         """
-        found = self._place_of(caller, self.recomputing)
+        # Those that wait to be made come after what was retrieved.
+        found = super(DeferredPairs, self)._place_of(caller, self.recomputing)
         kept = found.kept
         if kept is None or not kept.is_as_it_was():
             if found.weights is None:
@@ -90,7 +92,7 @@ class ReusedRetrievals(WholeLayers):
     def pass_by(self, caller: Any = None) -> None:
         """Count a layer that neither retrieves nor provides."""
         recomputing = self.recomputing
-        found = self._enter(caller, (), recomputing)
+        found = self._enter(caller, (), recomputing, reads=False)
         after = found.moved_on(found.pairs, found.heads, found.token)
         self._leave(after, recomputing, caller)
 

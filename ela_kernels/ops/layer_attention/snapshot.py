@@ -144,6 +144,11 @@ class Snapshot:
         """After a layer that retrieved nothing of its own."""
         return Snapshot(pairs, self.position + 1, heads, self.weights, self.kl, token, self.kept)
 
+    def moved_to(self, position: int) -> Snapshot:
+        return Snapshot(
+            self.pairs, position, self.heads, self.weights, self.kl, self.token, self.kept
+        )
+
     def with_kept(self, kept: Kept | None) -> Snapshot:
         return Snapshot(
             self.pairs, self.position, self.heads, self.weights, self.kl, self.token, kept

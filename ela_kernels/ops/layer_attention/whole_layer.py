@@ -17,8 +17,8 @@ from ela_kernels.backends.types import Epilogue, Filters, Residual
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
 from ela_kernels.ops.layer_attention.decided import Decided
+from ela_kernels.ops.layer_attention.deferral import DeferredPairs
 from ela_kernels.ops.layer_attention.layer_node import layer_pull, provider_pull
-from ela_kernels.ops.layer_attention.places import Places
 from ela_kernels.ops.layer_attention.plan import (
     LayerPlan,
     all_fit,
@@ -31,7 +31,7 @@ from ela_kernels.ops.layer_attention.record import Link, Record
 from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
 
 
-class WholeLayers(Places):
+class WholeLayers(DeferredPairs):
     """Whole layers on a history, in the pull form."""
 
     _retrieves_its_own_way = False

@@ -1,0 +1,191 @@
+"""Pairs of skipped layers that nobody reads are not made; where somebody reads after all, they are what they were."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.ela_models import CHANNELS, Network, batch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import ela_kernels as ek
+from ela_kernels.ops.layer_attention import deferral
+
+
+@pytest.fixture(autouse=True)
+def no_graph_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deferral, "_graphs", [])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that gave their pair without retrieving."""
+    found: list[Any] = []
+
+    def spy(method: str) -> None:
+        real = getattr(ek.LayerHistory, method)
+
+        def recorded(self: Any, *args: Any, caller: Any = None, **options: Any) -> Any:
+            found.append(caller)
+            return real(self, *args, caller=caller, **options)
+
+        monkeypatch.setattr(ek.LayerHistory, method, recorded)
+
+    for method in ("provide", "provide_layer", "reuse_and_provide"):
+        spy(method)
+    return found
+
+
+def network(skipped: set[int], skip: str = "retrieval", depth: int = 5) -> Network:
+    """In float64, after a pass that nobody skipped, so that the layers know each other."""
+    torch.manual_seed(0)
+    model = Network((depth,), skip=skip).double()
+    model(batch().double())
+    for i in skipped:
+        model.layers[i].skipped = True
+    return model
+
+
+def through(model: Network, x: Tensor) -> tuple[Tensor, ek.LayerHistory]:
+    history = ek.LayerHistory()
+    for layer in model.layers:
+        x = layer(x, history)
+    return x, history
+
+
+@pytest.mark.parametrize("skip", ["retrieval", "reuse"])
+@pytest.mark.parametrize(
+    ("skipped", "wanted"), [({4}, []), ({3, 4}, []), ({1, 4}, [1]), ({1, 2}, [1, 2])]
+)
+def test_what_nobody_reads_is_not_made(
+    skip: str, skipped: set[int], wanted: list[int], made: list[Any]
+) -> None:
+    model, x = network(skipped, skip), batch().double()
+    stranger = copy.deepcopy(model)  # it knows nothing of its layers
+    want = stranger(x)
+    assert len(made) == len(skipped)
+    made.clear()
+    out = model(x)
+    torch.testing.assert_close(out, want, rtol=0, atol=0)
+    assert made == [model.layers[i].attn for i in wanted]
+    for m, y in ((model, out), (stranger, want)):
+        m.zero_grad()
+        y.sin().sum().backward()
+    for a, b in zip(model.parameters(), stranger.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0)
+
+
+READS = {
+    "attend": lambda h, q, x: h.attend(q, q, x, heads=2),
+    "keys": lambda h, q, x: torch.stack(h.keys).sum() + x.sum(),
+    "values": lambda h, q, x: torch.stack(h.values),
+    "latest": lambda h, q, x: torch.stack(h.latest.pairs.values),
+    "probe": lambda h, q, x: h.probe(q, q, heads=2).weights,
+    "layer": lambda h, q, x: _seeded()(x, h),
+    "continued": lambda h, q, x: _seeded()(x, h.at(h.latest)),
+}
+
+
+def _seeded() -> ek.LayerAttention:
+    torch.manual_seed(3)
+    return ek.LayerAttention(CHANNELS, head_dim=8).double()
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("skip", ["retrieval", "reuse"])
+def test_an_unexpected_reader_finds_all(skip: str, read: str, made: list[Any]) -> None:
+    model, x = network({1, 3, 4}, skip), batch().double()
+    stranger = copy.deepcopy(model)
+    found = []
+    for m in (stranger, model):
+        made.clear()
+        leaf = x.clone().requires_grad_()
+        out, history = through(m, leaf)
+        before = list(made)
+        assert history.depth == 5
+        assert history.position == 5
+        result = READS[read](history, out.mean((2, 3)), out)
+        assert history.position == (6 if read in ("attend", "layer", "continued") else 5)
+        assert len(made) == 3
+        wanted = [leaf, *m.parameters()]
+        grads = [None] * len(wanted)
+        if result.requires_grad:
+            grads = torch.autograd.grad(result.sin().sum(), wanted, allow_unused=True)
+        found.append((result, *grads))
+    assert before == [model.layers[1].attn]  # the others waited
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_it_is_made_as_it_would_have_been(made: list[Any]) -> None:
+    """In the grad mode and the autocast of its layer, not of the one that reads."""
+    for has_grad, dtype in ((False, torch.bfloat16), (True, torch.float16)):
+        model, x = network({4}).float(), batch()
+        made.clear()
+        with torch.set_grad_enabled(has_grad), torch.autocast("cpu", dtype):
+            _, history = through(model, x)
+        assert not made
+        with torch.set_grad_enabled(not has_grad):
+            keys, values = history.keys, history.values
+        assert len(made) == 1
+        assert {t.dtype for t in (*keys, *values)} == {dtype}
+        assert [v.requires_grad for v in values] == [has_grad] * 5
+
+
+def test_an_input_that_was_changed_in_place_is_told() -> None:
+    model, x = network({4}), batch().double()
+    history = ek.LayerHistory()
+    with torch.no_grad():
+        for layer in model.layers[:4]:
+            x = layer(x, history)
+        model.layers[4](x, history)
+        x.mul_(2.0)
+        with pytest.raises(RuntimeError, match="after its input was changed in place; allowed is"):
+            history.values  # noqa: B018
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "inference", "hooks", "subclass", "compiled"])
+def test_where_it_is_made_at_once(way: str, made: list[Any]) -> None:
+    model, x = network({4}), batch().double()
+    last = model.layers[4]
+    if way == "checkpoint":
+        model.wrap = partial(checkpoint, use_reentrant=False)
+    elif way == "hooks":
+        last.attn.Wv.register_forward_hook(lambda *_: None)
+    elif way == "subclass":
+        last.attn.__class__ = type("Other", (ek.LayerAttention,), {})
+    elif way == "compiled":
+        torch._dynamo.reset()
+        torch.compile(model, backend="eager")(x)
+        made.clear()
+    with torch.inference_mode(way == "inference"):
+        model(x)
+    assert made == [last.attn]
+
+
+def test_an_input_that_does_not_fit_is_told_at_once() -> None:
+    model, x = network({4}), batch().double()
+    history = ek.LayerHistory()
+    for layer in model.layers[:4]:
+        x = layer(x, history)
+    with pytest.raises(ValueError, match=r"v: got shape \[2, 16, 2, 2\]"):
+        model.layers[4](x[..., :2, :2], history)
+    with pytest.raises(TypeError, match=r"x: got dtype torch.float32"):
+        model.layers[4](x.float(), history)
+
+
+def test_probes_see_the_same() -> None:
+    model, x = network({3, 4}), batch().double()
+    stranger = copy.deepcopy(model)
+    seen = []
+    for m in (model, stranger):
+        for layer in m.layers:
+            layer.watched = True
+        m.layers[4].probe_next = True
+        m(x)
+        seen.append(m.layers[4].observations[0])
+    torch.testing.assert_close(*seen, rtol=0, atol=0)
