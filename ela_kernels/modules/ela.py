@@ -70,6 +70,9 @@ class ELA(Skipping):
     lent = False
     # Whether `drop_path`, of whatever class, is known to multiply each sample with a number.
     samples = False
+    # Whether the weights of its next training pass are kept, for EBQM's report; and those, `[B, G, t]`.
+    weights_next = False
+    kept_weights: Tensor | None = None
 
     def __init__(
         self,
@@ -147,6 +150,8 @@ class ELA(Skipping):
                 out = residual_block(attn, norm, self.act, self.drop_path, x, history, self.lent)
                 if watched:
                     self._observe(history.kl, history.has_divergence)
+                    if self.weights_next:
+                        self._keep_weights(history.weights)
                 return out
             gives = True
             return self._decided(x, history, watched)
@@ -209,6 +214,11 @@ class ELA(Skipping):
         elif len(self.observations) < MOST_OBSERVATIONS:
             self.observations.append(found)
 
+    def _keep_weights(self, weights: Tensor | None) -> None:
+        """Keep the weights of one pass, as they are: what is worked out of them is not the forward's to wait for."""
+        self.weights_next = False
+        self.kept_weights = None if weights is None else outside_of_transforms(weights.detach())
+
     def is_read(self) -> bool | None:
         """Whether somebody who retrieves now reads this layer's pair; None where it is not known.
 
@@ -238,7 +248,7 @@ class ELA(Skipping):
                 if isinstance(module, LayerAttention):
                     module.register_module("Wq", None)
         self.make_permanent()
-        self.probe_next = False
+        self.probe_next = self.weights_next = False
 
     def reset_parameters(self) -> None:
         """Forget the decision, for memory that was never written. The parts reset themselves."""
@@ -334,7 +344,8 @@ class ELA(Skipping):
         state["_had_readers"] = self._has_readers()
         for name in ("observations", "totals", "watchers", "readers", "number"):
             del state[name]
-        state["watched"] = state["probe_next"] = False
+        state["watched"] = state["probe_next"] = state["weights_next"] = False
+        state["kept_weights"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

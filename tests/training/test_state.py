@@ -19,7 +19,7 @@ from ela_kernels.training.options import Options
 
 pytest.importorskip("sklearn")
 
-EBQM = {"warmup": 1, "interval": 1, "probe_interval": 1, "low": 0.98, "high": 0.99, "ceiling": 1.0}
+EBQM = {"warmup": 1, "interval": 1, "probe_interval": 1, "low": 0.98, "high": 0.99}
 OPTIONS = Options(epochs=2, batch_size=400, ebqm=EBQM)
 NAN = float("nan")
 _REMOVED = object()
@@ -173,10 +173,10 @@ CHANGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("ebqm", "settings"), None, "settings is None"),
     (("ebqm", "layers"), ["a"], "layers is a list of 1; allowed are this model's"),
     (("ebqm", "steps"), 99, "ebqm, steps is 99"),
-    (("ebqm", "statistics"), torch.zeros(4, 9), r"statistics is a tensor \[4, 9\]"),
+    (("ebqm", "statistics"), torch.zeros(5, 9), r"statistics is a tensor \[5, 9\]"),
     (
         ("ebqm", "statistics"),
-        torch.full((4, 3), NAN),
+        torch.full((5, 3), NAN, dtype=torch.float64),
         "statistics has values that are negative or not finite",
     ),
     (("ebqm", "skipped"), [False] * 3, "other layers than the model has skipped"),
@@ -185,7 +185,9 @@ CHANGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("ebqm", "since"), [1, 2, 99], "since is 99"),
     (("ebqm", "decisions"), None, "decisions is None"),
     ((*DECISION, "step"), "x", "step is 'x'"),
-    ((*DECISION, "fit"), [1.0], "fit is a list of 1"),
+    ((*DECISION, "score"), [1.0], "score is a list of 1"),
+    (("ebqm", "diagnostics"), None, "diagnostics is None; allowed is a dict"),
+    (("ebqm", "diagnostics", "entropy"), [1.0], "entropy is a list of 1"),
     ((*DECISION, "divergence"), [1.0], "divergence is a list of 1"),
     (
         (*DECISION, "skipped"),
