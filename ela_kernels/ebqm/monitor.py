@@ -266,6 +266,9 @@ class EBQM:
         self._watch.take()
         take_weights(self._layers)
         self._mark_next()
+        if found.is_partial:  # so that the next decision knows something of those that are skipped
+            for layer in self._layers:
+                layer.probe_next = not layer.pruned
 
     def detach(self) -> None:
         """Stop watching the model: its layers keep no divergences any more; decisions stay as they are."""

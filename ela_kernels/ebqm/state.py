@@ -36,6 +36,7 @@ class State(NamedTuple):
     since: list[int]
     decisions: list[DecisionRecord]
     diagnostics: Diagnostics
+    is_partial: bool = False  # without statistics, which the saved run had
 
 
 def saved(state: State, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
@@ -145,6 +146,7 @@ def _read_old(state: Mapping[str, Any]) -> State:
         [int(step) for step in state["since"]],
         [],
         Diagnostics.none(count),
+        is_partial=True,
     )
     lengths = {len(found.skipped), len(found.since)}
     if lengths != {count} or found.steps < 0:

@@ -157,7 +157,7 @@ def earlier_state(network: Network) -> dict[str, Any]:
             "reference": [2.0, 2.0],
         },
         "layers": ek.EBQM(network).state_dict()["layers"],
-        "steps": 21,
+        "steps": 22,
         "statistics": torch.ones(4, 10),
         "skipped": [i in (2, 8) for i in range(10)],
         "reasons": ["CEILING", "RETURNED_CEILING"] * 5,
@@ -186,13 +186,13 @@ class TestTheEarlierRule:
             run.ebqm.load_state_dict(earlier_state(other))
         assert len(seen) == 1
         report = run.ebqm.report()
-        assert report.step == 21
+        assert report.step == 22
         assert skipped(run.network) == {2, 8}
         assert [row.since for row in report.layers] == [12 * (i in (2, 8)) for i in range(10)]
         assert report.decisions == []
         assert str(report).count("no decision yet") == 10
         assert run.ebqm.settings == ek.EBQM(other, **SETTINGS).settings
-        assert all(layer.probe_next for layer in run.network.layers)  # 21 steps: due
+        assert all(layer.probe_next for layer in run.network.layers)
         # The next decisions are by what is seen from here on: what still repeats stays skipped all along.
         for step in range(12):
             run.train(range(step, step + 1))
