@@ -79,7 +79,7 @@ def test_no_moments_whatever_end_in_nan(quantile: float) -> None:
                 assert below <= quantile * (1 + 1e-6)
                 assert above >= quantile * (1 - 1e-6)
             else:
-                # the spread of what is taken for a point: seven deviations of 5e-7
+                # no further from the mean than six deviations of 5e-7, or one of zeros and ones
                 assert min(abs(x - y) for y in (mean, 0.0, 1.0)) < 4e-6
             # rounding of the second moment beyond what there can be
             for second in (mean * mean * (1 - 1e-7), mean * (1 + 1e-7)):
