@@ -162,10 +162,8 @@ def decisions(run: Run) -> dict[str, Any]:
     """EBQM's settings and what it saw and decided of every layer, at every decision point."""
     assert run.ebqm is not None
     report = run.ebqm.report()
-    last = report.decisions[-1] if report.decisions else None
     return {
         "settings": run.ebqm.settings.as_dict(),
-        "fit": None if last is None or last.fit is None else rounded(list(last.fit[:2])),
         "steps": [decision.step for decision in report.decisions],
         "layers": [
             {
@@ -173,7 +171,7 @@ def decisions(run: Run) -> dict[str, Any]:
                 "stage": layer.stage,
                 "place": layer.place,
                 "divergence": rounded([d.divergence[i] for d in report.decisions]),
-                "retention": rounded([d.retention[i] for d in report.decisions]),
+                "score": rounded([d.score[i] for d in report.decisions]),
                 "skipped": [d.skipped[i] for d in report.decisions],
                 "reason": layer.reason.value,
             }

@@ -70,7 +70,7 @@ def _heat_map(axes: Axes, layers: list[list[float] | None]) -> Any:
 
 
 def draw_divergence(results: Results, path: Path) -> None:
-    """The divergence of every layer over training, with what EBQM decided."""
+    """The score of every layer's divergences over training, with what EBQM decided by it."""
     ebqm = results["ebqm"]
     steps, settings = ebqm["steps"], ebqm["settings"]
     stages = sorted({layer["stage"] for layer in ebqm["layers"]})
@@ -85,7 +85,8 @@ def draw_divergence(results: Results, path: Path) -> None:
     deepest = max(layer["place"] for layer in ebqm["layers"])
     for axes, stage in zip(row[0], stages, strict=True):
         axes.axvspan(0, settings["warmup"], color="#eeeeee", zorder=0)
-        axes.axhline(settings["ceiling"], color="black", linestyle=":", linewidth=1)
+        for threshold in ("low", "high"):
+            axes.axhline(settings[threshold], color="black", linestyle=":", linewidth=1)
         for layer in ebqm["layers"]:
             if layer["stage"] == stage and layer["place"] > 0:
                 colour = plt.get_cmap("turbo")((layer["place"] - 0.5) / deepest * 0.94 + 0.03)
@@ -99,7 +100,9 @@ def draw_divergence(results: Results, path: Path) -> None:
         axes.set_yscale("function", functions=(_signed_root, _signed_square))
         axes.set_ylim(0, 1.02)
         axes.set_yticks([0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 1])
-    row[0][0].set_ylabel("divergence from the layer before\nx = mean of 1 - exp(-KL), smoothed")
+    row[0][0].set_ylabel(
+        f"divergence from the layer before\n{settings['quantile']:g}-quantile of 1 - exp(-KL), smoothed"
+    )
     layers = [
         Line2D(
             [],
@@ -113,7 +116,13 @@ def draw_divergence(results: Results, path: Path) -> None:
         Line2D([], [], color="0.3", linestyle=(0, (2, 1.5)), label="skipped, only probed"),
         Line2D([], [], color="0.3", linestyle="", marker="v", markersize=8, label="dropped"),
         Line2D([], [], color="0.3", linestyle="", marker="^", markersize=8, label="came back"),
-        Line2D([], [], color="black", linestyle=":", label=f"ceiling, {settings['ceiling']:g}"),
+        Line2D(
+            [],
+            [],
+            color="black",
+            linestyle=":",
+            label=f"low, high: {settings['low']:g}, {settings['high']:g}",
+        ),
         Patch(color="#eeeeee", label="warm-up"),
     ]
     figure.legend(
@@ -123,7 +132,7 @@ def draw_divergence(results: Results, path: Path) -> None:
 
 
 def _curve(axes: Axes, steps: list[int], layer: dict[str, Any], colour: Any) -> None:
-    x = np.array([np.nan if value is None else value for value in layer["divergence"]])
+    x = np.array([np.nan if value is None else value for value in layer["score"]])
     skipped = layer["skipped"]
     for i in range(1, len(steps)):
         style = (0, (2, 1.5)) if skipped[i - 1] else "-"

@@ -102,6 +102,14 @@ def test_each_name_says_why():
             assert any(word in text for word in ("Always", "hold")), name
 
 
+def test_all_modules_are_those_that_pytorch_names():
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(nn.ModuleList([shared, nn.Sequential(shared, nn.ReLU())]), nn.Identity())
+    model.register_module("none", None)
+    model[0].append(model[1])
+    assert torch_internals.all_modules(model) == list(model.modules())
+
+
 def test_hooks_on_all_modules():
     layer = nn.Linear(2, 2)
     assert not torch_internals.has_hooks(layer)

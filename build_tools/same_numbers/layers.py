@@ -134,7 +134,7 @@ def watched(d: Draw) -> dict[str, Tensor]:
     channels, depth = d.of("channels", 8, 12), d.of("depth", 4, 7)
     skip = d.of("skip", "retrieval", "layer")
     stage = nn.ModuleList(ek.ELA(channels, 4, skip=skip) for _ in range(depth))
-    ebqm = ek.EBQM(stage, warmup=2, interval=2, max_share=0.6, ceiling=1.0)
+    ebqm = ek.EBQM(stage, warmup=2, interval=2, max_share=0.6)
     optimizer = torch.optim.SGD(stage.parameters(), lr=0.1)
     found: dict[str, Tensor] = {}
     for step in range(8):

@@ -16,7 +16,7 @@ _KEPT, _SKIPPED = "#4c72b0", "#dd8452"
 
 
 def draw(analysis: Analysis, path: str | os.PathLike[str]) -> None:
-    """Write `analysis` to `path`: for each stage its weights, and the divergences of its layers beside them."""
+    """Write `analysis` to `path`: for each stage its weights, and the scores of its layers beside them."""
     # Not by way of pyplot, which keeps figures and asks for a display.
     figure_module = optional("matplotlib.figure", "Analysis.save_png")
     stages: dict[int, list[LayerAnalysis]] = {}
@@ -25,12 +25,12 @@ def draw(analysis: Analysis, path: str | os.PathLike[str]) -> None:
     heights = [_MARGIN + _ROW * len(layers) for layers in stages.values()]
     figure = figure_module.Figure(figsize=(_WIDTH, sum(heights)), layout="constrained")
     grid = figure.add_gridspec(len(stages), 2, height_ratios=heights, width_ratios=(3, 2))
+    thresholds = (float(analysis.settings["low"]), float(analysis.settings["high"]))
     # All stages on one scale.
-    ceiling = float(analysis.settings["ceiling"])
-    most = 1.05 * max(ceiling, 1e-3, *map(_divergence, analysis.layers))
+    most = 1.05 * max(1e-3, *thresholds, *(_finite(layer.score) for layer in analysis.layers))
     for i, (stage, layers) in enumerate(stages.items()):
         _draw_weights(figure, figure.add_subplot(grid[i, 0]), stage, layers)
-        _draw_divergences(figure.add_subplot(grid[i, 1]), layers, ceiling, most)
+        _draw_scores(figure.add_subplot(grid[i, 1]), layers, thresholds, most)
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -46,15 +46,21 @@ def _draw_weights(figure: Any, axes: Any, stage: int, layers: list[LayerAnalysis
     figure.colorbar(image, ax=axes)
 
 
-def _draw_divergences(axes: Any, layers: list[LayerAnalysis], ceiling: float, most: float) -> None:
+def _draw_scores(
+    axes: Any, layers: list[LayerAnalysis], thresholds: tuple[float, float], most: float
+) -> None:
     colors = [_SKIPPED if layer.skipped else _KEPT for layer in layers]
-    axes.barh(range(len(layers)), [_divergence(layer) for layer in layers], color=colors)
-    axes.axvline(ceiling, color="gray", linestyle=":", linewidth=1)
+    places = range(len(layers))
+    axes.barh(places, [_finite(layer.score) for layer in layers], color=colors)
+    axes.plot([layer.divergence for layer in layers], places, "|", color="black")
+    for threshold in thresholds:
+        axes.axvline(threshold, color="gray", linestyle=":", linewidth=1)
     axes.set_xlim(0.0, most)
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_title("divergence (orange: EBQM would skip; dots: ceiling)", fontsize="small")
+    title = "score (orange: EBQM would skip; dots: low, high; |: mean)"
+    axes.set_title(title, fontsize="small")
 
 
-def _divergence(layer: LayerAnalysis) -> float:
-    return layer.divergence if math.isfinite(layer.divergence) else 0.0
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ela_kernels.ebqm import BetaFit, Reason
+from ela_kernels.ebqm import Reason
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class LayerAnalysis:
             layer that was pruned, or that gives its pair only.
         samples: how many samples that mean is over.
         kl: mean over samples and heads of the divergence from the layer before it; NaN without one.
-        divergence: x_t of EBQM, the same bounded before it is averaged, `1 - exp(-kl)`, and smoothed over the batches
-            as over steps; NaN without one.
-        fitted: u_t, the place in the Beta distribution fitted to all layers; NaN without one.
-        retention: r_t, the same on the scale of the reference; NaN without one.
+        divergence: x_t of EBQM, the same bounded before it is averaged, z = `1 - exp(-kl)`, and smoothed over the
+            batches as over steps; NaN without one.
+        deviation: the standard deviation of z over samples, heads and batches; NaN without one.
+        score: the upper quantile of the Beta distribution with these moments, by which EBQM decides; NaN without one.
         skipped: whether EBQM would skip the layer from here on.
         reason: why; None of a layer that EBQM does not know.
     """
@@ -42,8 +42,8 @@ class LayerAnalysis:
     samples: int
     kl: float
     divergence: float
-    fitted: float
-    retention: float
+    deviation: float
+    score: float
     skipped: bool
     reason: Reason | None
 
@@ -56,14 +56,12 @@ class Analysis:
         layers: stage by stage, each in the order in which its layers ran.
         left: by name the layers that were left out, and why.
         batches: how many batches were run.
-        fit: the Beta distribution fitted to the layers' divergences; None without any.
         settings: what the decisions were made with, by the names of :class:`ela_kernels.EBQM`.
     """
 
     layers: tuple[LayerAnalysis, ...]
     left: dict[str, str]
     batches: int
-    fit: BetaFit | None
     settings: dict[str, Any]
 
     @property
@@ -75,7 +73,6 @@ class Analysis:
         """All of it in plain Python, which `json.dumps` takes: a number that is not finite is None."""
         return {
             "batches": self.batches,
-            "fit": None if self.fit is None else self.fit._asdict(),
             "settings": dict(self.settings),
             "layers": [
                 {
@@ -88,8 +85,8 @@ class Analysis:
                     "samples": layer.samples,
                     "kl": _finite(layer.kl),
                     "divergence": _finite(layer.divergence),
-                    "fitted": _finite(layer.fitted),
-                    "retention": _finite(layer.retention),
+                    "deviation": _finite(layer.deviation),
+                    "score": _finite(layer.score),
                     "skipped": layer.skipped,
                     "reason": None if layer.reason is None else layer.reason.value,
                 }
@@ -99,7 +96,7 @@ class Analysis:
         }
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Draw the weights of each stage as a heat map, beside it the layers' divergences as bars.
+        """Draw the weights of each stage as a heat map, beside it the layers' scores as bars.
 
         Raises:
             ImportError: matplotlib, which the extra `train` brings, is not there.
@@ -109,22 +106,15 @@ class Analysis:
         draw(self, path)
 
     def __str__(self) -> str:
-        fit = (
-            "no fit"
-            if self.fit is None
-            else f"Beta({self.fit.a:.3g}, {self.fit.b:.3g}) over {self.fit.layers} layers"
-        )
         count = len({(layer.name, layer.layer) for layer in self.layers})
-        title = (
-            f"{count} layers on {self.batches} batches: EBQM would skip {len(self.skipped)}, {fit}"
-        )
+        title = f"{count} layers on {self.batches} batches: EBQM would skip {len(self.skipped)}"
         header = (
             "layer",
             "stage",
             "place",
             "kl",
             "divergence",
-            "retention",
+            "score",
             "EBQM",
             "why",
             "weights in percent, its own last",
@@ -152,7 +142,7 @@ def _cells(layer: LayerAnalysis) -> tuple[str, ...]:
         str(layer.place),
         _number(layer.kl),
         _number(layer.divergence),
-        _number(layer.retention),
+        _number(layer.score),
         decision if layer.retrieves else f"{decision} (skipped now)",
         "not a layer that EBQM watches" if layer.reason is None else layer.reason.value,
         weights or "-",

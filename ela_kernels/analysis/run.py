@@ -15,10 +15,9 @@ from ela_kernels.analysis.collect import Collector, Row
 from ela_kernels.analysis.report import Analysis, LayerAnalysis
 from ela_kernels.analysis.untouched import untouched
 from ela_kernels.ebqm import EBQM, Candidate, Verdict, decide
-from ela_kernels.ebqm.mapping import map_scores
-from ela_kernels.ebqm.settings import Settings, checked_settings
+from ela_kernels.ebqm.settings import REMOVED, Settings, checked_settings, refuse_removed
 from ela_kernels.ebqm.stages import plain_name
-from ela_kernels.ebqm.statistics import Statistics
+from ela_kernels.ebqm.statistics import Moments, Statistics
 from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention
 from ela_kernels.modules.published import ConcatLayerAttention
 from ela_kernels.ops.layer_attention.observer import observed_by
@@ -62,8 +61,8 @@ def analyze(
         batches: at most how many batches to run; at least 1.
         forward: calls the model, instead: `forward(model, batch)`, `batch` on the model's device.
         training: in training mode, as EBQM sees a model; False: in evaluation mode; None: as it is.
-        **settings: of :class:`ela_kernels.EBQM`, for its map and its decision after these batches, warm-up over: `low`,
-            `high`, `ceiling`, `max_share`, `max_row`, `smoothing`, `prior_count`, `prior_concentration`, `reference`.
+        **settings: of :class:`ela_kernels.EBQM`, for its decision after these batches, warm-up over: `low`, `high`,
+            `quantile`, `max_share`, `max_row`, `smoothing`.
 
     Returns:
         An :class:`ela_kernels.analysis.Analysis`: data in `.layers` and `.to_dict()`, a table by `print`, a picture by
@@ -74,7 +73,7 @@ def analyze(
             batch at all; a model none of whose layers can be seen.
 
     Source:
-        Weights: MRLA (arXiv 2302.03985). Divergence: ELA (arXiv 2503.06473). Map and decision: as
+        Weights: MRLA (arXiv 2302.03985). Divergence: ELA (arXiv 2503.06473). Score and decision: as
         :class:`ela_kernels.EBQM`.
 
     Example:
@@ -130,6 +129,7 @@ def _checked_model(model: object) -> nn.Module:
 def _checked_settings(given: dict[str, Any]) -> Settings:
     """EBQM's settings, its own where none are given."""
     allowed = [name for name in Settings._fields if name not in _OF_STEPS]
+    refuse_removed({name: given[name] for name in given if name in REMOVED}, allowed)
     for name in given:
         if name not in allowed:
             raise TypeError(
@@ -189,14 +189,14 @@ def _analysis(model: nn.Module, collector: Collector, settings: Settings) -> Ana
     for divergences in collector.batches:
         statistics.update([divergences.get(layer, ()) for layer in watched])
     seen = statistics.read()
-    fit, fitted, scores = map_scores(seen, settings)
-    verdicts = _verdicts(rows, watched, seen, scores, settings)
+    scores = [None if m is None else m.score(settings.quantile) for m in seen]
+    verdicts = _verdicts(rows, watched, scores, settings)
     numbers = {layer: i for i, layer in enumerate(watched)}
     names = _names(model)
-    found = []
+    found, unseen = [], Moments(math.nan, math.nan)
     for row in rows:
         i = numbers.get(row.layer)
-        x = None if i is None else seen[i]
+        moments = unseen if i is None else seen[i] or unseen
         found.append(
             LayerAnalysis(
                 name=names.get(row.layer, ""),
@@ -207,15 +207,15 @@ def _analysis(model: nn.Module, collector: Collector, settings: Settings) -> Ana
                 weights=row.weights,
                 samples=row.samples,
                 kl=row.kl,
-                divergence=math.nan if x is None else x,
-                fitted=math.nan if i is None else fitted[i],
-                retention=math.nan if i is None else scores[i],
+                divergence=moments.mean,
+                deviation=moments.deviation,
+                score=moments.score(settings.quantile),
                 skipped=False if i is None else verdicts[i].skipped,
                 reason=None if i is None else verdicts[i].reason,
             )
         )
     left = _left_out(model, {row.layer for row in rows})
-    return Analysis(tuple(found), left, len(collector.batches), fit, _used(settings))
+    return Analysis(tuple(found), left, len(collector.batches), _used(settings))
 
 
 def _used(settings: Settings) -> dict[str, Any]:
@@ -231,8 +231,7 @@ def _watched(rows: Sequence[Row]) -> list[Any]:
 def _verdicts(
     rows: Sequence[Row],
     watched: Sequence[Any],
-    seen: Sequence[float | None],
-    scores: Sequence[float],
+    scores: Sequence[float | None],
     settings: Settings,
 ) -> list[Verdict]:
     stages: dict[Any, int] = {}
@@ -248,10 +247,9 @@ def _verdicts(
                 layer in first,
                 isinstance(layer, ELA) and layer.skipped,
                 isinstance(layer, ELA) and layer.pruned,
-                x,
                 score,
             )
-            for layer, x, score in zip(watched, seen, scores, strict=True)
+            for layer, score in zip(watched, scores, strict=True)
         ],
         settings.rules,
     )

@@ -1,6 +1,6 @@
 """EBQM, Enhanced Beta Quantile Mapping: which layers retrieve something new, and which can be skipped."""
 
-from ela_kernels.ebqm.beta import BetaFit, Retention, fit_beta, retention
+from ela_kernels.ebqm.beta import BetaFit, fit_beta, score
 from ela_kernels.ebqm.decision import Candidate, Reason, Rules, Verdict, decide
 from ela_kernels.ebqm.monitor import EBQM
 from ela_kernels.ebqm.prune import prune
@@ -14,13 +14,12 @@ __all__ = [
     "LayerReport",
     "Reason",
     "Report",
-    "Retention",
     "Rules",
     "Verdict",
     "decide",
     "fit_beta",
     "prune",
-    "retention",
+    "score",
 ]
 
 

@@ -1,98 +1,90 @@
-"""The Beta quantile map: from the layers' divergences to retention scores. Plain numbers, no tensors."""
+"""A layer's score: an upper quantile of the Beta distribution with the moments of its divergences. Plain numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
-# A divergence of exactly 0 or 1 is a matter of rounding; the Beta distribution has no density for it.
-MARGIN = 1e-4
-# SciPy's betaincinv gives NaN for some probabilities below 1e-100, which decide nothing anyway.
-_TAIL = 1e-12
+# From here on the distribution is taken for a normal one, which it is to 1e-8 or so: its deviation is below 2e-5.
+# SciPy's betaincinv ends in NaN at 1e12 or at 1e16, by its version.
+_NARROW = 1e9
 
 
 class BetaFit(NamedTuple):
-    """Beta(a, b), fitted to the divergences of that many layers."""
+    """The Beta distribution of that mean and variance, the latter in [0, mean * (1 - mean)].
 
-    a: float
-    b: float
-    layers: int
+    At the ends it is none: without variance all values are the mean; with the largest they are zeros and ones.
+    """
+
+    mean: float
+    variance: float
+
+    @property
+    def concentration(self) -> float:
+        """`a + b`: infinite where all values are alike, 0 where there are zeros and ones only."""
+        room = self.mean * (1.0 - self.mean)
+        return math.inf if self.variance <= 0.0 else max(room - self.variance, 0.0) / self.variance
+
+    @property
+    def a(self) -> float:
+        """The first parameter; 0 or infinite at the ends."""
+        return 0.0 if self.mean == 0.0 else self.mean * self.concentration
+
+    @property
+    def b(self) -> float:
+        """The second parameter; 0 or infinite at the ends."""
+        return 0.0 if self.mean == 1.0 else (1.0 - self.mean) * self.concentration
+
+    def quantile(self, p: float) -> float:
+        """The least x in [0, 1] with `P(Z <= x) >= p`, for `p` in (0, 1)."""
+        from scipy.special import betaincinv, ndtri
+
+        c = self.concentration
+        if c >= _NARROW:
+            x = self.mean + float(ndtri(p)) * math.sqrt(self.variance)
+            # Not out of what Markov's inequality leaves, where the mean lies next to an end.
+            return min(max(x, 1.0 - (1.0 - self.mean) / p, 0.0), self.mean / (1.0 - p), 1.0)
+        a, b = self.mean * c, (1.0 - self.mean) * c
+        if a == 0.0 or b == 0.0:  # zeros and ones alone
+            return 0.0 if 1.0 - self.mean >= p else 1.0
+        return float(betaincinv(a, b, p))
 
 
-class Retention(NamedTuple):
-    """One layer's place among the layers: `u` in the fitted distribution, `r` in the reference."""
+def fit_beta(mean: float, second_moment: float) -> BetaFit:
+    """Fit a Beta distribution by the method of moments.
 
-    u: float
-    r: float
+    With m and m2 the two arguments::
 
-
-def fit_beta(x: Sequence[float], prior_count: float, prior_concentration: float) -> BetaFit:
-    """Fit Beta(a, b) by the method of moments, its variance shrunk toward a prior's by pseudo-counts.
-
-    With `x` clipped to `[MARGIN, 1 - MARGIN]`, n values, mean m and (population) variance v::
-
-        v0 = m * (1 - m) / (1 + prior_concentration)           # the prior's variance, at the layers' own mean
-        v* = (n * v + prior_count * v0) / (n + prior_count)
-        c  = max(m * (1 - m) / v* - 1, 1 / min(m, 1 - m))
-        a  = m * c,    b = (1 - m) * c
-
-    Layers all alike (v = 0) so take the middle of a distribution that has a spread of its own, instead of the halves of
-    one that has none. The second bound makes a, b >= 1: without it many layers near 0 and many near 1 give a density
-    with poles there, in which the layers near 0 are so common that their score is ordinary. Since v* > 0, `a` and `b`
-    are finite. The mean is not shrunk: this map is about a layer's place among the others, the absolute ceiling about
-    its size.
+        v = m2 - m * m, not below 0 nor above m * (1 - m)
+        c = m * (1 - m) / v - 1,    a = m * c,    b = (1 - m) * c
 
     Args:
-        x: divergences in [0, 1], one a layer, at least one.
-        prior_count: weight of the prior, in layers; > 0.
-        prior_concentration: a + b of the prior; > 0. The larger, the smaller the differences that count.
+        mean: of numbers in [0, 1].
+        second_moment: the mean of their squares.
 
     Returns:
         The fit.
 
     Raises:
-        ValueError: no value, or one outside [0, 1].
+        ValueError: `mean` outside [0, 1], or `second_moment` not finite.
+    """
+    if not 0.0 <= mean <= 1.0:
+        raise ValueError(f"mean: got {mean}; allowed is a number in [0, 1]")
+    if not math.isfinite(second_moment):
+        raise ValueError(f"second_moment: got {second_moment}; allowed is a finite number")
+    most = mean * (1.0 - mean)
+    if second_moment >= mean:  # zeros and ones, whatever is lost in the difference below
+        return BetaFit(mean, most)
+    return BetaFit(mean, min(max(second_moment - mean * mean, 0.0), most))
+
+
+def score(mean: float, second_moment: float, quantile: float) -> float:
+    """`fit_beta(mean, second_moment).quantile(quantile)`: below it lies that share of a layer's divergences.
+
+    It is never above `mean / (1 - quantile)`, whatever the second moment: rounding of the latter cannot make a layer
+    look distinct whose divergences are next to nothing. All values alike give that value.
 
     Source:
-        Our definition; the published abstract (arXiv 2503.06473) names the method and gives no formula.
+        Our definition. SciPy's `betaincinv` does the work.
     """
-    n = len(x)
-    if n == 0 or not all(0.0 <= value <= 1.0 for value in x):
-        raise ValueError(f"x: got {list(x)}; allowed is at least one number, all of them in [0, 1]")
-    clipped = [_clip(value) for value in x]
-    m = math.fsum(clipped) / n
-    v = math.fsum((value - m) ** 2 for value in clipped) / n
-    v0 = m * (1.0 - m) / (1.0 + prior_concentration)
-    shrunk = (n * v + prior_count * v0) / (n + prior_count)
-    c = max(m * (1.0 - m) / shrunk - 1.0, 1.0 / min(m, 1.0 - m))
-    return BetaFit(m * c, (1.0 - m) * c, n)
-
-
-def retention(x: Sequence[float], fit: BetaFit, reference: tuple[float, float]) -> list[Retention]:
-    """Map divergences to retention scores: `u = BetaCDF(x; a, b)`, `r = BetaQuantile(u; *reference)`.
-
-    Both steps are monotone: a larger divergence never has a smaller score. `u` is kept 1e-12 from 0 and 1.
-
-    Args:
-        x: divergences in [0, 1].
-        fit: the distribution that :func:`fit_beta` gave.
-        reference: (a, b) of the distribution on whose scale the thresholds are.
-
-    Returns:
-        `u` and `r` in [0, 1] for each value.
-
-    Source:
-        Our definition. SciPy's `betainc` and `betaincinv` do the work.
-    """
-    from scipy.special import betainc, betaincinv
-
-    scores = []
-    for value in x:
-        u = min(max(float(betainc(fit.a, fit.b, _clip(value))), _TAIL), 1.0 - _TAIL)
-        scores.append(Retention(u, float(betaincinv(*reference, u))))
-    return scores
-
-
-def _clip(value: float) -> float:
-    return min(max(value, MARGIN), 1.0 - MARGIN)
+    return fit_beta(mean, second_moment).quantile(quantile)

@@ -17,11 +17,9 @@ class Reason(Enum):
     NOT_OBSERVED = "no divergence seen"
     NOT_FINITE = "divergence was not finite"
     DISTINCT = "score not below low"
-    CEILING = "divergence above the ceiling"
     SHARE = "cap on the share of skipped layers"
     ROW = "cap on skipped layers in a row"
     RETURNED = "came back: score above high"
-    RETURNED_CEILING = "came back: divergence above the ceiling"
     REDUNDANT = "score below low"
     HELD = "hysteresis: score not above high"
     PRUNED = "pruned"
@@ -32,7 +30,6 @@ class Rules(NamedTuple):
 
     low: float
     high: float
-    ceiling: float
     max_share: float
     max_row: int
 
@@ -40,15 +37,14 @@ class Rules(NamedTuple):
 class Candidate(NamedTuple):
     """What is known of one layer when a decision is due.
 
-    `divergence` is None for a layer of which nothing was seen, and NaN for one with values that were not finite.
+    `score` is None for a layer of which nothing was seen, and NaN for one with divergences that were not finite.
     """
 
     stage: int
     first: bool
     skipped: bool
     pruned: bool
-    divergence: float | None
-    score: float
+    score: float | None
 
 
 class Verdict(NamedTuple):
@@ -61,10 +57,11 @@ class Verdict(NamedTuple):
 def decide(layers: Sequence[Candidate], rules: Rules) -> list[Verdict]:
     """Decide for every layer whether it is skipped, and which rule or guard settled it.
 
-    A layer in use is dropped at `score < low`, a skipped one comes back at `score > high`; neither is skipped with a
-    divergence above the ceiling. Where the caps leave room for only some, those already skipped go first, so that
-    decisions do not swap to and fro; then those of smaller score, then of smaller divergence, then the earlier.
-    A layer may be the `max_row`-th of skipped neighbours in its stage, and not the next.
+    A layer in use is dropped at `score < low`, a skipped one comes back at `score > high`. Where the caps leave room
+    for only some, those of smaller score go first, then the earlier. A layer that is skipped already counts there with
+    `high - low` less than its score: another takes its place only if it is better by more than that, so that two of
+    nearly the same score do not swap to and fro. A layer may be the `max_row`-th of skipped neighbours in its stage,
+    and not the next.
 
     Args:
         layers: all layers that can be skipped, in the order of the model; the neighbours of one stage stand together.
@@ -75,7 +72,7 @@ def decide(layers: Sequence[Candidate], rules: Rules) -> list[Verdict]:
     """
     verdicts = [_wish(layer, rules) for layer in layers]
     wishes = [i for i, v in enumerate(verdicts) if v.skipped]
-    wishes.sort(key=lambda i: (not layers[i].pruned, not layers[i].skipped, *_rank(layers[i]), i))
+    wishes.sort(key=lambda i: (not layers[i].pruned, _rank(layers[i], rules), i))
     most = math.floor(rules.max_share * len(layers) + 1e-9)
     taken: set[int] = set()
     for i in wishes:
@@ -92,30 +89,26 @@ def decide(layers: Sequence[Candidate], rules: Rules) -> list[Verdict]:
 
 def _wish(layer: Candidate, rules: Rules) -> Verdict:
     """The verdict on one layer before the caps."""
-    x = layer.divergence
+    score = layer.score
     if layer.pruned:
         return Verdict(True, Reason.PRUNED)
     if layer.first:
         return Verdict(False, Reason.FIRST)
-    if x is None:
+    if score is None:
         return Verdict(False, Reason.NOT_OBSERVED)
-    if not math.isfinite(x):
+    if not math.isfinite(score):
         return Verdict(False, Reason.NOT_FINITE)
-    if layer.skipped:
-        if x > rules.ceiling:
-            return Verdict(False, Reason.RETURNED_CEILING)
-        if layer.score > rules.high:
-            return Verdict(False, Reason.RETURNED)
-        return Verdict(True, Reason.REDUNDANT if layer.score < rules.low else Reason.HELD)
-    if layer.score >= rules.low:
+    if score < rules.low:
+        return Verdict(True, Reason.REDUNDANT)
+    if not layer.skipped:
         return Verdict(False, Reason.DISTINCT)
-    if x > rules.ceiling:
-        return Verdict(False, Reason.CEILING)
-    return Verdict(True, Reason.REDUNDANT)
+    return Verdict(False, Reason.RETURNED) if score > rules.high else Verdict(True, Reason.HELD)
 
 
-def _rank(layer: Candidate) -> tuple[float, float]:
-    return layer.score, math.inf if layer.divergence is None else layer.divergence
+def _rank(layer: Candidate, rules: Rules) -> float:
+    if layer.score is None or layer.pruned:
+        return 0.0
+    return layer.score - (rules.high - rules.low) if layer.skipped else layer.score
 
 
 def _row_with(i: int, taken: set[int], layers: Sequence[Candidate]) -> int:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from ela_kernels.ebqm.decision import Candidate, Reason, Verdict, decide
-from ela_kernels.ebqm.mapping import map_scores
+from ela_kernels.ebqm.diagnostics import Diagnostics, diagnosed, take_weights
 from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
-from ela_kernels.ebqm.settings import Settings, checked_settings
+from ela_kernels.ebqm.settings import Settings, checked_settings, refuse_removed
 from ela_kernels.ebqm.stages import device_of, run_order, stage_numbers
 from ela_kernels.ebqm.state import State, loaded, rearranged, saved
-from ela_kernels.ebqm.statistics import Statistics
+from ela_kernels.ebqm.statistics import Moments, Statistics
 from ela_kernels.ebqm.watch import Watch
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.observations import STATIC_GRAPH
@@ -26,19 +27,30 @@ class EBQM:
     """Enhanced Beta Quantile Mapping: find redundant layers while the model trains, skip them, and let them come back.
 
     The published abstract names the method and what it is for, and gives no formula; this is our definition. For every
-    :class:`ela_kernels.ELA` layer t:
+    :class:`ela_kernels.ELA` layer t, by itself:
 
-    1. `x_t = mean over batch and heads of 1 - exp(-kl_t)`, in [0, 1): near zero exactly when layer t retrieves with the
-       weights of the layer before it;
-    2. `x_t` is smoothed by an exponential moving average over steps, bias-corrected;
-    3. Beta(a, b) is fitted to the `x_t` of all layers by the method of moments, its variance shrunk toward a prior's
-       (:func:`ela_kernels.ebqm.fit_beta` has the formula);
-    4. `u_t = BetaCDF(x_t; a, b)`, and the retention score `r_t = BetaQuantile(u_t; *reference)`: the same scale for
-       every model, depth and epoch;
-    5. a layer is dropped at `r_t < low` and comes back at `r_t > high`, within the guards: `ceiling`, `max_share`,
-       `max_row`, `warmup`, `interval`; the first layer of a stage is never skipped, nor one whose divergence was never
-       seen or not finite;
-    6. a skipped layer is probed every `probe_interval` steps: its weights are worked out from query and key alone.
+    1. `z = 1 - exp(-kl_t)` for every image and head of a training pass, in [0, 1): near zero exactly when layer t
+       retrieves with the weights of the layer before it, and bounded, so that no single head outweighs all others;
+    2. the mean of z and of its square are smoothed by an exponential moving average over steps, bias-corrected: two
+       numbers a layer, which need no list of what was seen;
+    3. Beta(a, b), the usual distribution on [0, 1], is fitted to them by the method of moments
+       (:func:`ela_kernels.ebqm.fit_beta`);
+    4. the score is its quantile at `quantile`. At 0.9: nine of ten retrievals differ from the one before by less. A
+       mean would let a layer go that repeats most of the time and is needed for the rest;
+    5. a layer is dropped at `score < low` and comes back at `score > high`, both absolute, so that neither how many
+       other layers there are nor what they do changes anything; the distance between the two keeps noise from dropping
+       a layer and taking it back in turn;
+    6. within the guards `max_share`, `max_row`, `warmup`, `interval`; the first layer of a stage is never skipped, nor
+       one whose divergence was never seen or not finite. Where the first two bind, the smallest scores go first
+       (:func:`ela_kernels.ebqm.decide`);
+    7. a skipped layer is probed every `probe_interval` steps: its weights are worked out from query and key alone.
+
+    What it does not say: a small divergence says that a layer retrieves what the layer before did, not that its block
+    can be left out, and no claim is made that these layers are better ones to skip than as many drawn by chance. The
+    score grows when all divergences of a layer grow by as much (up to a score of 0.59 at the default quantile: computed
+    over all moments), and, for divergences of usual shape, when all are multiplied. It falls when the smallest of them
+    alone grow, which makes the distribution narrower; and the fit is one of two moments, no count: a layer of which
+    less than a tenth of the retrievals are wholly new, and the rest exact repeats, has a score of 0.
 
     Only training passes count: in train mode and with gradients. Statistics stay on the device and come to the host
     at a decision only. Under `torch.distributed` they are averaged there over the processes, so that all decide alike;
@@ -54,28 +66,29 @@ class EBQM:
     Layers that are exchanged, added or removed are noticed at the next :meth:`step`; new ones start without statistics.
     Two EBQM on one model both see all of it, and both decide: a warning says so.
 
+    :meth:`report` also has the entropy of each layer's weights and the first-order importance of its block, both taken
+    at decision points only (:class:`ela_kernels.ebqm.LayerReport`).
+
     The default thresholds are for a model with some tens of layers and thousands of steps.
 
     Args:
         model: a model with ELA layers, wrapped or not.
-        low: a layer in use is dropped at a retention score below it; in [0, 1].
+        low: a layer in use is dropped at a score below it; in [0, 1].
         high: a skipped layer comes back at a score above it; in [0, 1], larger than `low`.
-        ceiling: nothing with `x_t` above it is skipped, however low its score. At 0.25 the weights of the two layers
-            differ by at most half of their mass, on average over batch and heads.
+        quantile: share of a layer's divergences that its score is above; between 0 and 1. The larger, the more of them
+            have to be small.
         max_share: largest share of the ELA layers that may be skipped, in [0, 1].
         max_row: how many skipped layers may stand in a row in a stage; at least 1.
         warmup: steps before the first decision.
         interval: steps between decisions.
         probe_interval: steps between probes of a skipped layer.
         smoothing: factor by which a step's weight in the average falls with every step after it; in [0, 1).
-        prior_count: weight of the prior in the fit, in layers; > 0.
-        prior_concentration: a + b of the prior; > 0. The larger, the smaller the differences between layers that count.
-        reference: (a, b) of the Beta distribution on whose scale `low` and `high` are; (1, 1) makes `r_t = u_t`.
         skip: how skipped layers are skipped, `"retrieval"` or `"layer"`; None leaves it to each layer.
         process_group: processes to average over; the default group if None. Not kept in a pickle.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit, by name.
+        TypeError, ValueError: an argument that does not fit, by name; one that EBQM had before, with what stands in its
+            place.
 
     Source:
         The use of the adjacent layers' divergence and the method's name: ELA (arXiv 2503.06473). The formulas: ours.
@@ -99,35 +112,31 @@ class EBQM:
         self,
         model: nn.Module,
         *,
-        low: float = 0.3,
-        high: float = 0.45,
-        ceiling: float = 0.25,
+        low: float = 0.2,
+        high: float = 0.3,
+        quantile: float = 0.9,
         max_share: float = 0.5,
         max_row: int = 3,
         warmup: int = 1000,
         interval: int = 100,
         probe_interval: int = 20,
         smoothing: float = 0.98,
-        prior_count: float = 4.0,
-        prior_concentration: float = 4.0,
-        reference: tuple[float, float] = (2.0, 2.0),
         skip: SkipMode | None = None,
         process_group: Any = None,
+        **removed: NoReturn,
     ) -> None:
+        refuse_removed(removed, Settings._fields)
         self.settings = checked_settings(
             Settings(
-                low,
-                high,
-                ceiling,
-                max_share,
-                max_row,
-                warmup,
-                interval,
-                probe_interval,
-                smoothing,
-                prior_count,
-                prior_concentration,
-                reference,
+                low=low,
+                high=high,
+                quantile=quantile,
+                max_share=max_share,
+                max_row=max_row,
+                warmup=warmup,
+                interval=interval,
+                probe_interval=probe_interval,
+                smoothing=smoothing,
             )
         )
         if skip is not None:
@@ -145,10 +154,12 @@ class EBQM:
         self._reasons = [Reason.UNDECIDED] * count
         self._since = [0] * count
         self._decisions: list[DecisionRecord] = []
+        self._diagnostics = Diagnostics.none(count)
         for layer in self._layers:
             if skip is not None:
                 layer.skip = skip
         self._watch.attach()
+        self._mark_weights()
 
     @property
     def model(self) -> nn.Module:
@@ -178,8 +189,9 @@ class EBQM:
         self._statistics.update(divergences, totals)
         if self.settings.decides_at(self.steps):
             self.synchronize()
+            self._diagnose(applied)
             self._decide()
-        self._mark_probes()
+        self._mark_next()
 
     def synchronize(self) -> None:
         """Average the statistics over the processes, on all of them. Decisions do it by themselves.
@@ -190,25 +202,28 @@ class EBQM:
 
     def report(self) -> Report:
         """What is known and decided now, layer by layer, and every decision so far. Waits for the device."""
-        last = self._decisions[-1] if self._decisions else None
         stages = stage_numbers(self._layers)
-        now = [math.nan if x is None else x for x in self._statistics.read()]
-        rows = [
-            LayerReport(
-                name=name,
-                stage=None if layer.place is None else stages[i],
-                place=layer.place,
-                divergence=now[i],
-                fitted=math.nan if last is None else last.fitted[i],
-                retention=math.nan if last is None else last.retention[i],
-                skipped=layer.skipped,
-                reason=Reason.PRUNED if layer.pruned else self._reasons[i],
-                since=self._since[i],
-                over_time=[(d.step, d.divergence[i]) for d in self._decisions],
+        seen, unseen = self._statistics.read(), Moments(math.nan, math.nan)
+        rows = []
+        for i, (name, layer) in enumerate(zip(self._watch.names, self._layers, strict=True)):
+            now = seen[i] or unseen
+            rows.append(
+                LayerReport(
+                    name=name,
+                    stage=None if layer.place is None else stages[i],
+                    place=layer.place,
+                    divergence=now.mean,
+                    deviation=now.deviation,
+                    score=now.score(self.settings.quantile),
+                    entropy=self._diagnostics.entropy[i],
+                    importance=self._diagnostics.importance[i],
+                    skipped=layer.skipped,
+                    reason=Reason.PRUNED if layer.pruned else self._reasons[i],
+                    since=self._since[i],
+                    over_time=[(d.step, d.divergence[i]) for d in self._decisions],
+                )
             )
-            for i, (name, layer) in enumerate(zip(self._watch.names, self._layers, strict=True))
-        ]
-        return Report(self.steps, None if last is None else last.fit, rows, list(self._decisions))
+        return Report(self.steps, rows, list(self._decisions))
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, decisions and settings, in tensors and plain Python; a run resumed from it decides the same.
@@ -222,11 +237,16 @@ class EBQM:
             list(self._reasons),
             list(self._since),
             self._decisions,
+            self._diagnostics,
         )
         return saved(state, self.settings, self._watch.names)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Go on where :meth:`state_dict` was taken. The layers' decisions are set too.
+
+        The state of a version that compared the layers with each other is taken over in part, with a warning: steps and
+        decisions are kept, so that the model goes on as it was; statistics start anew, since they lack the squares, and
+        settings are the present ones. From the next decision point on the present rule holds.
 
         Args:
             state: what :meth:`state_dict` gave.
@@ -240,10 +260,15 @@ class EBQM:
         self.steps = found.steps
         self._statistics.load(found.statistics, device_of(self._layers))
         self._reasons, self._since, self._decisions = found.reasons, found.since, found.decisions
+        self._diagnostics = found.diagnostics
         for layer, skipped in zip(self._layers, found.skipped, strict=True):
             layer.skipped = skipped
         self._watch.take()
-        self._mark_probes()
+        take_weights(self._layers)
+        self._mark_next()
+        if found.is_partial:  # so that the next decision knows something of those that are skipped
+            for layer in self._layers:
+                layer.probe_next = not layer.pruned
 
     def detach(self) -> None:
         """Stop watching the model: its layers keep no divergences any more; decisions stay as they are."""
@@ -255,7 +280,7 @@ class EBQM:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch.attach()
-        self._mark_probes()
+        self._mark_next()
 
     def _follow_model(self) -> None:
         """Take note of layers that were exchanged, added or removed."""
@@ -266,18 +291,40 @@ class EBQM:
         self._reasons = [Reason.UNDECIDED if i is None else self._reasons[i] for i in numbers]
         self._since = [0 if i is None else self._since[i] for i in numbers]
         self._decisions = [rearranged(record, numbers) for record in self._decisions]
+        self._diagnostics = self._diagnostics.keep(numbers)
 
-    def _mark_probes(self) -> None:
+    def _mark_next(self) -> None:
         """Have skipped layers looked at again in the next training pass, when it is time."""
-        due = self.steps % self.settings.probe_interval == 0
+        is_due = self.steps % self.settings.probe_interval == 0
         for layer in self._layers:
-            layer.probe_next = due and not layer.pruned
+            due = is_due and not layer.pruned
+            if layer.probe_next != due:
+                # Past nn.Module, which looks for parameters and modules first.
+                object.__setattr__(layer, "probe_next", due)
+        self._mark_weights()
+
+    def _mark_weights(self) -> None:
+        """Have the layers keep their weights in the pass before a decision point."""
+        due = self.settings.decides_at(self.steps + 1)
+        for layer in self._layers:
+            if layer.weights_next != due:
+                object.__setattr__(layer, "weights_next", due)
+
+    def _diagnose(self, applied: bool) -> None:
+        weights = take_weights(self._layers)
+        found = diagnosed(self._layers, weights) if applied else self._diagnostics
+        # On every process, whatever it has seen: all have to meet.
+        mine = torch.tensor(found, dtype=torch.float64, device="cpu")
+        means = self._statistics.mean_over_processes(
+            mine, self.process_group, device_of(self._layers)
+        )
+        self._diagnostics = Diagnostics(*means.tolist())
 
     def _decide(self) -> None:
         seen = self._statistics.read()
         self._statistics.forget_bad()
-        fit, fitted, scores = map_scores(seen, self.settings)
-        verdicts = self._verdicts(seen, scores)
+        scores = [None if m is None else m.score(self.settings.quantile) for m in seen]
+        verdicts = self._verdicts(scores)
         for i, (layer, verdict) in enumerate(zip(self._layers, verdicts, strict=True)):
             if layer.skipped != verdict.skipped:
                 layer.skipped = verdict.skipped
@@ -286,16 +333,14 @@ class EBQM:
         self._decisions.append(
             DecisionRecord(
                 self.steps,
-                fit,
-                [math.nan if x is None else x for x in seen],
-                fitted,
-                scores,
+                [math.nan if m is None else m.mean for m in seen],
+                [math.nan if score is None else score for score in scores],
                 [verdict.skipped for verdict in verdicts],
                 list(self._reasons),
             )
         )
 
-    def _verdicts(self, seen: list[float | None], scores: list[float]) -> list[Verdict]:
+    def _verdicts(self, scores: list[float | None]) -> list[Verdict]:
         if self.steps < self.settings.warmup:
             return [Verdict(layer.skipped, Reason.WARMUP) for layer in self._layers]
         stages = stage_numbers(self._layers)
@@ -306,7 +351,6 @@ class EBQM:
                 self._layers[i].is_first,
                 self._layers[i].skipped,
                 self._layers[i].pruned,
-                seen[i],
                 scores[i],
             )
             for i in order

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from ela_kernels.ebqm.beta import BetaFit
 from ela_kernels.ebqm.decision import Reason
 
 
@@ -16,9 +15,17 @@ class LayerReport:
     Attributes:
         name: the layer's name in the model.
         stage, place: number of the stage, and place in it from 0; None before the first forward pass.
-        divergence: smoothed x_t = mean of 1 - exp(-kl_t) now; NaN when never seen.
-        fitted: u_t, the place in the fitted Beta distribution at the last decision; NaN without one.
-        retention: r_t, the same on the scale of the reference; NaN without one.
+        divergence: x_t, the mean of z = 1 - exp(-kl_t) over images, heads and, smoothed, steps; NaN when never seen.
+        deviation: the standard deviation of z; NaN when never seen.
+        score: the upper quantile of the Beta distribution with these moments, now; NaN when never seen.
+        entropy: a diagnostic, by which nothing is decided: of the weights in the pass before the last decision point,
+            the mean over batch and heads as a share of the most that so many pairs can have, `log T`. 0: all weight on
+            one pair; 1: the same on all. NaN where the layer did not retrieve in eager PyTorch then, or from one pair.
+        importance: a diagnostic, by which nothing is decided: what leaving the block out would change the loss by, to
+            first order and squared: the mean over the norm's channels of `(gamma * dL/dgamma + beta * dL/dbeta) ** 2`,
+            with the gradients as they were when :meth:`EBQM.step` was called at the last decision point. A factor of
+            `torch.amp.GradScaler` is in them, squared, where they were not unscaled; clipping too. NaN where the norm
+            had no parameters, or these no gradients.
         skipped: whether the layer is skipped now.
         reason: why; which guard held.
         since: step of the last change of `skipped`; 0 if there was none.
@@ -29,8 +36,10 @@ class LayerReport:
     stage: int | None
     place: int | None
     divergence: float
-    fitted: float
-    retention: float
+    deviation: float
+    score: float
+    entropy: float
+    importance: float
     skipped: bool
     reason: Reason
     since: int
@@ -41,14 +50,12 @@ class LayerReport:
 class DecisionRecord:
     """One decision point: what was seen and decided, with one entry a layer in each list.
 
-    `fit` is None when no layer had been seen. `skipped` is the state after the decision.
+    `divergence` and `score` are NaN of a layer that had not been seen. `skipped` is the state after the decision.
     """
 
     step: int
-    fit: BetaFit | None
     divergence: list[float]
-    fitted: list[float]
-    retention: list[float]
+    score: list[float]
     skipped: list[bool]
     reasons: list[Reason]
 
@@ -58,7 +65,6 @@ class Report:
     """All layers now, and every decision point so far. `print()` it for a table."""
 
     step: int
-    fit: BetaFit | None
     layers: list[LayerReport]
     decisions: list[DecisionRecord] = field(repr=False)
 
@@ -68,18 +74,17 @@ class Report:
         return [layer.name for layer in self.layers if layer.skipped]
 
     def __str__(self) -> str:
-        fit = (
-            "no fit yet"
-            if self.fit is None
-            else f"Beta({self.fit.a:.3g}, {self.fit.b:.3g}) over {self.fit.layers} layers"
+        title = (
+            f"EBQM at step {self.step}: {len(self.skipped)} of {len(self.layers)} layers skipped; entropy and "
+            "importance are diagnostics, which decide nothing"
         )
-        title = f"EBQM at step {self.step}: {len(self.skipped)} of {len(self.layers)} layers skipped, {fit}"
-        header = ("layer", "stage", "place", "divergence", "retention", "decision", "why")
+        numbers = ("divergence", "score", "entropy", "importance")
+        header: tuple[str, ...] = ("layer", "stage", "place", *numbers, "decision", "why")
         rows = [header, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = [
             "  ".join(
-                cell.ljust(width) if i in (0, 5, 6) else cell.rjust(width)
+                cell.ljust(width) if i in (0, 7, 8) else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows
@@ -94,7 +99,9 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         "?" if layer.stage is None else str(layer.stage),
         "?" if layer.place is None else str(layer.place),
         _number(layer.divergence),
-        _number(layer.retention),
+        _number(layer.score),
+        _number(layer.entropy),
+        "-" if math.isnan(layer.importance) else f"{layer.importance:.2e}",
         "skipped" if layer.skipped else "kept",
         layer.reason.value + since,
     )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ela_kernels.ebqm.decision import Rules
+
+# Arguments of the rule that compared the layers with each other.
+REMOVED = {
+    "ceiling": "low and high are absolute themselves now, and hold for an upper quantile of a layer's divergences",
+    "prior_count": "each layer has a fit of its own, to its own divergences, and needs no prior",
+    "prior_concentration": "each layer has a fit of its own, to its own divergences, and needs no prior",
+    "reference": "the score is on the scale of the divergences themselves, from 0 to 1; quantile says how many of them "
+    "lie below it",
+}
 
 
 class Settings(NamedTuple):
@@ -13,27 +22,24 @@ class Settings(NamedTuple):
 
     low: float
     high: float
-    ceiling: float
+    quantile: float
     max_share: float
     max_row: int
     warmup: int
     interval: int
     probe_interval: int
     smoothing: float
-    prior_count: float
-    prior_concentration: float
-    reference: tuple[float, float]
 
     @property
     def rules(self) -> Rules:
-        return Rules(self.low, self.high, self.ceiling, self.max_share, self.max_row)
+        return Rules(self.low, self.high, self.max_share, self.max_row)
 
     def decides_at(self, step: int) -> bool:
         """Whether a decision point falls on `step`; those of the warm-up only look."""
         return step > 0 and (step - self.warmup) % self.interval == 0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self._asdict(), "reference": list(self.reference)}
+        return self._asdict()
 
 
 def checked_settings(settings: Settings) -> Settings:
@@ -49,25 +55,36 @@ def checked_settings(settings: Settings) -> Settings:
         raise ValueError(
             "smoothing: got 1.0; allowed is a number in [0, 1), as 1 would never take in anything"
         )
-    reference = s.reference
-    if not isinstance(reference, (tuple, list)) or len(reference) != 2:
-        raise TypeError(
-            f"reference: got {reference!r}; allowed is a pair (a, b) of positive numbers"
+    quantile = _number("quantile", s.quantile, 0.0, 1.0)
+    if not 0.0 < quantile < 1.0:
+        raise ValueError(
+            f"quantile: got {quantile}; allowed is a number between 0 and 1, neither of them: every distribution's "
+            "would be the same"
         )
     return Settings(
         low,
         high,
-        _number("ceiling", s.ceiling, 0.0, 1.0),
+        quantile,
         _number("max_share", s.max_share, 0.0, 1.0),
         _count("max_row", s.max_row, 1),
         _count("warmup", s.warmup, 0),
         _count("interval", s.interval, 1),
         _count("probe_interval", s.probe_interval, 1),
         smoothing,
-        _positive("prior_count", s.prior_count),
-        _positive("prior_concentration", s.prior_concentration),
-        (_positive("reference[0]", reference[0]), _positive("reference[1]", reference[1])),
     )
+
+
+def refuse_removed(given: Mapping[str, object], allowed: Iterable[str]) -> None:
+    """Say of an argument that EBQM had what stands in its place.
+
+    Raises:
+        TypeError: there is one of a name that EBQM does not know.
+    """
+    for name, value in given.items():
+        why = REMOVED.get(name, "it is not known")
+        if name in REMOVED:
+            why = f"it is not there any more, since {why}"
+        raise TypeError(f"{name}: got {value!r}, but {why}; allowed are {', '.join(allowed)}")
 
 
 def _real(name: str, value: object, allowed: str) -> float:
@@ -80,14 +97,6 @@ def _number(name: str, value: object, lowest: float, highest: float) -> float:
     allowed = f"a number in [{lowest:g}, {highest:g}]"
     number = _real(name, value, allowed)
     if not lowest <= number <= highest:
-        raise ValueError(f"{name}: got {number}; allowed is {allowed}")
-    return number
-
-
-def _positive(name: str, value: object) -> float:
-    allowed = "a positive, finite number"
-    number = _real(name, value, allowed)
-    if not math.isfinite(number) or number <= 0.0:
         raise ValueError(f"{name}: got {number}; allowed is {allowed}")
     return number
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ela_kernels.modules.ela import ELA
-from ela_kernels.torch_internals import WRAPPED
+from ela_kernels.torch_internals import WRAPPED, all_modules
 
 # These call the module that they hold "module". Models use that name too, so it counts under a wrapper, and at the very
 # front.
@@ -24,7 +24,7 @@ def plain_name(name: str) -> str:
 
 def present_layers(model: nn.Module) -> list[ELA]:
     """The ELA layers of a model, in the order in which they are registered."""
-    return [module for module in model.modules() if isinstance(module, ELA)]
+    return [module for module in all_modules(model) if isinstance(module, ELA)]
 
 
 def device_of(layers: Sequence[ELA]) -> torch.device:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ela_kernels.ebqm.beta import BetaFit
 from ela_kernels.ebqm.decision import Reason
+from ela_kernels.ebqm.diagnostics import Diagnostics
 from ela_kernels.ebqm.report import DecisionRecord
 from ela_kernels.ebqm.settings import Settings
 from ela_kernels.ebqm.stages import plain_name
 from ela_kernels.ebqm.statistics import ROWS
 from ela_kernels.modules.ela import ELA
 
-VERSION = 1
+VERSION = 2
+# The version of states of the rule that compared the layers with each other: without the mean squares.
+EARLIER_RULE = 1
+
+_KEYS = {"version", "settings", "layers", "steps", "statistics", "skipped", "reasons", "since"}
+_KEYS |= {"decisions", "diagnostics"}
 
 
 class State(NamedTuple):
@@ -28,6 +35,8 @@ class State(NamedTuple):
     reasons: list[Reason]
     since: list[int]
     decisions: list[DecisionRecord]
+    diagnostics: Diagnostics
+    is_partial: bool = False  # without statistics, which the saved run had
 
 
 def saved(state: State, settings: Settings, names: Sequence[str]) -> dict[str, Any]:
@@ -42,28 +51,31 @@ def saved(state: State, settings: Settings, names: Sequence[str]) -> dict[str, A
         "reasons": [reason.name for reason in state.reasons],
         "since": state.since,
         "decisions": [_plain(d) for d in state.decisions],
+        "diagnostics": {name: list(v) for name, v in state.diagnostics._asdict().items()},
     }
 
 
 def loaded(
     state: object, settings: Settings, names: Sequence[str], layers: Sequence[ELA], strict: bool
 ) -> State:
-    """What :func:`saved` gave, for a model with the layers `names`.
+    """What :func:`saved` gave, now or in an earlier version, for a model with the layers `names`.
 
     Raises:
         TypeError, ValueError: not such a state, other layers, or (strict) other settings.
     """
-    keys = {"version", "settings", "layers", "steps", "statistics"}
-    keys |= {"skipped", "reasons", "since", "decisions"}
+    is_old = isinstance(state, Mapping) and state.get("version") == EARLIER_RULE
+    keys = _KEYS - {"diagnostics"} if is_old else _KEYS
     if not isinstance(state, Mapping) or set(state) != keys:
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise TypeError(
             f"state: got {got}; allowed is what EBQM.state_dict() gives, {sorted(keys)}"
         )
-    if state["version"] != VERSION:
-        raise ValueError(f"state: got version {state['version']}; allowed is {VERSION}")
+    if state["version"] not in (VERSION, EARLIER_RULE):
+        raise ValueError(
+            f"state: got version {state['version']}; allowed are {VERSION} and, in part, {EARLIER_RULE}"
+        )
     try:
-        found = _read(state, len(names))
+        found = _read_old(state) if is_old else _read(state, len(names))
         its_names = [plain_name(name) for name in state["layers"]]
         its_settings = dict(state["settings"])
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError) as error:
@@ -77,7 +89,7 @@ def loaded(
         )
     present = settings.as_dict()
     differing = [k for k in present if its_settings.get(k) != present[k]]
-    if strict and differing:
+    if strict and differing and not is_old:
         raise ValueError(
             "state: got other settings than this EBQM has, "
             + ", ".join(f"{k}={its_settings.get(k)!r} (here {present[k]!r})" for k in differing)
@@ -89,6 +101,13 @@ def loaded(
                 f"state: got layer {name!r} in use, but it was pruned in this model; allowed is a state in which "
                 "pruned layers are skipped"
             )
+    if is_old:
+        warnings.warn(
+            "state: got one of EBQM's earlier rule, by which layers were compared with each other. Steps and decisions "
+            "are taken over; statistics and the record of decisions start anew, and the present rule and its settings "
+            f"hold: {', '.join(f'{k}={v}' for k, v in present.items())}",
+            stacklevel=3,
+        )
     return found
 
 
@@ -105,11 +124,31 @@ def _read(state: Mapping[str, Any], layers: int) -> State:
         [Reason[name] for name in state["reasons"]],
         [int(step) for step in state["since"]],
         [_record(d) for d in state["decisions"]],
+        Diagnostics(*([float(x) for x in state["diagnostics"][n]] for n in Diagnostics._fields)),
     )
     lengths = {len(found.skipped), len(found.reasons), len(found.since)}
+    lengths |= {len(values) for values in found.diagnostics}
     for d in found.decisions:
-        lengths |= {len(d.divergence), len(d.fitted), len(d.retention), len(d.skipped)}
-        lengths.add(len(d.reasons))
+        lengths |= {len(d.divergence), len(d.score), len(d.skipped), len(d.reasons)}
+    if lengths != {count} or found.steps < 0:
+        raise ValueError(f"{found.steps} steps, and entries for {sorted(lengths)} layers")
+    return found
+
+
+def _read_old(state: Mapping[str, Any]) -> State:
+    """What still says something of a state of the earlier rule."""
+    count = len(state["layers"])
+    found = State(
+        int(state["steps"]),
+        torch.zeros((ROWS, count), dtype=torch.float64, device="cpu"),
+        [bool(skipped) for skipped in state["skipped"]],
+        [Reason.UNDECIDED] * count,
+        [int(step) for step in state["since"]],
+        [],
+        Diagnostics.none(count),
+        is_partial=True,
+    )
+    lengths = {len(found.skipped), len(found.since)}
     if lengths != {count} or found.steps < 0:
         raise ValueError(f"{found.steps} steps, and entries for {sorted(lengths)} layers")
     return found
@@ -123,10 +162,8 @@ def rearranged(record: DecisionRecord, numbers: Sequence[int | None]) -> Decisio
 
     return DecisionRecord(
         record.step,
-        record.fit,
         of(record.divergence),
-        of(record.fitted),
-        of(record.retention),
+        of(record.score),
         [i is not None and record.skipped[i] for i in numbers],
         [Reason.UNDECIDED if i is None else record.reasons[i] for i in numbers],
     )
@@ -135,10 +172,8 @@ def rearranged(record: DecisionRecord, numbers: Sequence[int | None]) -> Decisio
 def _plain(record: DecisionRecord) -> dict[str, Any]:
     return {
         "step": record.step,
-        "fit": None if record.fit is None else list(record.fit),
         "divergence": list(record.divergence),
-        "fitted": list(record.fitted),
-        "retention": list(record.retention),
+        "score": list(record.score),
         "skipped": list(record.skipped),
         "reasons": [reason.name for reason in record.reasons],
     }
@@ -147,10 +182,8 @@ def _plain(record: DecisionRecord) -> dict[str, Any]:
 def _record(plain: Mapping[str, Any]) -> DecisionRecord:
     return DecisionRecord(
         int(plain["step"]),
-        None if plain["fit"] is None else BetaFit(*plain["fit"]),
         [float(x) for x in plain["divergence"]],
-        [float(x) for x in plain["fitted"]],
-        [float(x) for x in plain["retention"]],
+        [float(x) for x in plain["score"]],
         [bool(x) for x in plain["skipped"]],
         [Reason[name] for name in plain["reasons"]],
     )

@@ -1,46 +1,69 @@
-"""The running divergence of every layer: gathered on the device, read once a decision."""
+"""The running moments of every layer's divergence: gathered on the device, read once a decision."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from ela_kernels.modules.observations import BAD, COUNT, SUM, totals_of
+from ela_kernels.ebqm.beta import fit_beta, score
+from ela_kernels.modules.observations import BAD, COUNT, SQUARES, SUM, sums_dtype, totals_of
 
-# Rows of the state: the weighted sum of divergences, the sum of its weights, steps since the layer was last seen,
-# and how many values were not finite since the last decision.
-_SUM, _WEIGHT, _GAP, _BAD = range(4)
-ROWS = 4
+# Rows of the state: the weighted sums of z and of its square, the sum of the weights, steps since the layer was last
+# seen, and how many values were not finite since the last decision.
+_MOMENTS, _WEIGHT, _GAP, _BAD = slice(0, 2), 2, 3, 4
+ROWS = 5
 
 
-def bounded_divergence(kl: Tensor) -> Tensor:
-    """`mean over batch and heads of 1 - exp(-kl)`, for divergences `[..., B, G]`: our definition of x_t.
+class Moments(NamedTuple):
+    """Of z = 1 - exp(-kl), over images, heads and steps; NaN both of a layer with values that were not finite."""
+
+    mean: float
+    second: float
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation."""
+        return self.mean if math.isnan(self.mean) else math.sqrt(fit_beta(*self).variance)
+
+    def score(self, quantile: float) -> float:
+        """By :func:`ela_kernels.ebqm.score`; NaN of NaN."""
+        return self.mean if math.isnan(self.mean) else score(*self, quantile)
+
+
+def moments(kl: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and mean square of `z = 1 - exp(-kl)` over batch and heads, for divergences `[..., B, G]`.
 
     Bounded before it is averaged: weights are often nearly one-hot, and a single head's divergence then ranges from 0
-    to over 100, so that a mean of it would be a mean of outliers. By the Bretagnolle-Huber inequality the total
+    to over 100, so that its moments would be those of outliers. By the Bretagnolle-Huber inequality the total
     variation between the two layers' weights is at most `sqrt(1 - exp(-kl))`.
     """
-    return (-torch.expm1(-kl.float())).clamp(0.0, 1.0).mean((-2, -1))
+    # Exact in float64, in which a variance is no noise of the two that it is the difference of.
+    negative = torch.expm1(-kl.float()).clamp_(-1.0, 0.0).to(sums_dtype(kl.device))
+    mean = -negative.mean((-2, -1))
+    return mean, negative.square_().mean((-2, -1))
 
 
 class Statistics:
-    """Exponential moving averages of the layers' divergences, bias-corrected, as one small tensor `[4, L]`.
+    """Exponential moving averages of the moments of the layers' divergences, as one small tensor `[5, L]`.
 
-    A layer seen again after n steps is averaged as though it had shown that value for all n of them: so the average of
-    a skipped layer, which is seen only when it is probed, follows as fast as any other's. With s the smoothing::
+    Bias-corrected. A layer seen again after n steps is averaged as though it had shown those values for all n of them:
+    so the average of a skipped layer, which is seen only when it is probed, follows as fast as any other's. With s the
+    smoothing, for z and alike for its square::
 
-        sum <- s**n * sum + (1 - s**n) * x,    weight <- s**n * weight + (1 - s**n),    x_t = sum / weight
+        sum <- s**n * sum + (1 - s**n) * mean(z),    weight <- s**n * weight + (1 - s**n),    m = sum / weight
 
-    A value that is not finite is counted and otherwise left out.
+    A value that is not finite is counted and otherwise left out. Sums are in float64 on the CPU and with CUDA, where
+    the variance `m2 - m * m` is exact to 1e-14 of `m * m` or so; elsewhere in float32, to 1e-6 of it, which moves a
+    score by some thousandths of `m`.
     """
 
     def __init__(self, layers: int, smoothing: float, device: torch.device | None = None) -> None:
         device = torch.device("cpu") if device is None else device
-        self.state = torch.zeros((ROWS, layers), dtype=torch.float32, device=device)
+        self.state = torch.zeros((ROWS, layers), dtype=sums_dtype(device), device=device)
         self.smoothing = smoothing
         # An index tensor made anew every step would stop the host at each copy to the device.
         self._indices: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
@@ -55,55 +78,61 @@ class Statistics:
 
         Args:
             observations: for each layer the divergences `[B, G]` of its forward passes, or none.
-            totals: by the layer's number what was added up of other passes: the sum of `1 - exp(-kl)`, of how many, and
-                how many passes had one that is not finite.
+            totals: by the layer's number what was added up of other passes: the sums of z and of its square, of how
+                many, and how many passes had one that is not finite.
         """
         totals = {} if totals is None else totals
         if totals:
             totals = {i: sum(map(totals_of, observations[i]), t) for i, t in totals.items()}
             observations = [() if i in totals else kls for i, kls in enumerate(observations)]
         seen, values = self._averages(observations)
-        found = [] if values is None else [(seen, values, torch.ones_like(values))]
+        found = [] if values is None else [(seen, values)]
         if totals:
-            rows = torch.stack(list(totals.values())).to(torch.float32)
-            values = torch.where(rows[:, BAD] > 0, math.nan, rows[:, SUM] / rows[:, COUNT])
-            found.append(
-                (tuple(totals), values, (rows[:, COUNT] + rows[:, BAD] > 0).to(values.dtype))
-            )
+            rows = torch.stack(list(totals.values()), 1)
+            means = rows[[SUM, SQUARES]] / rows[COUNT]
+            means = torch.where(rows[BAD] > 0, math.nan, means)
+            is_seen = rows[COUNT] + rows[BAD] > 0
+            found.append((tuple(totals), torch.cat((means, is_seen.to(means.dtype)[None]))))
         if found and found[0][1].device != self.state.device:
-            self.state = self.state.to(found[0][1].device)
+            device = found[0][1].device
+            self.state = self.state.to(device, sums_dtype(device))
         state = self.state
-        total, weight, gap, bad = state.unbind(0)
+        sums, weight, gap, bad = state[_MOMENTS], state[_WEIGHT], state[_GAP], state[_BAD]
         gap = gap + 1.0
         if found:
             # NaN stands for "not seen" from here on, so that every step below is one operation for all layers.
-            x, is_seen = torch.full_like(total, math.nan), torch.zeros_like(total)
-            for numbers, values, flags in found:
-                index = self._index(numbers, state.device)
-                x = x.index_copy(0, index, values.to(state.device))
-                is_seen = is_seen.index_copy(0, index, flags.to(state.device))
-            finite = x.isfinite()
+            x = torch.full_like(state[:3], math.nan)
+            for numbers, values in found:
+                x = x.index_copy_(1, self._index(numbers, state.device), values.to(state))
+            means, is_seen = x[:2], x[2] > 0  # NaN is not
+            finite = means[1].isfinite()
             decay = torch.where(finite, torch.pow(self.smoothing, gap), 1.0)
-            total = decay * total + (1.0 - decay) * torch.where(finite, x, 0.0)
+            sums = decay * sums + (1.0 - decay) * torch.where(finite, means, 0.0)
             weight = decay * weight + (1.0 - decay)
-            bad = bad + is_seen * (~finite)
+            bad = bad + (is_seen & ~finite)
             gap = torch.where(finite, 0.0, gap)
-        self.state = torch.stack((total, weight, gap, bad))
+        self.state = torch.cat((sums, torch.stack((weight, gap, bad))))
 
     def average_over_processes(self, group: Any, device: torch.device) -> None:
-        """Make all processes' statistics their mean. Does nothing without `torch.distributed`.
+        """Make all processes' statistics their mean. Does nothing without `torch.distributed`."""
+        self.state = self.mean_over_processes(self.state, group, device)
+
+    def mean_over_processes(self, values: Tensor, group: Any, device: torch.device) -> Tensor:
+        """The mean of all processes' `values`; `values` itself without `torch.distributed`.
 
         They meet on `device`, the model's, or where the group can work: one of NCCL knows no host, and the statistics
         are on the host as long as nothing was seen.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
-            return
+            return values
         processes = distributed.get_world_size(group)
-        if processes > 1:
-            place, group = self._meeting_place(group, device)
-            state = self.state.to(place)
-            distributed.all_reduce(state, group=group)
-            self.state = state / processes
+        if processes <= 1:
+            return values
+        place, group = self._meeting_place(group, device)
+        # On every process the same dtype, whatever each has seen.
+        total = values.to(place, sums_dtype(place), copy=True)
+        distributed.all_reduce(total, group=group)
+        return total / processes
 
     def _meeting_place(self, group: Any, device: torch.device) -> tuple[torch.device, Any]:
         """Where the processes of `group` can average, and the group that can."""
@@ -129,19 +158,21 @@ class Statistics:
 
     def load(self, state: Tensor, device: torch.device) -> None:
         """Take over the state of another run."""
-        self.state = state.detach().to(device, torch.float32, copy=True)
+        self.state = state.detach().to(device, sums_dtype(device), copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hosts": None}  # a process group belongs to its process
 
-    def read(self) -> list[float | None]:
-        """Each layer's divergence on the host: None when never seen, NaN with a bad value since the last decision."""
-        rows = self.state.double().cpu()
+    def read(self) -> list[Moments | None]:
+        """Each layer's moments on the host: None when never seen, NaN with a bad value since the last decision."""
+        bad = Moments(math.nan, math.nan)
         return [
-            math.nan if bad > 0 else None if weight == 0 else total / weight
-            for total, weight, bad in zip(
-                rows[_SUM].tolist(), rows[_WEIGHT].tolist(), rows[_BAD].tolist(), strict=True
-            )
+            bad
+            if n > 0
+            else None
+            if weight == 0
+            else Moments(min(total / weight, 1.0), squares / weight)
+            for total, squares, weight, _, n in self.state.cpu().double().t().tolist()
         ]
 
     def forget_bad(self) -> None:
@@ -151,7 +182,7 @@ class Statistics:
     def _averages(
         self, observations: Sequence[Sequence[Tensor]]
     ) -> tuple[tuple[int, ...], Tensor | None]:
-        """The layers seen, and the divergence of each: one pass for all layers of a shape."""
+        """The layers seen, and of each mean, mean square and one `[3, n]`: one pass for all layers of a shape."""
         groups: dict[tuple[torch.Size, torch.device], list[tuple[int, Tensor]]] = {}
         for i, kls in enumerate(observations):
             if not kls:
@@ -162,11 +193,11 @@ class Statistics:
         if not groups:
             return (), None
         seen = tuple(i for members in groups.values() for i, _ in members)
-        means = [
-            bounded_divergence(torch.stack([kl for _, kl in members]))
-            for members in groups.values()
-        ]
-        return seen, torch.cat([m.to(means[0].device) for m in means])
+        rows = []
+        for members in groups.values():
+            mean, second = moments(torch.stack([kl for _, kl in members]))
+            rows.append(torch.stack((mean, second, torch.ones_like(mean))))
+        return seen, torch.cat([row.to(rows[0]) for row in rows], 1)
 
     def _index(self, seen: tuple[int, ...], device: torch.device) -> Tensor:
         index = self._indices.get((seen, device))

@@ -89,7 +89,8 @@ class Watch:
     def _leave(self, layer: ELA) -> None:
         layer.watchers.discard(self)
         if not layer.watchers:
-            layer.watched = layer.probe_next = False
+            layer.watched = layer.probe_next = layer.weights_next = False
+            layer.kept_weights = None
             layer.observations.clear()
             layer.totals.take()
 

@@ -136,6 +136,8 @@ class ELA(ELAState):
                 )
                 if watched:
                     self._observe(history.kl, history.has_divergence)
+                    if self.weights_next:
+                        self._keep_weights(history.weights)
                 return out
             gives = True
             return self._decided(x, history, watched)
@@ -224,6 +226,11 @@ class ELA(ELAState):
             self.totals.add(found, is_seen)
         elif len(self.observations) < MOST_OBSERVATIONS:
             self.observations.append(found)
+
+    def _keep_weights(self, weights: Tensor | None) -> None:
+        """Keep the weights of one pass, as they are: what is worked out of them is not the forward's to wait for."""
+        self.weights_next = False
+        self.kept_weights = None if weights is None else outside_of_transforms(weights.detach())
 
     def _can_wait(self, attn: nn.Module | None, x: Tensor, history: LayerHistory) -> bool:
         """Whether the pair need not be made before somebody reads it, since nobody who did before retrieves now."""

@@ -22,6 +22,9 @@ class ELAState(Skipping):
 
     attn: LayerAttention | None
     norm: nn.Module | None
+    # Whether the weights of its next training pass are kept, for EBQM's report; and those, `[B, G, t]`.
+    weights_next = False
+    kept_weights: Tensor | None = None
 
     def _begin(self) -> None:
         """What a layer starts with that nobody has run or watched."""
@@ -91,7 +94,7 @@ class ELAState(Skipping):
                 if isinstance(module, LayerAttention):
                     module.register_module("Wq", None)
         self.make_permanent()
-        self.probe_next = False
+        self.probe_next = self.weights_next = False
 
     def reset_parameters(self) -> None:
         """Forget the decision, for memory that was never written. The parts reset themselves."""
@@ -192,7 +195,8 @@ class ELAState(Skipping):
         state["_had_readers"] = self._has_readers()
         for name in ("observations", "totals", "watchers", "readers", "number"):
             del state[name]
-        state["watched"] = state["probe_next"] = False
+        state["watched"] = state["probe_next"] = state["weights_next"] = False
+        state["kept_weights"] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

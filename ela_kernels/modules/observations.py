@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ela_kernels.torch_internals import active_ddp, is_grad_tracking, is_wrapped, unwrapped
 
-# Rows of what a compiled graph adds up: the sum of 1 - exp(-kl), of how many, and passes that had one not finite.
-SUM, COUNT, BAD = range(3)
+# Rows of what a compiled graph adds up: the sum of z = 1 - exp(-kl), of its squares, of how many, and passes that had
+# one not finite.
+SUM, SQUARES, COUNT, BAD = range(4)
 
 
 class Totals:
@@ -36,10 +37,12 @@ class Totals:
         """Move the numbers; they are lost where they come from or go to a device without memory."""
         values = self.values
         if values.device != device:
-            self.values = _zeros(device) if values.is_meta else values.to(device, _dtype_on(device))
+            self.values = (
+                _zeros(device) if values.is_meta else values.to(device, sums_dtype(device))
+            )
 
     def take(self) -> Tensor | None:
-        """The numbers `[3]`, which then start anew; None where no pass added any."""
+        """The numbers `[4]`, which then start anew; None where no pass added any."""
         if not self.any:
             return None
         values = self.values.clone()
@@ -50,13 +53,12 @@ class Totals:
 
 
 def totals_of(kl: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """What :class:`Totals` adds for one pass with the divergence `kl` `[B, G]`: sum, count, and whether it is bad."""
-    total = (-torch.expm1(-kl.float())).clamp(0.0, 1.0).sum(dtype=dtype)
+    """What :class:`Totals` adds for one pass with the divergence `kl` `[B, G]`: sums of z and z * z, count, is bad."""
+    z = (-torch.expm1(-kl.float())).clamp(0.0, 1.0).to(dtype)
+    total, squares = z.sum(), z.square().sum()
     good = total.isfinite()
-    count = torch.full_like(total, kl.numel())
-    return torch.stack(
-        (torch.where(good, total, 0.0), torch.where(good, count, 0.0), (~good).to(dtype))
-    )
+    found = torch.stack((total, squares, torch.full_like(total, kl.numel())))
+    return torch.cat((torch.where(good, found, 0.0), (~good).to(dtype).reshape(1)))
 
 
 def outside_of_transforms(kl: Tensor) -> Tensor | None:
@@ -71,12 +73,13 @@ def outside_of_transforms(kl: Tensor) -> Tensor | None:
     return kl
 
 
-def _dtype_on(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """In which sums are kept: a variance is the small difference of two of them. Not every device has float64."""
+    return torch.float64 if device.type in ("cpu", "cuda", "meta") else torch.float32
 
 
 def _zeros(device: torch.device) -> Tensor:
-    return torch.zeros(3, dtype=_dtype_on(device), device=device)
+    return torch.zeros(4, dtype=sums_dtype(device), device=device)
 
 
 def refuse_static_graph() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ela_kernels.ebqm.settings import REMOVED
 from ela_kernels.models import MODELS, build_model
 from ela_kernels.models.blocks import ATTENTIONS
 from ela_kernels.training.data import DATA, Task
@@ -41,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--head-dim", type=int, help="channels of a head")
     add("--drop-path", type=float, default=0.0)
     add("--skip", choices=("retrieval", "layer"), default="retrieval", help="what is left out")
-    add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 ceiling=0.2")
+    add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
     add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--epochs", type=int, default=30)
@@ -133,22 +134,16 @@ def _ebqm_options(arguments: argparse.Namespace) -> dict[str, float] | None:
 def _ebqm_arguments(pairs: Sequence[str]) -> dict[str, float]:
     allowed = {
         **dict.fromkeys(("max_row", "warmup", "interval", "probe_interval"), int),
-        **dict.fromkeys(
-            (
-                "low",
-                "high",
-                "ceiling",
-                "max_share",
-                "smoothing",
-                "prior_count",
-                "prior_concentration",
-            ),
-            float,
-        ),
+        **dict.fromkeys(("low", "high", "quantile", "max_share", "smoothing"), float),
     }
     arguments: dict[str, float] = {}
     for pair in pairs:
         name, _, number = pair.partition("=")
+        if name in REMOVED:
+            raise ValueError(
+                f"ebqm: got {pair!r}, but {name} is not there any more, since {REMOVED[name]}; allowed are "
+                f"{', '.join(allowed)}"
+            )
         if name in arguments:
             raise ValueError(f"ebqm: got {name} more than once; allowed is once")
         try:

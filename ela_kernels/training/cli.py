@@ -90,11 +90,26 @@ def _prepare(
     trainer = Trainer(model, task, options, device, processes, workers=arguments.workers)
     if arguments.resume:
         trainer.load_state_dict(load_checkpoint(out), str(out / NAME))
+    if processes.first:
+        _warn_of_dead_norms(trainer)
     # All processes have looked for a checkpoint before one of them can write any.
     processes.wait()
     _make_folder(out)
     logs = Logs(out, arguments.tensorboard, trainer.steps) if processes.first else None
     return trainer, logs
+
+
+def _warn_of_dead_norms(trainer: Trainer) -> None:
+    dead = trainer.dead_norms()
+    if dead:
+        listed = [f"{name} ({channels})" for name, channels in dead.items()]
+        more = f" and {len(listed) - 6} more" if len(listed) > 6 else ""
+        print(
+            f"warning: norms with a scale of zero before a ReLU: {', '.join(listed[:6])}{more}. No gradient "
+            "reaches them or what stands before them, so that they stay at zero; begin with another scale, or leave "
+            "out that ReLU",
+            file=sys.stderr,
+        )
 
 
 def _check_out(out: Path, resume: bool) -> None:

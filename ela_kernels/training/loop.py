@@ -17,6 +17,7 @@ from ela_kernels.ebqm import EBQM
 from ela_kernels.modules import ELA
 from ela_kernels.torch_internals import BATCH_NORM
 from ela_kernels.training.data import Images, Task
+from ela_kernels.training.dead import dead_norms
 from ela_kernels.training.finite import Watch, first_not_finite
 from ela_kernels.training.optimizers import make_optimizer, make_schedule
 from ela_kernels.training.options import Options
@@ -214,6 +215,10 @@ class Trainer:
             "reported": self.processes.total(self._reported).cpu(),
             "random": random,
         }
+
+    def dead_norms(self) -> dict[str, str]:
+        """Norms behind which nothing can be learnt, by name: see :func:`ela_kernels.training.dead.dead_norms`."""
+        return dead_norms(self.model, self._place(*_first(self.task.train))[0])
 
     def check_finite(self) -> None:
         """To be called before the state is saved: by a loss, a step that ruins the weights shows one step later only.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ela_kernels.ebqm.settings import REMOVED
 from ela_kernels.training.plain import same, shown
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -92,7 +93,7 @@ class Options:
 
     def check_same(self, saved: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Refuse to go on with a run that had other settings."""
-        mine, theirs = _flat(self.as_dict()), _flat(saved)
+        mine, theirs = _flat(self.as_dict()), _flat(_without_removed(saved))
         absent = object()  # not even equal to None
         names = dict.fromkeys((*mine, *theirs))
         differing = [n for n in names if not same(theirs.get(n, absent), mine.get(n, absent))]
@@ -107,6 +108,14 @@ class Options:
                 + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
                 + ". Give the same ones, or train into another folder"
             )
+
+
+def _without_removed(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Arguments that EBQM does not have any more set nothing in a run that goes on; its state says so."""
+    ebqm = options.get("ebqm")
+    if not isinstance(ebqm, Mapping):
+        return options
+    return {**options, "ebqm": {k: v for k, v in ebqm.items() if k not in REMOVED}}
 
 
 def _flat(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ela_kernels.ebqm.state import EARLIER_RULE
 from ela_kernels.training.finite import first_not_finite
 from ela_kernels.training.logs import COLUMNS
 from ela_kernels.training.plain import same, shown
@@ -249,7 +251,9 @@ def _layers(state: Mapping[str, Any], trainer: Trainer) -> None:
         model.load_state_dict(state["model"])
         if watching is not None:
             skipped = watching.state_dict()["skipped"]
-            watching.load_state_dict(saved)
+            with warnings.catch_warnings():  # once, when it is taken over
+                warnings.simplefilter("ignore")
+                watching.load_state_dict(saved)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         line = (str(error).strip().splitlines() or [""])[-1].strip()[:200].rstrip(". ")
         raise _UnfitError(f"model or ebqm cannot be taken over: {line}") from error
@@ -262,17 +266,22 @@ def _layers(state: Mapping[str, Any], trainer: Trainer) -> None:
 def _watching(saved: Any, present: Mapping[str, Any], steps: int) -> None:
     """What EBQM has seen and decided; its entries, settings and layers are for itself to compare."""
     _mapping("ebqm", saved)
-    for name in ("statistics", "skipped", "reasons", "since"):
+    # Of the earlier rule's state, statistics and the record of decisions are not taken over.
+    is_old = saved.get("version") == EARLIER_RULE
+    for name in ("skipped", "since") if is_old else ("statistics", "skipped", "reasons", "since"):
         _like(f"ebqm, {name}", saved.get(name), present[name])
-    statistics = saved["statistics"]
-    if not bool((statistics.isfinite() & (statistics >= 0)).all()):
-        raise _UnfitError("ebqm, statistics has values that are negative or not finite")
+    if not is_old:
+        statistics = saved["statistics"]
+        if not bool((statistics.isfinite() & (statistics >= 0)).all()):
+            raise _UnfitError("ebqm, statistics has values that are negative or not finite")
     _mapping("ebqm, settings", saved.get("settings"))
     if not same(saved.get("layers"), present["layers"]):
         raise _UnfitError(f"ebqm, layers is {shown(saved.get('layers'))}; allowed are this model's")
     _count("ebqm, steps", saved.get("steps"), steps)
     for step in saved["since"]:
         _count("ebqm, since", step, steps)
+    if is_old:
+        return
     decisions = saved.get("decisions")
     if not isinstance(decisions, list):
         raise _UnfitError(f"ebqm, decisions is {shown(decisions)}; allowed is a list")
@@ -280,12 +289,13 @@ def _watching(saved: Any, present: Mapping[str, Any], steps: int) -> None:
     for decision in decisions:
         _mapping("ebqm, decisions", decision)
         _count("ebqm, decisions, step", decision.get("step"), steps)
-        if decision.get("fit") is not None:
-            _values("ebqm, decisions, fit", decision["fit"], 3, (int, float))
-        for name in ("divergence", "fitted", "retention"):
+        for name in ("divergence", "score"):
             _values(f"ebqm, decisions, {name}", decision.get(name), layers, (float,))
         _values("ebqm, decisions, skipped", decision.get("skipped"), layers, (bool,))
         _values("ebqm, decisions, reasons", decision.get("reasons"), layers, (str,))
+    _mapping("ebqm, diagnostics", saved.get("diagnostics"))
+    for name in present["diagnostics"]:
+        _values(f"ebqm, diagnostics, {name}", saved["diagnostics"].get(name), layers, (float,))
 
 
 def _values(where: str, value: Any, count: int, types: tuple[type, ...]) -> None:

@@ -100,7 +100,7 @@ def test_it_is_what_ebqm_finds(skip: str | None) -> None:
     """The same batches as training steps that change nothing: the same statistics, scores and decisions."""
     model, batches = network(), images(4)
     layers = [m for m in model.modules() if isinstance(m, ek.ELA)]
-    options = {"low": 0.45, "high": 0.6, "ceiling": 0.9, "max_row": 1, "smoothing": 0.8}
+    options = {"low": 0.45, "high": 0.6, "quantile": 0.7, "max_row": 1, "smoothing": 0.8}
     if skip is not None:
         layers[1].skip, layers[1].skipped = skip, True  # type: ignore[assignment]
     found = ek.analyze(copy.deepcopy(model), batches, **options)
@@ -116,9 +116,8 @@ def test_it_is_what_ebqm_finds(skip: str | None) -> None:
     for a, b in zip(found.layers, report.layers, strict=True):
         assert (a.name, a.stage, a.place) == (b.name, b.stage, b.place)
         assert (a.skipped, a.reason) == (b.skipped, b.reason)
-        for name in ("divergence", "fitted", "retention"):
+        for name in ("divergence", "deviation", "score"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5, nan_ok=True)
-    assert found.fit == pytest.approx(report.fit, rel=1e-5)
     assert found.skipped == report.skipped
     assert found.skipped
     assert [a.retrieves for a in found.layers] == [True, skip is None, True, True, True]
@@ -260,11 +259,9 @@ def test_layers_of_ones_own() -> None:
 def test_beside_ela_layers_others_are_not_decided_about() -> None:
     torch.manual_seed(3)
     model = Stage(*(kind(C, 4).double() for kind in (ek.ELA, ek.LayerAttention, ek.ELA)))
-    found = ek.analyze(model, maps(), ceiling=1.0)
-    assert found.fit is not None
-    assert found.fit.layers == 1
+    found = ek.analyze(model, maps())
     assert [a.reason is None for a in found.layers] == [False, True, False]
-    assert math.isnan(found.layers[1].retention)
+    assert math.isnan(found.layers[1].score)
     assert len(found.layers[1].weights) == 2
 
 
@@ -318,9 +315,7 @@ def test_a_compiled_model_that_has_run() -> None:
 def test_it_is_printed_and_plain() -> None:
     found = ek.analyze(network(), images(), low=0.4, high=0.5)
     lines = str(found).splitlines()
-    assert lines[0].startswith(
-        f"5 layers on 3 batches: EBQM would skip {len(found.skipped)}, Beta("
-    )
+    assert lines[0] == f"5 layers on 3 batches: EBQM would skip {len(found.skipped)}"
     assert lines[1].split()[:3] == ["layer", "stage", "place"]
     percent = [f"{100 * w:.0f}" for w in found.layers[2].weights]
     assert lines[5].startswith("attentions.0.2 ")
@@ -396,6 +391,7 @@ def test_not_finite() -> None:
         ({"low": 2.0}, ValueError, "low: got 2.0"),
         ({"warmup": 5}, TypeError, "warmup: got .* allowed are settings of EBQM .* low, high"),
         ({"lows": 0.5}, TypeError, "lows: got"),
+        ({"ceiling": 0.5}, TypeError, "ceiling: got 0.5, but it is not there any more, since low"),
     ],
 )
 def test_refused(change: dict[str, Any], error: type[Exception], said: str) -> None:

@@ -108,7 +108,7 @@ def test_ebqm_watches_decides_and_probes() -> None:
     _, ours = both()
     own = ek.models.CifarResNet((1,), (8,), "basic", attention="ela", head_dim=4).double()
     assert type(ek.EBQM(own).report().layers[0].divergence) is float
-    ebqm = ek.EBQM(ours, warmup=2, interval=1, probe_interval=1, low=0.9, high=0.95, ceiling=1.0)
+    ebqm = ek.EBQM(ours, warmup=2, interval=1, probe_interval=1, low=0.9, high=0.95)
     optimizer = torch.optim.SGD(ours.parameters(), lr=1e-3)
     for _ in range(6):
         optimizer.zero_grad()

@@ -138,6 +138,80 @@ class TestRefusals:
             ek.EBQM(network).load_state_dict(state)
 
 
+def earlier_state(network: Network) -> dict[str, Any]:
+    """As a version saved it that fitted one distribution to all layers; two of these are skipped."""
+    return {
+        "version": 1,
+        "settings": {
+            "low": 0.3,
+            "high": 0.45,
+            "ceiling": 0.25,
+            "max_share": 0.5,
+            "max_row": 3,
+            "warmup": 8,
+            "interval": 4,
+            "probe_interval": 3,
+            "smoothing": 0.9,
+            "prior_count": 4.0,
+            "prior_concentration": 4.0,
+            "reference": [2.0, 2.0],
+        },
+        "layers": ek.EBQM(network).state_dict()["layers"],
+        "steps": 22,
+        "statistics": torch.ones(4, 10),
+        "skipped": [i in (2, 8) for i in range(10)],
+        "reasons": ["CEILING", "RETURNED_CEILING"] * 5,
+        "since": [12 * (i in (2, 8)) for i in range(10)],
+        "decisions": [
+            {
+                "step": 20,
+                "fit": [1.0, 2.0, 10],
+                "divergence": [0.1] * 10,
+                "fitted": [0.5] * 10,
+                "retention": [0.5] * 10,
+                "skipped": [i in (2, 8) for i in range(10)],
+                "reasons": ["CEILING"] * 10,
+            }
+        ],
+    }
+
+
+class TestTheEarlierRule:
+    def test_decisions_are_kept_and_statistics_start_anew(self) -> None:
+        run, other = Run(0), Network((6, 4))
+        plant(run.network, {2, 8}, others=2.0)
+        with pytest.warns(
+            UserWarning, match=r"^state: got one of EBQM's earlier .*low=0\.2"
+        ) as seen:
+            run.ebqm.load_state_dict(earlier_state(other))
+        assert len(seen) == 1
+        report = run.ebqm.report()
+        assert report.step == 22
+        assert skipped(run.network) == {2, 8}
+        assert [row.since for row in report.layers] == [12 * (i in (2, 8)) for i in range(10)]
+        assert report.decisions == []
+        assert str(report).count("no decision yet") == 10
+        assert run.ebqm.settings == ek.EBQM(other, **SETTINGS).settings
+        assert all(layer.probe_next for layer in run.network.layers)
+        # The next decisions are by what is seen from here on: what still repeats stays skipped all along.
+        for step in range(12):
+            run.train(range(step, step + 1))
+            assert {2, 8} <= skipped(run.network), step
+        assert run.ebqm.state_dict()["version"] == 2
+
+    @pytest.mark.parametrize("entry", [{"skipped": [True]}, {"since": None}, {"steps": -1}])
+    def test_a_damaged_one(self, entry: dict[str, Any]) -> None:
+        network = Network((6, 4))
+        ebqm = ek.EBQM(network)
+        with pytest.raises(ValueError, match=r"^state: got a damaged one"):
+            ebqm.load_state_dict({**earlier_state(Network((6, 4))), **entry})
+        assert ebqm.steps == 0
+
+    def test_other_layers(self) -> None:
+        with pytest.raises(ValueError, match=r"^state: got the layers"):
+            ek.EBQM(Network((5, 5))).load_state_dict(earlier_state(Network((6, 4))))
+
+
 def test_names_do_not_depend_on_wrappers() -> None:
     network = Network((3,))
     wrapped = torch.nn.Module()

@@ -325,7 +325,7 @@ def test_other_default_dtypes(dtype: torch.dtype, compiled: bool) -> None:
         assert network.layers[1].decision.dtype == torch.float32
         assert seen(ebqm) == [False, True, True]
         ebqm.load_state_dict(ebqm.state_dict())
-        assert ebqm.state_dict()["statistics"].dtype == torch.float32
+        assert ebqm.state_dict()["statistics"].dtype == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
         torch._dynamo.reset()

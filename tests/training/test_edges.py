@@ -59,6 +59,19 @@ for library in ("sklearn", "PIL"):
         ("--attention ela --ebqm low=nan", "low: got nan; allowed"),
         ("--attention ela --ebqm low=0.1 low=0.2", "ebqm: got low more than once"),
         ("--attention ela --ebqm warmup=1.5", "ebqm: got 'warmup=1.5'; allowed"),
+        ("--attention ela --ebqm quantile=1", "quantile: got 1.0; allowed"),
+        (
+            "--attention ela --ebqm ceiling=0.2",
+            "ebqm: got 'ceiling=0.2', but ceiling is not there any more, since low and high are absolute",
+        ),
+        (
+            "--attention ela --ebqm prior_count=4",
+            "ebqm: got 'prior_count=4', but prior_count is not there any more",
+        ),
+        (
+            "--attention ela --ebqm reference=2",
+            "ebqm: got 'reference=2', but reference is not there any more",
+        ),
     ],
 )
 def test_refused_numbers_are_those_that_were_given(

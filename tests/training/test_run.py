@@ -28,9 +28,7 @@ needs_distributed = pytest.mark.skipif(
 )
 ROOT = Path(__file__).resolve().parents[2]
 # EBQM decides at the 4th step and at every second after it, and skips as much as it may.
-EAGER_EBQM = (
-    "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 ceiling=1 smoothing=0.5"
-)
+EAGER_EBQM = "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 smoothing=0.5"
 DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EAGER_EBQM}"
 
 

@@ -19,7 +19,7 @@ from ela_kernels.training.options import Options
 
 pytest.importorskip("sklearn")
 
-EBQM = {"warmup": 1, "interval": 1, "probe_interval": 1, "low": 0.98, "high": 0.99, "ceiling": 1.0}
+EBQM = {"warmup": 1, "interval": 1, "probe_interval": 1, "low": 0.98, "high": 0.99}
 OPTIONS = Options(epochs=2, batch_size=400, ebqm=EBQM)
 NAN = float("nan")
 _REMOVED = object()
@@ -173,10 +173,10 @@ CHANGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("ebqm", "settings"), None, "settings is None"),
     (("ebqm", "layers"), ["a"], "layers is a list of 1; allowed are this model's"),
     (("ebqm", "steps"), 99, "ebqm, steps is 99"),
-    (("ebqm", "statistics"), torch.zeros(4, 9), r"statistics is a tensor \[4, 9\]"),
+    (("ebqm", "statistics"), torch.zeros(5, 9), r"statistics is a tensor \[5, 9\]"),
     (
         ("ebqm", "statistics"),
-        torch.full((4, 3), NAN),
+        torch.full((5, 3), NAN, dtype=torch.float64),
         "statistics has values that are negative or not finite",
     ),
     (("ebqm", "skipped"), [False] * 3, "other layers than the model has skipped"),
@@ -185,7 +185,9 @@ CHANGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("ebqm", "since"), [1, 2, 99], "since is 99"),
     (("ebqm", "decisions"), None, "decisions is None"),
     ((*DECISION, "step"), "x", "step is 'x'"),
-    ((*DECISION, "fit"), [1.0], "fit is a list of 1"),
+    ((*DECISION, "score"), [1.0], "score is a list of 1"),
+    (("ebqm", "diagnostics"), None, "diagnostics is None; allowed is a dict"),
+    (("ebqm", "diagnostics", "entropy"), [1.0], "entropy is a list of 1"),
     ((*DECISION, "divergence"), [1.0], "divergence is a list of 1"),
     (
         (*DECISION, "skipped"),
@@ -292,3 +294,29 @@ def test_the_program_says_so_in_one_sentence(
     # Written without a checksum, as by earlier releases.
     torch.save({k: v for k, v in whole.items() if k != "version"}, path)
     assert main([*command, "--resume"]) == 0
+
+
+def test_a_run_of_the_earlier_rule_goes_on(state: dict[str, Any], digits: Task) -> None:
+    """Statistics of it lack the squares; decisions, and everything else of the run, are kept."""
+    saved = copy.deepcopy(state)
+    saved["options"]["ebqm"] = {**EBQM, "ceiling": 1.0, "prior_count": 4.0}
+    old = saved["ebqm"]
+    del old["diagnostics"]
+    old["version"] = 1
+    old["settings"] = {**EBQM, "ceiling": 1.0, "reference": [2.0, 2.0]}
+    old["statistics"] = torch.rand(4, 3)
+    old["reasons"] = ["CEILING"] * 3
+    old["decisions"] = [{"step": 1, "fit": None, "retention": [0.5] * 3}]
+    run = make(digits)
+    with pytest.warns(UserWarning, match="EBQM's earlier rule") as told:
+        run.load_state_dict(saved)
+    assert len([w for w in told if "earlier rule" in str(w.message)]) == 1
+    assert run.layers_skipped == sum(state["ebqm"]["skipped"]) > 0
+    assert run.steps == 4
+    while not run.done:
+        run.run_epoch()
+    assert [d.step for d in run.ebqm.report().decisions] == [5, 6]
+    with pytest.raises(ValueError, match="since is 99"):
+        make(digits).load_state_dict(changed(saved, ("ebqm", "since"), [1, 2, 99]))
+    with pytest.raises(ValueError, match="skipped has other layers than the model"):
+        make(digits).load_state_dict(changed(saved, ("ebqm", "skipped"), [False] * 3))

@@ -1,0 +1,65 @@
+"""Norms behind which nothing can be learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ela_kernels.backends.setting import use_backend
+from ela_kernels.torch_internals import BATCH_NORM
+
+
+def dead_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
+    """The norms that scale channels by zero right before a ReLU, by name, with how many channels they do that to.
+
+    Such a channel is zero or its shift for every input. Where the shift is not above zero, the ReLU's derivative is
+    zero too, so that no gradient reaches scale, shift, or what stands before them: it stays so for good.
+
+    Args:
+        model: the network; run once in evaluation mode, if any norm has such channels.
+        image: an input, `[1, C, H, W]`.
+    """
+    found = {module: channels for module in model.modules() if (channels := _dead_channels(module))}
+    if not found:
+        return {}
+    # Whose output it is; the tensors themselves, since the address of one that is gone is used again.
+    outputs: list[tuple[Tensor, nn.Module]] = []
+    dead: set[nn.Module] = set()
+
+    def after_norm(norm: nn.Module, _: Any, output: Any) -> None:
+        outputs.append((output, norm))
+
+    def before_relu(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        dead.update(norm for output, norm in outputs if output is inputs[0])
+
+    hooks = [norm.register_forward_hook(after_norm) for norm in found]
+    hooks += [
+        m.register_forward_pre_hook(before_relu) for m in model.modules() if type(m) is nn.ReLU
+    ]
+    training = model.training
+    try:
+        # Kernels would run a whole block without calling its modules.
+        with torch.no_grad(), use_backend("eager"):
+            model.eval()(image)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    names = {module: name for name, module in model.named_modules()}
+    return {names[norm]: channels for norm, channels in found.items() if norm in dead}
+
+
+def _dead_channels(module: nn.Module) -> str:
+    """How many of a norm's channels are zero before a ReLU whatever comes in, in words; nothing where none is."""
+    scale, shift = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(module, (BATCH_NORM, nn.GroupNorm, nn.LayerNorm)) or not isinstance(
+        scale, Tensor
+    ):
+        return ""
+    dead = scale.detach() == 0
+    if isinstance(shift, Tensor):
+        dead &= shift.detach() <= 0
+    count = int(dead.sum())
+    return f"{count} of {dead.numel()} channels" if count else ""
