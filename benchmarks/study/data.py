@@ -15,7 +15,18 @@ from ela_kernels.training.data import MissingDataError, Task, TensorImages, crop
 
 # Where Debian's package dataset-fashion-mnist has it.
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-_CLASSES = ["T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot"]
+_CLASSES = [
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Boot",
+]
 
 
 def load(name: str, root: Path | None = None) -> Task:

@@ -73,8 +73,8 @@ def _shape(path: Path, header: bytes, dimensions: int) -> tuple[int, ...]:
     want = bytes((0, 0, _UNSIGNED_BYTES, dimensions))
     if len(header) < 4 + 4 * dimensions or header[:4] != want:
         raise ValueError(
-            f"root: {path} begins with {header[:4].hex() or 'nothing'} and has {len(header)} bytes of header; allowed is "
-            f"{want.hex()}, an IDX file of bytes with {dimensions} dimensions, and {4 + 4 * dimensions}"
+            f"root: {path} begins with {header.hex() or 'nothing'}; allowed is {want.hex()} for an IDX file of bytes "
+            f"with {dimensions} dimensions, then their {4 * dimensions} bytes"
         )
     shape: tuple[int, ...] = struct.unpack(f">{dimensions}I", header[4:])
     if not 0 < math.prod(shape) <= _MOST_BYTES:

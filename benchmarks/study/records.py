@@ -13,6 +13,7 @@ from benchmarks.study.settings import key_of
 
 FORMAT = 1
 Record = dict[str, Any]
+_HEAD = json.dumps({"format": FORMAT}).encode()[:-1]
 _FIELDS = ("settings", "machine", "train_loss", "test_accuracy", "training_seconds", "skipping")
 
 
@@ -112,32 +113,46 @@ def _parse(path: Path) -> tuple[list[Record], int]:
     """The runs of a file, and how many of its bytes they are: fewer than it has where the last line is cut off."""
     content = path.read_bytes()
     lines = content.split(b"\n")
-    # What comes after the last end of a line was never finished, even where it happens to be JSON.
-    whole = len(content) - len(lines[-1])
-    records: list[Record] = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            records.append(_record(line))
-        except ValueError as error:
-            if number == len(lines) - 1:  # blocks of zeros are what some file systems leave of it
-                return records, whole - len(line) - 1
-            raise ValueError(
-                f"file: line {number} of {path} is no finished run ({error}); allowed are the lines that "
-                "`python -m benchmarks.study run` wrote. Remove the line, and the run is done again"
-            ) from error
-    return records, whole
+    last = lines.pop()  # never finished, even where it happens to be JSON
+    if not last and lines and _is_cut_off(lines[-1]):
+        last = lines.pop() + b"\n"
+    if last and not _may_be_ours(last):
+        raise _refused(path, len(lines) + 1, f"it begins with {last[:20]!r}")
+    records = [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+    return records, len(content) - len(last)
 
 
-def _record(line: bytes) -> Record:
+def _is_cut_off(line: bytes) -> bool:
+    """Whether a line is what is left of one of ours, though it has an end: some file systems fill up with zeros."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return _may_be_ours(line)
+    return False
+
+
+def _may_be_ours(line: bytes) -> bool:
+    """Whether a line begins as ours do: of a file of something else nothing is removed."""
+    return line[: len(_HEAD)] == _HEAD[: len(line)] or not line.strip(b"\0\n")
+
+
+def _refused(path: Path, number: int, why: str) -> ValueError:
+    return ValueError(
+        f"file: line {number} of {path} is no finished run ({why}); allowed are the lines that `python -m "
+        "benchmarks.study run` wrote. Remove the line, and the run is done again"
+    )
+
+
+def _record(path: Path, number: int, line: bytes) -> Record:
     try:
         record = json.loads(line)
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _refused(path, number, str(error)) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         got = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"format {got!r}; allowed is {FORMAT}")
+        raise _refused(path, number, f"format {got!r}; allowed is {FORMAT}")
     missing = [name for name in _FIELDS if name not in record]
     if missing:
-        raise ValueError(f"without {', '.join(missing)}")
+        raise _refused(path, number, f"without {', '.join(missing)}")
     del record["format"]
     return record

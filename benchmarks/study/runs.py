@@ -49,7 +49,8 @@ def run_all(
         steps = {run.key: run.epochs * Batches(task, run).steps for run in todo}
         with tqdm(total=sum(steps.values()), unit="step", smoothing=0.02) as bar:
             bar.write(
-                f"{len(runs) - len(todo)} of {len(runs)} runs are done; results in {out}", sys.stderr
+                f"{len(runs) - len(todo)} of {len(runs)} runs are done; results in {out}",
+                sys.stderr,
             )
             while todo:
                 if minutes is not None and time.perf_counter() - began > 60 * minutes:

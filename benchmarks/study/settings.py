@@ -52,15 +52,13 @@ class Settings:
     max_row: int = 3
 
     def __post_init__(self) -> None:
-        for name, allowed in (("variant", tuple(VARIANTS)), ("data", DATA)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}s: got {getattr(self, name)!r}; allowed are {', '.join(allowed)}".replace(
-                        "datas:", "data:"
-                    )
-                )
-        blocks, rest = divmod(self.depth - 2, 6)
-        if rest or not LEAST_DEPTH <= self.depth <= MOST_DEPTH:
+        for option, value, allowed in (
+            ("variants", self.variant, tuple(VARIANTS)),
+            ("data", self.data, DATA),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{option}: got {value!r}; allowed are {', '.join(allowed)}")
+        if (self.depth - 2) % 6 or not LEAST_DEPTH <= self.depth <= MOST_DEPTH:
             raise ValueError(
                 f"depths: got {self.depth}; allowed are 6 n + 2 from {LEAST_DEPTH} to {MOST_DEPTH}, for instance 20, "
                 "56, 110"
@@ -153,7 +151,9 @@ def plan_runs(
             raise ValueError(
                 f"{name}: got {list(values)}; allowed is at least one, each of them once"
             )
-    names = sorted(variants, key=lambda name: name in VARIANTS and VARIANTS[name].partner is not None)
+    names = sorted(
+        variants, key=lambda name: name in VARIANTS and VARIANTS[name].partner is not None
+    )
     outer = [(s, d) for s in seeds for d in depths]
     if order == "depth":
         outer = [(s, d) for d in depths for s in seeds]

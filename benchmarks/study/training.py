@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import ela_kernels as ek
 from benchmarks.environment import cpu_name, malloc_of_process
@@ -21,6 +20,7 @@ from benchmarks.study.records import Record
 from benchmarks.study.settings import Settings
 from benchmarks.study.variants import make_network
 from ela_kernels.backends.extension import extension
+from ela_kernels.models import ResNet
 from ela_kernels.training.data import Task
 from ela_kernels.training.optimizers import make_optimizer, make_schedule
 
@@ -97,7 +97,8 @@ class Run:
     @property
     def layers(self) -> list[list[ek.ELA]]:
         """The layers that can be skipped, by stage."""
-        return [[m for m in stage if isinstance(m, ek.ELA)] for stage in self.network.attentions]
+        stages = self.network.attentions
+        return [[m for m in stage.children() if isinstance(m, ek.ELA)] for stage in stages]
 
     def _timed_step(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         start = self._now()
@@ -125,9 +126,9 @@ class Run:
     def _skipping(self) -> dict[str, Any] | None:
         """What was skipped when; None of a network whose layers cannot be skipped.
 
-        `share` is the mean over all steps of the share of layers that were skipped in it, `decisions` one entry for each
-        time that something was decided: the step after which it held, and of each stage a digit a layer, 1 where it is
-        skipped; from EBQM the divergences too, layer by layer.
+        `share` is the mean over all steps of the share of layers that were skipped in it. `decisions` has an entry for
+        each time that something was decided: the step after which it held, and of each stage a digit a layer, 1 where
+        it is skipped; from EBQM the divergences too, layer by layer.
         """
         stages = [len(stage) for stage in self.layers]
         if not sum(stages):
@@ -147,7 +148,7 @@ class Run:
         }
 
 
-def network_of(settings: Settings, classes: int, channels: int) -> nn.Module:
+def network_of(settings: Settings, classes: int, channels: int) -> ResNet:
     """The network of a run as it begins."""
     kind = settings.kind
     options = {} if kind.skip is None else {"skip": kind.skip}
@@ -172,8 +173,8 @@ def _planned(settings: Settings, paired: Record | None) -> dict[int, choice.Skip
         return {}
     if paired is None or paired["settings"] != partner.as_dict() or paired["skipping"] is None:
         raise ValueError(
-            f"variants: got {settings.variant!r} without the finished run {partner.key} that it is paired with; allowed "
-            f"is {partner.variant!r} with it, or before it in the same file"
+            f"variants: got {settings.variant!r} without the finished run {partner.key} that it is paired with; "
+            f"allowed is {partner.variant!r} before it"
         )
     skipping = paired["skipping"]
     order = choice.ranking(

@@ -58,7 +58,7 @@ GROUPS = {
 
 
 class OwnValue(nn.Module):
-    """`x + act(norm(Wv(x)))`: the block of layer attention with this layer's own value and nothing of the earlier ones."""
+    """`x + act(norm(Wv(x)))`: the block of layer attention with the layer's own value, and none of the earlier ones."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -67,10 +67,12 @@ class OwnValue(nn.Module):
         self.act = nn.ReLU(inplace=True)
 
     def retrieve(self, x: Tensor, history: RunningMean) -> Tensor:
-        return self.attn(x)
+        value: Tensor = self.attn(x)
+        return value
 
     def forward(self, x: Tensor, history: RunningMean) -> Tensor:
-        return x + self.act(self.norm(self.retrieve(x, history)))
+        out: Tensor = x + self.act(self.norm(self.retrieve(x, history)))
+        return out
 
 
 class UniformMean(OwnValue):
@@ -154,6 +156,6 @@ def _make(attention: str, blocks: int, classes: int, channels: int, **options: A
     )
     if attention in _OWN:
         for i, stage in enumerate(network.attentions):
-            dims = [layer.norm.num_features for layer in stage]
-            network.attentions[i] = _Stage([_OWN[attention](dim) for dim in dims])
+            norms = [m for m in stage.modules() if isinstance(m, nn.BatchNorm2d)]
+            network.attentions[i] = _Stage([_OWN[attention](m.num_features) for m in norms])
     return network
