@@ -22,10 +22,10 @@ import torch
 from benchmarks.study.data import load
 from benchmarks.study.page import filled, read_steps
 from benchmarks.study.picture import draw
-from benchmarks.study.plans import PLANS, merged
+from benchmarks.study.plans import PLANS, runs_of
 from benchmarks.study.records import read
 from benchmarks.study.runs import run_all
-from benchmarks.study.settings import DATA, ORDERS, Settings, plan_runs
+from benchmarks.study.settings import DATA, ORDERS, Settings
 from benchmarks.study.steps import DEPTHS, measure_all, time_table
 from benchmarks.study.tables import accuracy_tables, decision_tables
 from benchmarks.study.variants import GROUPS, VARIANTS
@@ -58,22 +58,6 @@ def numbers(name: str, text: str) -> list[int]:
     return found
 
 
-def variants(names: Sequence[str]) -> list[str]:
-    """The variants of names among which there may be groups, such as `ela` for all its skip modes.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    found: list[str] = []
-    for name in names:
-        if name not in GROUPS and name not in VARIANTS:
-            raise ValueError(
-                f"variants: got {name!r}; allowed are {', '.join((*VARIANTS, *GROUPS))}"
-            )
-        found += [n for n in GROUPS.get(name, (name,)) if n not in found]
-    return found
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
@@ -91,6 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--depths", help="such as 20,56,110")
     add("--variants", help=f"of {', '.join(VARIANTS)}; groups: {', '.join(GROUPS)}")
     add("--order", choices=ORDERS, help="what is outermost; variants are always innermost")
+    add("--side", type=int, help="average the images down to it; as they are if not given")
     add("--epochs", type=int)
     add("--batch", type=int)
     add("--lr", type=float, help="the highest of a one-cycle schedule")
@@ -163,9 +148,7 @@ def planned(arguments: argparse.Namespace) -> list[Settings]:
             given[name] = numbers(name, given[name])
     if given["variants"] is not None:
         given["variants"] = [name.strip() for name in given["variants"].split(",")]
-    options = merged(arguments.plan, given)
-    options["variants"] = variants(options["variants"])
-    return plan_runs(**options)
+    return runs_of(arguments.plan, given)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.study.idx import read_part
 from benchmarks.study.settings import Settings
-from ela_kernels.training.data import MissingDataError, Task, TensorImages, crop_and_flip, load_task
+from ela_kernels.training.data import (
+    LEAST_SIDE,
+    Images,
+    MissingDataError,
+    Task,
+    TensorImages,
+    crop_and_flip,
+    load_task,
+)
 
 # Where Debian's package dataset-fashion-mnist has it.
 FASHION = Path("/usr/share/datasets/fashion-mnist")
@@ -89,6 +98,11 @@ class Batches:
         self.task, self.settings = task, settings
         self._check("train_images", len(task.train))
         self._check("test_images", len(task.test))
+        least = min(task.train.read(torch.arange(1)).shape[2:])
+        if settings.side is not None and not LEAST_SIDE <= settings.side <= least:
+            raise ValueError(
+                f"side: got {settings.side}; allowed is an int from {LEAST_SIDE} to {least}, the size of the images"
+            )
         order = torch.randperm(len(task.train), generator=self._generator("subset"))
         self.chosen = order[: settings.train_images]
         self.steps = len(self.chosen) // settings.batch
@@ -102,7 +116,7 @@ class Batches:
         size = self.settings.batch
         order = torch.randperm(len(self.chosen), generator=self._generator("order", number))
         for step, part in enumerate(self.chosen[order].split(size)[: self.steps]):
-            images = self.task.train.read(part)
+            images = self._read(self.task.train, part)
             images = self.task.augment(images, self._generator("variation", number, step))
             yield images, self.task.train.labels[part]
 
@@ -110,7 +124,11 @@ class Batches:
         """The test images, in parts."""
         count = self.settings.test_images or len(self.task.test)
         for part in torch.arange(count).split(500):
-            yield self.task.test.read(part), self.task.test.labels[part]
+            yield self._read(self.task.test, part), self.task.test.labels[part]
+
+    def _read(self, images: Images, part: Tensor) -> Tensor:
+        found, side = images.read(part), self.settings.side
+        return found if side is None else F.interpolate(found, size=side, mode="area")
 
     def _check(self, name: str, most: int) -> None:
         asked = getattr(self.settings, name)

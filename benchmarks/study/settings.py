@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ela_kernels as ek
-from benchmarks.study.variants import VARIANTS, Variant
+from benchmarks.study.variants import GROUPS, VARIANTS, Variant
 from ela_kernels.training.options import MOST, Options
 
 DATA = ("fashion-mnist", "digits", "cifar10", "cifar100")
@@ -27,6 +27,7 @@ class Settings:
         depth: of the network, 6 n + 2: n basic blocks in each of three stages.
         data: a name of :data:`DATA`.
         seed: of the weights, the choice and order of the images, their variation, and what is skipped at random.
+        side: height and width that the images are averaged down to; None: as they are.
         epochs, batch, lr, weight_decay, momentum: of SGD with Nesterov's momentum and a one-cycle schedule.
         train_images: so many of the training images, chosen by the seed; None: all.
         test_images: so many of the test images, the first ones, whatever the seed; None: all.
@@ -38,6 +39,7 @@ class Settings:
     depth: int
     data: str
     seed: int
+    side: int | None = None
     epochs: int = 10
     batch: int = 128
     lr: float = 0.1
@@ -133,6 +135,22 @@ def key_of(settings: dict[str, Any]) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def expanded(names: Sequence[str]) -> list[str]:
+    """The variants of names among which there may be groups, such as `ela` for all its skip modes.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    found: list[str] = []
+    for name in names:
+        if name not in GROUPS and name not in VARIANTS:
+            raise ValueError(
+                f"variants: got {name!r}; allowed are {', '.join((*VARIANTS, *GROUPS))}"
+            )
+        found += [n for n in GROUPS.get(name, (name,)) if n not in found]
+    return found
+
+
 def plan_runs(
     seeds: Sequence[int],
     depths: Sequence[int],
@@ -152,7 +170,7 @@ def plan_runs(
                 f"{name}: got {list(values)}; allowed is at least one, each of them once"
             )
     names = sorted(
-        variants, key=lambda name: name in VARIANTS and VARIANTS[name].partner is not None
+        expanded(variants), key=lambda name: name in VARIANTS and VARIANTS[name].partner is not None
     )
     outer = [(s, d) for s in seeds for d in depths]
     if order == "depth":

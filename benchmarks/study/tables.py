@@ -47,9 +47,10 @@ class Group(NamedTuple):
     def title(self) -> str:
         s = self.settings
         images = "all" if s["train_images"] is None else s["train_images"]
+        side = "" if s["side"] is None else f" at {s['side']}x{s['side']}"
         return (
-            f"{s['data']}, resnet{s['depth']}: {s['epochs']} epochs of {images} images, batch {s['batch']}, highest "
-            f"learning rate {s['lr']:g}"
+            f"{s['data']}{side}, resnet{s['depth']}: {s['epochs']} epochs of {images} images, batch {s['batch']}, "
+            f"highest learning rate {s['lr']:g}"
         )
 
     def values(self, variant: str, value: Callable[[Record], float]) -> dict[int, float]:

@@ -160,7 +160,7 @@ def network_of(settings: Settings, classes: int, channels: int) -> ResNet:
 def mean_share(decisions: list[dict[str, Any]], stages: list[int], steps: int) -> float:
     """The mean over all steps of the share of layers skipped in it."""
     total = 0
-    ends = [d["step"] for d in decisions[1:]] + [steps]
+    ends = [*(d["step"] for d in decisions), steps][1:]
     for decision, end in zip(decisions, ends, strict=True):
         total += (end - decision["step"]) * sum(s.count("1") for s in decision["skipped"])
     return total / (steps * sum(stages))
