@@ -335,6 +335,25 @@ def test_no_run_is_begun_after_the_time(digits: Task, tmp_path: Path) -> None:
     assert len(read([out])) == 2
 
 
+@pytest.mark.slow
+def test_several_runs_at_a_time_give_the_same(
+    every_variant: Path, digits: Task, tmp_path: Path
+) -> None:
+    names = [f"{prefix}-{SKIP_MODES[0]}" for prefix in ("ela", "random", "last")]
+    out = tmp_path / "runs.jsonl"
+    runs = plan_runs([0], [20], [*names, "plain"], **TINY)
+    assert run_all(runs, digits, out, jobs=2) == 0
+    alone, found = by_variant(every_variant), by_variant(out)
+    assert found.keys() == {*names, "plain"}
+    for name, record in found.items():
+        assert record["machine"]["jobs"] == 2
+        assert record["skipping"] is None or (
+            [d["skipped"] for d in record["skipping"]["decisions"]]
+            == [d["skipped"] for d in alone[name]["skipping"]["decisions"]]
+        )
+        assert record["train_loss"] == pytest.approx(alone[name]["train_loss"], rel=1e-3)
+
+
 def command(*words: str) -> list[Settings]:
     return planned(make_parser().parse_args(["run", "--out", "runs.jsonl", *words]))
 
@@ -362,6 +381,7 @@ def test_the_command_makes_the_runs() -> None:
     [
         ("--seeds a", "seeds: got 'a'; allowed are ints such as"),
         ("--seeds 3-1", "seeds: got '3-1'"),
+        ("--seeds 0-999999999999", "seeds: got '0-999999999999'; .* at most 1000 in a row"),
         ("--seeds 1,1", r"seeds: got \[1, 1\]; allowed is at least one, each of them once"),
         ("--seeds 9999999999", "seeds: got 9999999999"),
         ("--depths 21", r"depths: got 21; allowed are 6 n \+ 2"),
@@ -375,6 +395,7 @@ def test_the_command_makes_the_runs() -> None:
         ("--low 0.5", "low, high: got low=0.5 and high=0.3"),
         ("--max-row 0", "max_row: got 0"),
         ("--threads 0", "threads: got 0"),
+        ("--jobs 0", "jobs: got 0"),
         ("--minutes nan", "minutes: got nan"),
         ("--data cifar10", "root: got none for 'cifar10'"),
     ],

@@ -33,6 +33,8 @@ from ela_kernels.training.optional import MissingLibraryError
 from ela_kernels.training.processes import choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of ints in a row: far more than anybody trains.
+_MOST = 1000
 _LISTS = ("seeds", "depths", "variants")
 _SHARED = [
     name for name in Settings.__dataclass_fields__ if name not in ("variant", "depth", "seed")
@@ -49,12 +51,14 @@ def numbers(name: str, text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         try:
-            found += range(int(first), int(last if dash else first) + 1)
+            row = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            found = []
-            break
-    if not found:
-        raise ValueError(f"{name}: got {text!r}; allowed are ints such as 0-4 or 0,2,5")
+            row = range(0)
+        if not 0 < len(row) <= _MOST:
+            raise ValueError(
+                f"{name}: got {text!r}; allowed are ints such as 0-4 or 0,2,5, at most {_MOST} in a row"
+            )
+        found += row
     return found
 
 
@@ -90,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-row", type=int)
     add("--threads", type=int, help="CPU threads; PyTorch's choice if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="cpu")
+    add("--jobs", type=int, default=1, help="runs at a time, each with its share of the threads")
     add("--minutes", type=float, help="begin no run after so many")
     add("--list", action="store_true", help="print the runs and their settings, and train nothing")
     for name, what in (
@@ -155,6 +160,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         _at_least("threads", arguments.threads, 1)
         torch.set_num_threads(arguments.threads)
+    _at_least("jobs", arguments.jobs, 1)
     if arguments.minutes is not None and not arguments.minutes > 0:
         raise ValueError(f"minutes: got {arguments.minutes}; allowed is a positive number")
     runs = planned(arguments)
@@ -162,7 +168,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _print("".join(f"{json.dumps(run.as_dict())}\n" for run in runs))
     device = choose_device(arguments.device)
     task = load(runs[0].data, arguments.root)
-    left = run_all(runs, task, arguments.out, device, arguments.minutes)
+    left = run_all(runs, task, arguments.out, device, arguments.minutes, arguments.jobs)
     if left:
         print(f"{left} runs are left; the same command goes on with them.", file=sys.stderr)
     return 1 if left else 0
