@@ -105,7 +105,7 @@ def _side_by_side(
     in_time: Callable[[], bool],
     jobs: int,
 ) -> Finished:
-    """Make the runs of `todo`, which are taken off it, in so many processes; whoever waits for a pair lets others by."""
+    """Make the runs of `todo`, which are taken off it, in so many processes; who waits for a pair lets others by."""
     threads = max(1, torch.get_num_threads() // jobs)
     under_way: dict[Future[Record], Settings] = {}
     # Spawned: threads of OpenMP do not outlive a fork.
