@@ -408,6 +408,20 @@ def test_bad_settings_are_refused_by_name(
     assert re.search(f"error: {message}", error), error
 
 
+def test_the_command_goes_on_where_time_ran_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "folder" / "runs.jsonl"
+    words = ["run", "--out", str(out), "--data", "digits", "--seeds", "0", "--depths", "8"]
+    words += ["--variants", "plain", "--epochs", "1", "--batch", "16", "--train-images", "32"]
+    assert main([*words, "--minutes", "1e-9"]) == 1
+    assert "1 runs are left; the same command goes on" in capfd.readouterr().err
+    assert main(words) == 0
+    (record,) = read([out])
+    assert record["settings"]["test_images"] is None
+    assert len(record["test_accuracy"]) == 1
+
+
 def test_the_runs_are_listed_and_none_is_made(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
