@@ -18,6 +18,8 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --quick --out results/bench
 REPORT_ARGS ?=
 OUT ?= results/gpu
+STUDY_OUT ?= results/study
+STUDY_ARGS ?= --plan two-hours --jobs 2
 # How many shapes the threads meet, and the side of the smallest: maps large enough for kernels to run at the same time.
 TSAN_SHAPES ?= 100 --side 12
 
@@ -35,7 +37,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test test-oldest slow gpu-test lint format compdb bench gpu-bench cuda-report \
+.PHONY: help install demo study quick test test-oldest slow gpu-test lint format compdb bench gpu-bench cuda-report \
   triton-report triton-versions asan tsan clean
 
 help: ## list the targets
@@ -112,6 +114,13 @@ compdb: $(INSTALLED) ## write compile_commands.json, which tells an editor how e
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+study: $(INSTALLED) ## train the variants of layer attention over five seeds, in about two hours; again: goes on (STUDY_OUT=DIR)
+	$(BIN)/python -m benchmarks.study run $(STUDY_ARGS) --out $(STUDY_OUT)/runs.jsonl
+	$(BIN)/python -m benchmarks.study time --measure $(STUDY_OUT)/steps.json
+	$(BIN)/python -m benchmarks.study picture $(STUDY_OUT)/runs.jsonl --png $(STUDY_OUT)/accuracy.png
+	$(BIN)/python -m benchmarks.study accuracy $(STUDY_OUT)/runs.jsonl
+	$(BIN)/python -m benchmarks.study decisions $(STUDY_OUT)/runs.jsonl
 
 gpu-bench: $(INSTALLED) ## on a machine with a GPU: build, test, sanitize and measure, in nine minutes (OUT=DIR)
 	bin="$$(cd $(BIN) && pwd)" && PATH="$$bin:$$PATH" bash benchmarks/run_gpu.sh $(OUT)

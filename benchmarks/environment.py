@@ -57,6 +57,15 @@ def describe(threads: int | None) -> dict[str, Any]:
     }
 
 
+def malloc_of_process() -> str:
+    """Which of the settings of malloc this process was started with; the variables themselves where it is none."""
+    set_here = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+    for name, setting in MALLOC_SETTINGS.items():
+        if set_here == setting:
+            return name
+    return ", ".join(f"{name}={value}" for name, value in sorted(set_here.items()))
+
+
 def cpu_name() -> str:
     """The processor's own name."""
     try:
