@@ -23,6 +23,7 @@ from support.light_layers import (
     make_layer,
     run_blocks,
 )
+from support.small_published import TokenNetwork
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -107,6 +108,21 @@ def test_an_activation_of_the_value(shape, head_dim, form, act, launched):
 def test_an_activation_in_half_precision_and_in_blocks(form):
     check_layer((2, 12, 3, 6), 4, torch.bfloat16, form, act="gelu")
     check(block_step, *make_blocks((2, 6, 3, 5), 2, 3, form, dtype=torch.float32, act="gelu"))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_converted_network_on_tokens(calls):
+    """Maps that are views of tokens, behind a class token."""
+    torch.manual_seed(0)
+    network = TokenNetwork(6)
+    ek.convert(network, strict=True)
+
+    def run(network, x):
+        out = network(x)
+        return [out, *gradients(out.square().sum(), [x, *network.parameters()])]
+
+    check(run, network, torch.randn(2, 3, 6, 6, requires_grad=True))
+    assert calls == ["light_layer"] * 3 + ["light_layer_backward"] * 3
 
 
 @pytest.mark.usefixtures("few_programs")
