@@ -179,15 +179,19 @@ def _call_light_layer(kernels: Any, x: Any, q: Any, heads: int, scale: float) ->
     """A light layer alone and in a block, forward and backward."""
     from ela_kernels.backends.triton import light
     from ela_kernels.backends.types import LightFilters, LightNeeds, NormAct, SavedLightLayer
+    from ela_kernels.ops.checks import VALUE_ACTS
 
     channels, dtype = q.shape[1], q.dtype
     row, decay = torch.empty(1, 1, 5, dtype=dtype), torch.empty(channels, 1, 1, dtype=dtype)
     filters = LightFilters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype), decay)
-    for norm in (None, NormAct(None, None, None, None, 1e-5, True)):
-        light.light_layer(x, filters, x, heads, scale, norm)
     gates = torch.empty(len(x), heads)
-    saved = SavedLightLayer(x, filters, x, heads, scale, None, q, q, q, x, gates, None, None)
-    light.light_layer_backward(saved, x, x, LightNeeds(*(True,) * 6))
+    for act in VALUE_ACTS:
+        for norm in (None, NormAct(None, None, None, None, 1e-5, True)):
+            light.light_layer(x, filters, x, heads, scale, norm, act)
+        saved = SavedLightLayer(
+            x, filters, x, heads, scale, act, None, q, q, q, x, gates, None, None
+        )
+        light.light_layer_backward(saved, x, x, LightNeeds(*(True,) * 6))
     gamma, mask = torch.empty(channels, dtype=dtype), torch.empty(len(x), dtype=dtype)
     norm = NormAct(gamma, gamma, None, mask, 1e-5, True)
     kernels.norm_backward(x, x, torch.empty(2, channels), norm, x)

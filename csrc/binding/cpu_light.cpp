@@ -20,6 +20,7 @@ struct LightLayer {
   std::array<int64_t, 5> sizes;  // B, C, H, W, interleaved
   int64_t heads;
   double scale;
+  int act;  // an Activation
   View x;
   int64_t wq, wk, filter_size, wv, decay;
   View prev;
@@ -29,7 +30,8 @@ struct LightLayer {
 
   template <class Visit>
   void fields(Visit visit) {
-    visit("sizes", sizes), visit("heads", heads), visit("scale", scale), visit("x", x);
+    visit("sizes", sizes), visit("heads", heads), visit("scale", scale);
+    visit("act", act), visit("x", x);
     visit("wq", wq), visit("wk", wk), visit("filter_size", filter_size), visit("wv", wv), visit("decay", decay);
     visit("prev", prev), visit("mean", mean), visit("query", query), visit("key", key);
     visit("v", v), visit("factors", factors);
@@ -37,9 +39,10 @@ struct LightLayer {
 };
 
 LightParams light_params(const LightLayer& layer, int64_t workspace) {
-  const auto& [sizes, heads, scale, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v, factors] = layer;
+  const auto& [sizes, heads, scale, act, x, wq, wk, filter_size, wv, decay, prev, mean, query, key, v, factors] = layer;
   const ImageShape image = image_shape_of(sizes);
   require(heads >= 1 && image.channels % heads == 0, "heads: must divide channels");
+  require(act >= 0 && act < ela::kActivations, "act: out of range");
   require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
   const int64_t rows = image.batch * image.channels, elements = rows * image.positions();
   present(x[0], elements, "x"), present(v[0], elements, "v"), present(prev[0], elements, "prev");
@@ -51,6 +54,7 @@ LightParams light_params(const LightLayer& layer, int64_t workspace) {
           heads,
           filter_size,
           scale,
+          static_cast<ela::Activation>(act),
           map(x),
           map(v),
           map(prev),
@@ -86,21 +90,26 @@ void light_layer(int dtype, const LightLayer& layer, const View& out, int64_t me
   kernel(p, threads);
 }
 
-// The gradients from that of out, `dx_residual` added to that of x. An address of 0 leaves that one out.
+// The gradients from that of out, `dx_residual` added to that of x. An address of 0 leaves that one out; `dv` is a map
+// to work in.
 void light_layer_backward(int dtype, const LightLayer& layer, const View& dout, const View& dx_residual, const View& dx,
-                          int64_t dwq, int64_t dwk, int64_t dwv, int64_t ddecay, const View& dprev,
+                          int64_t dwq, int64_t dwk, int64_t dwv, int64_t ddecay, const View& dprev, const View& dv,
                           const std::optional<Norm>& norm, bool batch_statistics, int64_t workspace, int threads) {
   LightBackwardParams p = {light_params(layer, workspace),
                            map(dout),
                            map(dx_residual),
                            map(dx),
                            map(dprev),
+                           map(dv),
                            address(dwq),
                            address(dwk),
                            address(dwv),
                            address(ddecay)};
   const ImageShape& image = p.forward.shape;
   present(dout[0], image.batch * image.channels * image.positions(), "dout");
+  const bool has_maps = dx[0] != 0 || dwv != 0;
+  require((dv[0] != 0) == (has_maps && p.forward.act != ela::Activation::kNone),
+          "dv: where the value passes an activation and its gradient is used, and nowhere else");
   p.forward.is_block = norm.has_value();
   p.forward.norm = norm_params(p.forward.shape, norm, batch_statistics, element_size(checked_dtype(dtype)));
   const auto kernel = ela::kernels().light_layer_backward[checked_dtype(dtype)];
@@ -125,7 +134,7 @@ void bind_cpu_light(py::module_& m) {
   def_group<LightLayer>(m, "light");
   def_named(m, "light_layer", &light_layer, "dtype, *, layer, out, mean_out, variance_out, norm, workspace, threads");
   def_named(m, "light_layer_backward", &light_layer_backward,
-            "dtype, *, layer, dout, dx_residual, dx, dwq, dwk, dwv, ddecay, dprev, norm, "
+            "dtype, *, layer, dout, dx_residual, dx, dwq, dwk, dwv, ddecay, dprev, dv, norm, "
             "batch_statistics, workspace, threads");
   def_named(m, "light_workspace", &light_workspace, "*, sizes, filter_size, threads");
 }

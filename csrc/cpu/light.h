@@ -1,13 +1,17 @@
-// The light form of a layer: out = gate * v + decay * prev, with gate = sigmoid(scale * <q, k>) of a head, and v, q and
-// k from x as in layer.h.
+// The light form of a layer: out = gate * act(v) + decay * prev, with gate = sigmoid(scale * <q, k>) of a head, and v,
+// q and k from x as in layer.h.
 //
-// To the kernels of the base form it is an aggregation of two sources with one head a channel. What a channel takes of
-// each source, gate and decay, is laid out as [2, B, C] by the forward and kept for the backward.
+// Without an activation it is, to the kernels of the base form, an aggregation of two sources with one head a channel.
+// What a channel takes of each source, gate and decay, is laid out as [2, B, C] by the forward and kept for the
+// backward.
 //
 // Least bytes: x read, v written, then v and prev read and out written. Backward: dout, v and prev read for their dot
-// products; then dout and x read and dx written, and dout read and dprev written.
+// products; then dout and x read and dx written, and dout read and dprev written. With an activation the gradient of v
+// is not a multiple of dout: it is written, and read in place of dout. What the activation makes of v is worked out
+// again, since keeping it would cost a map of memory.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/layer.h"
 
 namespace ela::ELA_ISA {
@@ -50,6 +54,34 @@ void light_factors_kernel(const LightParams& p, int threads) {
   });
 }
 
+// out = gate * act(v) + decay * prev.
+template <class T, class Act>
+void light_activated_kernel(const LightParams& p, Act, int threads) {
+  using A = Acc<T>;
+  const int64_t channels = p.shape.channels;
+  for_stat_blocks(
+      p.shape, threads,
+      [&](int64_t b, int64_t c) {
+        const T *v = planar_at<T>(p.v, b, c, 0), *prev = planar_at<T>(p.prev, b, c, 0);
+        T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
+        const A gate = light_factors<T>(p, 0)[b * channels + c], decay = light_factors<T>(p, 1)[b * channels + c];
+        for_vectors<T>(p.shape.positions(), [=](int64_t i, int n) {
+          store_n(out + i, gate * Act::of(load_n(v + i, n)).value + decay * load_n(prev + i, n), n);
+        });
+      },
+      [&](int64_t b, int64_t, int64_t first, int64_t last) {
+        const A *gate = light_factors<T>(p, 0) + b * channels, *decay = light_factors<T>(p, 1) + b * channels;
+        for (int64_t position = first; position < last; ++position) {
+          const T *v = interleaved_at<T>(p.v, b, position, 0), *prev = interleaved_at<T>(p.prev, b, position, 0);
+          T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, 0));
+          for_vectors<T>(channels, [=](int64_t c, int n) {
+            const Vec<T> value = Act::of(load_n(v + c, n)).value;
+            store_n(out + c, load_n(gate + c, n) * value + load_n(decay + c, n) * load_n(prev + c, n), n);
+          });
+        }
+      });
+}
+
 template <class T>
 void light_layer_kernel(const LightParams& p, int threads) {
   using A = Acc<T>;
@@ -72,7 +104,11 @@ void light_layer_kernel(const LightParams& p, int threads) {
     part.shape.part = at.heads;
     channel_filters_kernel<T>(light_filters(part), some);
     light_factors_kernel<T>(part, some);
-    aggregate_kernel<T>({by_channel(part.shape), 2, sources, columns, p.out, for_aggregate, {}}, some);
+    if (p.act == Activation::kNone) {
+      aggregate_kernel<T>({by_channel(part.shape), 2, sources, columns, p.out, for_aggregate, {}}, some);
+    } else {
+      by_activation<T>(p.act, [&](auto act) { light_activated_kernel<T>(part, act, some); });
+    }
     StatisticsParams of_part = statistics;
     of_part.shape.part = at.heads;
     if (wants_statistics) statistics_kernel<T>(of_part, some);
@@ -115,13 +151,64 @@ void light_rows_kernel(const LightParams& p, const Partials& q, const Acc<T>* pa
   });
 }
 
+// Of an activated value: partial sums [B, blocks, 2, C] by blocks of positions.
+inline Partials activated_partials(const ImageShape& s) {
+  const int64_t blocks = stat_blocks(s), row = 2 * s.channels;
+  return {blocks, blocks * row, 1, row, s.channels, s.batch * blocks * row};
+}
+
+// The dot products of dout with act(v) and with prev, and dv = gate * act'(v) * dout where it is wanted.
+template <class T, class Act>
+void light_activated_backward_kernel(const LightParams& p, const MapView& dout, const MapView& dv, Act,
+                                     Acc<T>* partials, int threads) {
+  using A = Acc<T>;
+  const int64_t channels = p.shape.channels;
+  const bool wants_dv = dv.data != nullptr;
+  const Partials q = activated_partials(p.shape);
+  for_stat_blocks(
+      p.shape, threads,
+      [&](int64_t b, int64_t c) {
+        const T *v = planar_at<T>(p.v, b, c, 0), *prev = planar_at<T>(p.prev, b, c, 0),
+                *d = planar_at<T>(dout, b, c, 0);
+        T* to = wants_dv ? const_cast<T*>(planar_at<T>(dv, b, c, 0)) : nullptr;
+        const A gate = light_factors<T>(p, 0)[b * channels + c];
+        Vec<T> of_value{}, of_prev{};
+        for_vectors<T>(p.shape.positions(), [&](int64_t i, int n) {
+          // Lanes beyond the end have a zero dout, and so add nothing.
+          const Vec<T> x = load_n(d + i, n);
+          const Activated<T> y = Act::of(load_n(v + i, n));
+          of_value += x * y.value;
+          of_prev += x * load_n(prev + i, n);
+          if (to != nullptr) store_n(to + i, gate * x * y.slope, n);
+        });
+        A* sums = partials + b * q.batch + c;
+        sums[0] = sum_lanes<T>(of_value), sums[q.depth] = sum_lanes<T>(of_prev);
+      },
+      [&](int64_t b, int64_t block, int64_t first, int64_t last) {
+        A* sums = partials + b * q.batch + block * q.block;
+        for_vectors<T>(channels, [&](int64_t c, int n) {
+          const Vec<T> gate = load_n(light_factors<T>(p, 0) + b * channels + c, n);
+          Vec<T> of_value{}, of_prev{};
+          for (int64_t position = first; position < last; ++position) {
+            const Vec<T> x = load_n(interleaved_at<T>(dout, b, position, c), n);
+            const Activated<T> y = Act::of(load_n(interleaved_at<T>(p.v, b, position, c), n));
+            of_value += x * y.value;
+            of_prev += x * load_n(interleaved_at<T>(p.prev, b, position, c), n);
+            if (wants_dv) store_n(const_cast<T*>(interleaved_at<T>(dv, b, position, c)), gate * x * y.slope, n);
+          }
+          store_n(sums + c, of_value, n), store_n(sums + q.depth + c, of_prev, n);
+        });
+      });
+}
+
 template <class T>
 void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
   using A = Acc<T>;
   const LightParams& f = p.forward;
   const ImageShape& image = f.shape;
   const int64_t elements = image.batch * image.channels;
-  const Partials q = plan_partials(by_channel(image), 2);
+  const bool activated = f.act != Activation::kNone;
+  const Partials q = activated ? activated_partials(image) : plan_partials(by_channel(image), 2);
   double* ddecay = static_cast<double*>(f.workspace);
   A* rows = reinterpret_cast<A*>(ddecay + elements);
   A* partials = rows + kTaps * image.channels;
@@ -133,8 +220,21 @@ void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
   A* for_convolve = for_aggregate + aggregate_workspace(by_channel(image), 1) + 2 * elements;
   const MapView values[] = {f.v, f.prev};
   const ColumnView gate = {light_factors<T>(f, 0), 1}, decay = {light_factors<T>(f, 1), 1};
-  GatherConvolveParams convolve = {image, image.channels, 1,    &p.dout, &gate,       f.x, f.taps, rows,
-                                   dmean, p.dx_residual,  p.dx, p.dtaps, for_convolve};
+  const A one = 1;
+  const ColumnView as_it_is = {&one, 0};
+  GatherConvolveParams convolve = {image,
+                                   image.channels,
+                                   1,
+                                   activated ? &p.dv : &p.dout,
+                                   activated ? &as_it_is : &gate,
+                                   f.x,
+                                   f.taps,
+                                   rows,
+                                   dmean,
+                                   p.dx_residual,
+                                   p.dx,
+                                   p.dtaps,
+                                   for_convolve};
   ChannelFilterBackwardParams filters = {light_filters(f), dquery, dkey, dmean, p.dwq, p.dwk, for_filters};
   BackwardParams dots = {};
   // The weights are only read for the push form, which this is not; the factors are as large.
@@ -147,10 +247,15 @@ void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
     if (f.is_block) norm_part(f.norm, at.heads, some, norm_backward_kernel<T>);
     LightParams part = f;
     part.shape.part = at.heads;
-    BackwardParams part_dots = dots;
-    part_dots.forward.shape = by_channel(part.shape);
-    image.interleaved ? dots_interleaved<T>(part_dots, q, partials, nullptr, some)
-                      : dots_planar<T>(part_dots, q, partials, some);
+    if (activated) {
+      by_activation<T>(f.act,
+                       [&](auto act) { light_activated_backward_kernel<T>(part, p.dout, p.dv, act, partials, some); });
+    } else {
+      BackwardParams part_dots = dots;
+      part_dots.forward.shape = by_channel(part.shape);
+      image.interleaved ? dots_interleaved<T>(part_dots, q, partials, nullptr, some)
+                        : dots_planar<T>(part_dots, q, partials, some);
+    }
     light_rows_kernel<T>(part, q, partials, dquery, dkey, ddecay, some);
     ChannelFilterBackwardParams part_filters = filters;
     part_filters.forward.shape.part = at.behind;
@@ -179,7 +284,8 @@ inline int64_t light_workspace(const ImageShape& s, int64_t filter_size, int thr
   const Shape flat = by_channel(s);
   const int64_t elements = s.batch * s.channels;
   const int64_t forward = depthwise_workspace(s) + aggregate_workspace(flat, 2) + norm_workspace(s);
-  const int64_t backward = 5 * elements + plan_partials(flat, 2).size + 2 * s.batch * filter_size +
+  const int64_t plain = plan_partials(flat, 2).size, activated = activated_partials(s).size;
+  const int64_t backward = 5 * elements + (plain > activated ? plain : activated) + 2 * s.batch * filter_size +
                            aggregate_workspace(flat, 1) + gather_convolve_workspace(s, 1, threads);
   return kTaps * s.channels + (forward > backward ? forward : backward);
 }

@@ -164,12 +164,17 @@ struct LayerBackwardParams {
   NormParams norm;  // gives the attention its dout
 };
 
-// The light form of a layer: out = gate * v + decay * prev, gate = sigmoid(scale * <q, k>) of a head.
+// What a value passes before it is gated: nothing, or GELU in its exact form or with a tanh.
+enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
+constexpr int kActivations = 3;
+
+// The light form of a layer: out = gate * act(v) + decay * prev, gate = sigmoid(scale * <q, k>) of a head.
 struct LightParams {
   ImageShape shape;
   int64_t heads, filter_size;
   double scale;
-  MapView x, v, prev, out;        // the backward reads v, and no out
+  Activation act;
+  MapView x, v, prev, out;        // the backward reads v, and no out; v is kept as it is before the activation
   const void *wq, *wk, *taps;     // as in ChannelFilterParams and DepthwiseParams
   const void* decay;              // [C]
   void *mean, *query, *key;       // [B, C]
@@ -180,10 +185,11 @@ struct LightParams {
   NormParams norm;
 };
 
-// Its gradients; each may be left out. `dx_residual` is added to dx.
+// Its gradients; each may be left out. `dx_residual` is added to dx. `dv` takes the gradient of v where that passes an
+// activation; without one it is never stored.
 struct LightBackwardParams {
   LightParams forward;
-  MapView dout, dx_residual, dx, dprev;
+  MapView dout, dx_residual, dx, dprev, dv;
   void *dwq, *dwk, *dtaps, *ddecay;
 };
 

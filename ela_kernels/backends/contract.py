@@ -28,6 +28,7 @@ from ela_kernels.backends.types import (
     Saved,
     SavedLayer,
     SavedLightLayer,
+    ValueAct,
 )
 
 HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
@@ -250,8 +251,12 @@ class KernelBackend(Backend):
         heads: int,
         scale: float,
         epilogue: NormAct | None = None,
+        value_act: ValueAct | None = None,
     ) -> LightForward:
-        """Query, key and value from `x`, `gate * v + decay * prev`, and what follows. Maps are in the form of `x`."""
+        """Query, key and value from `x`, `gate * act(v) + decay * prev`, and what follows.
+
+        Maps are in the form of `x`.
+        """
         raise NotImplementedError(f"{self.name} has no kernels of a light layer")
 
     def light_layer_backward(

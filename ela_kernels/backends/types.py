@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -197,12 +197,16 @@ class LightFilters(NamedTuple):
     decay: Tensor
 
 
+ValueAct = Literal["gelu", "gelu_tanh"]
+"""What the value of a light layer passes before it is gated: GELU as it is, or in the form with a tanh."""
+
+
 class LightForward(NamedTuple):
     """What a light layer makes of its input; all but `out` and what follows the factors is kept for the backward.
 
     Attributes:
         out: the light output, which goes on to the next layer.
-        mean, q, k, v: of the input.
+        mean, q, k, v: of the input; `v` before its activation.
         factors: the gates as the backend's backward reads them.
         statistics: with a norm, mean and biased variance `[2, C]` that it normed with.
         block: with a norm, `x + mask * act(norm(out))`.
@@ -221,7 +225,7 @@ class LightForward(NamedTuple):
 class SavedLightLayer(NamedTuple):
     """What a light layer leaves to its backward: its inputs, and what the forward made of them.
 
-    `out` and `statistics` are there where a norm follows.
+    `value_act` is None where the value is gated as it is; `out` and `statistics` are there where a norm follows.
     """
 
     x: Tensor
@@ -229,6 +233,7 @@ class SavedLightLayer(NamedTuple):
     prev: Tensor
     heads: int
     scale: float
+    value_act: ValueAct | None
     epilogue: NormAct | None
     mean: Tensor
     q: Tensor

@@ -18,7 +18,8 @@ from ela_kernels.conversion.fused import (
     fuse,
     unfuse,
 )
-from ela_kernels.conversion.handshake import base_form, check_class, check_names, light_form
+from ela_kernels.conversion.handshake import base_form, check_class, check_names
+from ela_kernels.conversion.light_handshake import light_form
 from ela_kernels.conversion.report import ConversionReport
 from ela_kernels.conversion.tails import find_tail
 from ela_kernels.conversion.trial import DisagreementError, isolated, parameter_names
@@ -48,7 +49,7 @@ def convert(
 
     Known are the base form, `forward(x, keys, values) -> (out, keys, values)`, which begins a stage anew by itself or
     where it is given None; the light form, `forward(x)` within a module with `lambda_t` that is called with the output
-    before; and `ela_kernels.modules.ConcatLayerAttention`. What a converted layer hands on as keys and values are
+    before, on maps or on tokens with a class token; and `ela_kernels.modules.ConcatLayerAttention`. What a converted layer hands on as keys and values are
     stand-ins for the stacked tensors: as soon as other code than the layers uses them they become those tensors, and
     the next layer goes on from what it is given. In compiled graphs and under `torch.func` the original code runs.
 
@@ -265,15 +266,10 @@ def _light_plan(name: str, module: nn.Module, names: dict[str, nn.Module]) -> _P
     parent = names[around]
     if is_parametrized(parent):
         raise DisagreementError("the module around it has a parametrization of its own")
-    form, factor = light_form(parent, child)
-    plan = _Plan(f"light form, {form.dim // form.head_dim} heads of {form.head_dim}")
-    of_parent: dict[str, object] = {"fused_layer_name": child, "fused_factor": factor}
-    plan.steps.append((module, FusedGate, {"fused_form": form}))
-    plan.steps.append((parent, FusedDecay, of_parent))
-
-    def fuse_copy(copy: nn.Module) -> None:
-        fuse(copy.get_submodule(child), FusedGate, fused_form=form)
-        fuse(copy, FusedDecay, fused_layer_name=child, fused_factor=factor)
-
-    plan.add_block(around, form.dim, False, names, fuse_copy)
+    found = light_form(parent, child)
+    plan = _Plan(found.what)
+    plan.steps.append((module, FusedGate, {"fused_form": found.form}))
+    plan.steps.append((parent, found.around, found.kept))
+    if found.around is FusedDecay:  # a block around tokens ends in a sum alone
+        plan.add_block(around, found.form.dim, False, names, found.carry_out)
     return plan

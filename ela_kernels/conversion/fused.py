@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
+from ela_kernels.backends.types import ValueAct
 from ela_kernels.conversion.cut import end_here
 from ela_kernels.conversion.stacked import Stacked, continued
 from ela_kernels.modules.layer_attention import LayerAttention
@@ -23,12 +24,33 @@ from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.torch_internals import has_hooks, has_own_hooks, is_plain_convolution, own_child
 
 
+class ActModule(NamedTuple):
+    """The module that a value passes, as it was found: its name, its class, and which form it says that it has."""
+
+    name: str
+    kind: type[nn.Module]
+    approximate: object
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> ActModule:
+        return cls(name, type(module), getattr(module, "approximate", None))
+
+    def is_still(self, module: nn.Module | None) -> bool:
+        return (
+            type(module) is self.kind
+            and "forward" not in vars(module)
+            and getattr(module, "approximate", None) == self.approximate
+        )
+
+
 class Form(NamedTuple):
     """What the handshake found out about a published layer.
 
     Attributes:
         dim, head_dim, kernel_size: as of :class:`ela_kernels.LayerAttention`.
         parameters: names of the arguments of its forward.
+        value_act: what the value of a light layer passes.
+        act_module: the module of that; None where it is a function's.
         starts: whether it begins anew whatever it is given.
         starts_on_none: whether it begins anew where keys and values are None.
         carries: whether keys and values are no tensors in compiled graphs either, since some layers can be skipped.
@@ -38,6 +60,8 @@ class Form(NamedTuple):
     head_dim: int
     kernel_size: int
     parameters: tuple[str, ...]
+    value_act: ValueAct | None = None
+    act_module: ActModule | None = None
     starts: bool = False
     starts_on_none: bool = False
     carries: bool = False
@@ -196,6 +220,14 @@ class FusedGate(FusedFilters, LightLayerAttention):
     """
 
     stands_for = LightLayerAttention
+    value_act = property(lambda self: self.fused_form.value_act)
+
+    def fused_is_watched(self) -> bool:
+        """Whether a part that ours does not call has hooks, or the activation is not what it was."""
+        act = self.fused_form.act_module
+        if act is not None and not act.is_still(own_child(self, act.name)):
+            return True
+        return super().fused_is_watched()
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original, or `[B, C, H, W]` of `x`, the output before and the decay."""

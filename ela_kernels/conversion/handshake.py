@@ -12,8 +12,6 @@ from ela_kernels.conversion.fused import (
     SIZES,
     Form,
     Fused,
-    FusedDecay,
-    FusedGate,
     FusedLayer,
     fuse,
     fused_class,
@@ -25,12 +23,10 @@ from ela_kernels.conversion.trial import (
     RaisedError,
     close,
     failure,
-    kept_by,
     parameter_names,
     same_gradients,
 )
 from ela_kernels.ops.layer_attention.reference import layer_attention_reference
-from ela_kernels.ops.light_layer_attention import light_layer_attention
 
 # Deeper than any stage that was published, so that a window over the last layers is seen for what it is.
 MAP, DEPTH = (3, 2), 48
@@ -77,7 +73,7 @@ class Layer:
         with failure("a convolution of it"):
             return self.own.Wq(y).squeeze(1), self.own.Wk(y).squeeze(1), self.own.Wv(x)
 
-    def form(self, head_dim: int, **found: bool) -> Form:
+    def form(self, head_dim: int, **found: Any) -> Form:
         return Form(self.dim, head_dim, self.kernel_size, self.names, **found)
 
 
@@ -142,87 +138,11 @@ def base_form(module: nn.Module) -> Form:
             ]
             fuse(layer.own, FusedLayer, fused_form=form)
             for call, of, wanted in zip(calls, theirs, gradients, strict=True):
-                _agree(layer.copy, layer.own(*call), of, call, wanted)
+                agree(layer.copy, layer.own(*call), of, call, wanted)
             return form
     raise DisagreementError(
         "its output is not softmax attention over the keys with scores divided by the root of the head size"
     )
-
-
-def light_form(module: nn.Module, name: str) -> tuple[Form, str]:
-    """What the child `name` of `module` is as the light form, and which parameter of `module` is its decay.
-
-    `module` computes `forward(x, prev_out) -> out`.
-
-    Raises:
-        DisagreementError: it is something else.
-    """
-    layer = Layer(module.get_submodule(name), module, name)
-    if len(parameter_names(module)) != 2:
-        raise DisagreementError(
-            "it gives the gated value alone, and the module around it is not called with the output before"
-        )
-    _check_gate(layer)
-    factors = [n for n, p in module.named_parameters(recurse=False) if p.shape == (layer.dim, 1, 1)]
-    if not factors:
-        raise DisagreementError(
-            f"the module around it has no factor [{layer.dim}, 1, 1] of the output before"
-        )
-    random = layer.copy.random
-    x = random(2, layer.dim, *MAP).requires_grad_()
-    prev_out = random(2, layer.dim, *MAP).requires_grad_()
-    out = layer.copy.run(x, prev_out)
-    q, k, v = layer.parts(x)
-    for head_dim in layer.sizes:
-        for factor in factors:
-            decay = getattr(layer.copy.module, factor)
-            if close(out, light_layer_attention(q, k, v, prev_out, decay, layer.dim // head_dim)):
-                form = layer.form(head_dim)
-                around = layer.copy.module
-                check_names(layer.own, FusedGate, form)
-                check_names(around, FusedDecay)
-                check_class(layer.own, FusedGate)
-                check_class(around, FusedDecay)
-                wanted = layer.copy.gradients((out,), (x, prev_out))
-                fuse(layer.own, FusedGate, fused_form=form)
-                fuse(around, FusedDecay, fused_layer_name=name, fused_factor=factor)
-                ours = (around(x, prev_out),)
-                _agree(layer.copy, ours, (out,), (x, prev_out), wanted)
-                return form, factor
-    raise DisagreementError("its output is not the gated value plus the decayed output before")
-
-
-def _check_gate(layer: Layer) -> None:
-    """That a light layer gives its gated value, and if it does not, what else it is."""
-    x = layer.copy.random(2, layer.dim, *MAP)
-    before = kept_by(layer.own)
-    with failure("its forward(x)"):
-        out = layer.own.eval()(x)
-    if kept_by(layer.own) != before:
-        raise DisagreementError("its forward keeps something in the module, which ours would not")
-    q, k, v = layer.parts(x)
-    nothing = torch.zeros_like(v)
-    decay = torch.zeros(layer.dim, 1, 1, dtype=v.dtype, device=v.device)
-    acts = {"": None, **{name: m for name, m in layer.own.named_children() if name not in "WqWkWv"}}
-    for name, act in acts.items():
-        try:
-            value = v if act is None else act(v)
-        except Exception:  # a pooling, say
-            continue
-        if not isinstance(value, Tensor) or value.shape != v.shape:
-            continue
-        gates = (
-            light_layer_attention(q, k, value, nothing, decay, layer.dim // size)
-            for size in layer.sizes
-        )
-        if any(close(out, gate) for gate in gates):
-            if act is None:
-                return
-            raise DisagreementError(
-                f"its value passes {type(act).__name__} ({name}), which no kernel here knows: converting it would gain "
-                "nothing"
-            )
-    raise DisagreementError("its output is not a value that is gated by query and key")
 
 
 def check_names(module: nn.Module, mixin: type[Fused], form: Form | None = None) -> None:
@@ -251,7 +171,7 @@ def check_class(module: nn.Module, mixin: type[Fused]) -> None:
         fused_class(mixin, type(module))
 
 
-def _agree(
+def agree(
     copy: Copy,
     ours: Sequence[Any],
     theirs: Sequence[Tensor],

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph
-from ela_kernels.backends.types import LightFilters
+from ela_kernels.backends.types import LightFilters, ValueAct
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
-from ela_kernels.ops.light_layer_attention.interface import gated
+from ela_kernels.ops.light_layer_attention.interface import activated, gated
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
 
@@ -24,13 +24,15 @@ class LightLayerAttention(QueryKeyValue):
     Equivalent PyTorch::
 
         y = x.mean((2, 3)).unsqueeze(1)                                  # [B, 1, C]
-        q, k, v = Wq(y).squeeze(1), Wk(y).squeeze(1), Wv(x)
+        q, k, v = Wq(y).squeeze(1), Wk(y).squeeze(1), Wv(x)              # and F.gelu(v) with `value_act`
         out = ek.light_layer_attention(q, k, v, prev_out, lambda_t, heads=dim // head_dim)
 
     Args:
         dim: number of channels C.
         head_dim: channels of a head; a divisor of `dim`.
         kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
+        value_act: what the value passes before it is gated: `"gelu"`, `"gelu_tanh"` (`F.gelu(v, approximate="tanh")`),
+            or nothing.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
@@ -39,8 +41,17 @@ class LightLayerAttention(QueryKeyValue):
         MRLA (arXiv 2302.03985), light form. Parameters have the published names, `lambda_t` `[C, 1, 1]` included.
     """
 
-    def __init__(self, dim: int, head_dim: int = 32, kernel_size: int | None = None) -> None:
+    value_act: ValueAct | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int = 32,
+        kernel_size: int | None = None,
+        value_act: ValueAct | None = None,
+    ) -> None:
         super().__init__(dim, head_dim, kernel_size)
+        self.value_act = checks.check_value_act(value_act)
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
 
     def plan(
@@ -93,11 +104,22 @@ class LightLayerAttention(QueryKeyValue):
             if isinstance(plan, LightPlan):
                 served(self, "layer", plan.backend.name)
                 scale = self.head_dim**-0.5
-                return light_layer(plan.backend, x, plan.filters, prev_out, self.heads, scale)[0]
+                out, _ = light_layer(
+                    plan.backend,
+                    x,
+                    plan.filters,
+                    prev_out,
+                    self.heads,
+                    scale,
+                    None,
+                    self.value_act,
+                )
+                return out
             refused(self, "layer", plan, tells=plan.forced is None)
             why = plan
         served_without_kernels(self, "eager")
         q, k, v = self.query_key_value(x)
+        v = activated(v, self.value_act)
         if isinstance(prev_out, Tensor) and prev_out.dtype in checks.ALLOWED_DTYPES:
             if is_autocast_on(x) and may_be_cast(prev_out):
                 # The stage's input need not have passed through an autocast operation.
@@ -108,3 +130,7 @@ class LightLayerAttention(QueryKeyValue):
                 q, k, v, prev_out = (t.to(wider) for t in (q, k, v, prev_out))
         decay = self.lambda_t if decay is None else decay
         return gated(q, k, v, prev_out, decay, self.heads, why=why)
+
+    def extra_repr(self) -> str:
+        sizes = super().extra_repr()
+        return sizes if self.value_act is None else f"{sizes}, value_act={self.value_act!r}"

@@ -85,7 +85,14 @@ def light_residual_block(
             epilogue = epilogue_of(norm, act, drop_path, x)
             scale = attn.head_dim**-0.5
             o, block = light_layer(
-                plan.backend, x, plan.filters, prev_out, attn.heads, scale, epilogue
+                plan.backend,
+                x,
+                plan.filters,
+                prev_out,
+                attn.heads,
+                scale,
+                epilogue,
+                attn.value_act,
             )
             assert block is not None
             return block, o

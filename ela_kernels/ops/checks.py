@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
+
+from ela_kernels.backends.types import ValueAct
 
 ALLOWED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALLOWED_NAMES = "float64, float32, bfloat16 or float16"
@@ -48,6 +51,17 @@ def check_scale(scale: object, head_dim: int) -> float:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}; allowed is a float or None")
     return float(scale)
+
+
+VALUE_ACTS = (None, *get_args(ValueAct))
+
+
+def check_value_act(value_act: object) -> ValueAct | None:
+    if value_act not in VALUE_ACTS:
+        raise ValueError(
+            f"value_act: got {value_act!r}; allowed are {', '.join(map(repr, VALUE_ACTS))}"
+        )
+    return cast("ValueAct | None", value_act)
 
 
 def check_like(name: str, tensor: Tensor, q: Tensor) -> None:

@@ -24,12 +24,12 @@ CONVERTED = {
     "light imagenet, gates": 5,
     "light backbone": 5,
     "base tokens": 0,
+    "light tokens": 0,
     "dynamic base": 5,
     "dynamic light": 5,
     "dynamic light, imagenet": 5,
 }
 REASONS = {
-    "light tokens": "its value passes GELU",
     "equation (4)": "view() mixes layers and heads",
     "raw features": "raw feature maps",
     "raw features, linear": "raw feature maps",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from tests.support.small_published import Decay, Gate, Layer, Network
+from tests.support.small_published import ActivatedGate, Decay, Gate, Layer, Network
 
 
 class Raw(Layer):
@@ -96,20 +96,10 @@ class Failing(Layer):
 class Activated(Decay):
     """The light form whose value passes an activation."""
 
-    def __init__(self) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor] = nn.SiLU()) -> None:  # noqa: B008
         super().__init__(8)
-        self.mrla.act_v = nn.GELU()
+        self.mrla = ActivatedGate(8, act)
         self.mrla.register_forward_hook(lambda *_: None)
-        self.mrla.__class__ = ActivatedGate
-
-
-class ActivatedGate(Gate):
-    def forward(self, x: Tensor) -> Tensor:
-        b, c = x.shape[:2]
-        y = x.mean((2, 3)).unsqueeze(1)
-        q, k = (w(y).view(b, self.heads, -1) for w in (self.Wq, self.Wk))
-        gate = ((q * k).sum(-1, keepdim=True) * (c // self.heads) ** -0.5).sigmoid()
-        return self.act_v(self.Wv(x)) * gate.expand_as(q).reshape(b, c, 1, 1)
 
 
 def unlike(change: Callable[[Layer], object]) -> Layer:
@@ -128,7 +118,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "dropout": (lambda: Dropping(8), "in training differ"),
     "an error": (lambda: Failing(8), "raised KeyError: 'no such thing'"),
     "alone": (lambda: Gate(8), "the module around it is not called with the output before"),
-    "an activation": (Activated, r"its value passes GELU \(act_v\)"),
+    "an activation": (Activated, r"its value passes SiLU \(act_v\)"),
     "on the meta device": (lambda: Layer(8).to("meta"), "meta device"),
     "no depthwise value": (
         lambda: unlike(lambda m: setattr(m, "Wv", nn.Conv2d(8, 8, 1))),

@@ -25,9 +25,9 @@ pytestmark = [
 SHAPES = [((2, 6, 1, 1), 2), ((2, 37, 7, 7), 37), ((3, 24, 9, 33), 8), ((2, 64, 56, 56), 32)]
 
 
-def make_blocks(shape, head_dim, dtype, form, depth=3):
+def make_blocks(shape, head_dim, dtype, form, depth=3, act=None):
     torch.manual_seed(2)
-    layers = [ek.LightLayerAttention(shape[1], head_dim) for _ in range(depth)]
+    layers = [ek.LightLayerAttention(shape[1], head_dim, value_act=act) for _ in range(depth)]
     blocks = nn.ModuleList(MRLALight(layer, 0.0) for layer in layers).to(dtype)
     for block in blocks:
         nn.init.normal_(block.norm.weight, 1.0, 0.5)
@@ -63,6 +63,14 @@ def block_step(blocks, x, autocast=None):
 def test_a_stage_of_blocks(shape, head_dim, is_training, form, light_backend):
     blocks, x = make_blocks(shape, head_dim, torch.float32, form)
     assert_right(blocks.train(is_training), x, light_backend, block_step)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("act", ["gelu", "gelu_tanh"])
+def test_an_activation_of_the_value(act, dtype, form, light_backend):
+    blocks, x = make_blocks((4, 32, 13, 16), 8, dtype, form, act=act)
+    assert_right(blocks, x, light_backend, block_step)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from support.light_layers import FORMS, block_step, layer_step, make_blocks, make_layer
+from support.light_layers import ACTS, FORMS, block_step, layer_step, make_blocks, make_layer
 from torch import nn
 
 import ela_kernels as ek
@@ -70,16 +70,111 @@ def test_output_and_gradients(compare, poisoned_memory, shape, head_dim, form):
     compare(lambda: layer_step(*make_layer(shape, head_dim, form=form)))
 
 
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shape", "head_dim"), SHAPES[:5], ids=str)
+def test_an_activation_of_the_value(compare, poisoned_memory, shape, head_dim, form, act):
+    compare(lambda: layer_step(*make_layer(shape, head_dim, form=form, act=act)))
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_an_activation_within_residual_blocks(compare, form, act):
+    blocks, x = make_blocks((3, 12, 17, 5), 3, 4, form, drop_path=0.3, act=act)
+    for training in (True, False):
+        compare(lambda: block_step(blocks, x), calls=3 if training else 6)
+        blocks.eval()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("act", ACTS)
+def test_derivatives_of_an_activation(act, backend):
+    layer, x, prev = make_layer((2, 4, 3, 2), 2, act=act)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x, prev, *given):
+        return torch.func.functional_call(layer, dict(zip(names, given, strict=True)), (x, prev))
+
+    with ek.use_backend(backend):
+        assert torch.autograd.gradcheck(run, (x, prev, *parameters))
+        if backend == "eager":
+            assert torch.autograd.gradgradcheck(run, (x, prev, *parameters))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("act", ACTS)
+def test_an_activation_from_end_to_end(fused_calls, act, dtype):
+    """Both sides and zero, in each lane of a vector; beyond, nothing is left of one side and all of the other."""
+    layer = ek.LightLayerAttention(1, 1, value_act=act).to(dtype)
+    with torch.no_grad():
+        layer.Wv.weight.zero_()[..., 1, 1] = 1
+        layer.Wq.weight.zero_()  # a gate of one half
+    near = torch.linspace(-8, 8, 40001, dtype=dtype)
+    x = torch.cat((near, torch.tensor([-1e30, -20.0, 20.0, 1e30, 0.0, -0.0], dtype=dtype)))
+    x = x.view(1, 1, 1, -1).requires_grad_()
+    (slope,) = torch.autograd.grad(2 * layer(x, torch.zeros_like(x)).sum(), x)
+    assert fused_calls == ["light_layer"]
+    found, slope = 2 * layer(x, torch.zeros_like(x)).detach().flatten().double(), slope.double()
+    exact = x.detach().double().requires_grad_()
+    if act == "gelu":  # by erfc, since 1 + erf(x) has no digits left on the far negative side
+        want = exact * torch.special.erfc(-exact / 2**0.5) / 2
+    else:
+        want = nn.functional.gelu(exact, approximate="tanh")
+    (want_slope,) = torch.autograd.grad(want.sum(), exact)
+    want = want.detach().flatten()
+    eps = torch.finfo(dtype).eps
+    assert ((found - want).abs() <= 8 * eps * want.abs().clamp(min=1.0)).all()
+    # In float64 PyTorch's own slope is rounded too: 1 - tanh(w)^2 once, and that is multiplied with up to 80.
+    near = (want_slope - slope).abs().flatten()[:-6]
+    assert (near <= (80 if dtype == torch.float64 else 16) * eps).all()
+    if act == "gelu" and dtype == torch.float32:
+        # An exponential is off by as many roundings as its exponent is large: 32, of half an eps.
+        here = (x.detach() >= -8).flatten()
+        assert ((found - want).abs() <= 16 * eps * want.abs())[here].all()
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_what_is_no_number_stays_none(act):
+    layer, x, prev = make_layer((1, 2, 5, 5), 1, torch.float32, act=act)
+    with torch.no_grad():
+        x[0, 0, 2, 2] = float("nan")
+    out = layer(x, prev)
+    assert out[0, 0].isnan().all()  # by the gate
+    assert out[0, 1].isfinite().all()
+
+
+def test_another_activation_is_refused():
+    for wrong in ("relu", 1, nn.GELU()):
+        with pytest.raises(
+            ValueError, match=r"value_act: got .*; allowed are None, 'gelu', 'gelu_tanh'"
+        ):
+            ek.LightLayerAttention(8, 4, value_act=wrong)
+    layer, x, prev = make_layer((2, 6, 3, 3), 3)
+    layer.value_act = "silu"
+    for backend in ("auto", "eager"):
+        with ek.use_backend(backend), pytest.raises(ValueError, match="value_act: got 'silu'"):
+            layer(x, prev)
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [(torch.float32, 2e-6), (torch.bfloat16, 1.6e-2), (torch.float16, 2e-3)],
+    ("dtype", "tolerance", "act"),
+    [
+        (torch.float32, 2e-6, None),
+        (torch.bfloat16, 1.6e-2, None),
+        (torch.float16, 2e-3, None),
+        (torch.float32, 2e-6, "gelu"),
+        (torch.float32, 2e-6, "gelu_tanh"),
+        (torch.bfloat16, 1.6e-2, "gelu"),
+        (torch.float16, 2e-3, "gelu"),
+    ],
     ids=str,
 )
-def test_dtypes_against_float64(fused_calls, dtype, tolerance, form):
-    found = layer_step(*make_layer((2, 24, 9, 13), 8, dtype, form))
+def test_dtypes_against_float64(fused_calls, dtype, tolerance, act, form):
+    found = layer_step(*make_layer((2, 24, 9, 13), 8, dtype, form, act))
     assert fused_calls == ["light_layer"]
-    layer, x, prev = make_layer((2, 24, 9, 13), 8, dtype, form)
+    layer, x, prev = make_layer((2, 24, 9, 13), 8, dtype, form, act)
     exact = (t.detach().double().requires_grad_() for t in (x, prev))
     with ek.use_backend("eager"):
         expected = layer_step(layer.double(), *exact)
@@ -127,10 +222,16 @@ def test_a_gradient_that_is_expanded_or_negated(compare):
     compare(run)
 
 
-@pytest.mark.parametrize("frozen", ["x", "prev", "Wq", "Wk", "Wv", "lambda_t", "all parameters"])
-def test_what_needs_no_gradient(compare, frozen):
-    layer, x, prev = make_layer((2, 6, 5, 4), 3)
-    if frozen == "x":
+@pytest.mark.parametrize("act", [None, "gelu"])
+@pytest.mark.parametrize(
+    "frozen", ["x", "prev", "Wq", "Wk", "Wv", "lambda_t", "all parameters", "x and Wv"]
+)
+def test_what_needs_no_gradient(compare, frozen, act):
+    layer, x, prev = make_layer((2, 6, 5, 4), 3, act=act)
+    if frozen == "x and Wv":  # a value whose gradient nobody asks for
+        x = x.detach()
+        layer.Wv.requires_grad_(False)
+    elif frozen == "x":
         x = x.detach()
     elif frozen == "prev":
         prev = prev.detach()
@@ -149,9 +250,10 @@ def test_without_gradients_nothing_is_kept(fused_calls):
     assert fused_calls == ["light_block"] * 2
 
 
-def test_same_bits_on_any_number_of_threads():
+@pytest.mark.parametrize("act", [None, "gelu"])
+def test_same_bits_on_any_number_of_threads(act):
     for form in FORMS:
-        layer, x, prev = make_layer((6, 24, 17, 19), 8, torch.float32, form)
+        layer, x, prev = make_layer((6, 24, 17, 19), 8, torch.float32, form, act)
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)

@@ -12,11 +12,14 @@ from ela_kernels.models.blocks import MRLALight
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 FORMS = [torch.contiguous_format, torch.channels_last]
+ACTS = ["gelu", "gelu_tanh"]
 
 
-def make_layer(shape, head_dim=None, dtype=torch.float64, form=FORMS[0]):
+def make_layer(shape, head_dim=None, dtype=torch.float64, form=FORMS[0], act=None):
     torch.manual_seed(4)
-    layer = ek.LightLayerAttention(shape[1], head_dim or shape[1]).to(dtype)
+    layer = ek.LightLayerAttention(shape[1], head_dim or shape[1], value_act=act).to(dtype)
+    if act is not None:  # values as far from zero as an activation bends
+        nn.init.normal_(layer.Wv.weight)
     x, prev = (torch.randn(shape).to(dtype).contiguous(memory_format=form) for _ in range(2))
     return layer, x.requires_grad_(), prev.requires_grad_()
 
@@ -41,11 +44,14 @@ def layer_step(layer, x, prev):
     return [out, *torch.autograd.grad(loss, inputs, allow_unused=True)]
 
 
-def make_blocks(shape, depth=3, head_dim=None, form=FORMS[0], drop_path=0.0, dtype=torch.float64):
+def make_blocks(
+    shape, depth=3, head_dim=None, form=FORMS[0], drop_path=0.0, dtype=torch.float64, act=None
+):
     torch.manual_seed(2)
     size = head_dim or shape[1]
     blocks = nn.ModuleList(
-        MRLALight(ek.LightLayerAttention(shape[1], size), drop_path) for _ in range(depth)
+        MRLALight(ek.LightLayerAttention(shape[1], size, value_act=act), drop_path)
+        for _ in range(depth)
     ).to(dtype)
     for block in blocks:
         nn.init.normal_(block.norm.weight, 1.0, 0.5)

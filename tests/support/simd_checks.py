@@ -125,13 +125,15 @@ def check_calls(dtype: torch.dtype) -> None:
 
 def check_layers(dtype: torch.dtype, tolerance: float) -> None:
     """A residual block of each form against the same modules in float64 and eager PyTorch; odd sizes."""
-    for shape, head_dim, form in (
-        ((2, 12, 7, 19), 4, torch.contiguous_format),
-        ((2, 37, 5, 3), 37, torch.channels_last),
-        ((1, 70, 9, 16), 1, torch.channels_last),
+    for shape, head_dim, form, act in (
+        ((2, 12, 7, 19), 4, torch.contiguous_format, "gelu"),
+        ((2, 37, 5, 3), 37, torch.channels_last, None),
+        ((1, 70, 9, 16), 1, torch.channels_last, "gelu_tanh"),
+        ((2, 13, 5, 4), 13, torch.contiguous_format, None),
     ):
         x = torch.randn(shape).to(dtype).contiguous(memory_format=form)
-        light = MRLALight(ek.LightLayerAttention(shape[1], head_dim), 0.0).to(dtype)
+        layer = ek.LightLayerAttention(shape[1], head_dim, value_act=act)
+        light = MRLALight(layer, 0.0).to(dtype)
         base = ek.ELA(shape[1], head_dim).to(dtype)
         for block, new in ((light, PreviousOutput), (base, ek.LayerHistory)):
             found = _gradients(copy.deepcopy(block), x, new())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,6 +59,21 @@ class Gate(nn.Module):
         q, k = (w(y).view(b, self.heads, -1) for w in (self.Wq, self.Wk))
         gate = ((q * k).sum(-1, keepdim=True) * (c // self.heads) ** -0.5).sigmoid()
         return self.Wv(x) * gate.expand_as(q).reshape(b, c, 1, 1)
+
+
+class ActivatedGate(Gate):
+    """The same, whose value passes an activation: a module, or a function."""
+
+    def __init__(self, dim: int, act: Callable[[Tensor], Tensor], head_dim: int = 4) -> None:
+        super().__init__(dim, head_dim)
+        self.act_v = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c = x.shape[:2]
+        y = x.mean((2, 3)).unsqueeze(1)
+        q, k = (w(y).view(b, self.heads, -1) for w in (self.Wq, self.Wk))
+        gate = ((q * k).sum(-1, keepdim=True) * (c // self.heads) ** -0.5).sigmoid()
+        return self.act_v(self.Wv(x)) * gate.expand_as(q).reshape(b, c, 1, 1)
 
 
 class Decay(nn.Module):
@@ -140,3 +156,64 @@ class Network(nn.Module):
             else:
                 x, k, v = block(x, k, v)
         return self.head(x.mean((2, 3)))
+
+
+class TokenDecay(nn.Module):
+    """The light form on tokens `[B, 1 + N, C]`: the class token goes by, and norms come first."""
+
+    def __init__(
+        self,
+        dim: int,
+        act: Callable[[Tensor], Tensor] | None = None,
+        normed: tuple[bool, bool] = (True, True),
+        shape: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.mrla = ActivatedGate(dim, nn.GELU() if act is None else act)
+        self.lambda_t = nn.Parameter(torch.randn(*shape, dim))
+        if normed[0]:
+            self.normx = nn.LayerNorm(dim, eps=1e-6)
+        if normed[1]:
+            self.normo = nn.LayerNorm(dim, eps=1e-6)
+        self.normed = normed
+
+    def forward(self, xt: Tensor, ot_1: Tensor) -> Tensor:
+        xt = self.normx(xt) if self.normed[0] else xt
+        ot_1 = self.normo(ot_1) if self.normed[1] else ot_1
+        b, n, c = xt.shape
+        first, tokens = torch.split(xt, [1, n - 1], dim=1)
+        side = int((n - 1) ** 0.5)
+        out = self.mrla(tokens.reshape(b, side, side, c).permute(0, 3, 1, 2))
+        out = out.flatten(2).permute(0, 2, 1) + self.lambda_t * ot_1[:, 1:]
+        return torch.cat((first, out), dim=1)
+
+
+class TokenBlock(nn.Module):
+    """A block of a transformer, its attention between tokens left out."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.mrla = TokenDecay(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = x
+        x = x + self.mlp(self.norm(x))
+        return x + self.mrla(x, before)
+
+
+class TokenNetwork(nn.Module):
+    """Patches of 2 x 2 and a class token, then three blocks."""
+
+    def __init__(self, dim: int = 8) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, dim, 2, 2)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.blocks = nn.Sequential(*(TokenBlock(dim) for _ in range(3)))
+        self.head = nn.Linear(dim, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1)
+        return self.head(self.blocks(x)[:, 0])

@@ -15,6 +15,7 @@ from support.layer_stages import (
     recorded_calls,
 )
 from support.light_layers import (
+    ACTS,
     FORMS,
     WithPrevious,
     block_step,
@@ -22,6 +23,7 @@ from support.light_layers import (
     make_layer,
     run_blocks,
 )
+from support.small_published import TokenNetwork
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -79,8 +81,8 @@ def factor_of(dtype):
     return INTERPRETED if dtype == torch.bfloat16 else 4
 
 
-def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_step):
-    layer, x, prev = make_layer(shape, head_dim, dtype, form)
+def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_step, act=None):
+    layer, x, prev = make_layer(shape, head_dim, dtype, form, act)
     check(step, WithPrevious(layer, prev), x, factor_of(dtype))
 
 
@@ -90,6 +92,56 @@ def check_layer(shape, head_dim, dtype=torch.float32, form=FORMS[0], step=layer_
 def test_a_layer(shape, head_dim, form, calls):
     check_layer(shape, head_dim, form=form)
     assert calls == ["light_layer", "light_layer_backward"]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("shape", "head_dim"), [SHAPES[2], SHAPES[5]], ids=str)
+def test_an_activation_of_the_value(shape, head_dim, form, act, launched):
+    check_layer(shape, head_dim, form=form, act=act)
+    assert launched == [f"light_layer_{n}_kernel" for n in ("fwd", "bwd", "bwd_rows")]
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_an_activation_in_half_precision_and_in_blocks(form):
+    check_layer((2, 12, 3, 6), 4, torch.bfloat16, form, act="gelu")
+    check(block_step, *make_blocks((2, 6, 3, 5), 2, 3, form, dtype=torch.float32, act="gelu"))
+
+
+@pytest.mark.usefixtures("few_programs")
+def test_a_converted_network_on_tokens(calls):
+    """Maps that are views of tokens, behind a class token."""
+    torch.manual_seed(0)
+    network = TokenNetwork(6)
+    ek.convert(network, strict=True)
+
+    def run(network, x):
+        out = network(x)
+        return [out, *gradients(out.square().sum(), [x, *network.parameters()])]
+
+    check(run, network, torch.randn(2, 3, 6, 6, requires_grad=True))
+    assert calls == ["light_layer"] * 3 + ["light_layer_backward"] * 3
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize("act", ACTS)
+def test_activations_far_from_zero(act):
+    """Nothing overflows, and what is no number stays none."""
+    layer, _, prev = make_layer((1, 1, 1, 6), 1, torch.float32, act=act)
+    with torch.no_grad():
+        layer.Wv.weight.zero_()[..., 1, 1] = 1
+        layer.Wq.weight.zero_()
+    x = torch.tensor([-1e18, -20.0, -8.0, 8.0, 20.0, 1e18]).view(1, 1, 1, 6)
+
+    def run(module, x):
+        out = module(x)
+        return [out, *gradients(out.sum(), [x])]
+
+    check(run, WithPrevious(layer, prev), x.requires_grad_())
+    with torch.no_grad():
+        assert layer(torch.full((1, 1, 1, 6), float("nan")), prev).isnan().all()
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -130,10 +182,15 @@ def test_wide_heads_have_their_gates_made_first(form, launched):
 
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize(
-    "frozen", ["x", "prev", "Wq", "Wk", "Wv", "lambda_t", "all but Wv", "all but lambda_t", "all"]
+    ("frozen", "act"),
+    [
+        *((name, None) for name in ("x", "prev", "Wq", "Wk", "Wv", "lambda_t")),
+        *((name, None) for name in ("all but Wv", "all but lambda_t", "all")),
+        *((name, "gelu") for name in ("Wv", "all but Wv", "all but lambda_t")),
+    ],
 )
-def test_what_needs_no_gradient(frozen, launched):
-    layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32)
+def test_what_needs_no_gradient(frozen, act, launched):
+    layer, x, prev = make_layer((2, 6, 3, 4), 3, torch.float32, act=act)
     module = WithPrevious(layer, prev)
     names = [name for name, _ in module.named_parameters()]
     if frozen == "x":
@@ -148,8 +205,10 @@ def test_what_needs_no_gradient(frozen, launched):
         (name,) = (name for name in names if frozen in name)
         module.get_parameter(name).requires_grad_(False)
     check(layer_step, module, x)
-    if frozen == "all but Wv":  # the output's gradient and the gates are all that its own needs
-        assert launched == ["light_layer_fwd_kernel"]
+    if (
+        frozen == "all but Wv"
+    ):  # the output's gradient and the gates are all that its own needs, and the slope
+        assert launched == [f"light_layer_{n}_kernel" for n in (["fwd", "bwd"] if act else ["fwd"])]
 
 
 @pytest.mark.usefixtures("few_programs")

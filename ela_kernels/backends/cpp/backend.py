@@ -30,6 +30,7 @@ from ela_kernels.backends.types import (
     Saved,
     SavedLayer,
     SavedLightLayer,
+    ValueAct,
 )
 
 
@@ -154,8 +155,9 @@ class CppBackend(KernelBackend):
         heads: int,
         scale: float,
         epilogue: NormAct | None = None,
+        value_act: ValueAct | None = None,
     ) -> LightForward:
-        return light.light_layer(x, filters, prev, heads, scale, epilogue)
+        return light.light_layer(x, filters, prev, heads, scale, epilogue, value_act)
 
     def light_layer_backward(
         self,

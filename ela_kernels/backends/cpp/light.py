@@ -26,7 +26,10 @@ from ela_kernels.backends.types import (
     LightNeeds,
     NormAct,
     SavedLightLayer,
+    ValueAct,
 )
+
+_ACTS: dict[ValueAct | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def _sizes(x: Tensor) -> ImageSizes:
@@ -62,8 +65,11 @@ def light_layer(
     heads: int,
     scale: float,
     epilogue: NormAct | None,
+    value_act: ValueAct | None = None,
 ) -> LightForward:
-    """`gate * v + decay * prev` in one call, and all of a block; `x` and `prev` in one form that the kernels can read.
+    """`gate * act(v) + decay * prev` in one call, and all of a block.
+
+    `x` and `prev` are in one form that the kernels can read.
 
     The factors `[2, B, C]` are what each channel takes of its value and of the previous output: gate and decay.
     """
@@ -90,6 +96,7 @@ def light_layer(
         sizes=sizes,
         heads=heads,
         scale=scale,
+        act=_ACTS[value_act],
         x=_view(x, sizes[4], "x"),
         wq=address(wq, "Wq"),
         wk=address(wk, "Wk"),
@@ -120,7 +127,9 @@ def light_layer_backward(
     saved: SavedLightLayer, dout: Tensor | None, dnext: Tensor | None, needs: LightNeeds
 ) -> LightGradients:
     """All gradients of a layer in one call, and of its block's norm."""
-    x, filters, prev, heads, scale, epilogue, mean, q, k, v, factors, out, statistics = saved
+    x, filters, prev, heads, scale, value_act, epilogue, mean, q, k, v, factors, out, statistics = (
+        saved
+    )
     residual = norm = dgamma = dbeta = None
     if dout is not None and epilogue is not None:
         assert out is not None
@@ -140,6 +149,9 @@ def light_layer_backward(
     wq, wk, wv, decay = _readable(x, filters)
     dx, dx_view = new_map(x, flat, False) if needs[0] else (None, NO_MAP)
     dprev, dprev_view = new_map(x, flat, False) if needs[5] else (None, NO_MAP)
+    # A gated value's gradient is a multiple of dout, and one behind an activation is not.
+    takes_dv = value_act is not None and (needs.x or needs.wv)
+    _dv, dv_view = new_map(x, flat, False) if takes_dv else (None, NO_MAP)
     dfilters = [
         torch.empty_like(w) if need else None
         for w, need in zip((wq, wk, wv, decay), needs[1:5], strict=True)
@@ -152,6 +164,7 @@ def light_layer_backward(
         sizes=sizes,
         heads=heads,
         scale=scale,
+        act=_ACTS[value_act],
         x=_view(x, sizes[4], "x"),
         wq=address(wq, "Wq"),
         wk=address(wk, "Wk"),
@@ -176,6 +189,7 @@ def light_layer_backward(
         dwv=address(dwv),
         ddecay=address(ddecay),
         dprev=dprev_view,
+        dv=dv_view,
         norm=None if norm is None else norm.arguments,
         batch_statistics=norm is not None and norm.batch_statistics,
         workspace=address(workspace),

@@ -25,6 +25,7 @@ from ela_kernels.backends.types import (
     NormGradients,
     Saved,
     SavedLightLayer,
+    ValueAct,
 )
 
 
@@ -186,10 +187,11 @@ class TritonBackend(GpuBackend):
         heads: int,
         scale: float,
         epilogue: NormAct | None = None,
+        value_act: ValueAct | None = None,
     ) -> LightForward:
         from ela_kernels.backends.triton import light
 
-        made = light.light_layer(x, filters, prev, heads, scale, epilogue)
+        made = light.light_layer(x, filters, prev, heads, scale, epilogue, value_act)
         if epilogue is None:
             return made
         statistics = made.statistics if epilogue.statistics is None else epilogue.statistics

@@ -27,6 +27,7 @@ from ela_kernels.backends.types import (
     LightNeeds,
     NormAct,
     SavedLightLayer,
+    ValueAct,
 )
 
 _NAMES = ("x", "Wq", "Wk", "Wv", "lambda_t", "prev_out")
@@ -40,6 +41,7 @@ _KEPT_NAMES = (
     "gradient of the output",
 )
 _GATE_HEADS = 4  # of one program where gates have a launch of their own
+_ACTS: dict[ValueAct | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2}
 # Of a program that adds up partial sums: channels, and how many of the sums it reads at once.
 _ROW_CHANNELS = 64
 _ROW_PARTS = 32
@@ -68,8 +70,9 @@ def light_layer(
     heads: int,
     scale: float,
     epilogue: NormAct | None,
+    value_act: ValueAct | None = None,
 ) -> LightForward:
-    """Query, key and value in two launches, `gate * v + decay * prev` in a third; the statistics in one more.
+    """Query, key and value in two launches, `gate * act(v) + decay * prev` in a third; the statistics in one more.
 
     Heads so wide that a tile would read many more queries and keys than elements of maps have their gates made first.
     The factors are the gates `[B, G]`.
@@ -120,6 +123,7 @@ def light_layer(
             plan.parts,
             scale,
             HAS_GATES=gates_apart,
+            ACT=_ACTS[value_act],
             STATISTICS=moments is not None,
             INTERLEAVED=plan.interleaved,
             UNIT=plan.UNIT,
@@ -138,13 +142,14 @@ def light_layer_backward(
 ) -> LightGradients:
     """All gradients of a layer: dot products and the previous output's gradient in one launch, the rows' in a second.
 
-    Then the producers' two. The value's gradient is not stored.
+    Then the producers' two. The value's gradient is not stored, unless the value passes an activation: then the first
+    launch writes it.
 
     Args:
         dout: the gradient of the light output.
         residual: what arrives at `x` past the layer, added to its gradient.
     """
-    x, filters, prev, heads, scale, _, mean, q, k, v, gates, _, _ = saved
+    x, filters, prev, heads, scale, value_act, _, mean, q, k, v, gates, _, _ = saved
     check_readable(x.get_device(), _NAMES, (x, *filters, prev))
     check_readable(x.get_device(), _KEPT_NAMES, (mean, q, k, v, gates, dout, residual))
     check_light_shape(x, v)
@@ -152,6 +157,8 @@ def light_layer_backward(
     need_x, need_wq, need_wk, need_wv, need_decay, need_prev = needs
     wants_dq, wants_dk = need_x or need_wq, need_x or need_wk
     need_gate = wants_dq or wants_dk
+    need_dv = need_x or need_wv
+    need_value = need_dv and value_act is not None
     interleaved = is_interleaved(x, False)
     compact = compact_strides(kernel_sizes(x, heads, False, interleaved))
     (dout,), dout_strides = alike_maps((dout,), False, interleaved)
@@ -162,6 +169,7 @@ def light_layer_backward(
     dk = new_row(k) if wants_dk else None
     ddecay = new_row(decay) if need_decay else None
     dprev = empty_map(x, False, interleaved) if need_prev else None
+    dv = empty_map(x, False, interleaved) if need_value else dout
     plan = _plan(x, heads, interleaved, dout_strides, compact, prev_strides)
     partial = decays = gates
     if need_gate or need_decay:
@@ -171,23 +179,28 @@ def light_layer_backward(
     block = min(power_of_two(plan.head_dim), _ROW_CHANNELS)
     row_heads = _ROW_CHANNELS // block
     with guard(x.device):
-        if need_gate or need_decay or need_prev:
+        if need_gate or need_decay or need_prev or need_value:
             light_layer_bwd_kernel[(plan.programs,)](
                 dout,
                 v,
                 prev,
                 decay,
+                gates,
                 dout if dprev is None else dprev,
+                dv,
                 partial,
                 *plan.geometry,
                 *units(plan, dout_strides),
                 *units(plan, compact),
                 *units(plan, prev_strides),
                 *units(plan, compact),
+                *units(plan, compact),
                 plan.parts,
+                ACT=_ACTS[value_act],
                 NEED_GATE=need_gate,
                 NEED_DECAY=need_decay,
                 NEED_PREV=need_prev,
+                NEED_VALUE=need_value,
                 INTERLEAVED=plan.interleaved,
                 UNIT=plan.UNIT,
                 ROWS=plan.ROWS,
@@ -223,9 +236,9 @@ def light_layer_backward(
         mean,
         dq,
         dk,
-        dout if need_x or need_wv else None,
+        dv if need_dv else None,
         residual,
         needs[:4],
-        Light(gates, ddecay, decays),
+        Light(None if need_value else gates, ddecay, decays),
     )
     return LightGradients(*found, ddecay, dprev)

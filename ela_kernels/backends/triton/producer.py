@@ -101,11 +101,11 @@ def produce(x: Tensor, filters: Filters) -> Produced:
 class Light(NamedTuple):
     """What a light layer has besides.
 
-    The value's gradient is its output's, given in place of it, times `gates` `[B, G]`. That of the decay, where it is
-    wanted, is the sum of each sample's part of it, `decays` `[B, C]`.
+    The value's gradient is its output's, given in place of it, times `gates` `[B, G]`; without them it is given itself.
+    That of the decay, where it is wanted, is the sum of each sample's part of it, `decays` `[B, C]`.
     """
 
-    gates: Tensor
+    gates: Tensor | None
     ddecay: Tensor | None
     decays: Tensor | None
 
@@ -154,6 +154,7 @@ def produce_backward(
     filter_programs = blocks if takes_wq or takes_wk else 0
     taps = filter_sums = mean
     parts = batch * plan.groups
+    gates = None if light is None else light.gates
     if takes_wv:
         taps = torch.empty((parts, 9, channels), dtype=torch.float32, device=x.device)
     if filter_programs:
@@ -170,7 +171,7 @@ def produce_backward(
                 wk if wq is None else wq,
                 wk,
                 mean,
-                mean if light is None else light.gates,
+                mean if gates is None else gates,
                 x if dx is None else dx,
                 taps,
                 filter_sums,
@@ -180,11 +181,11 @@ def produce_backward(
                 *_units(plan, residual_strides),
                 *_units(plan, compact),
                 size,
-                1 if light is None else mean.numel() // light.gates.numel(),
+                1 if gates is None else mean.numel() // gates.numel(),
                 tiles,
                 blocks,
                 HAS_DV=dv is not None,
-                HAS_GATES=light is not None and dv is not None,
+                HAS_GATES=gates is not None and dv is not None,
                 HAS_QUERY=dq is not None,
                 HAS_KEY=dk is not None,
                 HAS_RESIDUAL=residual is not None,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ela_kernels.backends.contract import Request
 from ela_kernels.backends.dispatch import Refusal, plan, refusal_in_a_graph, refuse_forced
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.memory import check_not_freed
+from ela_kernels.backends.types import ValueAct
 from ela_kernels.ops import checks
 
 _NAMES = ("q", "k", "v", "prev_out", "decay")
@@ -99,6 +101,13 @@ def gated(
     kept = decay.to(dtype).reshape(channels, *([1] * spatial)) * prev_out.to(dtype)
     out: Tensor = (gate * v.to(dtype) + kept).to(v.dtype)
     return out
+
+
+def activated(v: Tensor, value_act: ValueAct | None) -> Tensor:
+    """What a light layer gates: the value, or what its activation makes of it."""
+    if checks.check_value_act(value_act) is None:
+        return v
+    return F.gelu(v, approximate="tanh" if value_act == "gelu_tanh" else "none")
 
 
 def _refusal(request: Request) -> Refusal:

@@ -17,8 +17,10 @@ from ela_kernels.backends.types import (
     LightNeeds,
     NormAct,
     SavedLightLayer,
+    ValueAct,
 )
 from ela_kernels.ops.autocast import as_autocast
+from ela_kernels.ops.checks import check_value_act
 from ela_kernels.ops.layer_attention.layer_node import in_dtype_of
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.record import in_form_of
@@ -49,12 +51,14 @@ class _LightLayer(torch.autograd.Function):
         epilogue: NormAct | None,
         heads: int,
         scale: float,
+        value_act: ValueAct | None,
         backend: KernelBackend,
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.heads, ctx.scale, ctx.backend, ctx.epilogue = heads, scale, backend, None
+        ctx.value_act = value_act
         filters = LightFilters(wq, wk, wv, decay)
-        r = _run(backend, x, filters, prev, epilogue, heads, scale)
+        r = _run(backend, x, filters, prev, epilogue, heads, scale, value_act)
         of_norm: tuple[Tensor | None, ...] = ()
         if epilogue is not None:
             assert r.statistics is not None
@@ -72,7 +76,7 @@ class _LightLayer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
         if dout is None and dnext is None:
-            return (None,) * 12
+            return (None,) * 13
         x, wq, wk, wv, decay, prev, mean, q, k, v, factors, *of_norm = unpacked(ctx)
         out, statistics, gamma, beta = of_norm or (None, None, None, None)
         epilogue = ctx.epilogue
@@ -84,6 +88,7 @@ class _LightLayer(torch.autograd.Function):
             prev,
             ctx.heads,
             ctx.scale,
+            ctx.value_act,
             epilogue,
             mean,
             q,
@@ -98,7 +103,7 @@ class _LightLayer(torch.autograd.Function):
         needs = LightNeeds(*ctx.needs_input_grad[:6])
         *inputs, dgamma, dbeta = ctx.backend.light_layer_backward(saved, dout, dnext, needs)
         of_parameters = in_dtype_of(gamma, dgamma), in_dtype_of(beta, dbeta)
-        return *inputs, *of_parameters, None, None, None, None
+        return *inputs, *of_parameters, None, None, None, None, None
 
 
 def _run(
@@ -109,8 +114,9 @@ def _run(
     epilogue: NormAct | None,
     heads: int,
     scale: float,
+    value_act: ValueAct | None,
 ) -> LightForward:
-    r = backend.light_layer(x, filters, prev, heads, scale, epilogue)
+    r = backend.light_layer(x, filters, prev, heads, scale, epilogue, value_act)
     if epilogue is not None and epilogue.track is not None:
         assert r.statistics is not None
         epilogue.track(r.statistics)
@@ -141,6 +147,7 @@ def light_layer(
     heads: int,
     scale: float,
     epilogue: NormAct | None = None,
+    value_act: ValueAct | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a light layer makes of `x` and the previous output, each `[B, C, H, W]`, and of it the block around it.
 
@@ -148,7 +155,7 @@ def light_layer(
 
         y = x.mean((2, 3)).unsqueeze(1)                                           # [B, 1, C]
         q, k = (F.conv1d(y, w, padding=w.shape[-1] // 2).squeeze(1) for w in (wq, wk))
-        v = F.conv2d(x, wv, padding=1, groups=C)
+        v = F.conv2d(x, wv, padding=1, groups=C)                                  # and F.gelu(v) with `value_act`
         out = ek.light_layer_attention(q, k, v, prev, decay, heads, scale)
         block = x + mask * act(norm(out))                                         # with an epilogue; None without
 
@@ -158,14 +165,15 @@ def light_layer(
     Args:
         backend: what :func:`~ela_kernels.ops.light_layer_attention.plan.plan_light_layer` gave.
     """
+    check_value_act(value_act)
     x, filters, prev = _as_read(x, filters, prev)
     if not torch.is_grad_enabled():
-        r = _run(backend, x, filters, prev, epilogue, heads, scale)
+        r = _run(backend, x, filters, prev, epilogue, heads, scale, value_act)
         return r.out, r.block
     gamma = beta = None
     if epilogue is not None:
         gamma, beta = epilogue.gamma, epilogue.beta
     out, block, _ = _LightLayer.apply(
-        x, *filters, prev, gamma, beta, epilogue, heads, scale, backend
+        x, *filters, prev, gamma, beta, epilogue, heads, scale, value_act, backend
     )
     return out, block

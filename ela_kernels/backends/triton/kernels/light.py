@@ -1,8 +1,9 @@
-"""The light form of a layer, `out = gate * v + decay * prev` with `gate = sigmoid(scale * <q, k>)` of a head.
+"""The light form of a layer, `out = gate * act(v) + decay * prev` with `gate = sigmoid(scale * <q, k>)` of a head.
 
 Least bytes: v and prev read once and out written once, with the moments for a norm's statistics from the same tile.
 Backward: dout, v and prev read once for their dot products, and dprev written; the value's gradient, gate * dout, is
-never stored: the kernel that convolves it takes dout and the gate.
+never stored: the kernel that convolves it takes dout and the gate. Behind an activation it is no multiple of dout, and
+is written by the same launch.
 
 Tiles are those of `tiles.tile_at`, a planar tile's rows being of channels, since the decay is one number a channel.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ela_kernels.backends.triton.kernels.activation import activated, slope
 from ela_kernels.backends.triton.kernels.tiles import (
     along,
     line_sum,
@@ -97,6 +99,7 @@ def light_layer_fwd_kernel(
     parts,
     scale,
     HAS_GATES: tl.constexpr,  # the gates are written already
+    ACT: tl.constexpr,
     STATISTICS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
@@ -138,7 +141,7 @@ def light_layer_fwd_kernel(
     prev = tl.load(prev_ptr + prev_offs, mask=mask, other=0.0)
     gate = tl.load(gates_ptr + item, mask=mask_line, other=0.0)
     decay = _decay_of(decay_ptr, place, mask_line, channels, chunks, INTERLEAVED)
-    acc = along(gate, INTERLEAVED) * v.to(tl.float32)
+    acc = along(gate, INTERLEAVED) * activated(v.to(tl.float32), ACT)
     acc += along(decay, INTERLEAVED) * prev.to(tl.float32)
     out = acc.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offsets(sample, row, column, stride_ob, stride_or, UNIT), out, mask=mask)
@@ -165,7 +168,9 @@ def light_layer_bwd_kernel(
     v_ptr,
     prev_ptr,
     decay_ptr,  # [C]
+    gates_ptr,  # [B, G]
     dprev_ptr,
+    dv_ptr,
     partial_ptr,  # [2, parts, C], dot products of dout with the value, and with the previous output
     batch,
     channels,
@@ -182,16 +187,20 @@ def light_layer_bwd_kernel(
     stride_pr,
     stride_db,
     stride_dr,
+    stride_wb,
+    stride_wr,
     parts,
+    ACT: tl.constexpr,
     NEED_GATE: tl.constexpr,
     NEED_DECAY: tl.constexpr,
     NEED_PREV: tl.constexpr,
+    NEED_VALUE: tl.constexpr,  # the gradient of the value, where that passes an activation
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    sample, row, column, mask, _, mask_line, place, number = tile_at(
+    sample, row, column, mask, item, mask_line, place, number = tile_at(
         tl.program_id(0),
         batch,
         channels,
@@ -207,9 +216,9 @@ def light_layer_bwd_kernel(
     )
     g_offs = offsets(sample, row, column, stride_gb, stride_gr, UNIT)
     dout = tl.load(dout_ptr + g_offs, mask=mask, other=0.0)
-    if NEED_GATE:
+    if NEED_GATE or NEED_VALUE:
         v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
-        v = tl.load(v_ptr + v_offs, mask=mask, other=0.0)
+        v = tl.load(v_ptr + v_offs, mask=mask, other=0.0).to(tl.float32)
     if NEED_DECAY:
         prev_offs = offsets(sample, row, column, stride_pb, stride_pr, UNIT)
         prev = tl.load(prev_ptr + prev_offs, mask=mask, other=0.0)
@@ -220,8 +229,13 @@ def light_layer_bwd_kernel(
         dprev = (along(decay, INTERLEAVED) * dout).to(dprev_ptr.dtype.element_ty)
         d_offs = offsets(sample, row, column, stride_db, stride_dr, UNIT)
         tl.store(dprev_ptr + d_offs, dprev, mask=mask)
+    if NEED_VALUE:
+        gate = tl.load(gates_ptr + item, mask=mask_line, other=0.0)
+        dv = (along(gate, INTERLEAVED) * slope(v, ACT) * dout).to(dv_ptr.dtype.element_ty)
+        w_offs = offsets(sample, row, column, stride_wb, stride_wr, UNIT)
+        tl.store(dv_ptr + w_offs, dv, mask=mask)
     if NEED_GATE:
-        dots = line_sum(dout * v.to(tl.float32), INTERLEAVED)
+        dots = line_sum(dout * activated(v, ACT), INTERLEAVED)
         tl.store(partial_ptr + at, dots, mask=mask_line)
     if NEED_DECAY:
         dots = line_sum(dout * prev.to(tl.float32), INTERLEAVED)

@@ -1,0 +1,104 @@
+// Activations of a value and their slopes, a vector at a time.
+#pragma once
+
+#include <math.h>
+
+#include "cpu/params.h"
+#include "cpu/simd.h"
+
+namespace ela::ELA_ISA {
+
+// What an activation makes of a vector, and its derivative there; whichever is not used costs nothing.
+template <class T>
+struct Activated {
+  Vec<T> value, slope;
+};
+
+// e^y of y <= 0, and 0 below -40: nothing that is added to a number near one, and gradients multiplied with less could
+// be subnormal, which takes a hundred times as long. A NaN stays one.
+inline vfloat exp_to_one(vfloat y) {
+  constexpr float kMagic = 0x1.8p23f;  // added, the nearest integer is in the last bits
+  const vfloat shifted = y * 1.44269504f + kMagic;
+  const vfloat n = shifted - kMagic;
+  const vfloat r = y - n * 0.693359375f - n * -2.12194440e-4f;  // log 2 in two pieces
+  vfloat p = vfloat{} + 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const vuint32 power = (bits_of<vuint32>(shifted) - bits_of<uint32_t>(kMagic) + 127u) << 23;
+  return y < -40.0f ? vfloat{} : p * bits_of<vfloat>(power);
+}
+inline vdouble exp_to_one(vdouble y) {
+  vdouble e{};
+  for (int i = 0; i < kLanes<double>; ++i) e[i] = exp(y[i]);
+  return e;
+}
+
+// The normal distribution up to x, and what e^(-x^2 / 2) is there.
+//
+// In float from the smaller of its two sides, e^(-x^2 / 2) * g(|x|), where g is smooth: a polynomial in
+// t = 1 / (1 + 0.35 |x|), fitted for the least relative error, 3.2e-8 up to |x| = 13. So a far negative x keeps its
+// digits, which 1 + erf(x) does not.
+inline vfloat normal_up_to(vfloat x, vfloat* density) {
+  const vfloat e = exp_to_one(x * x * -0.5f);
+  const vfloat t = 1.0f / (1.0f + 0.35f * (x < 0.0f ? -x : x));
+  vfloat g = vfloat{} - 0.0290951037f;
+  g = g * t + 0.143719585f;
+  g = g * t - 0.255182335f;
+  g = g * t + 0.158552434f;
+  g = g * t - 0.0226708758f;
+  g = g * t + 0.105316945f;
+  g = g * t + 0.119882757f;
+  g = g * t + 0.139854749f;
+  g = g * t + 0.139621828f;
+  const vfloat side = e * g * t;
+  *density = e;
+  return x < 0.0f ? side : 1.0f - side;
+}
+inline vdouble normal_up_to(vdouble x, vdouble* density) {
+  vdouble up_to{};
+  for (int i = 0; i < kLanes<double>; ++i) {
+    up_to[i] = erfc(x[i] * -0.70710678118654752440) / 2;
+    (*density)[i] = exp(x[i] * x[i] / -2);
+  }
+  return up_to;
+}
+
+// x times the normal distribution up to x.
+template <class T>
+struct Gelu {
+  static Activated<T> of(Vec<T> x) {
+    constexpr Acc<T> kInverseRoot = static_cast<Acc<T>>(0.39894228040143267794);  // 1 / sqrt(2 pi)
+    Vec<T> density{};
+    const Vec<T> up_to = normal_up_to(x, &density);
+    return {x * up_to, up_to + x * density * kInverseRoot};
+  }
+};
+
+// x (1 + tanh(w / 2)) / 2 = x / (1 + e^-w), w = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+template <class T>
+struct GeluTanh {
+  static Activated<T> of(Vec<T> x) {
+    constexpr Acc<T> kRoot = static_cast<Acc<T>>(1.59576912160573071176), kCube = static_cast<Acc<T>>(0.044715);
+    // Beyond this both sides are constant, and a cube could overflow.
+    constexpr Acc<T> kEnd = 30;
+    const Vec<T> end = Vec<T>{} + kEnd;
+    Vec<T> inner = x > end ? end : x;
+    inner = inner < -end ? -end : inner;
+    const Vec<T> square = inner * inner, w = kRoot * inner * (1 + kCube * square);
+    const Vec<T> e = exp_to_one(w < Vec<T>{} ? w : -w), one = Vec<T>{} + 1, whole = one / (one + e);
+    const Vec<T> gate = w < Vec<T>{} ? e * whole : whole;
+    return {x * gate, gate + x * e * whole * whole * kRoot * (1 + 3 * kCube * square)};
+  }
+};
+
+// Calls body(an activation); there is one.
+template <class T, class Body>
+inline void by_activation(Activation kind, Body body) {
+  kind == Activation::kGelu ? body(Gelu<T>{}) : body(GeluTanh<T>{});
+}
+
+}  // namespace ela::ELA_ISA
