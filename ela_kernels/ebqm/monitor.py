@@ -20,7 +20,7 @@ from ela_kernels.ebqm.statistics import Moments, Statistics
 from ela_kernels.ebqm.watch import Watch
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.observations import STATIC_GRAPH
-from ela_kernels.modules.skipping import SkipMode, check_skip
+from ela_kernels.modules.skipping import SkipMode, mode_number
 
 
 class EBQM:
@@ -83,7 +83,8 @@ class EBQM:
         interval: steps between decisions.
         probe_interval: steps between probes of a skipped layer.
         smoothing: factor by which a step's weight in the average falls with every step after it; in [0, 1).
-        skip: how skipped layers are skipped, `"retrieval"` or `"layer"`; None leaves it to each layer.
+        skip: how skipped layers are skipped, `"retrieval"`, `"layer"` or `"reuse"`; None leaves it to each layer.
+        provides: whether layers skipped with `"reuse"` still give their key and value; True if None. Only with `skip`.
         process_group: processes to average over; the default group if None. Not kept in a pickle.
 
     Raises:
@@ -122,6 +123,7 @@ class EBQM:
         probe_interval: int = 20,
         smoothing: float = 0.98,
         skip: SkipMode | None = None,
+        provides: bool | None = None,
         process_group: Any = None,
         **removed: NoReturn,
     ) -> None:
@@ -140,7 +142,11 @@ class EBQM:
             )
         )
         if skip is not None:
-            check_skip(skip)
+            mode_number(skip, provides)
+        elif provides is not None:
+            raise ValueError(
+                f"provides: got {provides} without skip; allowed is None, which leaves both to each layer"
+            )
         self._watch = Watch(model)
         wrappers = (
             m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
@@ -158,6 +164,8 @@ class EBQM:
         for layer in self._layers:
             if skip is not None:
                 layer.skip = skip
+                if provides is not None:
+                    layer.provides = provides
         self._watch.attach()
         self._mark_weights()
 

@@ -13,6 +13,7 @@ from torch import nn
 from ela_kernels.ebqm.settings import REMOVED
 from ela_kernels.models import MODELS, build_model
 from ela_kernels.models.blocks import ATTENTIONS
+from ela_kernels.modules.skipping import SKIP_MODES
 from ela_kernels.training.data import DATA, Task
 from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
 
@@ -41,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--unfused", action="store_true", help="mrla as published, concatenating")
     add("--head-dim", type=int, help="channels of a head")
     add("--drop-path", type=float, default=0.0)
-    add("--skip", choices=("retrieval", "layer"), default="retrieval", help="what is left out")
+    add("--skip", choices=SKIP_MODES, default="retrieval", help="what is left out")
     add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
     add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
