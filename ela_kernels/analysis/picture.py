@@ -58,7 +58,7 @@ def _draw_scores(
     axes.set_xlim(0.0, most)
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_yticks([])
-    title = "score (orange: EBQM would skip; dots: low, high; |: mean)"
+    title = "score (orange: would be skipped; |: mean)"
     axes.set_title(title, fontsize="small")
 
 

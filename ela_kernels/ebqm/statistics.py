@@ -89,7 +89,7 @@ class Statistics:
         found = [] if values is None else [(seen, values)]
         if totals:
             rows = torch.stack(list(totals.values()), 1)
-            means = rows[[SUM, SQUARES]] / rows[COUNT]
+            means = rows[SUM : SQUARES + 1] / rows[COUNT]
             means = torch.where(rows[BAD] > 0, math.nan, means)
             is_seen = rows[COUNT] + rows[BAD] > 0
             found.append((tuple(totals), torch.cat((means, is_seen.to(means.dtype)[None]))))

@@ -28,7 +28,6 @@ def main(folder: Path) -> None:
         "probe_interval": 1,
         "low": 0.98,
         "high": 0.99,
-        "ceiling": 1.0,
     }
     options = Options(epochs=2, batch_size=178, lr=0.01, augment=False, ebqm=ebqm)
     trainer = Trainer(model, task, options, device, processes)
