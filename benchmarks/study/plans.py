@@ -21,7 +21,7 @@ _SHORT: dict[str, Any] = {
     "side": 14,
     "epochs": 8,
     "batch": 64,
-    # In a trial at 0.1 the loss of layer attention rose again in the third epoch; the plain network was as good at 0.03.
+    # In a trial at 0.1 the loss of layer attention rose again in the third epoch; plain was as good at 0.03.
     "lr": 0.03,
     "train_images": 6000,
     "test_every": 4,
