@@ -155,6 +155,7 @@ def test_all_variants_begin_with_the_same_weights() -> None:
         assert all(torch.equal(state[key], mrla[key]) for key in shared)
         if name != "plain":
             assert any(key.endswith("attn.Wv.weight") for key in shared)
+    assert plain.keys() == ek.models.resnet20(in_chans=1).state_dict().keys()
     other = make_network("none", 3, 10, 1, seed=6).state_dict()
     assert not torch.equal(other["stem.0.weight"], plain["stem.0.weight"])
 

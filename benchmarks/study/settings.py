@@ -42,7 +42,7 @@ class Settings:
     side: int | None = None
     epochs: int = 10
     batch: int = 128
-    lr: float = 0.1
+    lr: float = 0.05
     weight_decay: float = 5e-4
     momentum: float = 0.9
     train_images: int | None = None
