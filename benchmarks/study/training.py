@@ -6,7 +6,7 @@ import datetime
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class Run:
 
         `share` is the mean over all steps of the share of layers that were skipped in it. `decisions` has an entry for
         each time that something was decided: the step after which it held, and of each stage a digit a layer, 1 where
-        it is skipped; from EBQM the divergences too, layer by layer.
+        it is skipped; from EBQM the divergences and scores too, layer by layer.
         """
         stages = [len(stage) for stage in self.layers]
         if not sum(stages):
@@ -136,9 +136,9 @@ class Run:
         decisions: list[dict[str, Any]] = []
         if self.ebqm is not None:
             for d in self.ebqm.report().decisions:
-                seen = [round(x, 4) if math.isfinite(x) else None for x in d.divergence]
                 digits = _digits(_by_stage(d.skipped, stages))
-                decisions.append({"step": d.step, "skipped": digits, "divergence": seen})
+                seen = {"divergence": _rounded(d.divergence), "score": _rounded(d.score)}
+                decisions.append({"step": d.step, "skipped": digits, **seen})
         else:
             decisions = [{"step": s, "skipped": _digits(x)} for s, x in self.planned.items()]
         return {
@@ -195,6 +195,10 @@ def _planned(settings: Settings, paired: Record | None) -> dict[int, choice.Skip
 def _by_stage(skipped: list[bool], stages: list[int]) -> choice.Skipped:
     rest = iter(skipped)
     return [[next(rest) for _ in range(count)] for count in stages]
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    return [round(x, 4) if math.isfinite(x) else None for x in values]
 
 
 def _digits(skipped: choice.Skipped) -> list[str]:

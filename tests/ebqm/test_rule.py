@@ -123,7 +123,11 @@ def test_most_repeat_and_some_are_needed() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=0, max_size=9), st.floats(0, 0.9), st.integers(0, 9))
+@given(
+    st.lists(st.floats(1e-3, 1 - 1e-3), min_size=0, max_size=9),
+    st.floats(0, 0.9),
+    st.integers(0, 9),
+)
 def test_no_layers_score_depends_on_another(others: list[float], spread: float, place: int) -> None:
     """Neither on their divergences, nor on their number, nor on the order."""
     mine = sample(np.random.default_rng(1), 0.15, 0.2)
