@@ -5,6 +5,7 @@ python -m benchmarks.study accuracy runs.jsonl                      with paired 
 python -m benchmarks.study decisions runs.jsonl                     of EBQM, over time
 python -m benchmarks.study picture runs.jsonl --png accuracy.png    accuracy against training time
 python -m benchmarks.study time steps.json --measure                what kernels save, what skipping saves
+python -m benchmarks.study loss loss.json --measure                 what skipping one layer does to the loss
 python -m benchmarks.study page docs/study.md                       write the tables into the page
 """
 
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.study.data import load
-from benchmarks.study.page import filled, read_steps
+from benchmarks.study.loss import loss_table, measure_loss
+from benchmarks.study.page import filled, read_results
 from benchmarks.study.picture import draw
 from benchmarks.study.plans import PLANS, runs_of
 from benchmarks.study.records import read
@@ -114,6 +116,17 @@ def make_parser() -> argparse.ArgumentParser:
     steps.add_argument("--side", type=int, default=28)
     steps.add_argument("--rounds", type=int, default=11)
     steps.add_argument("--threads", type=int)
+    loss = commands.add_parser("loss", help="what skipping one layer does to the loss")
+    loss.add_argument("file", type=Path, help="results of --measure")
+    loss.add_argument("--measure", action="store_true", help="train and measure first")
+    loss.add_argument("--plan", choices=tuple(PLANS), default="two-hours")
+    loss.add_argument("--data", choices=DATA)
+    loss.add_argument("--root", type=Path)
+    loss.add_argument("--seeds", default="0-2")
+    loss.add_argument("--depth", type=int, default=56)
+    loss.add_argument("--epochs", type=int)
+    loss.add_argument("--train-images", type=int)
+    loss.add_argument("--images", type=int, default=2000, help="test images")
     page = commands.add_parser("page", help="write the tables into a page")
     page.add_argument("page", type=Path)
     return parser
@@ -133,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "decisions": lambda a: _print(decision_tables(read(a.files))),
         "picture": _picture,
         "time": _time,
+        "loss": _loss,
         "page": _page,
     }
     try:
@@ -190,7 +204,22 @@ def _time(arguments: argparse.Namespace) -> int:
         a = arguments
         found = measure_all(tuple(layers), a.batch, a.side, a.rounds, a.threads)
         a.file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
-    return _print(time_table(read_steps(arguments.file)))
+    return _print(time_table(read_results(arguments.file, "steps", "time")))
+
+
+def _loss(arguments: argparse.Namespace) -> int:
+    if arguments.measure:
+        a = arguments
+        _at_least("images", a.images, 2)
+        given = {name: getattr(a, name) for name in ("data", "epochs", "train_images")}
+        seeds = numbers("seeds", a.seeds)
+        given |= {"seeds": seeds, "depths": [a.depth], "variants": ["mrla"]}
+        runs = runs_of(a.plan, given)
+        with a.file.open("a"):  # what cannot be written shows before it is measured
+            pass
+        found = measure_loss(runs, load(runs[0].data, a.root), a.images)
+        a.file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return _print(loss_table(read_results(arguments.file, "runs", "loss")))
 
 
 def _page(arguments: argparse.Namespace) -> int:

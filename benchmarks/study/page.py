@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.loss import loss_table
 from benchmarks.study.records import read
 from benchmarks.study.steps import time_table
 from benchmarks.study.tables import accuracy_tables, decision_tables
@@ -15,13 +16,14 @@ from benchmarks.study.tables import accuracy_tables, decision_tables
 TABLES: dict[str, Callable[[Path], str]] = {
     "accuracy": lambda path: accuracy_tables(read([path])),
     "decisions": lambda path: decision_tables(read([path])),
-    "time": lambda path: time_table(read_steps(path)),
+    "time": lambda path: time_table(read_results(path, "steps", "time")),
+    "loss": lambda path: loss_table(read_results(path, "runs", "loss")),
 }
 _SECTION = re.compile(r"<!-- table: (\S+) (\S+) -->\n(.*?)<!-- end of table -->", re.DOTALL)
 
 
-def read_steps(path: Path) -> dict[str, Any]:
-    """The results of `time --measure`.
+def read_results(path: Path, name: str, command: str) -> dict[str, Any]:
+    """The results of `command --measure`, which hold `name`.
 
     Raises:
         ValueError: the file cannot be read, or holds something else.
@@ -30,11 +32,11 @@ def read_steps(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"file: got {path}, which cannot be read ({error}); allowed is a file that `time --measure` wrote"
+            f"file: got {path}, which cannot be read ({error}); allowed is a file that `{command} --measure` wrote"
         ) from error
-    if not isinstance(found, dict) or not {"machine", "steps"} <= found.keys():
+    if not isinstance(found, dict) or not {"machine", name} <= found.keys():
         raise ValueError(
-            f"file: got {path}, which has no 'machine' and 'steps'; allowed is a file that `time --measure` wrote"
+            f"file: got {path}, which has no 'machine' and {name!r}; allowed is a file that `{command} --measure` wrote"
         )
     return found
 

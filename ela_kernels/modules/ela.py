@@ -14,8 +14,8 @@ from ela_kernels.modules.ela_state import ELAState
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import outside_of_transforms, refuse_static_graph
 from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
-from ela_kernels.modules.residual import residual_block
-from ela_kernels.modules.reuse import reused_block, without_sharing
+from ela_kernels.modules.residual import residual_block, without_sharing
+from ela_kernels.modules.reuse import reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
@@ -158,18 +158,22 @@ class ELA(ELAState):
             assert isinstance(attn, LayerAttention)
             history.defer(attn, x, attn.heads)
             provides = False
+        # One name for a layer, skipped or not, by which a second pass is known.
+        counted = attn if type(attn) is LayerAttention else self
         if skip == "reuse":
-            kept = history.last_retrieved(attn if provides else self)
+            kept = history.last_retrieved(attn if provides else counted)
+            if kept is not None and kept.exists is not None and not bool(kept.exists):
+                kept = None  # layers before it are compiled, and were all skipped
             if kept is not None:
                 assert self.norm is not None
                 turn = Turn(provides=provides, probe=look, copy=False)
                 of_block = (attn, self.norm, self.act, self.drop_path, x, history)
-                out: Tensor = reused_block(*of_block, kept, turn, self, self.lent)
+                out: Tensor = reused_block(*of_block, kept, turn, self, counted, self.lent)
                 self.probe_next = self.probe_next and not probe
                 return out
         if attn is None or not (provides or is_looked_at):
             served_without_kernels(self, "skipped")
-            history.pass_by(caller=self)
+            history.pass_by(caller=counted)
             return passed_on(x, copy or (not torch.compiler.is_compiling() and has_hooks(self)))
         # By its call, not by a method of it: wrappers and hooks work there.
         # Hooks may change what they get in place; a compiled graph copies where that needs it.
@@ -180,7 +184,7 @@ class ELA(ELAState):
         if probe:
             self.probe_next = False
         if not provides:
-            history.pass_by(caller=self)
+            history.pass_by(caller=counted)
         return out
 
     def _decided(self, x: Tensor, history: LayerHistory, watched: bool) -> Tensor:
@@ -243,7 +247,7 @@ class ELA(ELAState):
         if is_explaining() or is_exporting() or history.is_observed:
             return False
         attn.check_input(x)
-        if not can_defer(x) or has_hooks(attn) or attn.obstacles():
+        if not can_defer(x) or has_hooks(attn) or attn.obstacles() or attn.own_filters() is None:
             return False
         attn.check_beside_parameters(x)
         return True

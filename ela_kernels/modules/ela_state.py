@@ -15,6 +15,8 @@ from ela_kernels.modules.skipping import MODES, Skipping, rounded
 from ela_kernels.ops.layer_attention.readers import Readers
 
 _numbers = itertools.count(1)
+# Of layers that were skipped one after another: in a stage that shares layers they may follow each other in a circle.
+_MOST_ASKED = 64
 
 
 class ELAState(Skipping):
@@ -45,23 +47,22 @@ class ELAState(Skipping):
     def hands_on(self) -> bool:
         """Whether a later layer takes over what this one retrieves: those that came by the last time are asked.
 
-        True where none is known, which costs memory; where it turns out to be wrong, the retrieval is made again.
+        True where none is known, which costs memory; where it turns out to be wrong, the retrieval is made again. So
+        what they last knew of their decisions will do, which costs nothing to look at.
         """
-        if MODES[self._last_mode][0] != "reuse":
-            return False
-        if not self.readers.known:
+        readers, asked = self.readers, 0
+        if not readers.known:
             return True
-        asked = {self}
-        reference = self.readers.follower
-        layer = None if reference is None else reference()
-        while isinstance(layer, ELAState) and layer not in asked:
-            if not layer.skipped:
+        while readers.follower is not None and asked < _MOST_ASKED:
+            layer = readers.follower()
+            if not isinstance(layer, ELAState):
                 return False
-            if layer.skip == "reuse":
+            skipped, mode = layer._last
+            if not skipped:
+                return False
+            if MODES[mode][0] == "reuse":
                 return True
-            asked.add(layer)
-            reference = layer.readers.follower
-            layer = None if reference is None else reference()
+            readers, asked = layer.readers, asked + 1
         return False
 
     def is_read(self) -> bool | None:

@@ -59,8 +59,18 @@ def residual_block(
     o = attn(x, history)
     if keeps:
         history.keep(o)
+        o = without_sharing(norm, o)
     out: Tensor = x + drop_path(act(norm(o)))
     return out
+
+
+# Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
+_GIVE_NEW_MEMORY = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+
+
+def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:
+    """`o` for a norm, which leaves `o` itself as it is."""
+    return o if type(norm) in _GIVE_NEW_MEMORY else o.clone()
 
 
 def light_residual_block(

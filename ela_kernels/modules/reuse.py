@@ -17,25 +17,13 @@ from ela_kernels.modules.residual import (
     module_obstacles,
     norm_obstacles,
     takes_batch,
+    without_sharing,
 )
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 from ela_kernels.ops.layer_attention.reuse import reuse_obstacles
 from ela_kernels.ops.layer_attention.snapshot import Kept
 from ela_kernels.torch_internals import has_hooks
-
-# Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
-_GIVE_NEW_MEMORY = (
-    nn.BatchNorm2d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm2d,
-    nn.GroupNorm,
-)
-
-
-def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:
-    """`o` for a norm, which leaves `o` itself as it is."""
-    return o if type(norm) in _GIVE_NEW_MEMORY else o.clone()
 
 
 def reused_block(
@@ -48,6 +36,7 @@ def reused_block(
     kept: Kept,
     turn: Turn,
     caller: Any,
+    counted: Any,
     samples: bool = False,
 ) -> Tensor:
     """`x + drop_path(act(norm(o)))` with the `o` that was kept; key and value of `x` are given where `turn` says so.
@@ -55,6 +44,7 @@ def reused_block(
     Args:
         attn: makes key and value; may be None where they are not given.
         caller: the module that is skipped.
+        counted: the module that the history counts where no pair is given.
         samples: as of :func:`~ela_kernels.modules.residual.residual_block`.
 
     Raises:
@@ -81,7 +71,7 @@ def reused_block(
                     x, kept, epilogue, plan, heads=attn.heads, caller=attn
                 )
             served(caller, "reuse", plan.name)
-            return history.reuse(x, kept, epilogue, plan, caller)
+            return history.reuse(x, kept, epilogue, plan, counted)
         refused(caller, "reuse", plan)
     served_without_kernels(caller, "reuse by pieces")
     y = x
@@ -91,7 +81,7 @@ def reused_block(
         copy = not torch.compiler.is_compiling() and has_hooks(attn)
         y = as_before_wrappers(attn(x, history, turn=turn._replace(copy=copy)), x)
     if not turn.provides:
-        history.pass_by(caller)
+        history.pass_by(counted)
     out: Tensor = y + drop_path(act(norm(without_sharing(norm, kept.o))))
     return out
 

@@ -110,30 +110,22 @@ def test_with_nothing_retrieved_before_it_the_input_passes_on():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("wrong", [True, False])
-def test_what_nobody_kept_is_made_again(backend, wrong):
-    """The layers knew others, or the one before stands for another skip mode."""
+@pytest.mark.parametrize("skip", ["reuse", "retrieval"])
+def test_what_nobody_kept_is_made_again(backend, skip):
+    """The layers knew others. It is the follower's skip mode that counts, not the layer's own."""
     model, x = network("010"), images()
+    model.layers[0].skip = skip
     want = found_by(model, x, lambda model, x: model(x))
-    if wrong:
-        model.layers[0].skip = "retrieval"
-    else:
-        model.layers[1].skipped = False
-        model(x)
-        model.layers[0].readers.follower = weakref.ref(model.layers[2])
-        model.layers[1].skipped = True
 
     def run(model: Network, x: Tensor) -> Tensor:
-        if not wrong:
-            model.layers[0].readers.known = True
-            model.layers[0].readers.follower = weakref.ref(model.layers[2])
+        first, _, last = model.layers
+        first.readers.known, first.readers.follower = True, weakref.ref(last)
+        assert not first.hands_on()
         return model(x)
 
     with ek.use_backend(backend):
-        assert model.layers[0].hands_on() is False or not wrong
         got = found_by(model, x, run)
-    buffers = sum(1 for _ in model.buffers())  # the skip mode is one of them
-    for a, b in zip(got[:-buffers], want[:-buffers], strict=True):
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
@@ -178,9 +170,15 @@ def test_the_last_layer_keeps_nothing():
     assert [layer.hands_on() for layer in model.layers] == [True, False, False, False]
     model.layers[2].skipped = True
     assert [layer.hands_on() for layer in model.layers] == [True, True, False, False]
-    model.layers[2].skip = "layer"
+    model.layers[1].skip = model.layers[2].skip = "layer"
+    assert not model.layers[0].hands_on()
     model.layers[3].skipped = True
     assert model.layers[0].hands_on()
+    model.layers[0].skip = "retrieval"  # its own does not matter
+    assert model.layers[0].hands_on()
+    model.layers[3].skip = "retrieval"
+    model.layers[3].readers.follower = weakref.ref(model.layers[1])  # a circle
+    assert not model.layers[0].hands_on()
 
 
 @pytest.mark.parametrize("provides", [True, False])
@@ -213,24 +211,26 @@ def test_autocast(provides, dtype):
     assert error <= 2 * theirs
 
 
-def test_decisions_as_data():
+@pytest.mark.parametrize("provides", [True, False])
+def test_decisions_as_data(provides):
     """In a compiled graph: every set of decisions, also with nothing retrieved yet."""
     torch._dynamo.reset()
-    model, x = network("000"), images()
-    for provides in (True, False):
-        for layer in model.layers:
-            layer.provides = provides
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        for skip in itertools.product((False, True), repeat=3):
-            for layer, is_skipped in zip(model.layers, skip, strict=True):
+    model, x = network("000", provides=provides), images().requires_grad_()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for skip in itertools.product((False, True), repeat=3):
+        found = []
+        for m, call in ((model, compiled), (twin, twin)):
+            for layer, is_skipped in zip(m.layers, skip, strict=True):
                 layer.skipped = is_skipped
-            twin = copy.deepcopy(model)
-            got = found_by(model, x, lambda m, x: torch.compile(m, backend="aot_eager")(x))
-            want = found_by(twin, x, lambda m, x: m(x))
-            for a, b in zip(got, want, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(compiled(x), twin(x), rtol=1e-9, atol=1e-9)
-        torch._dynamo.reset()
+            out = call(x)
+            wanted = [x, *m.parameters()]
+            grads = torch.autograd.grad(out.sin().sum(), wanted, allow_unused=True)
+            zeros = (torch.zeros_like(t) for t in wanted)
+            grads = [z if g is None else g for g, z in zip(grads, zeros, strict=True)]
+            found.append([out, *grads, *m.buffers()])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_pruned():

@@ -150,7 +150,7 @@ def layer(
     prev_weights: Tensor | None,
     epilogue: Epilogue | None,
     keeps_retrieved: bool,
-    reused: Retrieved | None,
+    reused: Retrieved | None = None,
 ) -> LayerForward:
     """Query, key and value from `x` (which :func:`readable` gave), what the query retrieves and what follows: one call.
 

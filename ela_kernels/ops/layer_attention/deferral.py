@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.types import Filters
 from ela_kernels.ops.layer_attention.places import Places
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
-from ela_kernels.torch_internals import top_saved_tensors_hooks, version_of
+from ela_kernels.torch_internals import constant_in_graphs, top_saved_tensors_hooks, version_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,22 +21,50 @@ class Provider(Protocol):
     """What makes key and value of a map, and gives them to a history."""
 
     def provide(self, x: Tensor, history: Any) -> None: ...
+    def own_filters(self) -> Filters | None: ...
 
 
 class _Deferred(NamedTuple):
-    """A pair to be made of `x` as it was at `version`, under what was in force then."""
+    """A pair to be made of `x` and the provider's filters as they were, under what was in force then."""
 
     provider: Provider
     x: Tensor
-    version: int
+    filters: tuple[Tensor, ...]
+    versions: tuple[int, ...]
     has_grad: bool
     autocast: tuple[bool, torch.dtype]
+
+    @classmethod
+    def of(cls, provider: Provider, x: Tensor) -> _Deferred:
+        device, filters = x.device.type, _filters_of(provider)
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        versions = tuple(map(version_of, (x, *filters)))
+        return cls(provider, x, filters, versions, torch.is_grad_enabled(), autocast)
+
+    def is_as_it_was(self) -> bool:
+        now = _filters_of(self.provider)
+        return (
+            len(now) == len(self.filters)
+            and all(map(operator.is_, now, self.filters))
+            and tuple(map(version_of, (self.x, *now))) == self.versions
+        )
+
+    def give(self, history: DeferredPairs) -> None:
+        is_cast, dtype = self.autocast
+        autocast = torch.autocast(self.x.device.type, dtype, enabled=is_cast)
+        with torch.set_grad_enabled(self.has_grad), autocast:
+            self.provider.provide(self.x, history)
+
+
+def _filters_of(provider: Provider) -> tuple[Tensor, ...]:
+    found = provider.own_filters()
+    return () if found is None else (found.wk, found.wv)
 
 
 _graphs: list[bool] = []
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _note_graph() -> bool:
     """A graph with layers was compiled in this process; called when it is, not when it runs."""
     _graphs[:] = [True]
@@ -58,7 +88,9 @@ class DeferredPairs(Places):
 
     def __init__(self, repeats: bool = False) -> None:
         super().__init__(repeats)
-        self._deferred: list[_Deferred] = []
+        # Not a list: a copy of the history, which goes on by itself, would share it.
+        self._deferred: tuple[_Deferred, ...] = ()
+        self._is_settling = False
 
     def defer(self, provider: Provider, x: Tensor, heads: int) -> None:
         """Hold back the pair that `provider` makes of `x`. Does not count the layer.
@@ -67,11 +99,7 @@ class DeferredPairs(Places):
             ValueError: `x` or `heads` do not fit what is held.
         """
         self._now.check_fits(x, heads)
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        self._deferred.append(
-            _Deferred(provider, x, version_of(x), torch.is_grad_enabled(), autocast)
-        )
+        self._deferred = (*self._deferred, _Deferred.of(provider, x))
 
     @property
     def depth(self) -> int:
@@ -90,21 +118,32 @@ class DeferredPairs(Places):
         return super().at(snapshot)
 
     def _settle(self) -> None:
-        """Make the pairs that wait."""
-        if not self._deferred or self.recomputing:
+        """Make the pairs that wait; all of them, or none where that raises."""
+        if not self._deferred or self._is_settling:
             return
-        waiting, self._deferred = self._deferred, []
-        position = self._now.position
-        for provider, x, version, has_grad, (is_cast, dtype) in waiting:
-            if version_of(x) != version:
-                raise RuntimeError(
-                    "history: got a read of the key and value of a skipped layer that nobody had read so far, after "
-                    "its input was changed in place; allowed is an out-of-place operation on the layer's output"
-                )
-            autocast = torch.autocast(x.device.type, dtype, enabled=is_cast)
-            with torch.set_grad_enabled(has_grad), autocast:
-                provider.provide(x, self)
-        self._now = self._latest = self._now.moved_to(position)
+        if self.recomputing:
+            raise RuntimeError(
+                "history: got a read in a backward pass of the keys and values of skipped layers that were not made, "
+                "since nobody had read them so far; allowed is to read them before the backward pass"
+            )
+        before = self._now, self._latest
+        self._is_settling = True
+        try:
+            for one in self._deferred:
+                if not one.is_as_it_was():
+                    raise RuntimeError(
+                        "history: got a read of the key and value of a skipped layer that nobody had read so far, "
+                        "after its input or a filter was changed; allowed is to read before the optimizer's step, and "
+                        "out-of-place operations on the layer's output"
+                    )
+                one.give(self)
+            self._now = self._latest = self._now.moved_to(before[0].position)
+            self._deferred = ()
+        except BaseException:
+            self._now, self._latest = before
+            raise
+        finally:
+            self._is_settling = False
 
     def _place_of(self, caller: Any, recomputing: bool) -> Snapshot:
         if self._deferred and not recomputing:
@@ -121,6 +160,8 @@ class DeferredPairs(Places):
         """`reads`: whether the layer may read the pairs held, or appends to them."""
         if torch.compiler.is_compiling():
             _note_graph()
+        elif self._is_settling:
+            return self._now  # the layer was counted when it came by
         if self._deferred and reads and not recomputing:
             self._settle()
         return super()._enter(caller, inputs, recomputing)
