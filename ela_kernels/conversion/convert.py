@@ -49,9 +49,10 @@ def convert(
 
     Known are the base form, `forward(x, keys, values) -> (out, keys, values)`, which begins a stage anew by itself or
     where it is given None; the light form, `forward(x)` within a module with `lambda_t` that is called with the output
-    before, on maps or on tokens with a class token; and `ela_kernels.modules.ConcatLayerAttention`. What a converted layer hands on as keys and values are
-    stand-ins for the stacked tensors: as soon as other code than the layers uses them they become those tensors, and
-    the next layer goes on from what it is given. In compiled graphs and under `torch.func` the original code runs.
+    before, on maps or on tokens with a class token; and `ela_kernels.modules.ConcatLayerAttention`. What a converted
+    layer hands on as keys and values are stand-ins for the stacked tensors: as soon as other code than the layers uses
+    them they become those tensors, and the next layer goes on from what it is given. In compiled graphs and under
+    `torch.func` the original code runs.
 
     Args:
         model: a model, or a layer.
