@@ -85,17 +85,17 @@ struct GeluTanh {
     constexpr Acc<T> kRoot = static_cast<Acc<T>>(1.59576912160573071176), kCube = static_cast<Acc<T>>(0.044715);
     // Beyond this both sides are constant, and a cube could overflow.
     constexpr Acc<T> kEnd = 30;
-    const Vec<T> end = Vec<T>{} + kEnd;
+    const Vec<T> end = Vec<T>{} + kEnd, one = Vec<T>{} + 1;
     Vec<T> inner = x > end ? end : x;
     inner = inner < -end ? -end : inner;
-    const Vec<T> square = inner * inner, w = kRoot * inner * (1 + kCube * square);
-    const Vec<T> e = exp_to_one(w < Vec<T>{} ? w : -w), one = Vec<T>{} + 1, whole = one / (one + e);
+    const Vec<T> square = inner * inner, w = kRoot * inner * (one + kCube * square);
+    const Vec<T> e = exp_to_one(w < Vec<T>{} ? w : -w), whole = one / (one + e);
     const Vec<T> gate = w < Vec<T>{} ? e * whole : whole;
-    return {x * gate, gate + x * e * whole * whole * kRoot * (1 + 3 * kCube * square)};
+    return {x * gate, gate + x * e * whole * whole * kRoot * (one + 3 * kCube * square)};
   }
 };
 
-// Calls body(an activation); there is one.
+// Calls body with the activation of a kind that is one.
 template <class T, class Body>
 inline void by_activation(Activation kind, Body body) {
   kind == Activation::kGelu ? body(Gelu<T>{}) : body(GeluTanh<T>{});

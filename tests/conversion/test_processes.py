@@ -13,8 +13,6 @@ from tests.support import converted_process
 pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no FSDP2")
 
 
-# On a loaded machine one of the processes was seen to end by an abort in a thread of PyTorch's, for a reason not found.
-@pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
 def test_several_processes_have_the_gradients_of_the_original(tmp_path: Path) -> None:
     multiprocessing.spawn(converted_process.run, args=(2, str(tmp_path)), nprocs=2)

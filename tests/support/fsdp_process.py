@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from support.ela_models import Network
+from support.leaving import leave_together
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -134,4 +135,4 @@ def run(rank: int, processes: int, folder: str) -> None:
     ek.use_backend("auto")
     wrong += mixed(mesh, mine)
     torch.save(wrong, Path(folder) / f"{rank}.pt")
-    distributed.destroy_process_group()
+    leave_together()
