@@ -193,8 +193,8 @@ def part_of(module: nn.Module, path: str) -> nn.Module:
 def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
     """A function that the compiler calls when it traces, and takes the result for a constant.
 
-    As `torch.compiler.assume_constant_result`, which imports the compiler, a second's work, where it is applied. Since
-    2.0. Without the mark the function is traced.
+    As `torch.compiler.assume_constant_result`, which imports the compiler, a second's work, where it is applied.
+    Without the mark the function is traced. Always.
     """
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010 - mypy
     return function

@@ -136,16 +136,94 @@ def test_it_is_made_as_it_would_have_been(made: list[Any]) -> None:
         assert [v.requires_grad for v in values] == [has_grad] * 5
 
 
-def test_an_input_that_was_changed_in_place_is_told() -> None:
-    model, x = network({4}), batch().double()
+def _input(x: Tensor, layer: ek.ELA) -> None:
+    x.mul_(2.0)
+
+
+def _step(x: Tensor, layer: ek.ELA) -> None:
+    layer.attn.Wv.weight.mul_(2.0)
+
+
+def _exchanged(x: Tensor, layer: ek.ELA) -> None:
+    layer.attn.Wk.weight = torch.nn.Parameter(torch.ones_like(layer.attn.Wk.weight))
+
+
+@pytest.mark.parametrize("change", [_input, _step, _exchanged])
+def test_what_a_pair_is_made_of_must_stay(change: Any) -> None:
+    """And a program that catches the error finds the history as it was."""
+    model, x = network({3, 4}), batch().double()
     history = ek.LayerHistory()
     with torch.no_grad():
-        for layer in model.layers[:4]:
-            x = layer(x, history)
+        for layer in model.layers:
+            before, x = x, layer(x, history)
+        change(before, model.layers[4])
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="after its input or a filter was changed; all"):
+                history.values  # noqa: B018
+            assert (history.depth, history.position) == (5, 5)
+
+
+def test_given_parameters_are_those_that_serve() -> None:
+    """`functional_call` lends a layer others, for that call alone."""
+    model, x = network({4}), batch().double()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    want = through(other, x)[1].values
+    history = ek.LayerHistory()
+    with torch.no_grad():
+        for layer, given in zip(model.layers, other.layers, strict=True):
+            x = torch.func.functional_call(layer, dict(given.named_parameters()), (x, history))
+    with pytest.raises(RuntimeError, match="a filter was changed"):
+        history.values  # noqa: B018
+    assert len(want) == 5
+
+
+def test_branches_wait_apart() -> None:
+    model, x = network({3, 4}), batch().double()
+    history = ek.LayerHistory()
+    for layer in model.layers[:3]:
+        x = layer(x, history)
+    left = history.latest
+    y = model.layers[3](x, history)
+    other = history.at(left)
+    assert (history.depth, other.depth) == (4, 3)
+    model.layers[4](y, history)
+    assert (history.depth, other.depth) == (5, 3)
+    twin = copy.copy(history)
+    model.layers[4](y, twin)
+    assert (len(history.keys), len(other.keys), len(twin.values)) == (5, 3, 6)
+
+
+def test_a_second_pass_is_refused() -> None:
+    model, x = network({3, 4}), batch().double()
+    history = ek.LayerHistory()
+    for layer in model.layers:
+        layer(x, history)
+
+    def again() -> None:
+        for layer in model.layers:
+            layer(x, history)
+
+    with pytest.raises(ValueError, match="got a second forward pass"):
+        again()
+    history = ek.LayerHistory()
+    for _ in range(3):  # one layer, again and again, with reads between
         model.layers[4](x, history)
-        x.mul_(2.0)
-        with pytest.raises(RuntimeError, match="after its input was changed in place; allowed is"):
-            history.values  # noqa: B018
+        assert len(history.latest.pairs.keys) == history.depth
+    assert history.depth == 3
+
+
+def test_a_read_in_a_backward_pass_is_refused() -> None:
+    """There nothing can be made any more that the pass would know of."""
+    model, x = network({4}), batch().double().requires_grad_()
+    out, history = through(model, x)
+    out.register_hook(lambda _: history.values and None)
+    with pytest.raises(
+        RuntimeError, match="read in a backward pass of the keys and values of skip"
+    ):
+        out.sum().backward()
 
 
 @pytest.mark.parametrize("way", ["checkpoint", "inference", "hooks", "subclass", "compiled"])
@@ -165,6 +243,26 @@ def test_where_it_is_made_at_once(way: str, made: list[Any]) -> None:
     with torch.inference_mode(way == "inference"):
         model(x)
     assert made == [last.attn]
+
+
+@pytest.mark.parametrize("skip", ["retrieval", "reuse"])
+def test_a_pair_may_be_made_inside_a_checkpoint(skip: str) -> None:
+    """Of a layer outside of it; the recomputation finds it made."""
+    found = []
+    for wrapped in (False, True):
+        torch.manual_seed(4)
+        model, x = network({1, 2, 3, 4}, skip), batch().double().requires_grad_()
+        x = torch.ones_like(x).mul(torch.arange(25).view(5, 5).cos()).requires_grad_()
+        history = ek.LayerHistory()
+        y = x
+        for i, layer in enumerate(model.layers):
+            is_wrapped = wrapped and i in (2, 4)
+            call: Any = partial(checkpoint, layer, use_reentrant=False) if is_wrapped else layer
+            y = call(y, history)
+        (y.sin().sum() + torch.stack(history.values).sum()).backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_an_input_that_does_not_fit_is_told_at_once() -> None:

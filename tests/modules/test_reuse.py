@@ -152,6 +152,29 @@ def test_what_is_taken_over_is_not_changed_in_place():
     torch.testing.assert_close(model.eval()(x), twin.eval()(x))
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_nor_where_no_versions_are_kept(mode):
+    options = {"norm_layer": lambda dim: nn.Identity(), "act_layer": lambda: nn.ELU(inplace=True)}
+    model, x = network("011", **options), images()
+    twin = copy.deepcopy(model)
+    for layer in twin.layers:
+        layer.act = nn.ELU()
+    with mode():
+        torch.testing.assert_close(model(x), twin(x))
+
+
+def test_after_compiled_layers_that_were_all_skipped():
+    torch._dynamo.reset()
+    model, x = network("110"), images()
+    model.layers[0].compile(backend="eager")
+    for provides in (True, False):
+        model.layers[1].provides = provides
+        history = ek.LayerHistory()
+        y = model.layers[0](x, history)
+        torch.testing.assert_close(y, x)
+        torch.testing.assert_close(model.layers[1](y, history), x)
+
+
 def test_other_shapes_are_refused():
     model = network("01", provides=False)
     history = ek.LayerHistory()

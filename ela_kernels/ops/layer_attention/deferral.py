@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.layer_attention.places import Places
+from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 from ela_kernels.torch_internals import constant_in_graphs, top_saved_tensors_hooks, version_of
 
@@ -52,7 +53,8 @@ class _Deferred(NamedTuple):
     def give(self, history: DeferredPairs) -> None:
         is_cast, dtype = self.autocast
         autocast = torch.autocast(self.x.device.type, dtype, enabled=is_cast)
-        with torch.set_grad_enabled(self.has_grad), autocast:
+        # A checkpoint around the layer that reads does not see it made again when it recomputes.
+        with torch.set_grad_enabled(self.has_grad), autocast, past_hooks():
             self.provider.provide(self.x, history)
 
 
