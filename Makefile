@@ -118,6 +118,7 @@ bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all
 study: $(INSTALLED) ## train the variants of layer attention over five seeds, in about two hours; again: goes on (STUDY_OUT=DIR)
 	$(BIN)/python -m benchmarks.study run $(STUDY_ARGS) --out $(STUDY_OUT)/runs.jsonl
 	$(BIN)/python -m benchmarks.study time --measure $(STUDY_OUT)/steps.json
+	$(BIN)/python -m benchmarks.study loss --measure $(STUDY_OUT)/loss.json
 	$(BIN)/python -m benchmarks.study picture $(STUDY_OUT)/runs.jsonl --png $(STUDY_OUT)/accuracy.png
 	$(BIN)/python -m benchmarks.study accuracy $(STUDY_OUT)/runs.jsonl
 	$(BIN)/python -m benchmarks.study decisions $(STUDY_OUT)/runs.jsonl

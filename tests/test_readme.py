@@ -17,6 +17,7 @@ PAGES = {
         "docs/architecture.md",
         "docs/dropin.md",
         "docs/models.md",
+        "docs/skipping.md",
     )
 }
 README = PAGES["README.md"]

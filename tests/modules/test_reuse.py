@@ -100,6 +100,21 @@ def test_it_is_exact_where_a_layer_would_retrieve_the_same():
     torch.testing.assert_close(out, y + F.relu(second.norm(o)))
 
 
+def test_the_divergence_bounds_what_it_changes():
+    """`|o - o'| <= 2 sqrt(1 - exp(-kl)) max |v|`, by a head's divergence, of every head and position."""
+    layers = [ek.LayerAttention(CHANNELS, head_dim=8).double() for _ in range(5)]
+    history, x, before = ek.LayerHistory(), images(), None
+    for layer in layers:
+        o = layer(x, history)
+        if before is not None:
+            head = (o - before).abs().unflatten(1, (layer.heads, -1)).amax((2, 3, 4))
+            most = torch.stack(history.values).abs().unflatten(2, (layer.heads, -1))
+            bound = 2 * (-torch.expm1(-history.kl)).sqrt() * most.amax((0, 3, 4, 5))
+            assert (head <= bound).all()
+            assert (head > 0.01 * bound).any()  # it says something
+        before, x = o, x + o
+
+
 def test_with_nothing_retrieved_before_it_the_input_passes_on():
     for provides in (True, False):
         model, x = network("100", provides=provides), images()
