@@ -241,6 +241,14 @@ def is_wrapped(*modules: nn.Module) -> bool:
     return has_hooks(*modules) or any("forward" in vars(module) for module in modules)
 
 
+def gate_of(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> FusedGate | None:
+    """The light layer in a module that is called with a map and the output before; None where it may not be called."""
+    layer = own_child(module, module.fused_layer_name)
+    if options or len(args) != 2 or not isinstance(layer, FusedGate):
+        return None
+    return None if is_wrapped(layer) or layer.fused_is_watched() else layer
+
+
 class FusedDecay(Fused):
     """The module around a light layer: `forward(x, prev_out)`, the gated value plus the decayed previous output."""
 
@@ -249,14 +257,8 @@ class FusedDecay(Fused):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original: `[B, C, H, W]` of `x` and the output before, `[B, C, H, W]` each."""
-        layer = own_child(self, self.fused_layer_name)
-        if (
-            options
-            or len(args) != 2
-            or not isinstance(layer, FusedGate)
-            or is_wrapped(layer)
-            or layer.fused_is_watched()
-        ):
+        layer = gate_of(self, args, options)
+        if layer is None:
             return self.fused_original_forward(*args, **options)
         x, prev_out = args
         if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():

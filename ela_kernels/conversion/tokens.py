@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
-from ela_kernels.conversion.fused import Fused, FusedGate, is_wrapped
-from ela_kernels.torch_internals import own_child, part_of
+from ela_kernels.conversion.fused import Fused, gate_of
+from ela_kernels.torch_internals import part_of
 
 
 class FusedTokens(Fused):
@@ -30,14 +30,8 @@ class FusedTokens(Fused):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """As the original: `[B, 1 + N, C]` of `x` and the output before."""
-        layer = own_child(self, self.fused_layer_name)
-        if (
-            options
-            or len(args) != 2
-            or not isinstance(layer, FusedGate)
-            or is_wrapped(layer)
-            or layer.fused_is_watched()
-        ):
+        layer = gate_of(self, args, options)
+        if layer is None:
             return self.fused_original_forward(*args, **options)
         x, prev_out = args
         if not _are_tokens(x, prev_out, layer.dim) or needs_dispatcher(x) or is_transformed():
