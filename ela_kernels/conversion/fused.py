@@ -166,7 +166,7 @@ class FusedLayer(FusedFilters, LayerAttention):
         """What the original gives, after the layer's turn in `history`; `x`: of a layer that may have given no pair."""
         if torch.compiler.is_compiling():
             return out, Carried(history), Carried(history)
-        left = history.latest
+        left = history.left_by_last()
         keys, values = left.pairs.keys, left.pairs.values
         if not keys:
             assert x is not None

@@ -84,7 +84,8 @@ class EBQM:
         probe_interval: steps between probes of a skipped layer.
         smoothing: factor by which a step's weight in the average falls with every step after it; in [0, 1).
         skip: how skipped layers are skipped, `"retrieval"`, `"layer"` or `"reuse"`; None leaves it to each layer.
-        provides: whether layers skipped with `"reuse"` still give their key and value; True if None. Only with `skip`.
+        provides: whether layers skipped with `"reuse"` still give their key and value; only with `skip`. None leaves it
+            to each layer.
         process_group: processes to average over; the default group if None. Not kept in a pickle.
 
     Raises:

@@ -57,7 +57,11 @@ def residual_block(
         why = f"attn is a {type(attn).__name__}, and the block is for LayerAttention"
         refused(attn, "block", refusal_by((why,)))
     o = attn(x, history)
-    if keeps:
+    # What hooks or a class of its own made of the retrieval could not be made again from weights and values.
+    is_plain = kind_of(attn) is LayerAttention and (
+        torch.compiler.is_compiling() or not has_hooks(attn)
+    )
+    if keeps or not is_plain:
         history.keep(o)
         o = without_sharing(norm, o)
     out: Tensor = x + drop_path(act(norm(o)))

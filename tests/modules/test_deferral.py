@@ -215,6 +215,17 @@ def test_a_second_pass_is_refused() -> None:
     assert history.depth == 3
 
 
+@pytest.mark.parametrize("read", ["keys", "latest"])
+def test_who_reads_is_known_from_then_on(read: str) -> None:
+    """And to prune."""
+    model, x = network({4}), batch().double()
+    with torch.no_grad():
+        history = through(model, x)[1]
+        want = torch.stack(history.values if read == "keys" else history.latest.pairs.values)
+        ek.prune(model)
+        assert torch.equal(torch.stack(through(model, x)[1].values), want)
+
+
 def test_a_read_in_a_backward_pass_is_refused() -> None:
     """There nothing can be made any more that the pass would know of."""
     model, x = network({4}), batch().double().requires_grad_()

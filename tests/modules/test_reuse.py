@@ -156,6 +156,30 @@ def test_a_layer_of_attention_alone_counts_as_a_retrieval():
             torch.testing.assert_close(layer(x, history), x + F.relu(layer.norm(o)))
 
 
+@pytest.mark.parametrize("own", ["hook", "class"])
+@pytest.mark.parametrize("skip", ["reuse", "retrieval"])
+def test_what_a_hook_or_a_class_of_its_own_made_is_taken_over(own, skip):
+    """Whether or not the layers know each other."""
+
+    class Doubled(ek.LayerAttention):
+        def forward(self, *args: Any, **options: Any) -> Tensor:
+            return 2 * super().forward(*args, **options)
+
+    model, x = network("01"), images()
+    first, second = model.layers
+    first.skip = skip
+    if own == "hook":
+        first.attn.register_forward_hook(lambda _, __, out: 2 * out)
+    else:
+        first.attn.__class__ = Doubled
+    for _ in range(2):
+        history = ek.LayerHistory()
+        y = first(x, history)
+        o = 2 * torch.stack(history.values)[0]  # of a first layer, its own value
+        torch.testing.assert_close(second(y, history), y + F.relu(second.norm(o)))
+        first.readers.follower = None
+
+
 def test_what_is_taken_over_is_not_changed_in_place():
     """An activation in place, after a norm that gives what it was given."""
     options = {"norm_layer": lambda dim: nn.Identity()}

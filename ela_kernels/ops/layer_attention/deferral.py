@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.layer_attention.places import Places
+from ela_kernels.ops.layer_attention.readers import Turns
 from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 from ela_kernels.torch_internals import constant_in_graphs, top_saved_tensors_hooks, version_of
@@ -90,6 +91,7 @@ class DeferredPairs(Places):
 
     def __init__(self, repeats: bool = False) -> None:
         super().__init__(repeats)
+        self.turns = Turns()
         # Not a list: a copy of the history, which goes on by itself, would share it.
         self._deferred: tuple[_Deferred, ...] = ()
         self._is_settling = False
@@ -110,9 +112,21 @@ class DeferredPairs(Places):
 
     @property
     def latest(self) -> Snapshot:
-        """What the last layer left, immutable; in a recomputation the layer that was recomputed last."""
+        """What the last layer left, immutable; in a recomputation the layer that was recomputed last.
+
+        Whoever asks is taken to read the pairs.
+        """
+        self._note_read(self.recomputing)
+        return self.left_by_last()
+
+    def left_by_last(self) -> Snapshot:
+        """The same for somebody who hands it on, and reads nothing."""
         self._settle()
         return self._latest
+
+    def _note_read(self, recomputing: bool) -> None:
+        if not recomputing:
+            self.turns.note_read()
 
     def at(self, snapshot: Snapshot) -> Self:
         """A history that goes on from `snapshot`; see :meth:`Places.at`."""

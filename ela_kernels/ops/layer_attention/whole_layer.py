@@ -26,7 +26,6 @@ from ela_kernels.ops.layer_attention.plan import (
     pair_obstacles,
     unseen_obstacles,
 )
-from ela_kernels.ops.layer_attention.readers import Turns
 from ela_kernels.ops.layer_attention.record import Link, Record
 from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
 
@@ -40,7 +39,6 @@ class WholeLayers(DeferredPairs):
         super().__init__(repeats)
         self._record = Record()
         self._decided: Decided | None = None
-        self.turns = Turns()
 
     def plan_layer(
         self,
@@ -146,10 +144,6 @@ class WholeLayers(DeferredPairs):
         kept = None if retrieved is None else Kept.of(retrieved, statistics)
         self._leave(Snapshot(pairs, at, heads, weights, kl, token, kept), plan.recomputing, caller)
         return out
-
-    def _note_read(self, recomputing: bool) -> None:
-        if not recomputing:
-            self.turns.note_read()
 
     def _layer_link(
         self, x: Tensor, filters: Filters, heads: int, caller: Any, plan: LayerPlan
