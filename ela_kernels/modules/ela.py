@@ -247,7 +247,10 @@ class ELA(ELAState):
         if is_explaining() or is_exporting() or history.is_observed:
             return False
         attn.check_input(x)
-        if not can_defer(x) or has_hooks(attn) or attn.obstacles() or attn.own_filters() is None:
+        # Hooks on this layer may take its parameters away when it is done, as FSDP's do.
+        if not can_defer(x) or has_hooks(self, attn):
+            return False
+        if attn.obstacles() or attn.own_filters() is None:
             return False
         attn.check_beside_parameters(x)
         return True

@@ -237,12 +237,16 @@ def test_a_read_in_a_backward_pass_is_refused() -> None:
         out.sum().backward()
 
 
-@pytest.mark.parametrize("way", ["checkpoint", "inference", "hooks", "subclass", "compiled"])
+@pytest.mark.parametrize(
+    "way", ["checkpoint", "inference", "hooks", "own hooks", "subclass", "compiled"]
+)
 def test_where_it_is_made_at_once(way: str, made: list[Any]) -> None:
     model, x = network({4}), batch().double()
     last = model.layers[4]
     if way == "checkpoint":
         model.wrap = partial(checkpoint, use_reentrant=False)
+    elif way == "own hooks":
+        last.register_forward_hook(lambda *_: None)
     elif way == "hooks":
         last.attn.Wv.register_forward_hook(lambda *_: None)
     elif way == "subclass":
