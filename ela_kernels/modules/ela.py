@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ela_kernels.explaining import is_explaining, served_without_kernels
 from ela_kernels.modules.drop_path import DropPath
@@ -14,8 +13,8 @@ from ela_kernels.modules.ela_state import ELAState
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import outside_of_transforms, refuse_static_graph
 from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
-from ela_kernels.modules.residual import residual_block, without_sharing
-from ela_kernels.modules.reuse import reused_block
+from ela_kernels.modules.residual import residual_block
+from ela_kernels.modules.reuse import end_of_block, reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
@@ -161,9 +160,11 @@ class ELA(ELAState):
         # One name for a layer, skipped or not, by which a second pass is known.
         counted = attn if type(attn) is LayerAttention else self
         if skip == "reuse":
+            is_compiling = torch.compiler.is_compiling()
             kept = history.last_retrieved(attn if provides else counted)
-            if kept is not None and kept.exists is not None and not bool(kept.exists):
-                kept = None  # layers before it are compiled, and were all skipped
+            if kept is not None and kept.exists is not None and not is_compiling:
+                # Layers before it are compiled, and may all have been skipped.
+                kept = kept._replace(exists=None) if bool(kept.exists) else None
             if kept is not None:
                 assert self.norm is not None
                 turn = Turn(provides=provides, probe=look, copy=False)
@@ -202,21 +203,10 @@ class ELA(ELAState):
                 o = torch.where(active, o, kept.o)
                 applies = None if kept.exists is None else active | kept.exists
             history.keep(o, applies)
-            o = without_sharing(self.norm, o)
         # Inside a transform of torch.func the layer is one of several models.
         if watched and history.kl is not None and torch.compiler.is_compiling():
             self.totals.add(history.kl, history.has_divergence)
-        if applies is None:
-            result: Tensor = x + self.drop_path(self.act(self.norm(o)))
-            return result
-        # The norm of a skipped layer keeps its running statistics: it works on copies.
-        buffers = dict(self.norm.named_buffers())
-        copies = {name: buffer.clone() for name, buffer in buffers.items()}
-        out = x + self.drop_path(self.act(functional_call(self.norm, copies, (o,))))
-        with torch.no_grad():
-            for name, buffer in buffers.items():
-                buffer.copy_(torch.where(applies, copies[name], buffer))
-        return torch.where(applies, out, x)
+        return end_of_block(self.norm, self.act, self.drop_path, x, o, applies)
 
     def _observe(self, kl: Tensor | None, is_seen: Tensor | None = None) -> None:
         """Keep a divergence; `is_seen`: whether it is one, where that is data, after layers that are compiled."""

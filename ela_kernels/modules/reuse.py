@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ela_kernels.backends.dispatch import Refusal, refusal_by
 from ela_kernels.explaining import refused, served, served_without_kernels
@@ -82,8 +83,33 @@ def reused_block(
         y = as_before_wrappers(attn(x, history, turn=turn._replace(copy=copy)), x)
     if not turn.provides:
         history.pass_by(counted)
-    out: Tensor = y + drop_path(act(norm(without_sharing(norm, kept.o))))
-    return out
+    return end_of_block(norm, act, drop_path, y, kept.o, kept.exists)
+
+
+def end_of_block(
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: nn.Module,
+    x: Tensor,
+    o: Tensor,
+    applies: Tensor | None = None,
+) -> Tensor:
+    """`x + drop_path(act(norm(o)))` by pieces, which leaves `o` as it is.
+
+    `applies`: whether it is that, or `x` and a norm that has seen nothing, where that is data (a boolean tensor).
+    """
+    o = without_sharing(norm, o)
+    if applies is None:
+        out: Tensor = x + drop_path(act(norm(o)))
+        return out
+    # The norm works on copies of its running statistics.
+    buffers = dict(norm.named_buffers())
+    copies = {name: buffer.clone() for name, buffer in buffers.items()}
+    out = x + drop_path(act(functional_call(norm, copies, (o,))))
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(torch.where(applies, copies[name], buffer))
+    return torch.where(applies, out, x)
 
 
 def _plan(

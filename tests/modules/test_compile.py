@@ -153,8 +153,9 @@ def test_whatever_norm_keeps_what_it_had(norm: Any, backend: str) -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_pruned_model_computes_nothing_of_what_it_skips() -> None:
-    network, ran = Network((4,)), []
+@pytest.mark.parametrize("mode", ["retrieval", "layer", "reuse"])
+def test_a_pruned_model_computes_nothing_of_what_it_skips(mode: str) -> None:
+    network, ran = Network((4,), skip=mode), []
     network(batch())
     network.layers[1].skipped = network.layers[3].skipped = True
     ek.prune(network).eval()
@@ -166,7 +167,8 @@ def test_a_pruned_model_computes_nothing_of_what_it_skips() -> None:
     x = batch()
     out = torch.compile(network, fullgraph=True, backend=count)(x)
     torch.testing.assert_close(out, network(x), rtol=1e-4, atol=1e-5)
-    assert len(ran) == 2
+    # No kernel takes pairs that may be missing, as they may of layers that give none where they are skipped.
+    assert len(ran) == (1 if mode == "layer" else 2)
 
 
 def test_layers_compiled_one_by_one_beside_others_that_are_not() -> None:
