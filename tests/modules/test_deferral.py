@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import deferral
+from ela_kernels.ops.layer_attention import places
 
 
 @pytest.fixture(autouse=True)
-def no_graph_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deferral, "_graphs", [])
+def no_graph_was_compiled() -> Iterator[None]:
+    before = list(places.graphs_seen)
+    places.graphs_seen.clear()
+    yield
+    places.graphs_seen[:] = before
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ def test_a_skipped_layer_has_its_place() -> None:
     layers[1].skip, layers[1].skipped = "layer", True  # type: ignore[assignment]
     history = ek.LayerHistory()
     run(layers, x, history)
-    with pytest.raises(ValueError, match="LayerAttention of place 0 and ELA of place 1"):
+    with pytest.raises(ValueError, match="LayerAttention of place 0 and LayerAttention of place 1"):
         run(layers, x, history)
 
 

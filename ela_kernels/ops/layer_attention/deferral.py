@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.types import Filters
-from ela_kernels.ops.layer_attention.places import Places
+from ela_kernels.ops.layer_attention.places import Places, graphs_seen
 from ela_kernels.ops.layer_attention.readers import Turns
 from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
-from ela_kernels.torch_internals import constant_in_graphs, top_saved_tensors_hooks, version_of
+from ela_kernels.torch_internals import top_saved_tensors_hooks, version_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,16 +64,6 @@ def _filters_of(provider: Provider) -> tuple[Tensor, ...]:
     return () if found is None else (found.wk, found.wv)
 
 
-_graphs: list[bool] = []
-
-
-@constant_in_graphs
-def _note_graph() -> bool:
-    """A graph with layers was compiled in this process; called when it is, not when it runs."""
-    _graphs[:] = [True]
-    return True
-
-
 def can_defer(x: Tensor) -> bool:
     """Whether a pair of `x` would later be the one that it is now, and those who read it are known.
 
@@ -81,7 +71,7 @@ def can_defer(x: Tensor) -> bool:
     could be changed in the meantime without anybody noticing; nor where layers are compiled, since they are not known
     to read, and what they make is part of their graph.
     """
-    if torch.compiler.is_compiling() or top_saved_tensors_hooks is None or _graphs:
+    if torch.compiler.is_compiling() or top_saved_tensors_hooks is None or graphs_seen:
         return False
     return top_saved_tensors_hooks(True) is None and not x.is_inference() and not x.is_meta
 
@@ -92,9 +82,6 @@ class DeferredPairs(Places):
     def __init__(self, repeats: bool = False) -> None:
         super().__init__(repeats)
         self.turns = Turns()
-        # Not a list: a copy of the history, which goes on by itself, would share it.
-        self._deferred: tuple[_Deferred, ...] = ()
-        self._is_settling = False
 
     def defer(self, provider: Provider, x: Tensor, heads: int) -> None:
         """Hold back the pair that `provider` makes of `x`. Does not count the layer.
@@ -160,24 +147,3 @@ class DeferredPairs(Places):
             raise
         finally:
             self._is_settling = False
-
-    def _place_of(self, caller: Any, recomputing: bool) -> Snapshot:
-        if self._deferred and not recomputing:
-            self._settle()
-        return super()._place_of(caller, recomputing)
-
-    def _enter(
-        self,
-        caller: Any,
-        inputs: tuple[Tensor | None, ...],
-        recomputing: bool,
-        reads: bool = True,
-    ) -> Snapshot:
-        """`reads`: whether the layer may read the pairs held, or appends to them."""
-        if torch.compiler.is_compiling():
-            _note_graph()
-        elif self._is_settling:
-            return self._now  # the layer was counted when it came by
-        if self._deferred and reads and not recomputing:
-            self._settle()
-        return super()._enter(caller, inputs, recomputing)

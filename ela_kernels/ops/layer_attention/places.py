@@ -11,6 +11,7 @@ from torch import Tensor
 from ela_kernels import torch_internals
 from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
+from ela_kernels.torch_internals import constant_in_graphs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,6 +20,17 @@ if TYPE_CHECKING:
 def graph_task() -> int:
     """Which backward pass is running in this thread; -1 outside of one."""
     return -1 if torch.compiler.is_compiling() else torch_internals.graph_task()
+
+
+graphs_seen: list[bool] = []
+"""Not empty once a graph with layers was compiled in this process."""
+
+
+@constant_in_graphs
+def _note_graph() -> bool:
+    """Called when a graph is compiled, not when it runs."""
+    graphs_seen[:] = [True]
+    return True
 
 
 class Places:
@@ -37,6 +49,9 @@ class Places:
         self.held: tuple[Tensor, Tensor] | None = None  # the stacked pairs that it began with
         self._repeats = repeats
         self._observer = present_observer()
+        # Pairs that wait to be made. Not a list: a copy of the history, which goes on by itself, would share it.
+        self._deferred: tuple[Any, ...] = ()
+        self._is_settling = False
         # Who came last; the first two different layers that came one after the other, and the place of the second.
         self._last: Any = None
         self._first_two: tuple[Any, Any, int] | None = None
@@ -103,16 +118,39 @@ class Places:
         """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
         return graph_task() not in (-1, self._made_in)
 
-    def _place_of(self, caller: Any, recomputing: bool) -> Snapshot:
-        """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was."""
+    def _settle(self) -> None:
+        """Make the pairs that wait; see :mod:`ela_kernels.ops.layer_attention.deferral`."""
+
+    def _place_of(self, caller: Any, recomputing: bool, reads: bool = True) -> Snapshot:
+        """Where a layer stands that has not entered yet: at the end, or in a recomputation where it was.
+
+        `reads`: whether it may read the pairs held, or appends to them.
+        """
+        if self._deferred and reads and not recomputing:
+            self._settle()
         found = self._found_by.get(caller) if recomputing and caller is not None else None
         return found[0][0] if found else self._now
 
-    def _enter(self, caller: Any, inputs: tuple[Tensor | None, ...], recomputing: bool) -> Snapshot:
-        """The snapshot that this layer extends: the present one, or its old one in a recomputation."""
+    def _enter(
+        self,
+        caller: Any,
+        inputs: tuple[Tensor | None, ...],
+        recomputing: bool,
+        reads: bool = True,
+    ) -> Snapshot:
+        """The snapshot that this layer extends: the present one, or its old one in a recomputation.
+
+        `reads` as of :meth:`_place_of`.
+        """
         if not recomputing:
+            is_traced = torch.compiler.is_compiling()
+            if is_traced:
+                _note_graph()
+            if self._is_settling:
+                return self._now  # the layer was counted when it came by
+            if self._deferred and reads:
+                self._settle()
             if caller is not None:
-                is_traced = torch.compiler.is_compiling()
                 if not is_traced and caller is not self._last:
                     self._refuse_second_pass(caller)
                 # In inference mode nothing recomputes, and the weights of earlier layers need not stay. torch.compile

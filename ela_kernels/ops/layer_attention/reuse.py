@@ -15,7 +15,6 @@ from ela_kernels.backends.memory import PLAIN_TENSORS
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
 from ela_kernels.backends.types import NormAct, Retrieved
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
-from ela_kernels.ops.layer_attention.deferral import DeferredPairs
 from ela_kernels.ops.layer_attention.plan import LayerPlan, unseen_obstacles
 from ela_kernels.ops.layer_attention.reference import aggregate_reference
 from ela_kernels.ops.layer_attention.reuse_node import reuse_and_provide_pull, reuse_pull
@@ -36,7 +35,7 @@ class ReusedRetrievals(WholeLayers):
             caller: the module that asks; needed under `torch.utils.checkpoint`.
         """
         # Those that wait to be made come after what was retrieved.
-        found = super(DeferredPairs, self)._place_of(caller, self.recomputing)
+        found = self._place_of(caller, self.recomputing, reads=False)
         kept = found.kept
         if kept is None or not kept.is_as_it_was():
             if found.weights is None:
