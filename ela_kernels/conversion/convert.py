@@ -37,7 +37,7 @@ def convert(
     model: nn.Module,
     *,
     to: Literal["ela"] | None = None,
-    skip: SkipMode = "retrieval",
+    skip: SkipMode = "reuse",
     strict: bool = False,
 ) -> ConversionReport:
     """Make the layer attention of a published network run on the kernels, in place; results stay what they were.

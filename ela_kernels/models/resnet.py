@@ -72,7 +72,7 @@ class ResNet(nn.Module):
         head_dim: channels of a head; by the table if None, and never more than a stage has channels.
         drop_path: probability of dropping a retrieval in training: of the last layer, from 0 at the first and growing
             linearly between them, or of every layer where the variant is the published one.
-        skip: what a skipped ELA layer leaves out, `"retrieval"`, `"layer"` or `"reuse"`.
+        skip: what a skipped ELA layer leaves out, `"reuse"`, `"retrieval"` or `"layer"`.
         stem: `"small"` (one 3x3 convolution, for images of some tens of pixels), `"imagenet"` (7x7, then pooling) or
             `"deep"` (three 3x3, the first with stride 2, then pooling); by the table if None.
         features_only: forward gives the list of the stages' last maps; there is no classifier.
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
         fused: bool = True,
         head_dim: int | None = None,
         drop_path: float = 0.0,
-        skip: SkipMode = "retrieval",
+        skip: SkipMode = "reuse",
         stem: Stem | None = None,
         features_only: bool = False,
         checkpointing: bool = False,

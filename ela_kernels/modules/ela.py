@@ -45,10 +45,10 @@ class ELA(ELAState):
         norm_layer: called with `dim`; makes the norm of the retrieval.
         act_layer: called without arguments; makes the activation. `nn.ReLU` is made to work in place.
         drop_path: probability of dropping the retrieval for a sample in training, in [0, 1].
-        skip: what a skipped layer leaves out. `"retrieval"`: it retrieves nothing, `x` passes on unchanged, and its key
-            and value still go to the later layers. `"layer"`: it gives none either. `"reuse"`: it takes the last
-            retrieval before it in the stage in place of its own, which its own norm works on; with none before it, `x`
-            passes on.
+        skip: what a skipped layer leaves out. `"reuse"`: it takes the last retrieval before it in the stage in place of
+            its own, which its own norm works on, and its key and value still go to the later layers; with no retrieval
+            before it, `x` passes on. `"retrieval"`: it retrieves nothing, `x` passes on unchanged, and its key and value
+            still go to the later layers. `"layer"`: it gives none either.
         provides: whether a layer skipped with `"reuse"` still gives its key and value; True if None.
 
     Raises:
@@ -79,7 +79,7 @@ class ELA(ELAState):
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         drop_path: float = 0.0,
-        skip: SkipMode = "retrieval",
+        skip: SkipMode = "reuse",
         provides: bool | None = None,
     ) -> None:
         super().__init__(skip, provides)

@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--unfused", action="store_true", help="mrla as published, concatenating")
     add("--head-dim", type=int, help="channels of a head")
     add("--drop-path", type=float, default=0.0)
-    add("--skip", choices=SKIP_MODES, default="retrieval", help="what is left out")
+    add("--skip", choices=SKIP_MODES, default="reuse", help="what is left out")
     add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
     add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")

@@ -97,7 +97,7 @@ def test_what_there_is_nothing_of(case: str) -> None:
     elif case == "frozen":
         layer.norm.requires_grad_(False)
     elif case == "skipped":
-        layer.skipped = True
+        layer.skip, layer.skipped = "retrieval", True
     ebqm = ek.EBQM(network, warmup=100, interval=2, probe_interval=100)
     run(network, ebqm, 1)
     network(batch()).sum().backward()

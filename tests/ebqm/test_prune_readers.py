@@ -148,6 +148,7 @@ class TestSharedAttention:
     @torch.no_grad()
     def test_with_a_layer_that_retrieves(self) -> None:
         network, x = made([1]), batch()
+        network.layers[1].skip = "retrieval"
         network.layers[1].attn = network.layers[2].attn
         want = network(x)
         ek.prune(network)

@@ -276,7 +276,7 @@ class TestWrappers:
             other.load_state_dict({**state, "layers": names})
 
     def test_an_attention_that_is_wrapped_is_pruned(self) -> None:
-        network, x = Network((4,)), batch()
+        network, x = Network((4,), skip="retrieval"), batch()
         network.layers[1].attn = checkpoint_wrapper(network.layers[1].attn)
         network(x)
         network.layers[1].skipped = True

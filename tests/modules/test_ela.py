@@ -94,7 +94,7 @@ def test_a_skipped_layer_costs_a_copy(mode: str, training: bool) -> None:
 
 
 def test_calls_are_counted(kernels: object, ran: list[str]) -> None:
-    network = Network((3,))
+    network = Network((3,), skip="retrieval")
     layer, count = network.layers[1], {}
     for part in ("attn.Wq", "attn.Wk", "attn.Wv", "norm", "act", "drop_path"):
         calls(layer.get_submodule(part), count, part)
@@ -290,7 +290,7 @@ class TestStateDict:
         other = Network((3,))
         other.load_state_dict(network.state_dict())
         assert [layer.skipped for layer in other.layers] == [False, True, False]
-        assert [layer.skip for layer in other.layers] == ["retrieval", "layer", "retrieval"]
+        assert [layer.skip for layer in other.layers] == ["reuse", "layer", "reuse"]
         assert [layer.place for layer in other.layers] == [0, 1, 2]
         assert torch.equal(other.eval()(x), network.eval()(x))
 
