@@ -47,8 +47,8 @@ class ELA(ELAState):
         drop_path: probability of dropping the retrieval for a sample in training, in [0, 1].
         skip: what a skipped layer leaves out. `"reuse"`: it takes the last retrieval before it in the stage in place of
             its own, which its own norm works on, and its key and value still go to the later layers; with no retrieval
-            before it, `x` passes on. `"retrieval"`: it retrieves nothing, `x` passes on unchanged, and its key and value
-            still go to the later layers. `"layer"`: it gives none either.
+            before it, `x` passes on. `"retrieval"`: it retrieves nothing, `x` passes on unchanged, and its key and
+            value still go to the later layers. `"layer"`: it gives none either.
         provides: whether a layer skipped with `"reuse"` still gives its key and value; True if None.
 
     Raises:
