@@ -230,7 +230,8 @@ class ELA(ELAState):
         """Whether the pair need not be made before somebody reads it, since nobody who did before retrieves now."""
         if torch.compiler.is_compiling() or self.lent or history.recomputing:
             return False
-        if not self.readers.known or self.readers.retrieve():
+        readers = self.readers
+        if not readers.learnt or readers.retrieve() or not readers.are_all_here():
             return False
         if type(attn) is not LayerAttention or type(history) is not LayerHistory:
             return False

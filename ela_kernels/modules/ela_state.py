@@ -51,10 +51,14 @@ class ELAState(Skipping):
         what they last knew of their decisions will do, which costs nothing to look at.
         """
         readers, asked = self.readers, 0
-        if not readers.known:
+        if not readers.learnt:
             return True
         while readers.follower is not None and asked < _MOST_ASKED:
             layer = readers.follower()
+            if (
+                layer is None
+            ):  # it is gone, as those of a replica are, and another may be in its place
+                return True
             if not isinstance(layer, ELAState):
                 return False
             skipped, mode = layer._last

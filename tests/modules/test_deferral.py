@@ -284,6 +284,29 @@ def test_a_pair_may_be_made_inside_a_checkpoint(skip: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def copied(layer: ek.ELA) -> Any:
+    """As `torch.nn.parallel.replicate` makes one."""
+    replica: Any = layer._replicate_for_data_parallel()
+    replica._parameters, replica._buffers = layer._parameters, layer._buffers
+    replica._modules = dict(layer._modules)
+    return replica
+
+
+@pytest.mark.parametrize("skip", ["retrieval", "reuse"])
+def test_replicas_know_nothing_of_each_other(skip: str) -> None:
+    """They share what was learnt of layers that are gone by now; bits would tell of another way."""
+    model, x = network({1, 3}, skip), batch().double()
+    want = through(copy.deepcopy(model), x)[0]
+    for _ in range(3):
+        twin, y = [copied(layer) for layer in model.layers], x
+        history = ek.LayerHistory()
+        for layer in twin:
+            y = layer(y, history)
+        assert torch.equal(y, want)
+        assert not history._deferred
+        del layer, twin
+
+
 def test_an_input_that_does_not_fit_is_told_at_once() -> None:
     model, x = network({4}), batch().double()
     history = ek.LayerHistory()

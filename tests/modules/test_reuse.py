@@ -134,7 +134,7 @@ def test_what_nobody_kept_is_made_again(backend, skip):
 
     def run(model: Network, x: Tensor) -> Tensor:
         first, _, last = model.layers
-        first.readers.known, first.readers.follower = True, weakref.ref(last)
+        first.readers.learnt, first.readers.follower = True, weakref.ref(last)
         assert not first.hands_on()
         return model(x)
 

@@ -84,7 +84,7 @@ def test_dtypes_of_what_a_layer_gives(residual, calls):
 def test_a_stage_of_blocks(dtype, training, form, calls):
     """One call a block where the stage's input has the dtype of autocast; else a layer's, and PyTorch's norm."""
     blocks, x = make_blocks((6, 12, 7, 9), 3, 4, torch.float32, form, drop_path=0.0)
-    blocks[1].skipped = True
+    blocks[1].skip, blocks[1].skipped = "retrieval", True
     for block in blocks:
         nn.init.uniform_(block.norm.running_mean, -1, 1)
         nn.init.uniform_(block.norm.running_var, 0.5, 2)

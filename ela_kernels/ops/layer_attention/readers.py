@@ -26,10 +26,11 @@ class Readers:
     on reading.
     """
 
-    __slots__ = ("_layers", "came_by", "follower", "known", "others")
+    __slots__ = ("_layers", "came_by", "follower", "known", "learnt", "others")
 
     def __init__(self) -> None:
         self.known = False  # whether the layer gave a pair to any history
+        self.learnt = False  # whether a pass that it came by in is over: in one under way others are still to come
         self.came_by = False  # whether the layer was called outside of compiled graphs, so that it is among readers
         self.others = False
         self.follower: weakref.ref[Skippable] | None = None  # who came by next, the last time
@@ -42,6 +43,10 @@ class Readers:
     def exist(self) -> bool:
         """Whether there is anybody who may read the pair, skipped or not."""
         return self.others or any(reference() is not None for reference in tuple(self._layers))
+
+    def are_all_here(self) -> bool:
+        """Whether none of them is gone, as those of a replica are, whose place others take in every pass."""
+        return all(reference() is not None for reference in tuple(self._layers))
 
     def retrieve(self) -> bool:
         """Whether one of them would retrieve the pair in a pass now."""
@@ -71,6 +76,12 @@ class Turns:
         self._before: Readers | None = None
         self._given_by: list[Readers] = []
         self._is_on = False
+
+    def __del__(self) -> None:
+        """The pass is over, as far as it got."""
+        # A compiled graph makes the object before what is in it.
+        for readers in getattr(self, "_given_by", ()):
+            readers.learnt = True
 
     def begin(self, layer: Skippable, number: int, recomputing: bool) -> None:
         """`layer`, whose number this is, may read until :meth:`end`."""
