@@ -54,6 +54,8 @@ class ELAState(Skipping):
         if not readers.learnt:
             return True
         while readers.follower is not None and asked < _MOST_ASKED:
+            if readers.varies:
+                return True
             layer = readers.follower()
             if (
                 layer is None

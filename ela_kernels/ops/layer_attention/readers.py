@@ -26,7 +26,7 @@ class Readers:
     on reading.
     """
 
-    __slots__ = ("_layers", "came_by", "follower", "known", "learnt", "others")
+    __slots__ = ("_layers", "came_by", "follower", "known", "learnt", "others", "varies")
 
     def __init__(self) -> None:
         self.known = False  # whether the layer gave a pair to any history
@@ -34,6 +34,7 @@ class Readers:
         self.came_by = False  # whether the layer was called outside of compiled graphs, so that it is among readers
         self.others = False
         self.follower: weakref.ref[Skippable] | None = None  # who came by next, the last time
+        self.varies = False  # whether that was another before, as after a layer that is used twice
         self._layers: set[weakref.ref[Skippable]] = set()
 
     def add(self, reader: weakref.ref[Skippable]) -> None:
@@ -97,7 +98,11 @@ class Turns:
         for readers in self._given_by:
             readers.add(reader)
         if self._before is not None:
-            self._before.follower = reader
+            before = self._before.follower
+            follower = None if before is None else before()
+            if follower is not layer:
+                self._before.varies = self._before.varies or follower is not None
+                self._before.follower = reader
         self._before = layer.readers
 
     def end(self, readers: Readers | None) -> None:
