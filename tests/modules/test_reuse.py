@@ -134,7 +134,8 @@ def test_what_nobody_kept_is_made_again(backend, skip):
 
     def run(model: Network, x: Tensor) -> Tensor:
         first, _, last = model.layers
-        first.readers.learnt, first.readers.follower = True, weakref.ref(last)
+        readers = first.readers
+        readers.learnt, readers.varies, readers.follower = True, False, weakref.ref(last)
         assert not first.hands_on()
         return model(x)
 
@@ -236,6 +237,12 @@ def test_the_last_layer_keeps_nothing():
     assert not model.layers[0].hands_on()
     model.layers[3].skipped = True
     assert model.layers[0].hands_on()
+    twice, x = network("000"), images()  # others follow when it comes again
+    history = ek.LayerHistory()
+    for i in (0, 1, 0, 2):
+        x = twice.layers[i](x, history)
+    del history
+    assert [layer.hands_on() for layer in twice.layers] == [True, False, False]
     model.layers[0].skip = "retrieval"  # its own does not matter
     assert model.layers[0].hands_on()
     model.layers[3].skip = "retrieval"
