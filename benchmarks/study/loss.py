@@ -21,9 +21,6 @@ from benchmarks.study.training import Run
 from ela_kernels.modules.skipping import SKIP_MODES
 from ela_kernels.training.data import Task
 
-# Below this score EBQM drops a layer.
-LOW = 0.2
-
 
 def measure_loss(settings: Sequence[Settings], task: Task, images: int) -> dict[str, Any]:
     """Train each network with nothing skipped; then leave out one layer after the other.
@@ -109,6 +106,8 @@ def loss_table(results: dict[str, Any]) -> str:
     from scipy.stats import spearmanr
 
     runs, machine = results["runs"], results["machine"]
+    settings = runs[0]["settings"]
+    low_score = settings["low"]  # below it EBQM drops a layer
     rows = []
     for mode in SKIP_MODES:
         correlations = []
@@ -117,22 +116,21 @@ def loss_table(results: dict[str, Any]) -> str:
             y = [layer["change"][mode] for layer in run["layers"]]
             correlations.append(float(spearmanr(x, y).statistic))
         layers = [layer for run in runs for layer in run["layers"]]
-        low = [layer["change"][mode] for layer in layers if layer["score"] < LOW]
-        other = [layer["change"][mode] for layer in layers if layer["score"] >= LOW]
+        low = [layer["change"][mode] for layer in layers if layer["score"] < low_score]
+        other = [layer["change"][mode] for layer in layers if layer["score"] >= low_score]
         rows.append([f"`{mode}`", _mean(correlations), _spread(low), _spread(other)])
-    settings = runs[0]["settings"]
     losses = ", ".join(f"{run['loss']:.4f}" for run in runs)
-    counts = [sum(layer["score"] < LOW for layer in run["layers"]) for run in runs]
+    counts = [sum(layer["score"] < low_score for layer in run["layers"]) for run in runs]
     head = (
         f"resnet{settings['depth']}, {len(runs)} seeds, {settings['epochs']} epochs of "
         f"{settings['train_images'] or 'all'} images of {settings['data']}; loss of {results['images']} test images "
-        f"with nothing skipped: {losses}. Layers with a score below {LOW}: {', '.join(map(str, counts))} of "
+        f"with nothing skipped: {losses}. Layers with a score below {low_score}: {', '.join(map(str, counts))} of "
         f"{len(runs[0]['layers'])}. {machine['cpu']}, torch {machine['torch']}, {machine['date']}"
     )
     names = [
         "skip mode",
         "Spearman's rho of change and divergence",
-        f"change of the loss, score below {LOW}",
+        f"change of the loss, score below {low_score}",
         "other layers",
     ]
     return "\n".join([head, "", *table(names, rows)]) + "\n"

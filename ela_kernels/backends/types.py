@@ -199,6 +199,8 @@ class LightFilters(NamedTuple):
 
 ValueAct = Literal["gelu", "gelu_tanh"]
 """What the value of a light layer passes before it is gated: GELU as it is, or in the form with a tanh."""
+VALUE_ACT_CODES: dict[ValueAct | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2}
+"""As the kernels know them, whichever backend's."""
 
 
 class LightForward(NamedTuple):

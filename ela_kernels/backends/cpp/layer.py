@@ -165,6 +165,7 @@ def layer(
     depth = len(keys) + 1
     v, mean, k = plan.new_map(x), torch.empty_like(plan.row), torch.empty_like(plan.row)
     q = out = weights = kl = statistics = block = norm = measured = kept_o = None
+    o_view = NO_MAP
     if retrieves:
         q, out, weights = torch.empty_like(plan.row), plan.new_map(x), plan.new_weights(depth)
         prev_weights = dense(prev_weights)
@@ -175,19 +176,14 @@ def layer(
             if statistics is None:
                 statistics = measured = torch.empty_like(plan.statistics)
             block = plan.new_map(x) if keeps_retrieved else out
-            norm = norm_call(
-                plan.norm_sizes,
-                statistics,
-                epilogue,
-                o=(out.data_ptr(), *plan.made),
-                x=plan.map_view(x)[0],
-                out=(block.data_ptr(), *plan.made),
-            )
+            o_view = (out.data_ptr(), *plan.made)
     elif reused is not None:
-        assert type(epilogue) is NormAct
         out, block = reused.o, plan.new_map(x)
         statistics = reused.statistics
         o_view, kept_o = plan.map_view(out)
+    if block is not None:
+        assert type(epilogue) is NormAct
+        assert statistics is not None
         norm = norm_call(
             plan.norm_sizes,
             statistics,

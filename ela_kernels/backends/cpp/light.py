@@ -20,6 +20,7 @@ from ela_kernels.backends.layout import (
 )
 from ela_kernels.backends.memory import address, cast
 from ela_kernels.backends.types import (
+    VALUE_ACT_CODES,
     LightFilters,
     LightForward,
     LightGradients,
@@ -28,8 +29,6 @@ from ela_kernels.backends.types import (
     SavedLightLayer,
     ValueAct,
 )
-
-_ACTS: dict[ValueAct | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
 
 def _sizes(x: Tensor) -> ImageSizes:
@@ -96,7 +95,7 @@ def light_layer(
         sizes=sizes,
         heads=heads,
         scale=scale,
-        act=_ACTS[value_act],
+        act=VALUE_ACT_CODES[value_act],
         x=_view(x, sizes[4], "x"),
         wq=address(wq, "Wq"),
         wk=address(wk, "Wk"),
@@ -164,7 +163,7 @@ def light_layer_backward(
         sizes=sizes,
         heads=heads,
         scale=scale,
-        act=_ACTS[value_act],
+        act=VALUE_ACT_CODES[value_act],
         x=_view(x, sizes[4], "x"),
         wq=address(wq, "Wq"),
         wk=address(wk, "Wk"),

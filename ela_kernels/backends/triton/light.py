@@ -20,6 +20,7 @@ from ela_kernels.backends.triton.norm import statistics_of
 from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, block_d, make_plan, power_of_two
 from ela_kernels.backends.triton.producer import Light, produce, produce_backward
 from ela_kernels.backends.types import (
+    VALUE_ACT_CODES,
     Filters,
     LightFilters,
     LightForward,
@@ -41,7 +42,6 @@ _KEPT_NAMES = (
     "gradient of the output",
 )
 _GATE_HEADS = 4  # of one program where gates have a launch of their own
-_ACTS: dict[ValueAct | None, int] = {None: 0, "gelu": 1, "gelu_tanh": 2}
 # Of a program that adds up partial sums: channels, and how many of the sums it reads at once.
 _ROW_CHANNELS = 64
 _ROW_PARTS = 32
@@ -123,7 +123,7 @@ def light_layer(
             plan.parts,
             scale,
             HAS_GATES=gates_apart,
-            ACT=_ACTS[value_act],
+            ACT=VALUE_ACT_CODES[value_act],
             STATISTICS=moments is not None,
             INTERLEAVED=plan.interleaved,
             UNIT=plan.UNIT,
@@ -196,7 +196,7 @@ def light_layer_backward(
                 *units(plan, compact),
                 *units(plan, compact),
                 plan.parts,
-                ACT=_ACTS[value_act],
+                ACT=VALUE_ACT_CODES[value_act],
                 NEED_GATE=need_gate,
                 NEED_DECAY=need_decay,
                 NEED_PREV=need_prev,
