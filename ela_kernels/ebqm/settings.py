@@ -17,6 +17,10 @@ REMOVED = {
 }
 
 
+# Of these, values that say what holds without them: a ceiling of 1 was none.
+_WITHOUT_EFFECT: dict[str, object] = {"ceiling": 1.0}
+
+
 class Settings(NamedTuple):
     """What a decision depends on, besides the statistics; saved with them and compared when they are loaded."""
 
@@ -75,12 +79,14 @@ def checked_settings(settings: Settings) -> Settings:
 
 
 def refuse_removed(given: Mapping[str, object], allowed: Iterable[str]) -> None:
-    """Say of an argument that EBQM had what stands in its place.
+    """Say of an argument that EBQM had what stands in its place; one that said what holds anyway may stay.
 
     Raises:
         TypeError: there is one of a name that EBQM does not know.
     """
     for name, value in given.items():
+        if name in _WITHOUT_EFFECT and value == _WITHOUT_EFFECT[name]:
+            continue
         why = REMOVED.get(name, "it is not known")
         if name in REMOVED:
             why = f"it is not there any more, since {why}"

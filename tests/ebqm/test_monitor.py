@@ -266,6 +266,11 @@ def test_what_went_says_what_stands_in_its_place() -> None:
         ek.EBQM(Network((2,)), reference=(2.0, 2.0))
 
 
+def test_what_went_may_stay_where_it_was_off() -> None:
+    settings = ek.EBQM(Network((2,)), ceiling=1.0).settings  # type: ignore[arg-type]
+    assert settings == ek.EBQM(Network((2,))).settings
+
+
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^model: got Linear without an ela_kernels\.ELA layer"):
         ek.EBQM(nn.Linear(2, 2))
