@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -190,8 +190,11 @@ def part_of(module: nn.Module, path: str) -> nn.Module:
     return found
 
 
-def constant_in_graphs(function: Callable[[], bool]) -> Callable[[], bool]:
-    """A function that the compiler calls when it traces, and takes the result for a constant.
+_Constant = TypeVar("_Constant", bound=Callable[..., object])
+
+
+def constant_in_graphs(function: _Constant) -> _Constant:
+    """A function of constants that the compiler calls when it traces, and takes the result for a constant.
 
     As `torch.compiler.assume_constant_result`, which imports the compiler, a second's work, where it is applied.
     Without the mark the function is traced. Always.

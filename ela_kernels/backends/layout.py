@@ -108,6 +108,16 @@ def empty_map(like: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
     return like.new_empty(shape).movedim(-1, 1)
 
 
+def made_like(x: Tensor) -> Tensor:
+    """A new feature map as kernels make one beside `x` `[B, C, ...]`: its strides where it is dense, else compact."""
+    interleaved = is_interleaved(x, False)
+    if _inner_stride(x, False, interleaved) is not None:
+        new = torch.empty_like(x)
+        if new.stride() == x.stride():
+            return new
+    return empty_map(x, False, interleaved)
+
+
 def kernel_sizes(
     value: Tensor, heads: int, channels_last: bool, interleaved: bool
 ) -> tuple[int, int, int, int, int]:

@@ -144,7 +144,10 @@ def _check_not_freed(name: str, tensor: Tensor) -> None:
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str = "a tensor") -> Tensor:
     """`tensor.to(dtype)` of one that has memory to read."""
-    return tensor if tensor.dtype == dtype else with_memory(tensor, name).to(dtype)
+    if tensor.dtype == dtype:
+        return tensor
+    # A graph that is being compiled has no memory yet, and its own rules about it.
+    return (tensor if torch.compiler.is_compiling() else with_memory(tensor, name)).to(dtype)
 
 
 def needed_bytes(tensor: Tensor) -> int:

@@ -14,8 +14,10 @@ __all__ = [
     "OTHER_SHAPE",
     "TRACED",
     "UNLINKED",
+    "is_plain",
     "is_transformed",
     "needs_dispatcher",
+    "waits_for_device",
 ]
 
 # Why no kernel serves a call, where that is expected, or told in another place.
@@ -29,3 +31,15 @@ OTHER_SHAPE = "prev_out has another shape than x"
 def needs_dispatcher(q: Tensor) -> bool:
     """True where a call has to be seen by PyTorch: tracing, fake tensors, subclasses, dispatch modes."""
     return torch.compiler.is_compiling() or type(q) not in PLAIN_TENSORS or dispatch_modes() > 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no class of its own, and no mode looks on; asked of a fake one, what it stands for."""
+    if type(tensor) not in PLAIN_TENSORS:
+        return False
+    return torch.compiler.is_compiling() or dispatch_modes() == 0
+
+
+def waits_for_device(tensor: Tensor) -> bool:
+    """Whether to read a number of `tensor` is to wait for a device, instead of looking into memory."""
+    return not tensor.is_cpu

@@ -35,8 +35,12 @@ class Gradients(NamedTuple):
 
 
 class Contribution(Protocol):
-    """What one layer's backward leaves for the layers that it retrieved from; each backend has its own kind."""
+    """What one layer's backward leaves for the layers that it retrieved from; each backend has its own kind.
 
+    `dscores` is that of :class:`Gradients`.
+    """
+
+    dscores: Tensor
     dout: Tensor | None
     dout_version: int
 
@@ -72,7 +76,7 @@ class NormAct(NamedTuple):
     mask: Tensor | None
     eps: float
     relu: bool
-    track: Callable[[Tensor], None] | None = None
+    track: Callable[..., None] | None = None
 
 
 class Retrieved(NamedTuple):

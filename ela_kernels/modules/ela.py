@@ -13,7 +13,7 @@ from ela_kernels.modules.ela_state import ELAState
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import outside_of_transforms, refuse_static_graph
 from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
-from ela_kernels.modules.residual import residual_block
+from ela_kernels.modules.residual import block_in_graph, residual_block
 from ela_kernels.modules.reuse import end_of_block, reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
@@ -194,6 +194,12 @@ class ELA(ELAState):
         assert self.norm is not None
         active = ~(self.decision[0] > 0.5)  # as in eager PyTorch, at the half and at NaN too
         skip, provides = MODES[self._mode()]
+        if provides and torch.compiler.is_compiling():
+            of_block = (self.attn, self.norm, self.act, self.drop_path, x, history)
+            out = block_in_graph(*of_block, self.lent, skip == "reuse", active)
+            if out is not None:
+                self._add_to_totals(history, watched)
+                return out
         kept = history.last_retrieved() if skip == "reuse" else None
         turn = Turn(active, None if provides else active)
         o = self.attn(x, history, turn=turn)
@@ -203,10 +209,13 @@ class ELA(ELAState):
                 o = torch.where(active, o, kept.o)
                 applies = None if kept.exists is None else active | kept.exists
             history.keep(o, applies)
+        self._add_to_totals(history, watched)
+        return end_of_block(self.norm, self.act, self.drop_path, x, o, applies)
+
+    def _add_to_totals(self, history: LayerHistory, watched: bool) -> None:
         # Inside a transform of torch.func the layer is one of several models.
         if watched and history.kl is not None and torch.compiler.is_compiling():
             self.totals.add(history.kl, history.has_divergence)
-        return end_of_block(self.norm, self.act, self.drop_path, x, o, applies)
 
     def _observe(self, kl: Tensor | None, is_seen: Tensor | None = None) -> None:
         """Keep a divergence; `is_seen`: whether it is one, where that is data, after layers that are compiled."""

@@ -16,6 +16,7 @@ from ela_kernels.modules.query_key_value import (
 )
 from ela_kernels.modules.query_key_value import QueryKeyValue, passed_on
 from ela_kernels.ops.layer_attention.history import LayerHistory
+from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 
 
@@ -101,7 +102,7 @@ class LayerAttention(QueryKeyValue):
             raise TypeError(
                 f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
             )
-        if isinstance(history, LayerHistory):
+        if isinstance(history, LayerHistory) and not torch.compiler.is_compiling():
             plan = self.plan(x, history)
             if isinstance(plan, LayerPlan):
                 served(self, "layer", plan.backend.name)
@@ -110,6 +111,16 @@ class LayerAttention(QueryKeyValue):
                     x, plan, heads=self.heads, epilogue=epilogue, caller=self
                 )
             refused(self, "layer", plan)
+        elif isinstance(history, LayerHistory) and turn is None:
+            found = self.plan_in_graph(x, history)
+            if isinstance(found, GraphPlan):
+                return history.attend_in_graph(
+                    x,
+                    found,
+                    heads=self.heads,
+                    epilogue=RESIDUAL if residual else None,
+                    caller=self,
+                )
         q, k, v = self.query_key_value(x)
         if turn is not None:
             options = {"active": turn.active, "given": turn.given}
@@ -137,7 +148,8 @@ class LayerAttention(QueryKeyValue):
     def provide(self, x: Tensor, history: LayerHistory) -> None:
         """Give key and value of `x` to the later layers, and retrieve nothing."""
         self.check_input(x)
-        plan = self.plan(x, history)
+        is_traced = torch.compiler.is_compiling()
+        plan = refusal_in_a_graph() if is_traced else self.plan(x, history)
         if isinstance(plan, LayerPlan):
             served(self, "pair", plan.backend.name)
             history.provide_layer(x, plan, heads=self.heads, caller=self)
@@ -147,12 +159,19 @@ class LayerAttention(QueryKeyValue):
         k, v = self.key_value(x)
         history.provide(k, v, heads=self.heads, caller=self)
 
+    def plan_in_graph(
+        self, x: Tensor, history: LayerHistory, op: str = "layer"
+    ) -> GraphPlan | Refusal:
+        """As :meth:`plan`, in a graph that is being compiled."""
+        filters = None if self.obstacles() else self.own_filters()
+        if filters is not None and self.shape_obstacles(filters):
+            filters = None
+        return history.plan_in_graph(x, filters, op)
+
     def plan(
         self, x: Tensor, history: LayerHistory, op: str = "layer", obstacles: tuple[str, ...] = ()
     ) -> LayerPlan | Refusal:
         """The kernels that serve this layer here, or every reason why none does; see `LayerHistory.plan_layer`."""
-        if torch.compiler.is_compiling():
-            return refusal_in_a_graph()
         obstacles = (*obstacles, *self.obstacles())
         filters = self.own_filters()
         if obstacles or filters is None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.backends.layout import accumulate_dtype
-from ela_kernels.backends.tracing import needs_dispatcher
+from ela_kernels.backends.tracing import is_plain
 from ela_kernels.backends.types import NormAct
 from ela_kernels.explaining import refused, served
 from ela_kernels.modules.drop_path import DropPath
@@ -18,6 +18,7 @@ from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan
@@ -42,6 +43,10 @@ def residual_block(
     `samples`: `drop_path`, whatever its class, multiplies each sample with a number. `keeps`: the history keeps what is
     retrieved, for blocks that take it over.
     """
+    if torch.compiler.is_compiling():
+        block = block_in_graph(attn, norm, act, drop_path, x, history, samples, keeps)
+        if block is not None:
+            return block
     obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
         assert isinstance(attn, LayerAttention)
@@ -66,6 +71,42 @@ def residual_block(
         o = without_sharing(norm, o)
     out: Tensor = x + drop_path(act(norm(o)))
     return out
+
+
+def block_in_graph(
+    attn: nn.Module,
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: nn.Module,
+    x: Tensor,
+    history: LayerHistory,
+    samples: bool,
+    keeps: bool,
+    active: Tensor | None = None,
+) -> Tensor | None:
+    """The block by one operator in a graph that is being compiled; None where PyTorch's pieces are it.
+
+    `active` as of `LayerHistory.attend_in_graph`.
+    """
+    if kind_of(attn) is not LayerAttention or x.dim() != 4:
+        return None
+    if module_obstacles(attn, norm, act, drop_path, samples):
+        return None
+    assert isinstance(attn, LayerAttention)
+    assert isinstance(norm, nn.BatchNorm2d)
+    attn.check_input(x)
+    # The cumulative mean of a norm without momentum is a number that would have to be read when the graph runs.
+    if norm_obstacles(norm, x) or (norm.training and norm.momentum is None):
+        return None
+    if active is not None and not history.takes_decision(x, keeps, takes_batch(norm)):
+        return None
+    plan = attn.plan_in_graph(x, history, "block")
+    if not isinstance(plan, GraphPlan):
+        return None
+    epilogue = epilogue_of(norm, act, drop_path, x)
+    return history.attend_in_graph(
+        x, plan, heads=attn.heads, epilogue=epilogue, caller=attn, keeps=keeps, active=active
+    )
 
 
 # Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
@@ -129,7 +170,7 @@ def _obstacles(
     """Why no kernel may do the work of a block without calling its modules; empty where one may.
 
     None where that is not asked: of another layer than `kind`, of an input that the layer will refuse, and in a
-    compiled graph, which is made of PyTorch's own pieces.
+    compiled graph.
     """
     if kind_of(attn) is not kind or torch.compiler.is_compiling():
         return None
@@ -209,10 +250,7 @@ def has_usual_parameters(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     if dtype != x.dtype and (dtype, x.dtype) not in MIXED:
         return False
     return all(
-        t.dtype == dtype
-        and t.shape == (x.shape[1],)
-        and t.device == x.device
-        and not needs_dispatcher(t)
+        t.dtype == dtype and t.shape == (x.shape[1],) and t.device == x.device and is_plain(t)
         for t in given
     )
 
@@ -258,11 +296,16 @@ def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: nn.Module, x: Tensor
 
 
 @torch.no_grad()
-def _track(norm: nn.BatchNorm2d, count: int, statistics: Tensor) -> None:
-    """The variance unbiased; without momentum a cumulative mean."""
+def _track(
+    norm: nn.BatchNorm2d, count: int, statistics: Tensor, applies: Tensor | None = None
+) -> None:
+    """The variance unbiased; without momentum a cumulative mean.
+
+    `applies`: whether the norm has seen anything, where that is data; None: it has.
+    """
     factor = norm.momentum
     if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+        norm.num_batches_tracked.add_(1 if applies is None else applies.long())
         if factor is None:
             factor = 1.0 / float(norm.num_batches_tracked)
     if factor is None:
@@ -274,7 +317,10 @@ def _track(norm: nn.BatchNorm2d, count: int, statistics: Tensor) -> None:
         (norm.running_mean, mean, factor),
         (norm.running_var, variance, factor * count / (count - 1)),
     ):
-        if running.dtype == found.dtype:
+        if applies is not None:
+            moved = (1 - factor) * running.to(found.dtype) + weight * found
+            running.copy_(torch.where(applies, moved, running.to(found.dtype)))
+        elif running.dtype == found.dtype:
             running.mul_(1 - factor).add_(found, alpha=weight)
         else:  # in half precision, rounded once
             running.copy_((1 - factor) * running.to(found.dtype) + weight * found)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.tracing import waits_for_device
 from ela_kernels.torch_internals import (
     are_transforms_active,
     dispatch_modes,
@@ -131,7 +132,7 @@ class Skipping(nn.Module):
         decision = self._buffers.get("decision")
         if decision is None or decision.is_meta:  # pruned, or without values
             return self._last
-        if _costs_nothing_to_read(decision):
+        if not waits_for_device(decision):
             exact = _exact(decision)
             if exact is not None:
                 self._know(rounded(exact))
@@ -194,10 +195,6 @@ class Skipping(nn.Module):
             if not self.pruned:
                 decision = torch.tensor(self._last, dtype=torch.float32, device="cpu")
                 self.register_buffer("decision", decision)
-
-
-def _costs_nothing_to_read(decision: Tensor) -> bool:
-    return decision.is_cpu
 
 
 def _exact(decision: Tensor) -> list[float] | None:

@@ -183,7 +183,7 @@ class TestOnAnAccelerator:
 
     @pytest.fixture(autouse=True)
     def device(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(skipping, "_costs_nothing_to_read", lambda _: False)
+        monkeypatch.setattr(skipping, "waits_for_device", lambda _: True)
 
     @staticmethod
     def reads(network: Network) -> int:

@@ -25,12 +25,13 @@ from ela_kernels.ops.layer_attention.reference import (
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 
-_library = torch.library.Library("ela_kernels", "FRAGMENT")
-_library.define(
+library = torch.library.Library("ela_kernels", "FRAGMENT")
+"""What all operators of this package are registered with."""
+library.define(
     "layer_attention(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
     "bool channels_last) -> (Tensor out, Tensor weights, Tensor kl)"
 )
-_library.define(
+library.define(
     "layer_attention_backward(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
     "Tensor weights, Tensor? dout, Tensor? dweights, Tensor? dkl, bool channels_last) "
     "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues, Tensor dprev)"
@@ -304,13 +305,13 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
     )
 
 
-_library.impl("layer_attention", _forward_op, "CompositeExplicitAutograd")
-_library.impl("layer_attention_backward", _backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("ela_kernels::layer_attention", _forward_shapes, lib=_library)
-torch.library.register_fake("ela_kernels::layer_attention_backward", _backward_shapes, lib=_library)
+library.impl("layer_attention", _forward_op, "CompositeExplicitAutograd")
+library.impl("layer_attention_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("ela_kernels::layer_attention", _forward_shapes, lib=library)
+torch.library.register_fake("ela_kernels::layer_attention_backward", _backward_shapes, lib=library)
 torch.library.register_autograd(
-    "ela_kernels::layer_attention", _backward_of_op, setup_context=_setup_op_context, lib=_library
+    "ela_kernels::layer_attention", _backward_of_op, setup_context=_setup_op_context, lib=library
 )
 torch.library.register_autograd(
-    "ela_kernels::layer_attention_backward", _no_second_derivative, lib=_library
+    "ela_kernels::layer_attention_backward", _no_second_derivative, lib=library
 )

@@ -2,7 +2,8 @@
 
 A decision that a graph was specialised for would cost a compilation each time that it changes, and the number of sets
 of decisions is that of all subsets of the layers. So a compiled graph works out what a skipped layer would retrieve,
-and discards it; :func:`ela_kernels.prune` makes the decisions part of the structure, and then nothing is worked out.
+and discards it, where no operator reads the decision when the graph runs; :func:`ela_kernels.prune` makes the
+decisions part of the structure, and then nothing is worked out.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ def attend_decided(
     Args:
         active: whether this layer retrieves; None for one that always does. Where it is false, `out` means nothing.
     """
-    retrieved = decided.retrieved
     # Its own pair is there for the layer itself: without any, what is discarded would be NaN, and so its gradients.
     given = (*decided.given[:-1], None)
     if all(is_given is None for is_given in given):
@@ -70,17 +70,28 @@ def attend_decided(
         kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
         weights = log_weights.exp()
         out = aggregate_reference(weights, values, channels_last)
-    has_divergence = None
+    kl, after = decided_after(decided, active, prev_weights, kl)
+    if active is not None:
+        if prev_weights is None:
+            before = torch.zeros_like(weights)
+        else:
+            before = F.pad(prev_weights, (0, weights.shape[-1] - prev_weights.shape[-1]))
+        weights = torch.where(active, weights, before.to(accumulate_dtype(q.dtype)))
+    return out, weights, kl, after
+
+
+def decided_after(
+    decided: Decided, active: Tensor | None, prev_weights: Tensor | None, kl: Tensor | None
+) -> tuple[Tensor | None, Decided]:
+    """The divergence, NaN where it is none, and what is decided after a layer; arguments as above."""
+    retrieved, has_divergence = decided.retrieved, None
     if kl is not None and retrieved is not None:
         has_divergence = retrieved
         kl = torch.where(retrieved, kl, torch.nan)
     if active is None:
-        return out, weights, kl, Decided(decided.given, None, has_divergence)
-    if prev_weights is None:
-        before = torch.zeros_like(weights)
+        retrieved = None
+    elif prev_weights is None:
         retrieved = active
-    else:
-        before = F.pad(prev_weights, (0, weights.shape[-1] - prev_weights.shape[-1]))
-        retrieved = None if retrieved is None else retrieved | active
-    weights = torch.where(active, weights, before.to(accumulate_dtype(q.dtype)))
-    return out, weights, kl, Decided(decided.given, retrieved, has_divergence)
+    elif retrieved is not None:
+        retrieved = retrieved | active
+    return kl, Decided(decided.given, retrieved, has_divergence)

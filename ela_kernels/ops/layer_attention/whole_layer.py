@@ -17,7 +17,7 @@ from ela_kernels.backends.types import Epilogue, Filters, Residual
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
 from ela_kernels.ops.layer_attention.decided import Decided
-from ela_kernels.ops.layer_attention.deferral import DeferredPairs
+from ela_kernels.ops.layer_attention.in_graph.history import LayersInGraphs
 from ela_kernels.ops.layer_attention.layer_node import layer_pull, provider_pull
 from ela_kernels.ops.layer_attention.plan import (
     LayerPlan,
@@ -30,10 +30,8 @@ from ela_kernels.ops.layer_attention.record import Link, Record
 from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
 
 
-class WholeLayers(DeferredPairs):
+class WholeLayers(LayersInGraphs):
     """Whole layers on a history, in the pull form."""
-
-    _retrieves_its_own_way = False
 
     def __init__(self, repeats: bool = False) -> None:
         super().__init__(repeats)

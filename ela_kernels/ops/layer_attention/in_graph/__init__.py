@@ -1,0 +1,1 @@
+"""Whole layers in graphs that are being compiled: one operator for each, and one for its backward."""

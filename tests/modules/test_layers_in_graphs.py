@@ -1,0 +1,446 @@
+"""Whole layers and blocks in compiled graphs: one operator each, with the numbers and gradients of eager PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+import ela_kernels as ek
+from ela_kernels.models.blocks import MRLA
+from ela_kernels.ops.layer_attention.in_graph.call import Call
+
+CHANNELS = 32
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+class Stage(nn.Module):
+    """Convolutions, each with a layer after it; `between` is called after each."""
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        between: Callable[[int, Tensor, ek.LayerHistory], Tensor] | None = None,
+        reads: bool = False,
+    ) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in layers)
+        self.layers = nn.ModuleList(layers)
+        self.between, self.reads = between, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        history, extra = ek.LayerHistory(), torch.zeros((), dtype=x.dtype)
+        for i, (conv, layer) in enumerate(zip(self.convs, self.layers, strict=True)):
+            x = conv(x).relu()
+            if isinstance(layer, ek.LayerAttention):
+                x = layer(x, history, residual=i % 2 == 0)
+            else:
+                x = layer(x, history)
+            if self.between is not None:
+                x = self.between(i, x, history)
+            if self.reads and history.kl is not None:
+                extra = extra + history.kl.sum() + history.weights[..., 0].square().sum()
+        return x.square().mean() + extra
+
+
+def block(drop_path: float = 0.0, relu: bool = True) -> MRLA:
+    made = MRLA(ek.LayerAttention(CHANNELS), drop_path, relu)
+    nn.init.normal_(made.norm.weight)
+    nn.init.normal_(made.norm.bias)
+    return made
+
+
+def stage(*layers: nn.Module, **options: Any) -> Stage:
+    return Stage(list(layers), **options).double()
+
+
+def maps(batch: int = 3, size: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, CHANNELS, size, size, dtype=dtype)
+
+
+def operators(found: list[str], only_forward: bool = False) -> Any:
+    """A compiler that lists the package's operators of the graphs it is given, and runs them as they are."""
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names = (str(n.target).removesuffix(".default") for n in graph.graph.nodes)
+        found.extend(n.removeprefix("ela_kernels.") for n in names if "ela_kernels" in n)
+        return graph.forward
+
+    return note if only_forward else aot_autograd(fw_compiler=note, bw_compiler=note)
+
+
+def assert_trains_alike(
+    module: nn.Module, compiled: Any, *, steps: int = 2, batch: int = 3, **tolerance: float
+) -> None:
+    """Outputs, all gradients and buffers, of steps that change the running statistics."""
+    twin = copy.deepcopy(module)
+    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-11}  # float64: sums in another order at most
+    for step in range(steps):
+        x = maps(batch + step)
+        first, second = (x.clone().requires_grad_() for _ in range(2))
+        results = []
+        for model, call, given in ((module, compiled, first), (twin, twin, second)):
+            model.zero_grad(set_to_none=True)
+            torch.manual_seed(step)  # of drop path
+            results.append(call(given))
+            results[-1].backward()
+        torch.testing.assert_close(*results, **tolerance)
+        torch.testing.assert_close(first.grad, second.grad, **tolerance)
+        for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
+            grads = (torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q))
+            torch.testing.assert_close(*grads, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+        for p, q in zip(module.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(p, q, **tolerance)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", ["blocks", "layers", "mixed"])
+def test_each_layer_is_one_operator_and_its_backward_another(
+    kind: str, channels_last: bool
+) -> None:
+    layers: list[nn.Module] = {
+        "blocks": [block(), block(0.3), block(relu=False)],
+        "layers": [ek.LayerAttention(CHANNELS) for _ in range(3)],
+        "mixed": [block(), ek.LayerAttention(CHANNELS), block()],
+    }[kind]
+    model, found = stage(*layers, reads=True), []
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    compiled = torch.compile(model, fullgraph=True, backend=operators(found))
+    assert_trains_alike(model, compiled, steps=1)
+    assert found == ["layer"] * 3 + ["layer_backward"] * 3
+
+
+def test_no_gradient_of_a_value_is_added_up_in_the_graph() -> None:
+    """The pull form: each value's gradient is made where it is used, whatever the depth."""
+    model, graphs = stage(*(block() for _ in range(5))), []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        model, fullgraph=True, backend=aot_autograd(fw_compiler=note, bw_compiler=note)
+    )
+    compiled(maps()).backward()
+    backward = graphs[-1].graph
+    shape = maps().shape
+    added = [n for n in backward.nodes if "add" in str(n.target) and n.meta["val"].shape == shape]
+    assert added == []
+    made = [n for n in backward.nodes if "layer_backward" in str(n.target)]
+    assert len(made) == 5
+    assert all(n.args[-2:] == ([], []) for n in made)  # no pair is gathered for other layers
+
+
+def test_by_the_default_compiler() -> None:
+    model = stage(block(), ek.LayerAttention(CHANNELS))
+    assert_trains_alike(model, torch.compile(model, fullgraph=True), steps=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_by_the_default_compiler_with_all_there_is(channels_last: bool) -> None:
+    layers = [block(), ek.ELA(CHANNELS), block(), ek.LayerAttention(CHANNELS), ek.ELA(CHANNELS)]
+    model = stage(*layers)
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    model.layers[4].skipped = True
+    compiled = torch.compile(model, fullgraph=True)
+    assert_trains_alike(model, compiled, steps=3)
+    model.eval()
+    with torch.no_grad():
+        x = maps(7)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast(training: bool, dtype: torch.dtype) -> None:
+    model = Stage([block(), ek.LayerAttention(CHANNELS), block()]).train(training)
+    found: list[str] = []
+    compiled = torch.compile(model, fullgraph=True, backend=operators(found))
+    x, grads = maps(dtype=torch.float32), []
+    for call in (compiled, model):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype):
+            out = call(x)
+        out.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert (
+        found.count("layer") >= 1
+    )  # a norm in float32 beside a map in half precision is PyTorch's
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("mode", ["retrieval", "reuse"])
+def test_a_skipped_layer_is_skipped_when_the_graph_runs(mode: str, backend: str) -> None:
+    """Every set of decisions, by one graph: outputs, gradients, running statistics, and what was observed."""
+    model = stage(*(ek.ELA(CHANNELS, skip=mode) for _ in range(4)))
+    counter = CompileCounter()
+    compiled = torch.compile(
+        model, fullgraph=True, backend=counter if backend == "eager" else backend
+    )
+    for skipped in itertools.product((False, True), repeat=4):
+        for layer, is_skipped in zip(model.layers, skipped, strict=True):
+            layer.skipped = is_skipped
+        assert_trains_alike(model, compiled, steps=1)
+        model.eval()
+        with torch.no_grad():
+            x = maps()
+            torch.testing.assert_close(compiled(x), model(x))
+        model.train()
+    assert counter.frame_count <= 3  # in training, in evaluation, and without gradients
+
+
+def test_a_skipped_layer_does_not_retrieve(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ela_kernels.backends.dispatch import KERNELS
+
+    backend, retrieved = KERNELS["cpp"], []
+    if backend.unavailable_reason() is not None:
+        pytest.skip("needs the compiled kernels")
+    model = stage(*(ek.ELA(CHANNELS) for _ in range(4)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(maps())
+    layer = type(backend).layer
+
+    def counted(self: Any, x: Tensor, filters: Any, *rest: Any) -> Any:
+        retrieved.append(filters.wq is not None)
+        return layer(self, x, filters, *rest)
+
+    monkeypatch.setattr(type(backend), "layer", counted)
+    model.layers[1].skipped = model.layers[3].skipped = True
+    compiled(maps())
+    assert retrieved == [True, False, True, False]
+
+
+def test_layers_that_cannot_be_skipped_beside_those_that_can() -> None:
+    layers = [
+        block(),
+        ek.ELA(CHANNELS),
+        ek.ELA(CHANNELS, skip="retrieval"),
+        block(),
+        ek.ELA(CHANNELS),
+    ]
+    model = stage(*layers)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for skipped in itertools.product((False, True), repeat=3):
+        for i, is_skipped in zip((1, 2, 4), skipped, strict=True):
+            model.layers[i].skipped = is_skipped
+        assert_trains_alike(model, compiled, steps=1)
+
+
+def _breaks(_: int, x: Tensor, __: ek.LayerHistory) -> Tensor:
+    torch._dynamo.graph_break()
+    return x
+
+
+def _attends(i: int, x: Tensor, history: ek.LayerHistory) -> Tensor:
+    """A pair that no whole layer has made, after the second layer."""
+    if i != 1:
+        return x
+    q = x.mean((2, 3))
+    return x + history.attend(q, q * 0.5, x * 0.3, heads=2)
+
+
+def _provides(i: int, x: Tensor, history: ek.LayerHistory) -> Tensor:
+    if i == 1:
+        history.provide(x.mean((2, 3)), x * 0.7, heads=2)
+    return x
+
+
+@pytest.mark.parametrize("between", [_breaks, _attends, _provides])
+def test_stages_that_are_not_whole_layers_alone(between: Any) -> None:
+    model = stage(*(block() for _ in range(4)), between=between, reads=True)
+    compiled = torch.compile(model, fullgraph=between is not _breaks, backend="aot_eager")
+    assert_trains_alike(model, compiled)
+
+
+@pytest.mark.parametrize("compiled", [{0}, {1, 2}, {3}, {0, 2}, {0, 1, 2, 3}])
+def test_layers_compiled_one_by_one(compiled: set[int]) -> None:
+    model = stage(*(block() for _ in range(4)), reads=True)
+    partly = copy.deepcopy(model)
+    for i in compiled:
+        partly.layers[i] = torch.compile(partly.layers[i], backend="aot_eager")
+    x = maps()
+    for m in (model, partly):
+        m(x).backward()
+    for got, want in zip(partly.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-9, atol=1e-11)
+
+
+class Branches(nn.Module):
+    """Two continuations of one history, neither of which sees the other's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(block() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        history = ek.LayerHistory()
+        x = self.layers[0](x, history)
+        keys, values = (torch.stack(t, 1) for t in (history.keys, history.values))
+        ends = []
+        for layer in self.layers[2:]:
+            branch = ek.LayerHistory.holding(keys, values, heads=2)
+            ends.append(layer(self.layers[1](x, branch), branch))
+        return ends[0].square().mean() + ends[1].sum()
+
+
+def test_two_continuations_of_one_history() -> None:
+    model = Branches().double()
+    assert_trains_alike(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+
+
+class Checkpointed(Stage):
+    def forward(self, x: Tensor) -> Tensor:
+        history = ek.LayerHistory()
+        for conv, layer in zip(self.convs, self.layers, strict=True):
+            x = layer(checkpoint(conv, x, use_reentrant=False).relu(), history)
+        return x.square().mean()
+
+
+def test_beside_checkpoints() -> None:
+    model = Checkpointed([block() for _ in range(3)]).double()
+    assert_trains_alike(model, torch.compile(model, fullgraph=True, backend="aot_eager"))
+
+
+def test_a_part_of_the_gradients_and_a_graph_that_is_kept() -> None:
+    model = stage(*(block() for _ in range(3)))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x = maps().requires_grad_()
+    wanted = [x, model.layers[1].attn.Wk.weight, model.layers[0].norm.bias]
+    outs = compiled(x), model.train()(x)
+    for _ in range(2):
+        for one in ([0], [1], [0, 2]):
+            got, want = (
+                torch.autograd.grad(out, [wanted[i] for i in one], retain_graph=True)
+                for out in outs
+            )
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_the_setting_compiles_anew() -> None:
+    model, found = stage(block(), block()), []
+    compiled = torch.compile(model, backend=operators(found, only_forward=True))
+    x = maps()
+    compiled(x)
+    assert found == ["layer", "layer"]
+    with ek.use_backend("eager"):
+        found.clear()
+        compiled(x)
+        assert found == ["layer_attention", "layer_attention"]
+    found.clear()
+    compiled(x)
+    assert found == []  # the graph of before
+
+
+def test_more_batch_sizes_are_one_graph_more() -> None:
+    model, counter = stage(block(), block()), CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for batch, size in ((2, 5), (3, 5), (4, 5), (3, 7), (2, 8), (5, 6)):
+        x = maps(batch, size)
+        torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("why", ["hook", "momentum", "group norm", "own forward"])
+def test_what_the_operator_does_not_know_is_made_of_pieces(why: str) -> None:
+    layers, seen = [block(), block()], []
+    if why == "hook":
+        layers[1].attn.register_forward_hook(lambda *_: seen.append(1))
+    elif why == "momentum":
+        layers[1].norm.momentum = 0.0 if torch.__version__ < "2.10" else 0.1
+        layers[1].norm = nn.BatchNorm2d(CHANNELS, momentum=0.1, track_running_stats=False)
+        layers[1].norm.weight = None  # one parameter of two
+    elif why == "group norm":
+        layers[1].norm = nn.GroupNorm(4, CHANNELS)
+    else:
+
+        class Own(ek.LayerAttention):
+            def forward(self, x: Tensor, history: Any, *rest: Any) -> Tensor:
+                return 2 * super().forward(x, history, *rest)
+
+        layers[1].attn = Own(CHANNELS)
+    model, found = stage(*layers), []
+    compiled = torch.compile(model, fullgraph=True, backend=operators(found, only_forward=True))
+    x = maps()
+    torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
+    assert found[0] == "layer"
+    if why == "hook":
+        assert len(seen) == 2
+    assert_trains_alike(model, torch.compile(model, backend="aot_eager"))
+
+
+def test_an_exported_program_needs_no_kernels() -> None:
+    model = stage(block(), block()).eval()
+    program = torch.export.export(model, (maps(),))
+    names = {str(n.target) for n in program.graph.nodes if "ela_kernels" in str(n.target)}
+    assert names == {"ela_kernels.layer_attention.default"}
+
+
+def _call(epilogue: str, active: bool | None = None, kept: bool = False) -> tuple[Any, ...]:
+    def vector(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, dtype=torch.float64, requires_grad=True)
+
+    keys, values = [vector(2, 8) for _ in range(2)], [vector(2, 8, 3, 4) for _ in range(2)]
+    norm = (vector(8), vector(8)) if epilogue == "norm" else (None, None)
+    x, o = vector(2, 8, 3, 4), vector(2, 8, 3, 4)
+    statistics = torch.stack((o.mean((0, 2, 3)), o.var((0, 2, 3), correction=0))).detach()
+    call = Call(
+        *(x, vector(1, 1, 3), vector(1, 1, 3), vector(8, 1, 3, 3), keys, values),
+        torch.randn(2, 2, 2, dtype=torch.float64).softmax(-1).requires_grad_(),
+        *(*norm, None, torch.rand(2, dtype=torch.float64) if epilogue == "norm" else None, None),
+        None if active is None else torch.tensor(active),
+        *((o, statistics, torch.tensor(True)) if kept else (None, None, None)),
+        *(2, 0.5, epilogue, 1e-5, False, "cpp"),
+    )
+    return (*call, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("none",),
+        ("residual",),
+        ("norm",),
+        ("norm", True, True),
+        ("norm", False, True),
+        ("norm", False),
+    ],
+)
+def test_the_operator_keeps_the_rules_of_operators(arguments: Any) -> None:
+    call = _call(*arguments)
+    torch.library.opcheck(torch.ops.ela_kernels.layer, call)
+
+
+def test_a_graph_for_kernels_that_are_not_here_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ela_kernels.backends.dispatch import KERNELS
+
+    monkeypatch.setattr(type(KERNELS["cpp"]), "unavailable_reason", lambda _: "no extension")
+    with pytest.raises(
+        RuntimeError, match=r"compiled for backend 'cpp'.*no extension.*compile it again"
+    ):
+        torch.ops.ela_kernels.layer(*_call("norm"))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model = stage(block(), block())
+    x = maps().requires_grad_()
+    out = torch.compile(model, backend="eager")(x)
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
