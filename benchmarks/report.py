@@ -69,6 +69,8 @@ def _targets(results: Results) -> Iterator[Target]:
             yield Target(f"network, {name} over plain", "resnet56", value, bound, False)
         value = networks["concatenating_over"]["mrla"]["of_medians"]
         yield Target("network, concatenating over mrla", "resnet56", value, 2.0, True)
+    if results.get("compiled") and not results["small"]:
+        yield from _compiled_targets(results["compiled"])
     if not results["small"]:  # a small network's time is that of everything but its layers
         yield from _converted_targets(results["converted"])
     for shape, floor in results["floor"].items():
@@ -90,6 +92,34 @@ def _targets(results: Results) -> Iterator[Target]:
             overhead = results["overhead"][what]["both"]["median"]
             name = f"overhead of the {what}, us a layer"
             yield Target(name, results["overhead"]["shape"], overhead, bound, False)
+
+
+def _compiled_targets(compiled: Results) -> Iterator[Target]:
+    network = compiled["network"]
+    value = compiled["times_plain"]["mrla, compiled"]["of_medians"]
+    yield Target("compiled network, mrla over plain", network, value, 1.14, False)
+    value = compiled["concatenating_over"]["mrla, compiled"]["of_medians"]
+    yield Target("compiled network, concatenating over mrla", network, value, 1.15, True)
+    value = compiled["eager_over"]["mrla"]["of_medians"]
+    yield Target("compiled network, eager mrla over compiled", network, value, 1.0, True)
+    seconds = compiled["seconds_to_compile"]
+    value = seconds["mrla"] / seconds["concatenating"]
+    yield Target("compilation, mrla over concatenating", network, value, 1.0, False)
+
+
+def _compiled_table(compiled: Results) -> list[str]:
+    rows = [
+        [
+            name,
+            *(_time(compiled["ms"][f"{name}, {how}"]) for how in ("eager", "compiled")),
+            f"{compiled['times_plain'][f'{name}, compiled']['of_medians']:.2f}",
+            f"{seconds:.0f} s",
+        ]
+        for name, seconds in compiled["seconds_to_compile"].items()
+    ]
+    head = ["network", "eager", "compiled", "over compiled plain", "compilation"]
+    what = f"Forward and backward of {compiled['network']}, ms (kept malloc)"
+    return [f"{what}; in ela every third layer is skipped", "", *table(head, rows), ""]
 
 
 def _converted_targets(converted: Results) -> Iterator[Target]:
@@ -178,6 +208,8 @@ def text_report(results: Results) -> str:
             for name, ms in networks["ms"].items()
         ]
         lines += [*table(["network", "a step", "over plain"], rows), ""]
+    if results.get("compiled"):
+        lines += _compiled_table(results["compiled"])
     if results["converted"]:
         lines += _converted_table(results["converted"])
     if results["floor"]:

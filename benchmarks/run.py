@@ -41,6 +41,7 @@ FULL_ROUNDS = {
     "overhead": 400,
     "networks": 11,
     "converted": 7,
+    "compiled": 9,
 }
 QUICK_ROUNDS = {
     "stages": 5,
@@ -52,9 +53,14 @@ QUICK_ROUNDS = {
     "overhead": 60,
     "networks": 3,
     "converted": 3,
+    "compiled": 3,
 }
 # Parts that --quick and --smoke leave out: whole networks take minutes, except small ones.
-LEFT_OUT = {"quick": ("networks", "converted"), "smoke": ("networks",), "full": ()}
+LEFT_OUT = {
+    "quick": ("networks", "converted", "compiled"),
+    "smoke": ("networks", "compiled"),
+    "full": (),
+}
 
 
 class Run:

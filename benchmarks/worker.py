@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.blocks import measure_blocks
+from benchmarks.compiled import measure_compiled
 from benchmarks.converted import measure_converted
 from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.layer_floor import measure_layer_floor
@@ -37,9 +38,10 @@ PARTS = (
     "overhead",
     "networks",
     "converted",
+    "compiled",
 )
 # Whose numbers do not depend on the shape.
-ONCE = ("overhead", "networks", "converted")
+ONCE = ("overhead", "networks", "converted", "compiled")
 
 
 def measure(
@@ -53,6 +55,8 @@ def measure(
         return measure_networks(rounds[part])
     if part == "converted":
         return measure_converted(rounds[part], small)
+    if part == "compiled":
+        return measure_compiled(rounds[part], small)
     if part == "memory":
         return measure_memory(shape, contenders)
     if part == "overhead":
