@@ -112,6 +112,7 @@ def test_a_slow_row_or_one_that_is_wrong_shows_in_the_exit_status() -> None:
     wrong = Found({}, {"row": LeftOut("output: apart", True)}, {})
     assert status(fine, {"a": marks[1.0], "b": marks[0.8]}) == 0
     assert status(gone, {"a": marks[1.0]}) == 0
+    assert status(gone, {}) == 2
     assert status(wrong, {"a": marks[1.0]}) == 2
     assert status(wrong, {"a": marks[1.2]}) == 1
     times = Times(3, {BASE: [[[2e-3, 2e-3]] * 9], NEW: [[[2.4e-3, 2.4e-3]] * 9]})

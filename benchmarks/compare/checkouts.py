@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ("setup.py", "build_ext", "--inplace")
 # What the measured code is made of.
 _MEASURED = ("ela_kernels", "csrc", "build_tools", "setup.py")
+# Set where git runs a hook; they would have it look at that repository, whatever the folder.
+_OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
 # Lines of a failed build's log that are shown.
 _LINES = 25
 
@@ -47,8 +49,9 @@ class Checkout(NamedTuple):
 def git(folder: Path, *arguments: str) -> str | None:
     """What git prints; None where it fails or is not there."""
     command = ["git", "-C", str(folder), *arguments]
+    environment = {n: v for n, v in os.environ.items() if n not in _OF_A_HOOK}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -108,7 +111,7 @@ def commit_of(text: str, root: Path) -> str | None:
 
 @contextlib.contextmanager
 def base_checkout(text: str, root: Path) -> Iterator[Checkout]:
-    """What BASE stands for: a folder as it is, or a revision of the repository at `root` in a folder of its own.
+    """What BASE stands for: a checkout's folder as it is, or else a revision of the repository at `root`.
 
     A revision is checked out as a worktree in a temporary folder and built there by its own `setup.py`; both are gone
     afterwards, also after an exception.

@@ -6,7 +6,8 @@ python -m benchmarks compare main --rows 'block/*'        such rows only; --list
 python -m benchmarks compare . --json same.json           A/A: nothing should be marked
 
 Ratios are NEW over BASE: above 1 is slower. Exit status: 0, nothing is slower; 1, a row is, beyond noise; 2, arguments
-that do not fit, or a row that was not measured though both should run it with the same numbers; 130, stopped.
+that do not fit, or a row that was not measured though both should run it with the same numbers, or none at all; 130,
+stopped.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.list:
             print("\n".join(row.name for row in rows))
             return 0
-        if arguments.base is None:
+        if not arguments.base:
             raise ValueError(
                 "BASE: got nothing; allowed is a revision of git or the folder of a checkout that is built"
             )
@@ -145,9 +146,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Ends as after Ctrl-C when this process is told to: worktree and processes are gone first."""
+    """Ends as after Ctrl-C when this process is told to; told again, it goes on to remove what it has made."""
 
     def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
@@ -167,7 +170,7 @@ def _compare(arguments: argparse.Namespace, rows: list[Row]) -> int:
         for side, checkout in ((BASE, base), (NEW, new)):
             print(f"{side}: {checkout}", file=sys.stderr)
             if is_older_than_sources(checkout):
-                print(f"{side}: a file in csrc/ is younger than its extension", file=sys.stderr)
+                print(f"{side}: csrc/ changed after its extension was built", file=sys.stderr)
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="ela-compare-") as folder:
             found = measure(base, new, rows, plan, Path(folder).resolve(), options)
@@ -189,7 +192,7 @@ def status(found: Found, judged: dict[str, Judgement]) -> int:
     """The exit status: something is slower, or was not measured though it should, or neither."""
     if any(judgement.mark == SLOWER for judgement in judged.values()):
         return 1
-    return 2 if any(left.is_fault for left in found.left_out.values()) else 0
+    return 2 if not judged or any(left.is_fault for left in found.left_out.values()) else 0
 
 
 def report(
