@@ -25,7 +25,7 @@ from benchmarks.compare.checkouts import (
     Checkout,
     describe_checkout,
 )
-from benchmarks.compare.command import main, report, status, time_text
+from benchmarks.compare.command import main, note_on_load, report, status, time_text
 from benchmarks.compare.judging import FASTER, SLOWER, judge, least_rounds, level_for
 from benchmarks.compare.measuring import Found, LeftOut, Plan, Times, distance, measure
 from benchmarks.compare.processes import BASE, NEW, Options, Process, ProcessError, RowError
@@ -125,6 +125,8 @@ def test_a_slow_row_or_one_that_is_wrong_shows_in_the_exit_status() -> None:
     other = Checkout(ROOT.parent, "abc1234", True)
     assert "The same code" not in report(HERE, other, fine, {}, 0.03)
     assert time_text(5e-5) == "50 us"
+    assert note_on_load(0.2) == ""
+    assert note_on_load(2.0).startswith("The load was 2.00 before the start.")
 
 
 # What is measured.

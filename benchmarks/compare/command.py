@@ -39,6 +39,9 @@ from benchmarks.compare.rows import Row, all_rows
 from benchmarks.environment import MALLOC_SETTINGS, describe
 from benchmarks.report import table
 
+# Of the last minute: a machine that does nothing else is well below it, and one process that always runs is above.
+MOST_LOAD = 0.7
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -165,6 +168,9 @@ def _compare(arguments: argparse.Namespace, rows: list[Row]) -> int:
     plan = Plan(arguments.rounds, arguments.starts)
     options = Options(arguments.threads, arguments.malloc, arguments.compile)
     machine, begin = describe(arguments.threads), time.perf_counter()
+    busy = note_on_load(machine["load_before"][0])
+    if busy:
+        print(busy, file=sys.stderr)
     new = built_checkout("--new", arguments.new)
     with base_checkout(arguments.base, new.path) as base:
         for side, checkout in ((BASE, base), (NEW, new)):
@@ -178,6 +184,8 @@ def _compare(arguments: argparse.Namespace, rows: list[Row]) -> int:
     level = level_for(len(rows))
     judged = {n: judge(t.ratios(), level, arguments.margin) for n, t in found.times.items()}
     print(report(base, new, found, judged, arguments.margin))
+    if busy:
+        print(busy)
     print(
         f"measured in {measured:.0f} s, {time.perf_counter() - begin:.0f} s in all", file=sys.stderr
     )
@@ -186,6 +194,16 @@ def _compare(arguments: argparse.Namespace, rows: list[Row]) -> int:
         results = as_json(base, new, found, judged) | {"machine": machine, "settings": settings}
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return status(found, judged)
+
+
+def note_on_load(load: float) -> str:
+    """A sentence where other processes had the cores before the first of ours; empty otherwise."""
+    if load < MOST_LOAD:
+        return ""
+    return (
+        f"The load was {load:.2f} before the start. Where other processes run, intervals are wide, and what is slower "
+        "is not found: measure on a machine that does nothing else."
+    )
 
 
 def status(found: Found, judged: dict[str, Judgement]) -> int:
