@@ -16,6 +16,8 @@ PYTEST_WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 QUICK ?= tests/conformance tests/modules tests/ebqm tests/test_public.py tests/test_pairs.py
 DEMO_ARGS ?=
 BENCH_ARGS ?= --quick --out results/bench
+BASE ?= HEAD
+COMPARE_ARGS ?=
 REPORT_ARGS ?=
 OUT ?= results/gpu
 STUDY_OUT ?= results/study
@@ -37,7 +39,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study quick test test-oldest slow gpu-test lint format compdb bench gpu-bench cuda-report \
+.PHONY: help install demo study quick test test-oldest slow gpu-test lint format compdb bench compare gpu-bench cuda-report \
   triton-report triton-versions asan tsan clean
 
 help: ## list the targets
@@ -114,6 +116,9 @@ compdb: $(INSTALLED) ## write compile_commands.json, which tells an editor how e
 
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+compare: $(INSTALLED) ## whether this checkout is slower than another: BASE=revision or folder, HEAD if not given; minutes
+	$(BIN)/python -m benchmarks compare $(BASE) $(COMPARE_ARGS)
 
 study: $(INSTALLED) ## train the variants of layer attention over five seeds, in about two hours; again: goes on (STUDY_OUT=DIR)
 	$(BIN)/python -m benchmarks.study run $(STUDY_ARGS) --out $(STUDY_OUT)/runs.jsonl

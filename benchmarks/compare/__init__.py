@@ -1,0 +1,1 @@
+"""Whether a change made something slower: `python -m benchmarks compare BASE`."""
