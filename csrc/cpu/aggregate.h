@@ -66,8 +66,17 @@ inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, in
 template <class T>
 inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
                      const T* residual) {
-  by_streams(
-      j, [&](auto streams) { add_sources<T, decltype(streams)::value>(sum, v, factor, count, first, out, residual); });
+  static_assert(kStreams == 4, "one case for each number of sources");
+  switch (j) {
+    case 1:
+      return add_sources<T, 1>(sum, v, factor, count, first, out, residual);
+    case 2:
+      return add_sources<T, 2>(sum, v, factor, count, first, out, residual);
+    case 3:
+      return add_sources<T, 3>(sum, v, factor, count, first, out, residual);
+    default:
+      return add_sources<T, 4>(sum, v, factor, count, first, out, residual);
+  }
 }
 
 template <class T>

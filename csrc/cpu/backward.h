@@ -111,9 +111,20 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
             const bool wanted = p.dvalues != nullptr && p.dvalues[j + i].data != nullptr;
             dv[i] = wanted ? const_cast<T*>(planar_at<T>(p.dvalues[j + i], b, c, offset)) : nullptr;
           }
-          by_streams(some, [&](auto streams) {
-            dot_sources<T, decltype(streams)::value>(x, v, weights + j, dv, count, sums + j);
-          });
+          switch (some) {
+            case 1:
+              dot_sources<T, 1>(x, v, weights + j, dv, count, sums + j);
+              break;
+            case 2:
+              dot_sources<T, 2>(x, v, weights + j, dv, count, sums + j);
+              break;
+            case 3:
+              dot_sources<T, 3>(x, v, weights + j, dv, count, sums + j);
+              break;
+            default:
+              dot_sources<T, 4>(x, v, weights + j, dv, count, sums + j);
+              break;
+          }
         }
       }
     }
