@@ -13,6 +13,22 @@ namespace ela::ELA_ISA {
 constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
 constexpr int kStreams = 4;       // sources read side by side, to load and store the running sum less often
 
+// Calls body(Count<streams>{}), with a number of sources that is known when it is compiled.
+template <class Body>
+inline void by_streams(int streams, Body body) {
+  static_assert(kStreams == 4, "one case for each number of sources");
+  switch (streams) {
+    case 1:
+      return body(Count<1>{});
+    case 2:
+      return body(Count<2>{});
+    case 3:
+      return body(Count<3>{});
+    default:
+      return body(Count<4>{});
+  }
+}
+
 // Rows of contiguous elements: a head is one row where its channels follow each other without gaps in every map,
 // and head_dim rows otherwise.
 struct RowPlan {
@@ -136,24 +152,31 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
         const A* weights = expanded + (b * p.sources + j) * s.channels + c;
         const bool last = j + some == p.sources;
-        for (int64_t row = first_row; row < last_row; ++row) {
-          A* sum = sums + (row - first_row) * strip;
-          T* out = const_cast<T*>(interleaved_at<T>(p.out, b, row, c));
-          const T* residual = p.residual.data == nullptr ? nullptr : interleaved_at<T>(p.residual, b, row, c);
-          for_vectors<T>(count, [&](int64_t i, int n) {
-            Vec<T> x = load_n(weights + i, n) * load_n(interleaved_at<T>(p.maps[j], b, row, c) + i, n);
-            for (int k = 1; k < some; ++k) {
-              x += load_n(weights + k * s.channels + i, n) * load_n(interleaved_at<T>(p.maps[j + k], b, row, c) + i, n);
-            }
-            if (j != 0) x += load_n(sum + i, n);
-            if (last) {
-              if (residual != nullptr) x += load_n(residual + i, n);
-              store_n(out + i, x, n);
-            } else {
-              store_n(sum + i, x, n);
-            }
-          });
-        }
+        const auto run = [&](const MapView& map) {
+          return Run<const T>{interleaved_at<T>(map, b, first_row, c), map.inner};
+        };
+        Run<const T> v[kStreams];
+        for (int k = 0; k < some; ++k) v[k] = run(p.maps[j + k]);
+        by_streams(some, [&](auto streams) {
+          for (int64_t row = 0; row < last_row - first_row; ++row) {
+            A* sum = sums + row * strip;
+            T* out = last ? const_cast<T*>(run(p.out).at(row)) : nullptr;
+            const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual).at(row);
+            for_vectors<T>(count, [&](int64_t i, auto n) {
+              Vec<T> x = load_n(weights + i, n) * load_n(v[0].at(row) + i, n);
+              for (int k = 1; k < streams; ++k) {
+                x += load_n(weights + k * s.channels + i, n) * load_n(v[k].at(row) + i, n);
+              }
+              if (j != 0) x += load_n(sum + i, n);
+              if (last) {
+                if (residual != nullptr) x += load_n(residual + i, n);
+                store_n(out + i, x, n);
+              } else {
+                store_n(sum + i, x, n);
+              }
+            });
+          }
+        });
       }
     }
   });

@@ -13,7 +13,6 @@ constexpr int64_t kBlockChunks = 8;  // planar: chunks to one partial sum
 constexpr int64_t kBlockElements =
     32 * 1024;                    // interleaved: elements of dout to one partial sum, in second-level cache
 constexpr int64_t kStrip = 1024;  // interleaved: channels to one running sum
-constexpr int kRows = 4;          // interleaved: positions added to the running sum at once
 
 // Partial sums [B, G, blocks, depth] (planar) or [B, blocks, depth, G] (interleaved).
 struct Partials {
@@ -132,19 +131,27 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
   });
 }
 
-// Adds the products of `rows` positions to the running sums of `count` channels, and writes dv = weight * dout.
-template <class T>
-inline void multiply_rows(const T* const* x, const T* const* v, T* const* dv, const Acc<T>* weights, int rows,
-                          int64_t count, Acc<T>* sum) {
-  for_vectors<T>(count, [&](int64_t i, int n) {
-    Vec<T> total = load_n(sum + i, n);
-    for (int r = 0; r < rows; ++r) {
-      const Vec<T> d = load_n(x[r] + i, n);
-      total += d * load_n(v[r] + i, n);
-      if (weights != nullptr) store_n(dv[r] + i, load_n(weights + i, n) * d, n);
+// Adds the products of `rows` positions of J sources to their running sums [J, kStrip], and (where dv is given) writes
+// dv_j = weight_j * dout. One position after the other: with four at a time, which load and store the sums less often,
+// a map from memory took twice as long.
+template <class T, int J>
+inline void multiply_rows(Run<T> x, const Run<T>* v, const Run<T>* dv, const Acc<T>* weights, int64_t channels,
+                          int64_t rows, int64_t count, Acc<T>* sums) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for_vectors<T>(count, [&](int64_t i, auto n) {
+      const Vec<T> d = load_n(x.at(row) + i, n);
+      for (int j = 0; j < J; ++j) {
+        Acc<T>* sum = sums + j * kStrip + i;
+        store_n(sum, load_n(sum, n) + d * load_n(v[j].at(row) + i, n), n);
+      }
+    });
+    for (int j = 0; j < J; ++j) {
+      if (dv[j].data == nullptr) continue;
+      for_vectors<T>(count, [&](int64_t i, auto n) {
+        store_n(dv[j].at(row) + i, load_n(weights + j * channels + i, n) * load_n(x.at(row) + i, n), n);
+      });
     }
-    store_n(sum + i, total, n);
-  });
+  }
 }
 
 template <class A>
@@ -163,36 +170,40 @@ void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partia
   const int64_t rows = interleaved_rows(s);
   const int64_t head_dim = s.head_dim();
   for_part(s, q.blocks, threads, [&](int64_t begin, int64_t end) {
-    alignas(ELA_VECTOR_BYTES) A sum[kStrip];
+    alignas(ELA_VECTOR_BYTES) A sums[kStreams * kStrip];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / q.blocks;
       const int64_t first_row = item % q.blocks * rows;
       const int64_t last_row = first_row + rows < s.positions ? first_row + rows : s.positions;
-      for (int64_t j = 0; j < depth; ++j) {
-        A* by_head = partials + (item * depth + j) * s.heads;
-        for (int64_t g = 0; g < s.heads; ++g) by_head[g] = 0;
-        const bool wanted = p.dvalues != nullptr && p.dvalues[j].data != nullptr;
+      A* by_head = partials + item * depth * s.heads;
+      for (int64_t i = 0; i < depth * s.heads; ++i) by_head[i] = 0;
+      for (int64_t j = 0; j < depth; j += kStreams) {
+        const int some = static_cast<int>(depth - j < kStreams ? depth - j : kStreams);
         for (int64_t c = 0; c < s.channels; c += kStrip) {
           const int64_t count = s.channels - c < kStrip ? s.channels - c : kStrip;
-          for (int64_t i = 0; i < count; ++i) sum[i] = 0;
-          const A* weights = wanted ? expanded + (b * depth + j) * s.channels + c : nullptr;
-          for (int64_t row = first_row; row < last_row; row += kRows) {
-            const int some = static_cast<int>(last_row - row < kRows ? last_row - row : kRows);
-            const T *x[kRows], *v[kRows];
-            T* dv[kRows] = {};
-            for (int r = 0; r < some; ++r) {
-              x[r] = interleaved_at<T>(*p.dout, b, row + r, c);
-              v[r] = interleaved_at<T>(p.values[j], b, row + r, c);
-              if (wanted) dv[r] = const_cast<T*>(interleaved_at<T>(p.dvalues[j], b, row + r, c));
-            }
-            multiply_rows<T>(x, v, dv, weights, some, count, sum);
+          const auto run = [&](const MapView& map) {
+            return Run<T>{const_cast<T*>(interleaved_at<T>(map, b, first_row, c)), map.inner};
+          };
+          Run<T> v[kStreams], dv[kStreams] = {};
+          for (int k = 0; k < some; ++k) {
+            v[k] = run(p.values[j + k]);
+            if (p.dvalues != nullptr && p.dvalues[j + k].data != nullptr) dv[k] = run(p.dvalues[j + k]);
           }
+          const A* weights = expanded == nullptr ? nullptr : expanded + (b * depth + j) * s.channels + c;
+          for (int64_t k = 0; k < some * kStrip; ++k) sums[k] = 0;
+          by_streams(some, [&](auto streams) {
+            multiply_rows<T, decltype(streams)::value>(run(*p.dout), v, dv, weights, s.channels, last_row - first_row,
+                                                       count, sums);
+          });
           // A head may straddle two strips; its two parts meet in by_head.
-          for (int64_t i = 0; i < count;) {
-            const int64_t g = (c + i) / head_dim;
-            const int64_t stop = (g + 1) * head_dim - c < count ? (g + 1) * head_dim - c : count;
-            by_head[g] += stop - i == 1 ? sum[i] : sum_run(sum + i, stop - i);
-            i = stop;
+          for (int k = 0; k < some; ++k) {
+            for (int64_t i = 0; i < count;) {
+              const int64_t g = (c + i) / head_dim;
+              const int64_t stop = (g + 1) * head_dim - c < count ? (g + 1) * head_dim - c : count;
+              const A* sum = sums + k * kStrip + i;
+              by_head[(j + k) * s.heads + g] += stop - i == 1 ? *sum : sum_run(sum, stop - i);
+              i = stop;
+            }
           }
         }
       }

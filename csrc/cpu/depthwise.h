@@ -39,10 +39,10 @@ struct ImageItem {
   int64_t b, block, first_row, last_row, c, count;
 };
 
-// Calls body(item) for every part of the image.
-template <int64_t kStrip, class Body>
-inline void for_strips(const ImageShape& s, int threads, Body body) {
-  const int64_t blocks = ceil_div(s.height, kRowsAtOnce), strips = ceil_div(s.channels, kStrip);
+// Calls body(item) for every part of the image, of `strip` channels.
+template <class Body>
+inline void for_strips(const ImageShape& s, int64_t strip, int threads, Body body) {
+  const int64_t blocks = ceil_div(s.height, kRowsAtOnce), strips = ceil_div(s.channels, strip);
   for_part(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       ImageItem at;
@@ -50,8 +50,8 @@ inline void for_strips(const ImageShape& s, int threads, Body body) {
       at.block = at.b * blocks + item / strips % blocks;
       at.first_row = item / strips % blocks * kRowsAtOnce;
       at.last_row = at.first_row + kRowsAtOnce < s.height ? at.first_row + kRowsAtOnce : s.height;
-      at.c = item % strips * kStrip;
-      at.count = s.channels - at.c < kStrip ? s.channels - at.c : kStrip;
+      at.c = item % strips * strip;
+      at.count = s.channels - at.c < strip ? s.channels - at.c : strip;
       body(at);
     }
   });
@@ -68,24 +68,25 @@ inline void prepare_taps(const ImageShape& s, const void* taps, Acc<T>* transpos
   }
 }
 
-// The three rows of an image that a line needs; null beyond the edges. D is the type in memory.
-template <class T, class D = T>
+// The three rows of an image that a line needs, `lanes` channels of them; what lies beyond an edge is one vector of
+// zeros, read again and again. The row after them is asked for meanwhile, or where there is none the last again.
+template <class T, class N>
 struct Rows {
-  const D* row[3];
-  int64_t step;
-  int lanes;
-  // `first` is where row r - 1 would be.
-  Rows(const ImageShape& s, int64_t r, const D* first, int64_t row_step, int64_t position_step, int n)
-      : step(position_step), lanes(n) {
-    for (int a = 0; a < 3; ++a) {
-      const bool inside = r + a - 1 >= 0 && r + a - 1 < s.height;
-      row[a] = inside ? first + a * row_step : nullptr;
-    }
+  static constexpr T kZeros[kLanes<T>] = {};
+  Run<const T> row[3], asked;
+  N lanes;
+  Rows(const ImageShape& s, const MapView& map, int64_t b, int64_t r, int64_t c, N n) : lanes(n) {
+    const auto run = [&](int64_t at) { return Run<const T>{interleaved_at<T>(map, b, at * s.width, c), map.inner}; };
+    const Run<const T> zeros = {kZeros, 0};
+    row[0] = r > 0 ? run(r - 1) : zeros;
+    row[1] = run(r);
+    row[2] = r + 1 < s.height ? run(r + 1) : zeros;
+    asked = run(r + 2 < s.height ? r + 2 : r);
   }
-  Rows(const ImageShape& s, const MapView& map, int64_t b, int64_t r, int64_t c, int n)
-      : Rows(s, r, interleaved_at<D>(map, b, (r - 1) * s.width, c), s.width * map.inner, map.inner, n) {}
-  Vec<T> load(int a, int64_t w) const { return row[a] == nullptr ? Vec<T>{} : load_n(row[a] + w * step, lanes); }
-  Triple<T> operator()(int64_t w) const { return {load(0, w), load(1, w), load(2, w)}; }
+  Triple<T> operator()(int64_t w) const {
+    __builtin_prefetch(asked.at(w), 0, 2);
+    return {load_n(row[0].at(w), lanes), load_n(row[1].at(w), lanes), load_n(row[2].at(w), lanes)};
+  }
 };
 
 template <class T>
@@ -94,17 +95,17 @@ void depthwise_interleaved(const DepthwiseParams& p, int threads) {
   const ImageShape& s = p.shape;
   const A* taps = static_cast<const A*>(p.rows);
   A* sums = static_cast<A*>(p.workspace);  // [B, blocks of rows, C]
-  for_strips<kStripChannels>(s, threads, [&](const ImageItem& at) {
+  for_strips(s, kStripChannels, threads, [&](const ImageItem& at) {
     A* sum = sums + at.block * s.channels + at.c;
     for (int64_t i = 0; i < at.count; ++i) sum[i] = 0;
     for (int64_t r = at.first_row; r < at.last_row; ++r) {
-      for_vectors<T>(at.count, [&](int64_t i, int n) {
+      for_vectors<T>(at.count, [&](int64_t i, auto n) {
         Vec<T> tap[kTaps];
         for (int k = 0; k < kTaps; ++k) tap[k] = load_n(taps + k * s.channels + at.c + i, n);
-        T* v = const_cast<T*>(interleaved_at<T>(p.v, at.b, r * s.width, at.c + i));
-        const Rows<T> rows(s, p.x, at.b, r, at.c + i, n);
-        const Vec<T> centers = convolve_line<T>(tap, Vec<T>{}, s.width, rows,
-                                                [&](int64_t w, Vec<T> out) { store_n(v + w * p.v.inner, out, n); });
+        const Run<T> v = {const_cast<T*>(interleaved_at<T>(p.v, at.b, r * s.width, at.c + i)), p.v.inner};
+        const Rows<T, decltype(n)> rows(s, p.x, at.b, r, at.c + i, n);
+        const Vec<T> centers =
+            convolve_line<T>(tap, Vec<T>{}, s.width, rows, [=](int64_t w, Vec<T> out) { store_n(v.at(w), out, n); });
         store_n(sum + i, load_n(sum + i, n) + centers, n);
       });
     }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "cpu/activation.h"
+#include "cpu/gather_convolve.h"
 #include "cpu/layer.h"
 
 namespace ela::ELA_ISA {

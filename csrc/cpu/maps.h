@@ -16,4 +16,12 @@ inline const T* interleaved_at(const MapView& map, int64_t b, int64_t position, 
   return static_cast<const T*>(map.data) + b * map.batch + position * map.inner + c;
 }
 
+// Positions of an interleaved map, from one of them and from a channel on.
+template <class T>
+struct Run {
+  T* data;
+  int64_t step;
+  T* at(int64_t position) const { return data + position * step; }
+};
+
 }  // namespace ela::ELA_ISA

@@ -177,7 +177,7 @@ template <class T>
 struct CopiedParts : NativeMemory<T> {
   static Vec<T> load_lanes(const T* p, int begin, int end) {
     T lanes[kLanes<T>] = {};
-    if (begin < end) __builtin_memcpy(lanes + begin, p + begin, (end - begin) * sizeof(T));
+    for (int i = begin; i < end && i < kLanes<T>; ++i) lanes[i] = p[i];
     return NativeMemory<T>::load(lanes);
   }
   static void store_part(T* p, Vec<T> x, int n) { __builtin_memcpy(p, &x, n * sizeof(T)); }
@@ -269,11 +269,20 @@ inline Vec<T> clear_after(Vec<T> x, int n) {
   return x;
 }
 
-// Calls body(i, n) over [0, count) in steps of a vector; n < kLanes<T> only in the last step.
+// A number that is known when a body is compiled which takes it as `auto`.
+template <int kN>
+struct Count {
+  static constexpr int value = kN;
+  constexpr operator int() const { return kN; }
+};
+
+// Calls body(i, n) over [0, count) in steps of a vector; n < kLanes<T> only in the last step. A body that takes n as
+// `auto` is compiled for whole vectors, and once more for a part: as an int, a body too large to be put into both
+// places asks at each load and store which of them it is in.
 template <class T, class Body>
 inline void for_vectors(int64_t count, Body body) {
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, kLanes<T>);
+  for (; i + kLanes<T> <= count; i += kLanes<T>) body(i, Count<kLanes<T>>{});
   if (i < count) body(i, static_cast<int>(count - i));
 }
 
