@@ -47,7 +47,9 @@ def residual_block(
         block = block_in_graph(attn, norm, act, drop_path, x, history, samples, keeps)
         if block is not None:
             return block
-    obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples)
+        obstacles = None
+    else:
+        obstacles = _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
         assert isinstance(attn, LayerAttention)
         plan = attn.plan(x, history, "block", obstacles)
@@ -88,15 +90,12 @@ def block_in_graph(
 
     `active` as of `LayerHistory.attend_in_graph`.
     """
-    if kind_of(attn) is not LayerAttention or x.dim() != 4:
-        return None
-    if module_obstacles(attn, norm, act, drop_path, samples):
+    if _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples) != ():
         return None
     assert isinstance(attn, LayerAttention)
     assert isinstance(norm, nn.BatchNorm2d)
-    attn.check_input(x)
     # The cumulative mean of a norm without momentum is a number that would have to be read when the graph runs.
-    if norm_obstacles(norm, x) or (norm.training and norm.momentum is None):
+    if norm.training and norm.momentum is None:
         return None
     if active is not None and not history.takes_decision(x, keeps, takes_batch(norm)):
         return None
@@ -132,7 +131,9 @@ def light_residual_block(
 
     `samples` as of :func:`residual_block`, `decay` as of the layer's forward.
     """
-    obstacles = _obstacles(attn, LightLayerAttention, norm, act, drop_path, x, samples)
+    obstacles = None
+    if not torch.compiler.is_compiling():  # there the light form is made of PyTorch's own pieces
+        obstacles = _obstacles(attn, LightLayerAttention, norm, act, drop_path, x, samples)
     if obstacles is not None:
         plan = attn.plan(x, prev_out, "light_block", obstacles, decay)
         if isinstance(plan, LightPlan):
@@ -169,10 +170,9 @@ def _obstacles(
 ) -> tuple[str, ...] | None:
     """Why no kernel may do the work of a block without calling its modules; empty where one may.
 
-    None where that is not asked: of another layer than `kind`, of an input that the layer will refuse, and in a
-    compiled graph.
+    None where that is not asked: of another layer than `kind`, and of an input that the layer will refuse.
     """
-    if kind_of(attn) is not kind or torch.compiler.is_compiling():
+    if kind_of(attn) is not kind:
         return None
     found = module_obstacles(attn, norm, act, drop_path, samples)
     if not found:

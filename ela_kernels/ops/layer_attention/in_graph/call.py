@@ -11,13 +11,15 @@ from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.layout import dense
 from ela_kernels.backends.types import RESIDUAL, Epilogue, NormAct
 
-EPILOGUES = ("none", "residual", "norm")
+# Counted up when the schemas, or what the backward works out, become others: PyTorch keeps compiled graphs on disk, by
+# the forward that was traced, and would go on with a backward of before.
+FORMULA = 1
 
 CALL_SCHEMA = (
     "Tensor x, Tensor wq, Tensor wk, Tensor wv, Tensor[] keys, Tensor[] values, Tensor? prev_weights, Tensor? gamma, "
     "Tensor? beta, Tensor? norm_statistics, Tensor? mask, Tensor? token, Tensor? active, Tensor? kept, "
     "Tensor? kept_statistics, Tensor? kept_exists, int heads, float scale, str epilogue, float eps, bool relu, "
-    "str backend"
+    "str backend, int formula"
 )
 LEFT_SCHEMA = (
     "Tensor query, Tensor mean, Tensor weights, Tensor? retrieved, Tensor? statistics, Tensor? dout, Tensor? dweights, "
@@ -39,8 +41,9 @@ class Call(NamedTuple):
         kept: with `active`, what the last layer before this one retrieved; None where none has.
         kept_statistics: mean and variance `[2, C]` of it, where a norm has taken them.
         kept_exists: whether any layer has retrieved, where that is data.
-        epilogue: one of `EPILOGUES`.
+        epilogue: "none", "residual" or "norm".
         backend: whose kernels, as it was found when the graph was traced.
+        formula: :data:`FORMULA`, of this package.
     """
 
     x: Tensor
@@ -65,6 +68,7 @@ class Call(NamedTuple):
     eps: float
     relu: bool
     backend: str
+    formula: int = FORMULA
 
     def kernels(self) -> KernelBackend:
         """The backend that the graph was made for.
@@ -127,3 +131,8 @@ class Left(NamedTuple):
     needs: list[bool]
     need_keys: list[bool]
     need_values: list[bool]
+
+    def is_reached(self) -> bool:
+        """Whether a gradient arrives that goes on to the pairs that the layer retrieved from."""
+        arrived = (self.dout, self.dweights, self.dkl, self.dretrieved)
+        return any(gradient is not None for gradient in arrived)

@@ -19,7 +19,7 @@ from ela_kernels.ops.autocast import as_autocast, layer_dtype
 from ela_kernels.ops.layer_attention.decided import Decided, decided_after
 from ela_kernels.ops.layer_attention.deferral import DeferredPairs
 from ela_kernels.ops.layer_attention.in_graph import operator as operator  # registers them
-from ela_kernels.ops.layer_attention.in_graph.call import EPILOGUES
+from ela_kernels.ops.layer_attention.in_graph.call import FORMULA
 from ela_kernels.ops.layer_attention.plan import all_fit
 from ela_kernels.ops.layer_attention.snapshot import Kept, Snapshot
 from ela_kernels.torch_internals import are_transforms_active, constant_in_graphs, is_exporting
@@ -135,10 +135,11 @@ class LayersInGraphs(DeferredPairs):
             *(gamma, beta, statistics, mask, snapshot.token),
             *(active, None if over is None else over.o, taken, exists),
             *(heads, 1.0 / math.sqrt(channels // heads)),
-            EPILOGUES[2 if norm is not None else 1 if residual else 0],
+            "norm" if norm is not None else "residual" if residual else "none",
             0.0 if norm is None else norm.eps,
             norm is not None and norm.relu,
             plan.backend,
+            FORMULA,
             keeps or torch.is_grad_enabled(),
         )
         out, weights, kl, key, value, _, _, retrieved, found_statistics, token = found

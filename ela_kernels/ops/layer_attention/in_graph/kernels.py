@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from ela_kernels.ops.layer_attention.in_graph.call import Call, Left
 from ela_kernels.ops.layer_attention.in_graph.shapes import (
     as_promised,
     backward_shapes,
+    described,
     forward_shapes,
 )
 from ela_kernels.ops.layer_attention.record import in_form_of
@@ -52,9 +54,11 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     x = readable(resolved(call.x))
     filters = Filters(*(resolved(w) for w in (call.wq, call.wk, call.wv)))
     of_layer = (_retrieved if call.retrieves() else _skipped)(call, backend, x, filters, keeps)
-    *promised, token = forward_shapes(*args)
-    found = [p if f is None else as_promised(f, p) for f, p in zip(of_layer, promised, strict=True)]
-    return (*found, token.zero_())
+    promised = forward_shapes(*call._replace(x=described(x)), keeps)
+    no_token = None
+    return tuple(
+        as_promised(f, p, x.device) for f, p in zip((*of_layer, no_token), promised, strict=True)
+    )
 
 
 def _retrieved(
@@ -115,12 +119,12 @@ def backward(*args: Any) -> tuple[Any, ...]:
     x = readable(resolved(call.x))
     later = _contributions(left, backend, x)
     index = len(call.keys) - 1
-    run = _of_retrieved if call.retrieves() else _of_skipped
-    saved, needs = run(call, left, x)
+    retrieves = call.retrieves()
+    saved, needs = (_of_retrieved if retrieves else _of_skipped)(call, left, x)
     arrived = Arrived(
         _map(left.dout, x),
-        left.dweights if call.retrieves() else None,
-        left.dkl if call.retrieves() else None,
+        left.dweights if retrieves else None,
+        left.dkl if retrieves else None,
         None if left.dkey is None else resolved(left.dkey),
         _map(left.dvalue, x),
         _map(left.dretrieved, x),
@@ -132,7 +136,7 @@ def backward(*args: Any) -> tuple[Any, ...]:
     if own is not None:
         later.insert(0, own)
         dscores, do = own.dscores, own.dout
-    if not call.retrieves():
+    if not retrieves:
         # Weights and what was retrieved were handed on.
         depth = 0 if call.prev_weights is None else call.prev_weights.shape[-1]
         dprev = None if left.dweights is None else left.dweights[..., :depth].clone()
@@ -143,12 +147,17 @@ def backward(*args: Any) -> tuple[Any, ...]:
         backend.gather(later, j, call.heads, False, key, value) if later else (None, None)
         for j, (key, value) in enumerate(zip(left.need_keys, left.need_values, strict=True))
     ]
-    *promised, promised_keys, promised_values = backward_shapes(*args)
+    promised = backward_shapes(*call._replace(x=described(x)), *left)
+    *single, promised_keys, promised_values = promised
     found = (g.x, g.wq, g.wk, g.wv, dprev, g.gamma, g.beta, dscores, do, dkept)
+
+    def kept(found: Iterable[Tensor | None], promised: Iterable[Tensor]) -> list[Tensor]:
+        return [as_promised(f, p, x.device) for f, p in zip(found, promised, strict=True)]
+
     return (
-        *(as_promised(f, p) for f, p in zip(found, promised, strict=True)),
-        [as_promised(pair[0], p) for pair, p in zip(pairs, promised_keys, strict=True)],
-        [as_promised(pair[1], p) for pair, p in zip(pairs, promised_values, strict=True)],
+        *kept(found, single),
+        kept((dk for dk, _ in pairs), promised_keys),
+        kept((dv for _, dv in pairs), promised_values),
     )
 
 

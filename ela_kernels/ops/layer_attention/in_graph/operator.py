@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ela_kernels.ops.layer_attention.autograd import library
 from ela_kernels.ops.layer_attention.in_graph import kernels
-from ela_kernels.ops.layer_attention.in_graph.call import CALL_SCHEMA, LEFT_SCHEMA, Call
+from ela_kernels.ops.layer_attention.in_graph.call import CALL_SCHEMA, LEFT_SCHEMA, Call, Left
 from ela_kernels.ops.layer_attention.in_graph.shapes import (
     backward_shapes,
     forward_shapes,
@@ -41,7 +41,6 @@ library.define(
 
 _FIRST_OPTION = Call._fields.index("heads")
 _LISTS = Call._fields.index("keys"), Call._fields.index("values")
-_TOKEN = Call._fields.index("token")
 
 
 class _Trace(NamedTuple):
@@ -104,26 +103,25 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
     # The pairs before a layer that knows of no other are gathered here, for all layers that do.
     gathers = not ctx.follows and ctx.depth > 0
     none = none_like(weights)
-    found = torch.ops.ela_kernels.layer_backward(
-        *call._replace(token=None),
+    left = Left(
         *(query, mean, weights, retrieved, statistics),
         *(dout, dweights, dkl, dkey, dvalue, dretrieved),
-        [left.query for left in later],
-        [left.weights for left in later],
-        [left.dscores for left in later],
-        [none if left.dout is None else left.dout for left in later],
-        [none if left.active is None else left.active for left in later],
+        [after.query for after in later],
+        [after.weights for after in later],
+        [after.dscores for after in later],
+        [none if after.dout is None else after.dout for after in later],
+        [none if after.active is None else after.active for after in later],
         [needs[name] for name in ("x", "wq", "wk", "wv", "prev_weights", "kept")],
         needs["keys"] if gathers else [],
         needs["values"] if gathers else [],
     )
+    found = torch.ops.ela_kernels.layer_backward(*call._replace(token=None), *left)
     dx, dwq, dwk, dwv, dprev, dgamma, dbeta, dscores, do, dkept, dkeys, dvalues = found
-    if not (dout is None and dweights is None and dkl is None and dretrieved is None):
+    if left.is_reached():
         of_retrieval = dout
         if ctx.normed:
             of_retrieval = dretrieved if dout is None else do
-        left = _Trace(query, weights, dscores, of_retrieval, call.active)
-        ctx.record.add(ctx.path, left)
+        ctx.record.add(ctx.path, _Trace(query, weights, dscores, of_retrieval, call.active))
     none_of_pairs: list[Tensor | None] = [None] * ctx.depth
     given: dict[str, Any] = {
         "x": dx,

@@ -16,15 +16,19 @@ def none_like(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def as_promised(found: Tensor | None, promised: Tensor) -> Tensor:
+def described(x: Tensor) -> Tensor:
+    """`x` without memory, so that what is promised beside it takes none either while a graph runs."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def as_promised(found: Tensor | None, promised: Tensor, device: torch.device) -> Tensor:
     """A result in the memory format that the compiler was told of; zeros for what nothing flowed into."""
-    if not promised.numel():
-        return promised
-    if found is None:
-        return promised.zero_()
-    if found.stride() == promised.stride() and found.dtype == promised.dtype:
+    sizes, strides, dtype = promised.shape, promised.stride(), promised.dtype
+    if found is None or not promised.numel():
+        return torch.empty_strided(sizes, strides, dtype=dtype, device=device).zero_()
+    if found.stride() == strides and found.dtype == dtype:
         return found
-    return promised.copy_(found)
+    return torch.empty_strided(sizes, strides, dtype=dtype, device=device).copy_(found)
 
 
 def forward_shapes(*args: Any) -> tuple[Tensor, ...]:
@@ -52,9 +56,6 @@ def backward_shapes(*args: Any) -> tuple[Any, ...]:
     x = call.x
     need_x, need_wq, need_wk, need_wv, need_prev, need_kept = left.needs
     normed = call.epilogue == "norm"
-    leaves = not (
-        left.dout is None and left.dweights is None and left.dkl is None and left.dretrieved is None
-    )
 
     def maybe(like: Tensor | None, wanted: bool) -> Tensor:
         if like is None or not wanted:
@@ -72,7 +73,7 @@ def backward_shapes(*args: Any) -> tuple[Any, ...]:
         maybe(call.prev_weights, need_prev),
         maybe(call.gamma, normed),
         maybe(call.beta, normed),
-        maybe(left.weights, leaves),
+        maybe(left.weights, left.is_reached()),
         maybe_map(normed and left.dout is not None),
         maybe_map(call.kept is not None and need_kept),
         [maybe(left.query, need) for need in left.need_keys],
