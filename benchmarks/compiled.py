@@ -12,26 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave, ratio, summarize
-from ela_kernels.models import build_model
-
-PLAIN, CONCATENATING, FUSED, SKIPPING = "plain", "concatenating", "mrla", "ela"
-_OPTIONS: dict[str, dict[str, Any]] = {
-    PLAIN: {"attention": "none"},
-    CONCATENATING: {"attention": "mrla", "fused": False},
-    FUSED: {"attention": "mrla"},
-    SKIPPING: {"attention": "ela"},
-}
-
-
-def _make(name: str, small: bool) -> nn.Module:
-    torch.manual_seed(0)
-    network = build_model("resnet20" if small else "resnet50", **_OPTIONS[name]).train()
-    if name == SKIPPING:
-        stages: Any = network.attentions
-        for stage in stages:
-            for i, layer in enumerate(stage):
-                layer.skipped = i % 3 == 2
-    return network
+from benchmarks.networks import CONCATENATING, PLAIN, make_networks
 
 
 def _step(network: Callable[[Tensor], Tensor], module: nn.Module, images: Tensor) -> Tensor:
@@ -67,8 +48,8 @@ def measure_compiled(rounds: int, small: bool = False) -> dict[str, Any]:
     images = torch.randn(*((4, 3, 16, 16) if small else (8, 3, 128, 128)), generator=generator)
     steps: dict[str, Callable[[], Tensor]] = {}
     seconds_to_compile: dict[str, float] = {}
-    for name in _OPTIONS:
-        module = _make(name, small)
+    networks = make_networks("resnet20" if small else "resnet50")
+    for name, module in networks.items():
         compiled = torch.compile(module)
         start = time.perf_counter()
         _step(compiled, module, images)
@@ -85,7 +66,7 @@ def measure_compiled(rounds: int, small: bool = False) -> dict[str, Any]:
         "concatenating_over": {name: ratio(concatenating, t) for name, t in seconds.items()},
         "eager_over": {
             name: ratio(seconds[f"{name}, eager"], seconds[f"{name}, compiled"])
-            for name in _OPTIONS
+            for name in networks
         },
         "seconds_to_compile": seconds_to_compile,
     }

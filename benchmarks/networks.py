@@ -15,8 +15,8 @@ PLAIN, CONCATENATING, FUSED, SKIPPING = "plain", "concatenating", "mrla", "ela"
 BATCH = 32
 
 
-def make_networks() -> dict[str, nn.Module]:
-    """resnet56 with bottlenecks, for 32x32 images; in `ela` every third retrieval is skipped."""
+def make_networks(name: str, **common: Any) -> dict[str, nn.Module]:
+    """The network of that name plain and with each attention; in `ela` every third layer is skipped."""
     options: dict[str, dict[str, Any]] = {
         PLAIN: {"attention": "none"},
         CONCATENATING: {"attention": "mrla", "fused": False},
@@ -24,9 +24,9 @@ def make_networks() -> dict[str, nn.Module]:
         SKIPPING: {"attention": "ela"},
     }
     networks: dict[str, nn.Module] = {}
-    for name, given in options.items():
+    for kind, given in options.items():
         torch.manual_seed(0)
-        networks[name] = build_model("resnet56", block="bottleneck", **given).train()
+        networks[kind] = build_model(name, **common, **given).train()
     for stage in networks[SKIPPING].attentions:
         for i, layer in enumerate(stage):
             layer.skipped = i % 3 == 2
@@ -42,7 +42,7 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.o
 
 def measure_networks(rounds: int) -> dict[str, Any]:
     """Milliseconds of a step of each network, and how much longer each takes than the plain one."""
-    networks = make_networks()
+    networks = make_networks("resnet56", block="bottleneck")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(BATCH, 3, 32, 32, generator=generator)
     labels = torch.randint(10, (BATCH,), generator=generator)
