@@ -26,10 +26,10 @@ from ela_kernels.backends.types import (
 )
 from ela_kernels.ops.layer_attention.in_graph.call import Call, Left
 from ela_kernels.ops.layer_attention.in_graph.shapes import (
+    Promise,
     as_promised,
-    backward_shapes,
-    described,
-    forward_shapes,
+    backward_promises,
+    forward_promises,
 )
 from ela_kernels.ops.layer_attention.record import in_form_of
 
@@ -54,11 +54,9 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     x = readable(resolved(call.x))
     filters = Filters(*(resolved(w) for w in (call.wq, call.wk, call.wv)))
     of_layer = (_retrieved if call.retrieves() else _skipped)(call, backend, x, filters, keeps)
-    promised = forward_shapes(*call._replace(x=described(x)), keeps)
     no_token = None
-    return tuple(
-        as_promised(f, p, x.device) for f, p in zip((*of_layer, no_token), promised, strict=True)
-    )
+    promises = forward_promises(call._replace(x=x), keeps)
+    return tuple(as_promised(f, p, x) for f, p in zip((*of_layer, no_token), promises, strict=True))
 
 
 def _retrieved(
@@ -135,29 +133,30 @@ def backward(*args: Any) -> tuple[Any, ...]:
     dprev = g.prev
     if own is not None:
         later.insert(0, own)
-        dscores, do = own.dscores, own.dout
+        dscores = own.dscores
+        if left.dout is not None and call.epilogue == "norm":
+            do = own.dout  # elsewhere it is an argument, which an operator may not give back
     if not retrieves:
         # Weights and what was retrieved were handed on.
         depth = 0 if call.prev_weights is None else call.prev_weights.shape[-1]
         dprev = None if left.dweights is None else left.dweights[..., :depth].clone()
-        if call.takes_over():
+        if call.takes_over() and left.needs[-1]:
             dkept = _own_memory(g.retrieved, left.dretrieved)
     # Those of a skipped layer mean nothing, and are not read.
     pairs = [
         backend.gather(later, j, call.heads, False, key, value) if later else (None, None)
         for j, (key, value) in enumerate(zip(left.need_keys, left.need_values, strict=True))
     ]
-    promised = backward_shapes(*call._replace(x=described(x)), *left)
-    *single, promised_keys, promised_values = promised
+    single, keys, values = backward_promises(call._replace(x=x), left)
     found = (g.x, g.wq, g.wk, g.wv, dprev, g.gamma, g.beta, dscores, do, dkept)
 
-    def kept(found: Iterable[Tensor | None], promised: Iterable[Tensor]) -> list[Tensor]:
-        return [as_promised(f, p, x.device) for f, p in zip(found, promised, strict=True)]
+    def kept(found: Iterable[Tensor | None], promises: list[Promise]) -> list[Tensor]:
+        return [as_promised(f, p, x) for f, p in zip(found, promises, strict=True)]
 
     return (
         *kept(found, single),
-        kept((dk for dk, _ in pairs), promised_keys),
-        kept((dv for _, dv in pairs), promised_values),
+        kept((dk for dk, _ in pairs), keys),
+        kept((dv for _, dv in pairs), values),
     )
 
 
