@@ -3,6 +3,7 @@
 python -m benchmarks run --quick --out results/bench     what layer attention costs, against its rivals
 python -m benchmarks compare HEAD~1                      what a change did to it: two checkouts in turns
 python -m benchmarks study run --plan two-hours ...      what it buys: networks trained with and without it
+python -m benchmarks pages                               the tables in README and docs, from the files of results
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ PROGRAMS = {
     "run": "benchmarks.run",
     "compare": "benchmarks.compare.command",
     "study": "benchmarks.study.__main__",
+    "pages": "benchmarks.pages.command",
 }
 
 

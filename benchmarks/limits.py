@@ -55,14 +55,14 @@ def _limits(results: Results) -> Iterator[Limit]:
         for phase, probe_ms in least.items():
             found = blocks[phase]
             baseline = fastest_baseline(found["ms"])
-            ms = found["ms"][baseline]["median"]
+            slower = found["ms"][baseline]["median"]
             reached = found["times_ours"][baseline]["of_medians"]
-            yield Limit(f"blocks, {phase}, over {baseline}", name, reached, ms / probe_ms)
-    if results["networks"]:
-        ms = {n: m["median"] for n, m in results["networks"]["ms"].items()}
+            yield Limit(f"blocks, {phase}, over {baseline}", name, reached, slower / probe_ms)
+    for network, found in results["networks"].items():
+        ms = {n: m["median"] for n, m in found["training"]["ms"].items()}
         yield Limit(
-            "network, concatenating over mrla",
-            "resnet56",
+            "network, a step, concatenating over mrla",
+            network,
             ms["concatenating"] / ms["mrla"],
             ms["concatenating"] / ms["plain"],
         )

@@ -1,9 +1,11 @@
-"""One training step of a whole network: plain, with the published attention, with ours, and with retrievals skipped."""
+"""Whole networks: plain, with the published attention, with ours, and with retrievals skipped."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,6 @@ from benchmarks.measure import interleave, ratio, summarize
 from ela_kernels.models import build_model
 
 PLAIN, CONCATENATING, FUSED, SKIPPING = "plain", "concatenating", "mrla", "ela"
-BATCH = 32
 
 
 def make_networks(name: str, **common: Any) -> dict[str, nn.Module]:
@@ -33,6 +34,32 @@ def make_networks(name: str, **common: Any) -> dict[str, nn.Module]:
     return networks
 
 
+class Network(NamedTuple):
+    """A network of :mod:`ela_kernels.models`, and the batch of images that it is measured on."""
+
+    name: str
+    batch: int
+    size: int
+    block: str | None = None
+
+    def __str__(self) -> str:
+        block = "" if self.block is None else f" of {self.block}s"
+        return f"{self.name}{block}, {self.batch} at {self.size}x{self.size}"
+
+    def make(self) -> dict[str, nn.Module]:
+        return make_networks(self.name, **({} if self.block is None else {"block": self.block}))
+
+
+NETWORKS = (
+    Network("resnet50", 8, 224),
+    Network("resnet50", 8, 128),
+    Network("resnet110", 32, 32),
+    Network("resnet56", 32, 32),
+    Network("resnet56", 32, 32, "bottleneck"),
+)
+SMALL = (Network("resnet20", 4, 16),)
+
+
 def _step(network: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.optim.SGD) -> None:
     loss = nn.functional.cross_entropy(network(images), labels)
     optimizer.zero_grad()
@@ -40,25 +67,53 @@ def _step(network: nn.Module, images: Tensor, labels: Tensor, optimizer: torch.o
     optimizer.step()
 
 
-def measure_networks(rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step of each network, and how much longer each takes than the plain one."""
-    networks = make_networks("resnet56", block="bottleneck")
+def _infer(network: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = network(images)
+    return out
+
+
+def measure_networks(rounds: int, small: bool = False) -> dict[str, Any]:
+    """Of each network: a training step with SGD, and inference, plain and with each attention."""
+    return {str(network): _measure(network, rounds) for network in (SMALL if small else NETWORKS)}
+
+
+def _measure(network: Network, rounds: int) -> dict[str, Any]:
+    made = network.make()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH, 3, 32, 32, generator=generator)
-    labels = torch.randint(10, (BATCH,), generator=generator)
-    steps = {}
-    for name, network in networks.items():
-        optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-        steps[name] = partial(_step, network, images, labels, optimizer)
-    seconds = interleave(steps, rounds)
-    skipped = sum(layer.skipped for stage in networks[SKIPPING].attentions for layer in stage)
+    images = torch.randn(network.batch, 3, network.size, network.size, generator=generator)
+    labels = torch.randint(10, (network.batch,), generator=generator)
+    steps: dict[str, Callable[[], object]] = {}
+    for name, module in made.items():
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+        steps[name] = partial(_step, module, images, labels, optimizer)
+    training = _times(interleave(steps, rounds))
+    for module in made.values():
+        module.eval()
+    steps = {name: partial(_infer, module, images) for name, module in made.items()}
+    layers = [layer for stage in made[SKIPPING].attentions for layer in stage]
     return {
-        "network": f"resnet56, bottlenecks, [{BATCH}, 3, 32, 32], SGD",
-        "skipped": skipped,
-        "layers": sum(len(stage) for stage in networks[SKIPPING].attentions),
+        "layers": len(layers),
+        "skipped": sum(layer.skipped for layer in layers),
+        "training": training,
+        "inference": _times(interleave(steps, rounds)),
+    }
+
+
+def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Milliseconds, how much longer than the plain network, and how much of attention's cost is gone.
+
+    That is what lies between the plain network and the one that concatenates.
+    """
+    plain, most = (statistics.median(seconds[name]) for name in (PLAIN, CONCATENATING))
+    return {
         "ms": {name: summarize(times)._asdict() for name, times in seconds.items()},
         "times_plain": {name: ratio(times, seconds[PLAIN]) for name, times in seconds.items()},
         "concatenating_over": {
             name: ratio(seconds[CONCATENATING], times) for name, times in seconds.items()
+        },
+        "share_removed": {
+            name: (most - statistics.median(seconds[name])) / (most - plain)
+            for name in (FUSED, SKIPPING)
         },
     }

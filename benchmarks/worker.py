@@ -52,7 +52,7 @@ def measure(
     if part in with_contenders:
         return with_contenders[part](shape, contenders, rounds[part])
     if part == "networks":
-        return measure_networks(rounds[part])
+        return measure_networks(rounds[part], small)
     if part == "converted":
         return measure_converted(rounds[part], small)
     if part == "compiled":

@@ -113,12 +113,15 @@ def test_every_contender_passes_its_check(name: str) -> None:
     assert 0 < report[name]["largest_error"] < 2e-5
 
 
-@pytest.mark.slow
-def test_steps_of_whole_networks() -> None:
-    found = measure_networks(rounds=1)
-    assert (found["skipped"], found["layers"]) == (6, 18)
-    assert list(found["ms"]) == ["plain", "concatenating", "mrla", "ela"]
-    assert found["times_plain"]["plain"]["of_medians"] == 1
+def test_whole_networks() -> None:
+    (found,) = measure_networks(rounds=1, small=True).values()
+    assert (found["skipped"], found["layers"]) == (3, 9)
+    for phase in ("training", "inference"):
+        of = found[phase]
+        assert list(of["ms"]) == ["plain", "concatenating", "mrla", "ela"]
+        assert of["times_plain"]["plain"]["of_medians"] == 1
+        plain, most, ours = (of["ms"][n]["median"] for n in ("plain", "concatenating", "mrla"))
+        assert of["share_removed"]["mrla"] == pytest.approx((most - ours) / (most - plain))
 
 
 @pytest.mark.parametrize("broken", ["output", "gradient"])

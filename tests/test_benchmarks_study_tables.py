@@ -12,8 +12,7 @@ import torch
 
 from benchmarks.contenders import WrongResultError
 from benchmarks.study import steps
-from benchmarks.study.__main__ import ROOT, main
-from benchmarks.study.page import filled
+from benchmarks.study.__main__ import main
 from benchmarks.study.records import FORMAT
 from benchmarks.study.settings import Settings
 from benchmarks.study.steps import CONCATENATING, FUSED, PLAIN, WATCHED, measure, time_table
@@ -251,33 +250,3 @@ def test_bad_settings_of_the_steps(
     assert main(["time", str(path), *words.split()]) == 2
     assert message in capsys.readouterr().err
     assert not path.exists()
-
-
-def test_a_page_is_filled_from_the_files_it_names(tmp_path: Path, measured: dict[str, Any]) -> None:
-    write(tmp_path / "runs.jsonl", RECORDS)
-    (tmp_path / "steps.json").write_text(json.dumps(measured))
-    page = "".join(
-        f"words\n<!-- table: {kind} {name} -->\nold\n<!-- end of table -->\n"
-        for kind, name in (
-            ("accuracy", "runs.jsonl"),
-            ("decisions", "runs.jsonl"),
-            ("time", "steps.json"),
-            ("accuracy", "later.jsonl"),
-        )
-    )
-    found = filled(page, tmp_path)
-    assert "old" not in found
-    assert found.count("words\n<!-- table: ") == found.count("\n<!-- end of table -->\n") == 4
-    for table in (accuracy_tables(RECORDS), decision_tables(RECORDS), time_table(measured)):
-        assert table in found
-    assert "later.jsonl -->\n\nNot measured yet.\n\n<!-- end" in found
-    assert filled(found, tmp_path) == found
-    with pytest.raises(ValueError, match="page: got the table 'speed'; allowed are accuracy"):
-        filled("<!-- table: speed a.json -->\n<!-- end of table -->", tmp_path)
-
-
-def test_the_page_of_the_study_has_what_the_committed_files_say() -> None:
-    page = (ROOT / "docs" / "study.md").read_text()
-    kinds = {line.split()[2] for line in page.splitlines() if line.startswith("<!-- table: ")}
-    assert kinds == {"accuracy", "decisions", "loss", "time"}
-    assert filled(page, ROOT) == page

@@ -6,7 +6,7 @@ python -m benchmarks.study decisions runs.jsonl                     of EBQM, ove
 python -m benchmarks.study picture runs.jsonl --png accuracy.png    accuracy against training time
 python -m benchmarks.study time steps.json --measure                what kernels save, what skipping saves
 python -m benchmarks.study loss loss.json --measure                 what skipping one layer does to the loss
-python -m benchmarks.study page docs/study.md                       write the tables into the page
+python -m benchmarks pages                                          write the tables into docs/study.md
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import torch
 
 from benchmarks.study.data import load
 from benchmarks.study.loss import loss_table, measure_loss
-from benchmarks.study.page import filled, read_results
 from benchmarks.study.picture import draw
 from benchmarks.study.plans import PLANS, runs_of
-from benchmarks.study.records import read
+from benchmarks.study.records import read, read_results
 from benchmarks.study.runs import run_all
 from benchmarks.study.settings import DATA, ORDERS, Settings
 from benchmarks.study.steps import DEPTHS, measure_all, time_table
@@ -34,7 +33,6 @@ from benchmarks.study.variants import GROUPS, VARIANTS
 from ela_kernels.training.optional import MissingLibraryError
 from ela_kernels.training.processes import choose_device
 
-ROOT = Path(__file__).resolve().parents[2]
 # Of ints in a row: far more than anybody trains.
 _MOST = 1000
 _LISTS = ("seeds", "depths", "variants")
@@ -127,8 +125,6 @@ def make_parser() -> argparse.ArgumentParser:
     loss.add_argument("--epochs", type=int)
     loss.add_argument("--train-images", type=int)
     loss.add_argument("--images", type=int, default=2000, help="test images")
-    page = commands.add_parser("page", help="write the tables into a page")
-    page.add_argument("page", type=Path)
     return parser
 
 
@@ -147,7 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "picture": _picture,
         "time": _time,
         "loss": _loss,
-        "page": _page,
     }
     try:
         return commands[arguments.command](arguments)
@@ -220,11 +215,6 @@ def _loss(arguments: argparse.Namespace) -> int:
         found = measure_loss(runs, load(runs[0].data, a.root), a.images)
         a.file.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return _print(loss_table(read_results(arguments.file, "runs", "loss")))
-
-
-def _page(arguments: argparse.Namespace) -> int:
-    arguments.page.write_text(filled(arguments.page.read_text(), ROOT))
-    return 0
 
 
 def _at_least(name: str, value: int | None, least: int) -> None:

@@ -156,3 +156,22 @@ def _record(path: Path, number: int, line: bytes) -> Record:
         raise _refused(path, number, f"without {', '.join(missing)}")
     del record["format"]
     return record
+
+
+def read_results(path: Path, name: str, command: str) -> dict[str, Any]:
+    """The results of `command --measure`, which hold `name`.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"file: got {path}, which cannot be read ({error}); allowed is a file that `{command} --measure` wrote"
+        ) from error
+    if not isinstance(found, dict) or not {"machine", name} <= found.keys():
+        raise ValueError(
+            f"file: got {path}, which has no 'machine' and {name!r}; allowed is a file that `{command} --measure` wrote"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Tables in pages of documentation, written from committed files of results."""

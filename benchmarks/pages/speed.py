@@ -1,0 +1,141 @@
+"""Tables for users from the results of `python -m benchmarks run`: less than the run itself prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from benchmarks.converted import CONVERTED, ORIGINAL
+from benchmarks.environment import DEFAULT, KEPT
+from benchmarks.measure import fastest_baseline
+from benchmarks.report import table
+from benchmarks.shapes import parse_shape
+
+Results = dict[str, Any]
+
+
+def stages(results: Results) -> Iterator[str]:
+    """Forward and backward of a stage under both settings of malloc, and its peak memory."""
+    yield _machine(results)
+    yield ""
+    names = ("eager", "compiled", "layer")
+    rows = []
+    for shape in results["stages"][KEPT]:
+        for setting in (KEPT, DEFAULT):
+            found = results["stages"][setting][shape]
+            fastest = found["times_ours"][found["fastest_baseline"]]["of_medians"]
+            is_first = setting == KEPT
+            maps = [f"{results['memory'][shape][name]['maps']:.1f}" for name in names]
+            rows.append(
+                [
+                    _stage(shape) if is_first else "",
+                    setting,
+                    *(_ms(found["contenders"][name]["ms"]) for name in names),
+                    f"{fastest:.2f}x",
+                    ", ".join(maps) if is_first else "",
+                ]
+            )
+    head = ["layers, maps, head_dim", "allocator", "eager", "compiled", "ours", "faster"]
+    yield from table([*head, "peak memory in maps: eager, compiled, ours"], rows)
+
+
+def _blocks(part: str) -> Callable[[Results], Iterator[str]]:
+    def make(results: Results) -> Iterator[str]:
+        yield _machine(results)
+        yield ""
+        rows = []
+        for shape, found in results[part].items():
+            cells = [_stage(shape)]
+            for phase in ("training", "inference"):
+                ms = found[phase]["ms"]
+                names = ("eager", "compiled", "block")
+                fastest = found[phase]["times_ours"][fastest_baseline(ms)]["of_medians"]
+                cells.append(", ".join(_ms(ms[name]) for name in names))
+                cells += [f"{fastest:.2f}x", _ms(ms["block bfloat16"])]
+            rows.append(cells)
+        head = ["layers, maps, head_dim"]
+        for phase in ("training", "inference"):
+            head += [f"{phase}: eager, compiled, ours", "faster", "ours in bfloat16"]
+        yield from table(head, rows)
+
+    return make
+
+
+def networks(results: Results) -> Iterator[str]:
+    """Whole networks, and the share of attention's cost that is gone: between plain and concatenating."""
+    yield _machine(results)
+    yield ""
+    rows = []
+    for name, found in results["networks"].items():
+        cells = [name]
+        for phase in ("training", "inference"):
+            of = found[phase]
+            cells.append(", ".join(_ms(ms) for ms in of["ms"].values()))
+            cells.append(f"{100 * of['share_removed']['mrla']:.0f} %")
+        rows.append(cells)
+    names = "plain, concatenating, ours, ours with a third skipped"
+    head = ["network", f"a step, ms: {names}", "attention's cost removed"]
+    yield from table([*head, "inference, ms: the same", "removed"], rows)
+
+
+def compiled(results: Results) -> Iterator[str]:
+    """Whole networks under `torch.compile`."""
+    found = results["compiled"]
+    yield f"{_machine(results)} {found['network']}; in ela every third layer is skipped."
+    yield ""
+    rows = [
+        [
+            name,
+            *(_ms(found["ms"][f"{name}, {how}"]) for how in ("eager", "compiled")),
+            f"{found['times_plain'][f'{name}, compiled']['of_medians']:.2f}",
+            f"{seconds:.0f}",
+        ]
+        for name, seconds in found["seconds_to_compile"].items()
+    ]
+    head = ["network", "eager, ms", "compiled, ms", "over compiled plain", "compilation, s"]
+    yield from table(head, rows)
+
+
+def converted(results: Results) -> Iterator[str]:
+    """Networks in their published shapes, before and after `convert`."""
+    yield _machine(results)
+    yield ""
+    rows = []
+    for name, found in results["converted"].items():
+        batch, _, height, width = found["shape"]
+        cells = [f"{name}, {batch} at {height}x{width}"]
+        for phase in ("training", "inference"):
+            ms = found[phase]["ms"]
+            cells.append(f"{_ms(ms[ORIGINAL])} to {_ms(ms[CONVERTED])}")
+            cells.append(f"{found[phase]['times_faster']['of_medians']:.2f}x")
+        rows.append([*cells, f"{found['peak_ratio']:.2f}x"])
+    head = ["network", "a training step, ms", "faster", "inference, ms", "faster"]
+    yield from table([*head, "peak memory of a step"], rows)
+
+
+TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
+    "stages": stages,
+    "blocks": _blocks("blocks"),
+    "light": _blocks("light"),
+    "networks": networks,
+    "compiled": compiled,
+    "converted": converted,
+}
+
+
+def _machine(results: Results) -> str:
+    """The sentence without which times mean nothing."""
+    machine = results["machine"]
+    return (
+        f"{machine['threads']} threads of an {machine['cpu']} ({machine['simd_level']}), torch {machine['torch']}, "
+        f"{machine['date'][:10]}."
+    )
+
+
+def _stage(shape: str) -> str:
+    of = parse_shape(shape)
+    return f"{of.depth}, [{of.batch}, {of.channels}, {of.size}, {of.size}], {of.head_dim}"
+
+
+def _ms(summary: dict[str, float]) -> str:
+    return f"{summary['median']:.1f}"
