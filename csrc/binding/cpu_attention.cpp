@@ -45,7 +45,7 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& at
     weight_columns.push_back({static_cast<char*>(p.weights) + j * size, p.depth});
   }
   const AggregateParams a = {shape, p.depth, value_views.data(), weight_columns.data(), map(out), address(workspace),
-                             {}};
+                             {},    nullptr};
   const ela::Kernels& k = ela::kernels();
   py::gil_scoped_release unlocked;
   k.weights[dtype](p, threads);
@@ -101,7 +101,8 @@ void gather(int dtype, const std::array<int64_t, 5>& sizes, const py::bytes& sou
   const GatherKeyParams key = {shape, static_cast<int64_t>(queries.size()), queries.data(), scores.data(),
                                row(dkey, shape.channels)};
   const AggregateParams value = {
-      shape, static_cast<int64_t>(douts.size()), douts.data(), weights.data(), map(dvalue), address(workspace), {}};
+      shape,  static_cast<int64_t>(douts.size()), douts.data(), weights.data(), map(dvalue), address(workspace), {},
+      nullptr};
   const ela::Kernels& k = ela::kernels();
   py::gil_scoped_release unlocked;
   if (dkey != 0) k.gather_key[dtype](key, threads);

@@ -2,9 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <memory>
-#include <new>
-
 #include "binding/cpu_views.h"
 #include "binding/named.h"
 #include "cpu/select.h"
@@ -49,27 +46,6 @@ struct LayerPlan {
   size_t size;  // of an accumulation element
 };
 
-// Memory for one call, handed out in parts. Not a tensor, which takes longer to make than the work on a small map.
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes)
-      : memory_(static_cast<char*>(::operator new(static_cast<size_t>(bytes) + kAlign, std::align_val_t(kAlign)))),
-        next_(memory_.get()) {}
-  void* take(int64_t bytes) {
-    char* taken = next_;
-    next_ += bytes;
-    return taken;
-  }
-
- private:
-  static constexpr size_t kAlign = 64;
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(kAlign)); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  char* next_;
-};
-
 // What a layer makes of its input: mean over space, key and value (written to the last address of each list), and,
 // where an address is given for the query, what it retrieves.
 void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv, int64_t mean,
@@ -100,7 +76,7 @@ void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv,
   const int64_t for_taps = 9 * image.channels * size, for_depthwise = k.depthwise_workspace(image) * size,
                 for_aggregate = k.aggregate_workspace(shape, depth) * size, for_norm = k.norm_workspace(image) * size;
   py::gil_scoped_release unlocked;
-  Scratch scratch(for_taps + for_depthwise + for_aggregate + for_norm);
+  Scratch scratch(for_taps + for_depthwise + for_aggregate + for_norm + norm_bytes(image, norm, plan.size));
   void* taps = scratch.take(for_taps);
   const MapView out_view = plan.made_map(out);
   const LayerParams p = {
@@ -109,12 +85,12 @@ void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv,
       {shape, plan.filter_size, address(mean), address(wq), address(wk), address(query), key_views.back().data},
       w,
       {shape, depth, value_views.data(), columns.data(), out_view, scratch.take(for_aggregate),
-       has_residual ? plan.input(x) : MapView{}},
+       has_residual ? plan.input(x) : MapView{}, nullptr},
       taps,
       mean_out != 0,
       {image, out_view, scratch.take(for_norm), address(mean_out), address(variance_out)},
       norm.has_value(),
-      norm_params(image, norm, mean_out != 0, plan.size)};
+      norm_params(image, norm, mean_out != 0, plan.size, scratch)};
   k.layer[plan.dtype](p, threads);
 }
 
@@ -190,7 +166,8 @@ void layer_backward(const LayerPlan& plan, const std::optional<Own>& own, const 
                 for_maps = k.gather_convolve_workspace(image, source_maps, threads) * size,
                 for_rows = image.batch * image.channels * size;
   py::gil_scoped_release unlocked;
-  Scratch scratch(for_attention + for_taps + for_filters + for_maps + 3 * for_rows);
+  Scratch scratch(for_attention + for_taps + for_filters + for_maps + 3 * for_rows +
+                  norm_bytes(image, norm, plan.size));
   const MapView dout_view = map(dout);
   void* attention_scratch = scratch.take(for_attention);
   void* dquery = wants_query ? scratch.take(for_rows) : nullptr;
@@ -227,29 +204,30 @@ void layer_backward(const LayerPlan& plan, const std::optional<Own>& own, const 
        map(arrived.residual), plan.made_map(dx), address(dwv), scratch.take(for_maps)},
       taps,
       norm.has_value(),
-      norm_params(image, norm, batch_statistics, plan.size)};
+      norm_params(image, norm, batch_statistics, plan.size, scratch)};
   k.layer_backward[plan.dtype](p, threads);
 }
 
 // The end of a block that makes nothing else, and its gradients.
 void norm_forward(int dtype, const std::array<int64_t, 5>& sizes, const std::optional<Norm>& norm, int threads) {
   require(norm.has_value(), "norm: needed");
-  const ela::NormParams p = norm_params(image_shape_of(sizes), norm, false, element_size(checked_dtype(dtype)));
+  const ImageShape image = image_shape_of(sizes);
+  const size_t size = element_size(checked_dtype(dtype));
   py::gil_scoped_release unlocked;
+  Scratch scratch(norm_bytes(image, norm, size));
+  const ela::NormParams p = norm_params(image, norm, false, size, scratch);
   ela::kernels().norm_forward[dtype](p, threads);
 }
 
 void norm_backward(int dtype, const std::array<int64_t, 5>& sizes, const std::optional<Norm>& norm,
                    bool batch_statistics, int threads) {
   require(norm.has_value(), "norm: needed");
-  const ela::NormParams p =
-      norm_params(image_shape_of(sizes), norm, batch_statistics, element_size(checked_dtype(dtype)));
+  const ImageShape image = image_shape_of(sizes);
+  const size_t size = element_size(checked_dtype(dtype));
   py::gil_scoped_release unlocked;
+  Scratch scratch(norm_bytes(image, norm, size));
+  const ela::NormParams p = norm_params(image, norm, batch_statistics, size, scratch);
   ela::kernels().norm_backward[dtype](p, threads);
-}
-
-int64_t norm_workspace(const std::array<int64_t, 5>& sizes) {
-  return ela::kernels().norm_workspace(image_shape_of(sizes));
 }
 
 }  // namespace
@@ -284,5 +262,4 @@ void bind_cpu_layer(py::module_& m) {
             "batch_statistics, threads");
   def_named(m, "norm_forward", &norm_forward, "dtype, *, sizes, norm, threads");
   def_named(m, "norm_backward", &norm_backward, "dtype, *, sizes, norm, batch_statistics, threads");
-  def_named(m, "norm_workspace", &norm_workspace, "*, sizes");
 }

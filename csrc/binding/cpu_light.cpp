@@ -59,6 +59,7 @@ LightParams light_params(const LightLayer& layer, int64_t workspace) {
           map(v),
           map(prev),
           {},
+          true,
           address(wq),
           address(wk),
           address(wv),
@@ -75,18 +76,22 @@ LightParams light_params(const LightLayer& layer, int64_t workspace) {
 }
 
 // out, with what the backward will need: mean, query, key, v and the factors [2, B, C]; and the statistics of out,
-// where addresses are given. The workspace is light_workspace() elements.
-void light_layer(int dtype, const LightLayer& layer, const View& out, int64_t mean_out, int64_t variance_out,
-                 const std::optional<Norm>& norm, int64_t workspace, int threads) {
+// where addresses are given. The workspace is light_workspace() elements. Where v is not kept it is scratch, of
+// light_values() samples.
+void light_layer(int dtype, const LightLayer& layer, bool keeps_v, const View& out, int64_t mean_out,
+                 int64_t variance_out, const std::optional<Norm>& norm, int64_t workspace, int threads) {
   LightParams p = light_params(layer, workspace);
+  p.keeps_v = keeps_v;
   present(out[0], p.shape.batch * p.shape.channels * p.shape.positions(), "out");
   require((mean_out == 0) == (variance_out == 0), "statistics: mean and variance, or neither");
   p.out = map(out);
   p.mean_out = address(mean_out), p.variance_out = address(variance_out);
   p.is_block = norm.has_value();
-  p.norm = norm_params(p.shape, norm, mean_out != 0, element_size(checked_dtype(dtype)));
-  const auto kernel = ela::kernels().light_layer[checked_dtype(dtype)];
+  const size_t size = element_size(checked_dtype(dtype));
+  const auto kernel = ela::kernels().light_layer[dtype];
   py::gil_scoped_release unlocked;
+  Scratch scratch(norm_bytes(p.shape, norm, size));
+  p.norm = norm_params(p.shape, norm, mean_out != 0, size, scratch);
   kernel(p, threads);
 }
 
@@ -111,14 +116,20 @@ void light_layer_backward(int dtype, const LightLayer& layer, const View& dout, 
   require((dv[0] != 0) == (has_maps && p.forward.act != ela::Activation::kNone),
           "dv: where the value passes an activation and its gradient is used, and nowhere else");
   p.forward.is_block = norm.has_value();
-  p.forward.norm = norm_params(p.forward.shape, norm, batch_statistics, element_size(checked_dtype(dtype)));
-  const auto kernel = ela::kernels().light_layer_backward[checked_dtype(dtype)];
+  const size_t size = element_size(checked_dtype(dtype));
+  const auto kernel = ela::kernels().light_layer_backward[dtype];
   py::gil_scoped_release unlocked;
+  Scratch scratch(norm_bytes(image, norm, size));
+  p.forward.norm = norm_params(image, norm, batch_statistics, size, scratch);
   kernel(p, threads);
 }
 
 int64_t light_workspace(const std::array<int64_t, 5>& sizes, int64_t filter_size, int threads) {
   return ela::kernels().light_workspace(image_shape_of(sizes), filter_size, threads);
+}
+
+int64_t light_values(const std::array<int64_t, 5>& sizes, int threads) {
+  return ela::kernels().light_values(image_shape_of(sizes), threads);
 }
 
 }  // namespace
@@ -132,9 +143,11 @@ struct type_caster<LightLayer> : GroupCaster<LightLayer> {};
 
 void bind_cpu_light(py::module_& m) {
   def_group<LightLayer>(m, "light");
-  def_named(m, "light_layer", &light_layer, "dtype, *, layer, out, mean_out, variance_out, norm, workspace, threads");
+  def_named(m, "light_layer", &light_layer,
+            "dtype, *, layer, keeps_v, out, mean_out, variance_out, norm, workspace, threads");
   def_named(m, "light_layer_backward", &light_layer_backward,
             "dtype, *, layer, dout, dx_residual, dx, dwq, dwk, dwv, ddecay, dprev, dv, norm, "
             "batch_statistics, workspace, threads");
   def_named(m, "light_workspace", &light_workspace, "*, sizes, filter_size, threads");
+  def_named(m, "light_values", &light_values, "*, sizes, threads");
 }

@@ -3,6 +3,8 @@
 
 #include <array>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -10,7 +12,7 @@
 #include <vector>
 
 #include "binding/named.h"
-#include "cpu/params.h"
+#include "cpu/select.h"
 
 namespace ela::binding {
 
@@ -154,11 +156,31 @@ inline WeightsParams weights_params(const Shape& shape, const Attention& a, cons
 
 inline RowView row(int64_t data, int64_t stride) { return {address(data), stride}; }
 
-// What follows a retrieval in a block (see NormParams): addresses of 0 leave out `also`, and gamma to dbeta. The
-// workspace is norm_workspace() elements.
+// Memory for one call, handed out in parts. Not a tensor, which takes longer to make than the work on a small map.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : memory_(static_cast<char*>(::operator new(static_cast<size_t>(bytes) + kAlign, std::align_val_t(kAlign)))),
+        next_(memory_.get()) {}
+  void* take(int64_t bytes) {
+    char* taken = next_;
+    next_ += bytes;
+    return taken;
+  }
+
+ private:
+  static constexpr size_t kAlign = 64;
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(kAlign)); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  char* next_;
+};
+
+// What follows a retrieval in a block (see NormParams): addresses of 0 leave out `also`, and gamma to dbeta.
 struct Norm {
   View o, x, out, also;
-  int64_t mean, variance, gamma, beta, mask, dgamma, dbeta, workspace;
+  int64_t mean, variance, gamma, beta, mask, dgamma, dbeta;
   double eps;
   bool relu;
 
@@ -166,20 +188,24 @@ struct Norm {
   void fields(Visit visit) {
     visit("o", o), visit("x", x), visit("out", out), visit("also", also);
     visit("mean", mean), visit("variance", variance), visit("gamma", gamma), visit("beta", beta), visit("mask", mask);
-    visit("dgamma", dgamma), visit("dbeta", dbeta), visit("workspace", workspace);
+    visit("dgamma", dgamma), visit("dbeta", dbeta);
     visit("eps", eps), visit("relu", relu);
   }
 };
 
+// Bytes for norm_params(); `size` is that of an accumulation element.
+inline int64_t norm_bytes(const ImageShape& image, const std::optional<Norm>& given, size_t size) {
+  return given ? kernels().norm_workspace(image) * static_cast<int64_t>(size) : 0;
+}
+
 inline NormParams norm_params(const ImageShape& image, const std::optional<Norm>& given, bool batch_statistics,
-                              size_t size) {
+                              size_t size, Scratch& scratch) {
   if (!given) return {};
   const Norm& n = *given;
   const int64_t elements = image.batch * image.channels * image.positions();
   for (const View* view : {&n.o, &n.x, &n.out}) present((*view)[0], elements, "maps of the norm");
   present(n.mean, image.channels, "mean of the norm"), present(n.variance, image.channels, "variance of the norm");
-  present(n.workspace, kernels().norm_workspace(image), "workspace of the norm");
-  char* partials = static_cast<char*>(address(n.workspace));
+  char* partials = static_cast<char*>(scratch.take(norm_bytes(image, given, size)));
   void* factors = partials + (kernels().norm_workspace(image) - 4 * image.channels) * size;
   return {
       image,           map(n.o),        map(n.x),   map(n.out), address(n.mean),  address(n.variance), address(n.gamma),

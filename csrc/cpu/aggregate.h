@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/maps.h"
+#include "cpu/norm.h"
 #include "cpu/weights.h"
 
 namespace ela::ELA_ISA {
@@ -79,12 +80,24 @@ inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor
   }
 }
 
+// The end of a block for `count` elements of a head's planes, one after the other from channel `c` on.
+template <class T, class S>
+inline void end_planes(const NormParams& norm, int64_t b, int64_t c, int64_t offset, int64_t count, const S* o) {
+  const int64_t positions = norm.shape.positions();
+  c += offset / positions, offset %= positions;
+  while (count > 0) {
+    const int64_t some = positions - offset < count ? positions - offset : count;
+    end_plane<T>(norm, b, c, offset, some, o);
+    o += some, count -= some, offset = 0, ++c;
+  }
+}
+
 template <class T>
 void aggregate_planar(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
-  const bool has_residual = p.residual.data != nullptr;
-  bool gapless = is_gapless(s, p.out) && (!has_residual || is_gapless(s, p.residual));
+  const bool has_residual = p.residual.data != nullptr, is_stored = p.out.data != nullptr;
+  bool gapless = (!is_stored || is_gapless(s, p.out)) && (!has_residual || is_gapless(s, p.residual));
   for (int64_t j = 0; j < p.sources; ++j) gapless = gapless && is_gapless(s, p.maps[j]);
   const RowPlan plan = plan_rows(s, gapless);
   const int64_t per_head = plan.rows * plan.chunks;
@@ -96,7 +109,7 @@ void aggregate_planar(const AggregateParams& p, int threads) {
       const int64_t c = head % s.heads * s.head_dim() + item % per_head / plan.chunks;
       const int64_t offset = item % plan.chunks * kChunk;
       const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
-      T* out = const_cast<T*>(planar_at<T>(p.out, b, c, offset));
+      T* out = is_stored ? const_cast<T*>(planar_at<T>(p.out, b, c, offset)) : nullptr;
       const T* residual = has_residual ? planar_at<T>(p.residual, b, c, offset) : nullptr;
       for (int64_t j = 0; j < p.sources; j += kStreams) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
@@ -108,6 +121,8 @@ void aggregate_planar(const AggregateParams& p, int threads) {
         }
         add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
       }
+      if (p.norm == nullptr) continue;
+      is_stored ? end_planes<T>(*p.norm, b, c, offset, count, out) : end_planes<T>(*p.norm, b, c, offset, count, sum);
     }
   });
 }
@@ -151,7 +166,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
       for (int64_t j = 0; j < p.sources; j += kStreams) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
         const A* weights = expanded + (b * p.sources + j) * s.channels + c;
-        const bool last = j + some == p.sources;
+        const bool last = j + some == p.sources, stores = last && p.out.data != nullptr;
         const auto run = [&](const MapView& map) {
           return Run<const T>{interleaved_at<T>(map, b, first_row, c), map.inner};
         };
@@ -160,7 +175,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
         by_streams(some, [&](auto streams) {
           for (int64_t row = 0; row < last_row - first_row; ++row) {
             A* sum = sums + row * strip;
-            T* out = last ? const_cast<T*>(run(p.out).at(row)) : nullptr;
+            T* out = stores ? const_cast<T*>(run(p.out).at(row)) : nullptr;
             const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual).at(row);
             for_vectors<T>(count, [&](int64_t i, auto n) {
               Vec<T> x = load_n(weights + i, n) * load_n(v[0].at(row) + i, n);
@@ -168,13 +183,17 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
                 x += load_n(weights + k * s.channels + i, n) * load_n(v[k].at(row) + i, n);
               }
               if (j != 0) x += load_n(sum + i, n);
-              if (last) {
+              if (stores) {
                 if (residual != nullptr) x += load_n(residual + i, n);
                 store_n(out + i, x, n);
               } else {
                 store_n(sum + i, x, n);
               }
             });
+            if (!last || p.norm == nullptr) continue;
+            const int64_t position = first_row + row;
+            stores ? end_position<T>(*p.norm, b, position, c, count, out)
+                   : end_position<T>(*p.norm, b, position, c, count, sum);
           }
         });
       }

@@ -66,15 +66,6 @@ inline void dot_sources(const Acc<T>* x, const T* const* v, const Acc<T>* factor
   }
 }
 
-// A chunk of dout in the accumulation type: itself, or widened once for all depths.
-inline const float* widened(const float* x, float*, int64_t) { return x; }
-inline const double* widened(const double* x, double*, int64_t) { return x; }
-template <class T>
-inline const float* widened(const T* x, float* buffer, int64_t count) {
-  for_vectors<T>(count, [&](int64_t i, int n) { store_n(buffer + i, load_n(x + i, n), n); });
-  return buffer;
-}
-
 template <class T>
 void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, int threads) {
   using A = Acc<T>;

@@ -124,11 +124,16 @@ struct LayerPart {
 // stage of six layers of [8, 1024, 14, 14] took 48.7, 45.3, 50.7 and 50.7 ms.
 constexpr int64_t kPartBytes = 64 * 1024;
 
-// Calls body(part, threads): one part after the other on each thread where there are enough samples for that, so that
-// what one kernel writes is still in cache when the next reads it; else the whole batch, each kernel on all threads.
+// Whether each thread takes samples, of which there are enough for that; else all threads take the whole batch.
+inline bool goes_by_sample(const ImageShape& s, int threads) {
+  return s.batch % threads == 0 || s.batch >= 4 * threads;
+}
+
+// Calls body(part, threads): one part after the other on each thread where it goes by sample, so that what one kernel
+// writes is still in cache when the next reads it; else the whole batch, each kernel on all threads.
 template <class T, class Body>
 inline void by_part(const ImageShape& s, int64_t heads, int64_t filter_size, int threads, Body body) {
-  if (s.batch % threads != 0 && s.batch < 4 * threads) return body(LayerPart{{}, {}, {}, {}, true}, threads);
+  if (!goes_by_sample(s, threads)) return body(LayerPart{{}, {}, {}, {}, true}, threads);
   const int64_t head_dim = s.channels / heads, reach = filter_size / 2;
   // Interleaved channels lie side by side in memory, and a few of them at a time would be read in pieces.
   int64_t group = s.interleaved ? heads : kPartBytes / (head_dim * s.positions() * static_cast<int64_t>(sizeof(T)));
@@ -160,9 +165,13 @@ template <class T>
 void layer_kernel(const LayerParams& p, int threads) {
   const ImageShape& image = p.depthwise.shape;
   if (image.interleaved) prepare_taps<T>(image, p.depthwise.taps, static_cast<Acc<T>*>(p.rows));
-  if (p.is_block && !p.wants_statistics) prepare_norm<T>(p.norm);
+  const bool is_known = p.is_block && !p.wants_statistics;  // its statistics, so that the block ends part by part
+  if (is_known) prepare_norm<T>(p.norm);
   by_part<T>(image, p.filters.shape.heads, p.filters.size, threads, [&](const LayerPart& at, int some) {
     LayerParams part = p;
+    if (is_known) part.aggregate.norm = &p.norm;
+    if (is_known && p.norm.o.data == p.norm.out.data)
+      part.aggregate.out.data = nullptr;  // what it retrieves is not kept
     part.depthwise.rows = p.rows;
     part.depthwise.shape.part = at.ahead;
     part.filters.shape.part = part.weights.shape.part = part.aggregate.shape.part = at.heads;
@@ -174,7 +183,7 @@ void layer_kernel(const LayerParams& p, int threads) {
       aggregate_kernel<T>(part.aggregate, some);
       if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
     }
-    if (p.is_block && !p.wants_statistics) norm_part(p.norm, at.heads, some, norm_kernel<T>);
+    if (is_known && !p.retrieves) norm_part(p.norm, at.heads, some, norm_kernel<T>);
   });
   if (!p.wants_statistics) return;
   join_statistics<T>(p.statistics);

@@ -5,10 +5,11 @@
 // What a channel takes of each source, gate and decay, is laid out as [2, B, C] by the forward and kept for the
 // backward.
 //
-// Least bytes: x read, v written, then v and prev read and out written. Backward: dout, v and prev read for their dot
-// products; then dout and x read and dx written, and dout read and dprev written. With an activation the gradient of v
-// is not a multiple of dout: it is written, and read in place of dout. What the activation makes of v is worked out
-// again, since keeping it would cost a map of memory.
+// Least bytes: x read, v written, then v and prev read and out written. Where no backward follows, v need not be kept:
+// it is written over a sample of scratch again and again, which stays in cache. Backward: dout, v and prev read for
+// their dot products; then dout and x read and dx written, and dout read and dprev written. With an activation the
+// gradient of v is not a multiple of dout: it is written, and read in place of dout. What the activation makes of v is
+// worked out again, since keeping it would cost a map of memory.
 #pragma once
 
 #include "cpu/activation.h"
@@ -83,6 +84,17 @@ void light_activated_kernel(const LightParams& p, Act, int threads) {
       });
 }
 
+// The value's map, or a thread's scratch in its place: one sample, in which all are written.
+template <class T>
+inline MapView light_value(const LightParams& p, int threads) {
+  if (p.keeps_v || !goes_by_sample(p.shape, threads)) return p.v;
+  const int64_t sample = p.shape.channels * p.shape.positions();
+  return {static_cast<T*>(p.v.data) + thread_index() * sample, 0, p.v.inner};
+}
+
+// Samples of scratch for the value where it is not kept.
+inline int64_t light_values(const ImageShape& s, int threads) { return goes_by_sample(s, threads) ? threads : s.batch; }
+
 template <class T>
 void light_layer_kernel(const LightParams& p, int threads) {
   using A = Acc<T>;
@@ -92,28 +104,31 @@ void light_layer_kernel(const LightParams& p, int threads) {
   A* for_depthwise = rows + kTaps * image.channels;
   A* for_aggregate = for_depthwise + depthwise_workspace(image);
   A* for_norm = for_aggregate + aggregate_workspace(by_channel(image), 2);
-  const MapView sources[] = {p.v, p.prev};
   const ColumnView columns[] = {{light_factors<T>(p, 0), 1}, {light_factors<T>(p, 1), 1}};
   const StatisticsParams statistics = {image, p.out, for_norm, p.mean_out, p.variance_out};
   if (image.interleaved) prepare_taps<T>(image, p.taps, rows);
   const bool wants_statistics = p.mean_out != nullptr;
-  if (p.is_block && !wants_statistics) prepare_norm<T>(p.norm);
+  const bool is_known = p.is_block && !wants_statistics;
+  if (is_known) prepare_norm<T>(p.norm);
   by_part<T>(image, p.heads, p.filter_size, threads, [&](const LayerPart& at, int some) {
     LightParams part = p;
+    part.v = light_value<T>(p, threads);
+    const MapView sources[] = {part.v, p.prev};
     part.shape.part = at.ahead;
-    depthwise_kernel<T>({part.shape, p.x, p.taps, p.v, p.mean, rows, for_depthwise}, some);
+    depthwise_kernel<T>({part.shape, p.x, p.taps, part.v, p.mean, rows, for_depthwise}, some);
     part.shape.part = at.heads;
     channel_filters_kernel<T>(light_filters(part), some);
     light_factors_kernel<T>(part, some);
     if (p.act == Activation::kNone) {
-      aggregate_kernel<T>({by_channel(part.shape), 2, sources, columns, p.out, for_aggregate, {}}, some);
+      aggregate_kernel<T>(
+          {by_channel(part.shape), 2, sources, columns, p.out, for_aggregate, {}, is_known ? &p.norm : nullptr}, some);
     } else {
       by_activation<T>(p.act, [&](auto act) { light_activated_kernel<T>(part, act, some); });
     }
     StatisticsParams of_part = statistics;
     of_part.shape.part = at.heads;
     if (wants_statistics) statistics_kernel<T>(of_part, some);
-    if (p.is_block && !wants_statistics) norm_part(p.norm, at.heads, some, norm_kernel<T>);
+    if (is_known && p.act != Activation::kNone) norm_part(p.norm, at.heads, some, norm_kernel<T>);
   });
   if (!wants_statistics) return;
   join_statistics<T>(statistics);
@@ -269,7 +284,7 @@ void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
     part_convolve.shape.part = at.behind;
     if (has_maps) gather_convolve_kernel<T>(part_convolve, some);
     if (p.dprev.data == nullptr) return;
-    aggregate_kernel<T>({by_channel(part.shape), 1, &p.dout, &decay, p.dprev, for_aggregate, {}}, some);
+    aggregate_kernel<T>({by_channel(part.shape), 1, &p.dout, &decay, p.dprev, for_aggregate, {}, nullptr}, some);
   });
   reduce_filters<T>(filters);
   if (has_maps) reduce_taps<T>(convolve, threads);

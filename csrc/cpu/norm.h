@@ -7,6 +7,8 @@
 // difference of two large sums.
 #pragma once
 
+#include <math.h>
+
 #include "cpu/depthwise.h"
 
 namespace ela::ELA_ISA {
@@ -154,36 +156,50 @@ inline Vec<T> relu(Vec<T> z) {
   return z < Vec<T>{} ? Vec<T>{} : z;
 }
 
+template <class T, class Factor>
+inline Vec<T> end_of(Vec<T> o, Vec<T> x, Factor scale, Factor shift, Acc<T> mask, bool has_relu) {
+  const Vec<T> z = o * scale + shift;
+  return x + mask * (has_relu ? relu<T>(z) : z);
+}
+
+// The end of a block, of `count` elements of a plane from `offset` on. `o` is of the map's type or accumulated.
+template <class T, class S>
+inline void end_plane(const NormParams& p, int64_t b, int64_t c, int64_t offset, int64_t count, const S* o) {
+  using A = Acc<T>;
+  const T* x = planar_at<T>(p.x, b, c, offset);
+  T* out = const_cast<T*>(planar_at<T>(p.out, b, c, offset));
+  const A* factors = static_cast<const A*>(p.factors);
+  const A scale = factors[c], shift = factors[p.shape.channels + c], mask = mask_of<T>(p, b);
+  const bool has_relu = p.relu;
+  for_vectors<T>(count, [=](int64_t i, int n) {
+    store_n(out + i, end_of<T>(load_n(o + i, n), load_n(x + i, n), scale, shift, mask, has_relu), n);
+  });
+}
+
+// The same of `count` channels of a position, from channel `c` on.
+template <class T, class S>
+inline void end_position(const NormParams& p, int64_t b, int64_t position, int64_t c, int64_t count, const S* o) {
+  using A = Acc<T>;
+  const T* x = interleaved_at<T>(p.x, b, position, c);
+  T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, c));
+  const A *scale = static_cast<const A*>(p.factors) + c, *shift = scale + p.shape.channels;
+  const A mask = mask_of<T>(p, b);
+  const bool has_relu = p.relu;
+  for_vectors<T>(count, [=](int64_t i, auto n) {
+    store_n(out + i,
+            end_of<T>(load_n(o + i, n), load_n(x + i, n), load_n(scale + i, n), load_n(shift + i, n), mask, has_relu),
+            n);
+  });
+}
+
 template <class T>
 void norm_kernel(const NormParams& p, int threads) {
-  using A = Acc<T>;
   const ImageShape& s = p.shape;
-  const A* scale = static_cast<const A*>(p.factors);
-  const A* shift = scale + s.channels;
-  const bool has_relu = p.relu;
-  const auto out_of = [has_relu](Vec<T> o, Vec<T> x, auto scale, auto shift, A mask) {
-    const Vec<T> z = o * scale + shift;
-    return x + mask * (has_relu ? relu<T>(z) : z);
-  };
   for_stat_blocks(
-      s, threads,
-      [&](int64_t b, int64_t c) {
-        const T *o = planar_at<T>(p.o, b, c, 0), *x = planar_at<T>(p.x, b, c, 0);
-        T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
-        const A by = scale[c], beyond = shift[c], mask = mask_of<T>(p, b);
-        for_vectors<T>(s.positions(), [=](int64_t i, int n) {
-          store_n(out + i, out_of(load_n(o + i, n), load_n(x + i, n), by, beyond, mask), n);
-        });
-      },
+      s, threads, [&](int64_t b, int64_t c) { end_plane<T>(p, b, c, 0, s.positions(), planar_at<T>(p.o, b, c, 0)); },
       [&](int64_t b, int64_t, int64_t first, int64_t last) {
-        const A mask = mask_of<T>(p, b);
         for (int64_t position = first; position < last; ++position) {
-          const T *o = interleaved_at<T>(p.o, b, position, 0), *x = interleaved_at<T>(p.x, b, position, 0);
-          T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, 0));
-          for_vectors<T>(s.channels, [=](int64_t c, int n) {
-            store_n(out + c,
-                    out_of(load_n(o + c, n), load_n(x + c, n), load_n(scale + c, n), load_n(shift + c, n), mask), n);
-          });
+          end_position<T>(p, b, position, 0, s.channels, interleaved_at<T>(p.o, b, position, 0));
         }
       });
 }

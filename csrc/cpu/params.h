@@ -31,16 +31,20 @@ struct WeightsParams {
   void* kl;
 };
 
+struct NormParams;
+
 // out[b, c, n] = sum_j column_j[b, g(c)] * source_j[b, c, n]: the forward, and the gather of a value's gradient.
-// Where there is a residual it is added, before the one rounding to the type of the map.
+// Where there is a residual it is added, before the one rounding to the type of the map. With a norm the block ends at
+// once, a chunk at a time: its `x` is read and its `out` written, and the sum itself only where `out` has an address.
 struct AggregateParams {
   Shape shape;
   int64_t sources;
   const MapView* maps;
   const ColumnView* columns;
   MapView out;
-  void* workspace;   // aggregate_workspace() accumulation elements
-  MapView residual;  // data may be null
+  void* workspace;         // aggregate_workspace() accumulation elements
+  MapView residual;        // data may be null
+  const NormParams* norm;  // its factors prepared; or null
 };
 
 // Gradients of one layer. Every output may be null. dvalues[j] = weights_j * dout (the push form).
@@ -175,6 +179,7 @@ struct LightParams {
   double scale;
   Activation act;
   MapView x, v, prev, out;        // the backward reads v, and no out; v is kept as it is before the activation
+  bool keeps_v;                   // or v is scratch, of light_values() samples
   const void *wq, *wk, *taps;     // as in ChannelFilterParams and DepthwiseParams
   const void* decay;              // [C]
   void *mean, *query, *key;       // [B, C]
@@ -212,6 +217,7 @@ struct Kernels {
   int64_t (*norm_workspace)(const ImageShape&);
   int64_t (*gather_convolve_workspace)(const ImageShape&, int64_t sources, int threads);
   int64_t (*light_workspace)(const ImageShape&, int64_t filter_size, int threads);
+  int64_t (*light_values)(const ImageShape&, int threads);
 };
 
 extern const Kernels kKernelsBaseline;

@@ -300,6 +300,15 @@ inline void store_n(T* p, Vec<T> x, int n) {
   n == kLanes<T> ? Memory<T>::store(p, x) : Memory<T>::store_part(p, x, n);
 }
 
+// Elements in the accumulation type: themselves, or widened into the buffer.
+inline const float* widened(const float* x, float*, int64_t) { return x; }
+inline const double* widened(const double* x, double*, int64_t) { return x; }
+template <class T>
+inline const float* widened(const T* x, float* buffer, int64_t count) {
+  for_vectors<T>(count, [&](int64_t i, int n) { store_n(buffer + i, load_n(x + i, n), n); });
+  return buffer;
+}
+
 // All bits of lanes [begin, end), none of the others.
 template <class T>
 inline Bits<T> lane_bits(int begin, int end) {

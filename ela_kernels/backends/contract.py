@@ -252,10 +252,11 @@ class KernelBackend(Backend):
         scale: float,
         epilogue: NormAct | None = None,
         value_act: ValueAct | None = None,
+        keeps: bool = True,
     ) -> LightForward:
         """Query, key and value from `x`, `gate * act(v) + decay * prev`, and what follows.
 
-        Maps are in the form of `x`.
+        Maps are in the form of `x`. Without `keeps` no backward follows, and the value may be left out.
         """
         raise NotImplementedError(f"{self.name} has no kernels of a light layer")
 

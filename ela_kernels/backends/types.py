@@ -212,7 +212,7 @@ class LightForward(NamedTuple):
 
     Attributes:
         out: the light output, which goes on to the next layer.
-        mean, q, k, v: of the input; `v` before its activation.
+        mean, q, k, v: of the input; `v` before its activation, None where no backward follows and it was not kept.
         factors: the gates as the backend's backward reads them.
         statistics: with a norm, mean and biased variance `[2, C]` that it normed with.
         block: with a norm, `x + mask * act(norm(out))`.
@@ -222,7 +222,7 @@ class LightForward(NamedTuple):
     mean: Tensor
     q: Tensor
     k: Tensor
-    v: Tensor
+    v: Tensor | None
     factors: Tensor
     statistics: Tensor | None = None
     block: Tensor | None = None

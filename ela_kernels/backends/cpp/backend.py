@@ -156,8 +156,9 @@ class CppBackend(KernelBackend):
         scale: float,
         epilogue: NormAct | None = None,
         value_act: ValueAct | None = None,
+        keeps: bool = True,
     ) -> LightForward:
-        return light.light_layer(x, filters, prev, heads, scale, epilogue, value_act)
+        return light.light_layer(x, filters, prev, heads, scale, epilogue, value_act, keeps)
 
     def light_layer_backward(
         self,

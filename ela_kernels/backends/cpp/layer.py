@@ -19,7 +19,7 @@ from ela_kernels.backends.cpp.attention import (
     thread_count,
 )
 from ela_kernels.backends.cpp.attention import kernels as compiled
-from ela_kernels.backends.cpp.norm import ImageSizes, norm_backward, norm_call
+from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward, norm_call
 from ela_kernels.backends.layout import (
     MapView,
     SameStrides,
@@ -206,6 +206,7 @@ def layer(
         prev_depth=0 if prev_weights is None else prev_weights.shape[2],
         weights=address(weights),
     )
+    mean_out, variance_out = moments(measured)
     extension.layer(
         plan.call,
         x=x_address,
@@ -217,8 +218,8 @@ def layer(
         kl=address(kl),
         out=address(out if retrieves else None),
         has_residual=type(epilogue) is Residual,
-        mean_out=address(measured),
-        variance_out=0 if measured is None else measured[1].data_ptr(),
+        mean_out=mean_out,
+        variance_out=variance_out,
         norm=None if norm is None else norm.arguments,
         threads=thread_count(plan.elements * depth),
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from ela_kernels.backends.checks import check_light_shape, check_light_sizes
 from ela_kernels.backends.cpp.attention import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.backends.cpp.attention import kernels as compiled
-from ela_kernels.backends.cpp.norm import ImageSizes, norm_backward, norm_call
+from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward, norm_call
 from ela_kernels.backends.layout import (
     MapView,
     accumulate_dtype,
@@ -57,6 +57,15 @@ def _workspace(sizes: ImageSizes, size: int, threads: int, dtype: torch.dtype) -
     return torch.empty(elements, dtype=dtype, device="cpu")
 
 
+def _value_scratch(x: Tensor, sizes: ImageSizes, threads: int) -> tuple[Tensor, MapView]:
+    """For a value that nobody reads later: few samples of it, so that they stay in cache."""
+    _, channels, height, width, interleaved = sizes
+    samples = compiled().light_values(sizes=sizes, threads=threads)
+    positions = height * width
+    scratch = torch.empty(samples * channels * positions, dtype=x.dtype, device="cpu")
+    return scratch, (address(scratch), channels * positions, channels if interleaved else positions)
+
+
 def light_layer(
     x: Tensor,
     filters: LightFilters,
@@ -65,6 +74,7 @@ def light_layer(
     scale: float,
     epilogue: NormAct | None,
     value_act: ValueAct | None = None,
+    keeps: bool = True,
 ) -> LightForward:
     """`gate * act(v) + decay * prev` in one call, and all of a block.
 
@@ -76,7 +86,8 @@ def light_layer(
     flat = kernel_sizes(x, heads, False, bool(sizes[4]))
     accumulate = accumulate_dtype(x.dtype)
     wq, wk, wv, decay = _readable(x, filters)
-    v, v_view = new_map(x, flat, False)
+    threads = thread_count(4 * x.numel())
+    v, v_view = new_map(x, flat, False) if keeps else _value_scratch(x, sizes, threads)
     out, out_view = new_map(x, flat, False)
     mean, q, k = (x.new_empty(x.shape[:2]) for _ in range(3))
     factors = torch.empty((2, *x.shape[:2]), dtype=accumulate, device="cpu")
@@ -88,7 +99,6 @@ def light_layer(
         block, block_view = new_map(x, flat, False)
         x_view = _view(x, sizes[4], "x")
         norm = norm_call(sizes, statistics, epilogue, o=out_view, x=x_view, out=block_view)
-    threads = thread_count(4 * x.numel())
     workspace = _workspace(sizes, wk.numel(), threads, accumulate)
     extension = compiled()
     layer = extension.light(
@@ -109,17 +119,19 @@ def light_layer(
         v=v_view,
         factors=address(factors),
     )
+    mean_out, variance_out = moments(measured)
     extension.light_layer(
         DTYPE_CODES[x.dtype],
         layer=layer,
+        keeps_v=keeps,
         out=out_view,
-        mean_out=address(measured),
-        variance_out=0 if measured is None else address(measured[1]),
+        mean_out=mean_out,
+        variance_out=variance_out,
         norm=None if norm is None else norm.arguments,
         workspace=address(workspace),
         threads=threads,
     )
-    return LightForward(out, mean, q, k, v, factors, statistics, block)
+    return LightForward(out, mean, q, k, v if keeps else None, factors, statistics, block)
 
 
 def light_layer_backward(

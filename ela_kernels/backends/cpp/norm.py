@@ -18,6 +18,7 @@ from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.backends.layout import (
     MapView,
     accumulate_dtype,
+    contiguous,
     dense,
     is_interleaved,
     kernel_sizes,
@@ -41,6 +42,14 @@ def _vector(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else dense(cast(tensor, dtype, "a parameter of the norm"))
 
 
+def moments(statistics: Tensor | None) -> tuple[int, int]:
+    """Addresses of mean and variance in contiguous `[2, C]`, without a view of each; zeros for None."""
+    if statistics is None:
+        return 0, 0
+    mean = address(statistics, "statistics")
+    return mean, mean + statistics.stride(0) * statistics.element_size()
+
+
 def norm_call(
     sizes: ImageSizes,
     statistics: Tensor,
@@ -57,28 +66,24 @@ def norm_call(
     check_norm_sizes(sizes[1], norm)
     dtype = statistics.dtype
     gamma, beta, mask = (_vector(t, dtype) for t in (norm.gamma, norm.beta, norm.mask))
-    workspace = torch.empty(
-        compiled().norm_workspace(sizes=sizes),
-        dtype=dtype,
-        device="cpu",
-    )
+    statistics = contiguous(statistics)
+    mean, variance = moments(statistics)
     arguments = compiled().norm(
         o=o,
         x=x,
         out=out,
         also=also,
-        mean=address(statistics, "statistics"),
-        variance=address(statistics[1], "statistics"),
+        mean=mean,
+        variance=variance,
         gamma=address(gamma, "a parameter of the norm"),
         beta=address(beta, "a parameter of the norm"),
         mask=address(mask, "a parameter of the norm"),
         dgamma=address(dgamma),
         dbeta=address(dbeta),
-        workspace=address(workspace),
         eps=norm.eps,
         relu=norm.relu,
     )
-    keeps = [gamma, beta, mask, workspace, statistics, dgamma, dbeta]
+    keeps = [gamma, beta, mask, statistics, dgamma, dbeta]
     return NormCall(arguments, norm.statistics is None, keeps)
 
 

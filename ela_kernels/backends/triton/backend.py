@@ -188,6 +188,7 @@ class TritonBackend(GpuBackend):
         scale: float,
         epilogue: NormAct | None = None,
         value_act: ValueAct | None = None,
+        keeps: bool = True,
     ) -> LightForward:
         from ela_kernels.backends.triton import light
 

@@ -58,7 +58,7 @@ class _LightLayer(torch.autograd.Function):
         ctx.heads, ctx.scale, ctx.backend, ctx.epilogue = heads, scale, backend, None
         ctx.value_act = value_act
         filters = LightFilters(wq, wk, wv, decay)
-        r = _run(backend, x, filters, prev, epilogue, heads, scale, value_act)
+        r = _run(backend, x, filters, prev, epilogue, heads, scale, value_act, True)
         of_norm: tuple[Tensor | None, ...] = ()
         if epilogue is not None:
             assert r.statistics is not None
@@ -115,8 +115,9 @@ def _run(
     heads: int,
     scale: float,
     value_act: ValueAct | None,
+    keeps: bool,
 ) -> LightForward:
-    r = backend.light_layer(x, filters, prev, heads, scale, epilogue, value_act)
+    r = backend.light_layer(x, filters, prev, heads, scale, epilogue, value_act, keeps)
     if epilogue is not None and epilogue.track is not None:
         assert r.statistics is not None
         epilogue.track(r.statistics)
@@ -168,7 +169,7 @@ def light_layer(
     check_value_act(value_act)
     x, filters, prev = _as_read(x, filters, prev)
     if not torch.is_grad_enabled():
-        r = _run(backend, x, filters, prev, epilogue, heads, scale, value_act)
+        r = _run(backend, x, filters, prev, epilogue, heads, scale, value_act, False)
         return r.out, r.block
     gamma = beta = None
     if epilogue is not None:
