@@ -66,7 +66,8 @@ def _points(axes: Any, group: Group, style: dict[str, Any], shown: dict[str, Any
         )
     settings = group.settings
     axes.set_title(
-        f"{settings['data']}, resnet{settings['depth']}, {settings['epochs']} epochs", fontsize=10
+        f"{settings['data']}, resnet{settings['depth']}, {settings['epochs']} epochs, rate {settings['lr']}",
+        fontsize=10,
     )
     axes.set_xlabel("seconds of training steps, mean ± standard error over seeds")
     axes.set_ylabel("test accuracy in %, mean ± standard error over seeds")
