@@ -16,17 +16,17 @@ from torch import Tensor
 HELD_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def check_history_dtype(dtype: object) -> torch.dtype | None:
+def check_history_dtype(dtype: object, name: str = "dtype") -> torch.dtype | None:
     """What a history can be told to hold values in; None: as they are."""
     if dtype is None:
         return None
     if not isinstance(dtype, torch.dtype):
         raise TypeError(
-            f"dtype: got {type(dtype).__name__}; allowed is torch.bfloat16, torch.float16 or None"
+            f"{name}: got {type(dtype).__name__}; allowed is torch.bfloat16, torch.float16 or None"
         )
     if dtype not in HELD_DTYPES:
         raise ValueError(
-            f"dtype: got {dtype}; allowed is torch.bfloat16 or torch.float16, for values of a wider dtype, or None, "
+            f"{name}: got {dtype}; allowed is torch.bfloat16 or torch.float16, for values of a wider dtype, or None, "
             "which holds them as they are"
         )
     return dtype
