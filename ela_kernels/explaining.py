@@ -29,6 +29,7 @@ _FORMS = {
     "reuse": "the residual block around an earlier retrieval in one call",
     "reuse by pieces": "the residual block around an earlier retrieval by eager PyTorch",
     "skipped": "nothing: the layer is skipped",
+    "held": "values in the dtype that the history was given",
 }
 
 
@@ -44,7 +45,8 @@ class LayerExplanation(NamedTuple):
             `"eager"`; of a layer that gives its pair and retrieves nothing `"pair"`, `"pieces"` or `"skipped"`; and of
             one that takes over an earlier retrieval `"reuse"` or `"reuse by pieces"`.
         backend: the name of what served it.
-        reasons: of each better form that did not serve it, every reason.
+        reasons: of each better form that did not serve it, every reason; under `"held"` why the history does not hold
+            values in the dtype that it was given.
     """
 
     name: str
@@ -147,6 +149,24 @@ def _tell(layer: str, form: str, obstacles: tuple[str, ...]) -> None:
             _FORMS[form],
             obstacle,
         )
+
+
+def held_as_they_are(layer: Any, refusal: Refusal) -> None:
+    """A history cannot hold the value of `layer` in the dtype that it was given, of which is told once."""
+    if torch.compiler.is_compiling():
+        return
+    reasons = (*refusal.obstacles, *refusal.reasons)
+    watch = _watch.get()
+    if watch is not None:
+        watch.refused(layer, "held", reasons)
+    if refusal.forced != EAGER.name and _EXPECTED.isdisjoint(reasons):
+        for reason in _told.new(reasons):
+            logger.warning(
+                "%s: the history rounds values to the dtype that it was given, and holds them as wide as before, which "
+                "saves no memory: %s. `print(ela_kernels.explain(model, x))` shows every layer and all reasons.",
+                type(layer).__name__,
+                reason,
+            )
 
 
 def explain(model: nn.Module, *inputs: Any, **options: Any) -> Explanation:

@@ -29,8 +29,8 @@ void weights(int dtype, const std::array<int64_t, 5>& sizes, const Attention& at
   kernel(p, threads);
 }
 
-void forward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& attention, int64_t kl, const View& out,
-             int64_t workspace, int threads) {
+void forward(int value_type, const std::array<int64_t, 5>& sizes, const Attention& attention, int64_t kl,
+             const View& out, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
   const std::vector<RowView> key_views = rows(attention.keys, attention.key_strides);
   const std::vector<MapView> value_views = maps(attention.values, attention.value_strides);
@@ -38,7 +38,7 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& at
   present(attention.values, elements_of(shape), "values"), present(out[0], elements_of(shape), "out");
   present(workspace, ela::kernels().aggregate_workspace(shape, static_cast<int64_t>(key_views.size())), "workspace");
   const WeightsParams p = weights_params(shape, attention, key_views, kl);
-  const size_t size = element_size(checked_dtype(dtype));
+  const size_t size = element_size(checked_value_type(value_type));
   std::vector<ColumnView> weight_columns;
   weight_columns.reserve(key_views.size());
   for (int64_t j = 0; j < p.depth; ++j) {
@@ -48,12 +48,12 @@ void forward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& at
                              {},    nullptr};
   const ela::Kernels& k = ela::kernels();
   py::gil_scoped_release unlocked;
-  k.weights[dtype](p, threads);
-  k.aggregate[dtype](a, threads);
+  k.weights[ela::layer_dtype(value_type)](p, threads);
+  k.aggregate[value_type](a, threads);
 }
 
 // One layer's own gradients. The push form asks for dkeys and dvalues here; the pull form gathers them (see gather).
-void backward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& attention, const View& dout,
+void backward(int value_type, const std::array<int64_t, 5>& sizes, const Attention& attention, const View& dout,
               int64_t dweights, int64_t dkl, int64_t dscores, int64_t dquery, const Ints& dkeys, int64_t dprev,
               const Ints& dvalues, const Ints& dvalue_strides, int64_t workspace, int threads) {
   const Shape shape = shape_of(sizes);
@@ -82,7 +82,7 @@ void backward(int dtype, const std::array<int64_t, 5>& sizes, const Attention& a
       dvalue_views.empty() ? nullptr : dvalue_views.data(),
       address(workspace),
   };
-  const auto kernel = ela::kernels().backward[checked_dtype(dtype)];
+  const auto kernel = ela::kernels().backward[checked_value_type(value_type)];
   py::gil_scoped_release unlocked;
   kernel(p, threads);
 }
@@ -139,9 +139,9 @@ void bind_cpu(py::module_& m) {
     return names;
   });
   def_named(m, "weights", &weights, "dtype, *, sizes, attention, kl, threads");
-  def_named(m, "forward", &forward, "dtype, *, sizes, attention, kl, out, workspace, threads");
+  def_named(m, "forward", &forward, "value_type, *, sizes, attention, kl, out, workspace, threads");
   def_named(m, "backward", &backward,
-            "dtype, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
+            "value_type, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
             "dvalues, dvalue_strides, workspace, threads");
   def_named(m, "gather", &gather, "dtype, *, sizes, sources, index, dkey, dvalue, workspace, threads");
   def_named(m, "source", &source, "*, query, query_stride, scores, depth, dout, weights");

@@ -24,21 +24,21 @@ using ela::WeightsParams;
 // What all layers over maps of one shape and layout have in common; Python keeps one for each. `made`: batch and inner
 // stride of the maps that are made for a layer.
 struct LayerPlan {
-  LayerPlan(int dtype, const std::array<int64_t, 5>& sizes, int64_t heads, int64_t filter_size,
+  LayerPlan(int value_type, const std::array<int64_t, 5>& sizes, int64_t heads, int64_t filter_size,
             const std::array<int64_t, 2>& x, const std::array<int64_t, 2>& made)
-      : dtype(checked_dtype(dtype)),
+      : value_type(checked_value_type(value_type)),
         image(image_shape_of(sizes)),
         shape(shape_of({sizes[0], sizes[1], heads, image.positions(), sizes[4]})),
         filter_size(filter_size),
         x(x),
         made(made),
-        size(element_size(dtype)) {
+        size(element_size(value_type)) {
     require(filter_size > 0 && filter_size % 2 == 1, "filter: its size must be odd");
   }
   MapView input(int64_t data) const { return {address(data), x[0], x[1]}; }
   MapView made_map(int64_t data) const { return {address(data), made[0], made[1]}; }
 
-  int dtype;
+  int value_type;
   ImageShape image;
   Shape shape;
   int64_t filter_size;
@@ -91,7 +91,7 @@ void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv,
       {image, out_view, scratch.take(for_norm), address(mean_out), address(variance_out)},
       norm.has_value(),
       norm_params(image, norm, mean_out != 0, plan.size, scratch)};
-  k.layer[plan.dtype](p, threads);
+  k.layer[plan.value_type](p, threads);
 }
 
 // A layer's own attention, and what arrives there.
@@ -205,7 +205,7 @@ void layer_backward(const LayerPlan& plan, const std::optional<Own>& own, const 
       taps,
       norm.has_value(),
       norm_params(image, norm, batch_statistics, plan.size, scratch)};
-  k.layer_backward[plan.dtype](p, threads);
+  k.layer_backward[plan.value_type](p, threads);
 }
 
 // The end of a block that makes nothing else, and its gradients.
@@ -247,8 +247,8 @@ void bind_cpu_layer(py::module_& m) {
   py::class_<LayerPlan>(m, "LayerPlan")
       .def(py::init<int, const std::array<int64_t, 5>&, int64_t, int64_t, const std::array<int64_t, 2>&,
                     const std::array<int64_t, 2>&>(),
-           py::arg("dtype"), py::kw_only(), py::arg("sizes"), py::arg("heads"), py::arg("filter_size"), py::arg("x"),
-           py::arg("made"));
+           py::arg("value_type"), py::kw_only(), py::arg("sizes"), py::arg("heads"), py::arg("filter_size"),
+           py::arg("x"), py::arg("made"));
   def_group<Attention>(m, "attention");
   def_group<Norm>(m, "norm");
   def_group<Own>(m, "own");

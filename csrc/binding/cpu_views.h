@@ -117,6 +117,12 @@ inline int checked_dtype(int dtype) {
   return dtype;
 }
 
+inline int checked_value_type(int code) {
+  if (code < 0 || code >= ela::kValueTypes) throw std::invalid_argument("value_type: unknown code");
+  return code;
+}
+
+// Of an accumulation element.
 inline size_t element_size(int dtype) { return dtype == static_cast<int>(ela::DType::kFloat64) ? 8 : 4; }
 
 // One layer's attention. `prev` may be left out, with a depth of 0.

@@ -46,10 +46,10 @@ inline RowPlan plan_rows(const Shape& s, bool gapless) {
 
 inline bool is_gapless(const Shape& s, const MapView& map) { return map.inner == s.positions; }
 
-// sum (+)= factor_0 v_0 + ... over `count` elements of J sources; the last call stores to `out` in its own type, with
-// the residual where there is one.
-template <class T, int J>
-inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
+// sum (+)= factor_0 v_0 + ... over `count` elements of J sources of type V; the last call stores to `out` in its own
+// type, with the residual where there is one.
+template <class T, int J, class V>
+inline void add_sources(Acc<T>* sum, const V* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
                         const T* residual) {
   for_vectors<T>(count, [&](int64_t i, int n) {
     Vec<T> x = factor[0] * load_n(v[0] + i, n);
@@ -64,8 +64,8 @@ inline void add_sources(Acc<T>* sum, const T* const* v, const Acc<T>* factor, in
   });
 }
 
-template <class T>
-inline void add_some(int j, Acc<T>* sum, const T* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
+template <class T, class V>
+inline void add_some(int j, Acc<T>* sum, const V* const* v, const Acc<T>* factor, int64_t count, bool first, T* out,
                      const T* residual) {
   static_assert(kStreams == 4, "one case for each number of sources");
   switch (j) {
@@ -92,7 +92,7 @@ inline void end_planes(const NormParams& norm, int64_t b, int64_t c, int64_t off
   }
 }
 
-template <class T>
+template <class T, class V>
 void aggregate_planar(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
@@ -113,10 +113,10 @@ void aggregate_planar(const AggregateParams& p, int threads) {
       const T* residual = has_residual ? planar_at<T>(p.residual, b, c, offset) : nullptr;
       for (int64_t j = 0; j < p.sources; j += kStreams) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
-        const T* v[kStreams];
+        const V* v[kStreams];
         A factor[kStreams];
         for (int i = 0; i < some; ++i) {
-          v[i] = planar_at<T>(p.maps[j + i], b, c, offset);
+          v[i] = planar_at<V>(p.maps[j + i], b, c, offset);
           factor[i] = factor_at<A>(p.columns[j + i], head);
         }
         add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
@@ -145,7 +145,7 @@ void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expa
   });
 }
 
-template <class T>
+template <class T, class V>
 void aggregate_interleaved(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
@@ -167,16 +167,17 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
         const A* weights = expanded + (b * p.sources + j) * s.channels + c;
         const bool last = j + some == p.sources, stores = last && p.out.data != nullptr;
-        const auto run = [&](const MapView& map) {
-          return Run<const T>{interleaved_at<T>(map, b, first_row, c), map.inner};
+        const auto run = [&](const MapView& map, auto type) {
+          using M = decltype(type);
+          return Run<const M>{interleaved_at<M>(map, b, first_row, c), map.inner};
         };
-        Run<const T> v[kStreams];
-        for (int k = 0; k < some; ++k) v[k] = run(p.maps[j + k]);
+        Run<const V> v[kStreams];
+        for (int k = 0; k < some; ++k) v[k] = run(p.maps[j + k], V{});
         by_streams(some, [&](auto streams) {
           for (int64_t row = 0; row < last_row - first_row; ++row) {
             A* sum = sums + row * strip;
-            T* out = stores ? const_cast<T*>(run(p.out).at(row)) : nullptr;
-            const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual).at(row);
+            T* out = stores ? const_cast<T*>(run(p.out, T{}).at(row)) : nullptr;
+            const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual, T{}).at(row);
             for_vectors<T>(count, [&](int64_t i, auto n) {
               Vec<T> x = load_n(weights + i, n) * load_n(v[0].at(row) + i, n);
               for (int k = 1; k < streams; ++k) {
@@ -201,12 +202,13 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   });
 }
 
-template <class T>
+// Sources of type V, the sum and the residual of type T: of one accumulation type, hence of as many lanes.
+template <class T, class V = T>
 void aggregate_kernel(const AggregateParams& p, int threads) {
   if (p.shape.interleaved) {
-    aggregate_interleaved<T>(p, threads);
+    aggregate_interleaved<T, V>(p, threads);
   } else {
-    aggregate_planar<T>(p, threads);
+    aggregate_planar<T, V>(p, threads);
   }
 }
 

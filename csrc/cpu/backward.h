@@ -41,9 +41,9 @@ inline Partials plan_partials(const Shape& s, int64_t depth) {
   return q;
 }
 
-// sum_i x_i y_i for J rows y, and (where dv is given) dv_j = factor_j x.
-template <class T, int J>
-inline void dot_sources(const Acc<T>* x, const T* const* v, const Acc<T>* factor, T* const* dv, int64_t count,
+// sum_i x_i y_i for J rows y of type V, and (where dv is given) dv_j = factor_j x.
+template <class T, int J, class V>
+inline void dot_sources(const Acc<T>* x, const V* const* v, const Acc<T>* factor, T* const* dv, int64_t count,
                         Acc<T>* sums) {
   constexpr int kUnroll = 2;  // independent sums to hide the latency of the multiply-add
   Vec<T> sum[J][kUnroll] = {};
@@ -52,7 +52,7 @@ inline void dot_sources(const Acc<T>* x, const T* const* v, const Acc<T>* factor
   for (; i + kStep <= count; i += kStep) {
     for (int u = 0; u < kUnroll; ++u) {
       const Vec<T> d = Memory<Acc<T>>::load(x + i + u * kLanes<T>);
-      for (int j = 0; j < J; ++j) sum[j][u] += d * Memory<T>::load(v[j] + i + u * kLanes<T>);
+      for (int j = 0; j < J; ++j) sum[j][u] += d * Memory<V>::load(v[j] + i + u * kLanes<T>);
     }
   }
   for_vectors<T>(count - i, [&](int64_t k, int n) {
@@ -66,7 +66,7 @@ inline void dot_sources(const Acc<T>* x, const T* const* v, const Acc<T>* factor
   }
 }
 
-template <class T>
+template <class T, class V = T>
 void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, int threads) {
   using A = Acc<T>;
   const Shape& s = p.forward.shape;
@@ -95,10 +95,10 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
         const A* x = widened(planar_at<T>(*p.dout, b, c, offset), buffer, count);
         for (int64_t j = 0; j < depth; j += kStreams) {
           const int some = static_cast<int>(depth - j < kStreams ? depth - j : kStreams);
-          const T* v[kStreams];
+          const V* v[kStreams];
           T* dv[kStreams];
           for (int i = 0; i < some; ++i) {
-            v[i] = planar_at<T>(p.values[j + i], b, c, offset);
+            v[i] = planar_at<V>(p.values[j + i], b, c, offset);
             const bool wanted = p.dvalues != nullptr && p.dvalues[j + i].data != nullptr;
             dv[i] = wanted ? const_cast<T*>(planar_at<T>(p.dvalues[j + i], b, c, offset)) : nullptr;
           }
@@ -125,9 +125,9 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
 // Adds the products of `rows` positions of J sources to their running sums [J, kStrip], and (where dv is given) writes
 // dv_j = weight_j * dout. One position after the other: with four at a time, which load and store the sums less often,
 // a map from memory took twice as long.
-template <class T, int J>
-inline void multiply_rows(Run<T> x, const Run<T>* v, const Run<T>* dv, const Acc<T>* weights, int64_t channels,
-                          int64_t rows, int64_t count, Acc<T>* sums) {
+template <class T, int J, class V>
+inline void multiply_rows(Run<const T> x, const Run<const V>* v, const Run<T>* dv, const Acc<T>* weights,
+                          int64_t channels, int64_t rows, int64_t count, Acc<T>* sums) {
   for (int64_t row = 0; row < rows; ++row) {
     for_vectors<T>(count, [&](int64_t i, auto n) {
       const Vec<T> d = load_n(x.at(row) + i, n);
@@ -152,7 +152,7 @@ inline A sum_run(const A* x, int64_t count) {
   return sum_lanes<A>(sum);
 }
 
-template <class T>
+template <class T, class V = T>
 void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partials, const Acc<T>* expanded,
                       int threads) {
   using A = Acc<T>;
@@ -172,19 +172,23 @@ void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partia
         const int some = static_cast<int>(depth - j < kStreams ? depth - j : kStreams);
         for (int64_t c = 0; c < s.channels; c += kStrip) {
           const int64_t count = s.channels - c < kStrip ? s.channels - c : kStrip;
-          const auto run = [&](const MapView& map) {
-            return Run<T>{const_cast<T*>(interleaved_at<T>(map, b, first_row, c)), map.inner};
+          const auto run = [&](const MapView& map, auto type) {
+            using M = decltype(type);
+            return Run<M>{const_cast<M*>(interleaved_at<M>(map, b, first_row, c)), map.inner};
           };
-          Run<T> v[kStreams], dv[kStreams] = {};
+          Run<const V> v[kStreams];
+          Run<T> dv[kStreams] = {};
           for (int k = 0; k < some; ++k) {
-            v[k] = run(p.values[j + k]);
-            if (p.dvalues != nullptr && p.dvalues[j + k].data != nullptr) dv[k] = run(p.dvalues[j + k]);
+            const Run<V> value = run(p.values[j + k], V{});
+            v[k] = {value.data, value.step};
+            if (p.dvalues != nullptr && p.dvalues[j + k].data != nullptr) dv[k] = run(p.dvalues[j + k], T{});
           }
+          const Run<T> dout = run(*p.dout, T{});
           const A* weights = expanded == nullptr ? nullptr : expanded + (b * depth + j) * s.channels + c;
           for (int64_t k = 0; k < some * kStrip; ++k) sums[k] = 0;
           by_streams(some, [&](auto streams) {
-            multiply_rows<T, decltype(streams)::value>(run(*p.dout), v, dv, weights, s.channels, last_row - first_row,
-                                                       count, sums);
+            multiply_rows<T, decltype(streams)::value>({dout.data, dout.step}, v, dv, weights, s.channels,
+                                                       last_row - first_row, count, sums);
           });
           // A head may straddle two strips; its two parts meet in by_head.
           for (int k = 0; k < some; ++k) {
@@ -202,7 +206,8 @@ void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partia
   });
 }
 
-template <class T>
+// Values of type V; the gradients are of type T.
+template <class T, class V = T>
 void backward_kernel(const BackwardParams& p, int threads) {
   using A = Acc<T>;
   const WeightsParams& f = p.forward;
@@ -220,9 +225,9 @@ void backward_kernel(const BackwardParams& p, int threads) {
         const auto column = [&](int64_t j) { return ColumnView{weights + j, f.depth}; };
         expand_columns<T>(s, f.depth, column, expanded, threads);
       }
-      dots_interleaved<T>(p, q, partials, expanded, threads);
+      dots_interleaved<T, V>(p, q, partials, expanded, threads);
     } else {
-      dots_planar<T>(p, q, partials, threads);
+      dots_planar<T, V>(p, q, partials, threads);
     }
   }
   for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {

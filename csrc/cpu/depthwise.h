@@ -12,7 +12,7 @@
 
 namespace ela::ELA_ISA {
 
-template <class T>
+template <class T, class V>
 void depthwise_planar(const DepthwiseParams& p, int threads) {
   using A = Acc<T>;
   const ImageShape& s = p.shape;
@@ -22,7 +22,7 @@ void depthwise_planar(const DepthwiseParams& p, int threads) {
       Vec<T> tap[kTaps];
       for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, item % s.channels * kTaps + i));
       const Plane<const T> x = plane_at<T>(p.x, s.channels, item, end);
-      const Plane<T> v = written_plane_at<T>(p.v, s.channels, item, end);
+      const Plane<V> v = written_plane_at<V>(p.v, s.channels, item, end);
       const A sum = s.positions() > kWidenedPlane
                         ? convolve_plane<T>(x.data, x, tap, v, s.height, s.width)
                         : convolve_plane<T>(widened(x.data, buffer, s.positions()), x, tap, v, s.height, s.width);
@@ -89,7 +89,7 @@ struct Rows {
   }
 };
 
-template <class T>
+template <class T, class V>
 void depthwise_interleaved(const DepthwiseParams& p, int threads) {
   using A = Acc<T>;
   const ImageShape& s = p.shape;
@@ -102,7 +102,7 @@ void depthwise_interleaved(const DepthwiseParams& p, int threads) {
       for_vectors<T>(at.count, [&](int64_t i, auto n) {
         Vec<T> tap[kTaps];
         for (int k = 0; k < kTaps; ++k) tap[k] = load_n(taps + k * s.channels + at.c + i, n);
-        const Run<T> v = {const_cast<T*>(interleaved_at<T>(p.v, at.b, r * s.width, at.c + i)), p.v.inner};
+        const Run<V> v = {const_cast<V*>(interleaved_at<V>(p.v, at.b, r * s.width, at.c + i)), p.v.inner};
         const Rows<T, decltype(n)> rows(s, p.x, at.b, r, at.c + i, n);
         const Vec<T> centers =
             convolve_line<T>(tap, Vec<T>{}, s.width, rows, [=](int64_t w, Vec<T> out) { store_n(v.at(w), out, n); });
@@ -122,9 +122,10 @@ void depthwise_interleaved(const DepthwiseParams& p, int threads) {
   });
 }
 
-template <class T>
+// From x of type T to v of type V.
+template <class T, class V = T>
 void depthwise_kernel(const DepthwiseParams& p, int threads) {
-  p.shape.interleaved ? depthwise_interleaved<T>(p, threads) : depthwise_planar<T>(p, threads);
+  p.shape.interleaved ? depthwise_interleaved<T, V>(p, threads) : depthwise_planar<T, V>(p, threads);
 }
 
 // Accumulation elements.

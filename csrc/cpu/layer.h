@@ -161,7 +161,8 @@ inline void by_part(const ImageShape& s, int64_t heads, int64_t filter_size, int
   });
 }
 
-template <class T>
+// Its values are of type V, everything else of type T.
+template <class T, class V>
 void layer_kernel(const LayerParams& p, int threads) {
   const ImageShape& image = p.depthwise.shape;
   if (image.interleaved) prepare_taps<T>(image, p.depthwise.taps, static_cast<Acc<T>*>(p.rows));
@@ -176,11 +177,11 @@ void layer_kernel(const LayerParams& p, int threads) {
     part.depthwise.shape.part = at.ahead;
     part.filters.shape.part = part.weights.shape.part = part.aggregate.shape.part = at.heads;
     part.statistics.shape.part = at.heads;
-    depthwise_kernel<T>(part.depthwise, some);
+    depthwise_kernel<T, V>(part.depthwise, some);
     channel_filters_kernel<T>(part.filters, some);
     if (p.retrieves) {
       weights_kernel<T>(part.weights, some);
-      aggregate_kernel<T>(part.aggregate, some);
+      aggregate_kernel<T, V>(part.aggregate, some);
       if (p.wants_statistics) statistics_kernel<T>(part.statistics, some);
     }
     if (is_known && !p.retrieves) norm_part(p.norm, at.heads, some, norm_kernel<T>);
@@ -192,7 +193,7 @@ void layer_kernel(const LayerParams& p, int threads) {
   norm_kernel<T>(p.norm, threads);
 }
 
-template <class T>
+template <class T, class V>
 void layer_backward_kernel(const LayerBackwardParams& p, int threads) {
   const ImageShape& image = p.convolve.shape;
   const bool has_mean = p.filters.dquery != nullptr || p.filters.dkey != nullptr;
@@ -205,7 +206,7 @@ void layer_backward_kernel(const LayerBackwardParams& p, int threads) {
     part.convolve.rows = p.rows;
     part.attention.forward.shape.part = part.key.shape.part = at.heads;
     part.filters.forward.shape.part = part.convolve.shape.part = at.behind;
-    if (p.attends) backward_kernel<T>(part.attention, some);
+    if (p.attends) backward_kernel<T, V>(part.attention, some);
     if (p.key.dkey.data != nullptr) gather_key_kernel<T>(part.key, some);
     if (has_mean) mean_gradient_kernel<T>(part.filters, some);
     if (has_maps) gather_convolve_kernel<T>(part.convolve, some);

@@ -198,15 +198,15 @@ struct LightBackwardParams {
   void *dwq, *dwk, *dtaps, *ddecay;
 };
 
-// One instruction set's kernels, each by dtype.
+// One instruction set's kernels, each by dtype, or where they know values of a history, by ValueType.
 struct Kernels {
   const char* name;
   void (*weights[kDTypes])(const WeightsParams&, int threads);
-  void (*aggregate[kDTypes])(const AggregateParams&, int threads);
-  void (*backward[kDTypes])(const BackwardParams&, int threads);
+  void (*aggregate[kValueTypes])(const AggregateParams&, int threads);
+  void (*backward[kValueTypes])(const BackwardParams&, int threads);
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
-  void (*layer[kDTypes])(const LayerParams&, int threads);
-  void (*layer_backward[kDTypes])(const LayerBackwardParams&, int threads);
+  void (*layer[kValueTypes])(const LayerParams&, int threads);
+  void (*layer_backward[kValueTypes])(const LayerBackwardParams&, int threads);
   void (*norm_forward[kDTypes])(const NormParams&, int threads);
   void (*norm_backward[kDTypes])(const NormParams&, int threads);
   void (*light_layer[kDTypes])(const LightParams&, int threads);

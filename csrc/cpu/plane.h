@@ -29,7 +29,10 @@ struct WholeColumn {
             load_lanes(at + 1, 0, kRight ? lanes - 1 : lanes)};
   }
   Vec<T> center(const T* plane, int64_t r) const { return load_n(plane + r * width + w, kLanes<T>); }
-  void store(T* plane, int64_t r, Vec<T> x) const { store_n(plane + r * width + w, x, kLanes<T>); }
+  template <class V>
+  void store(V* plane, int64_t r, Vec<T> x) const {
+    store_n(plane + r * width + w, x, kLanes<T>);
+  }
 };
 
 template <class T>
@@ -48,7 +51,10 @@ struct NarrowColumn {
     return load_n(plane + r * width, r < whole_rows ? kLanes<T> : count);
   }
   // Rows are stored in their order: what lies behind this one is stored later.
-  void store(T* plane, int64_t r, Vec<T> x) const { store_n(plane + r * width, x, r < whole_rows ? kLanes<T> : count); }
+  template <class V>
+  void store(V* plane, int64_t r, Vec<T> x) const {
+    store_n(plane + r * width, x, r < whole_rows ? kLanes<T> : count);
+  }
 };
 
 // Calls body(column) from left to right.
@@ -76,9 +82,9 @@ struct Plane {
   P *data, *next;
 };
 
-// v = x convolved; returns the sum over the plane. `wide` is x, or x widened.
-template <class T, class D>
-inline Acc<T> convolve_plane(const D* wide, Plane<const T> x, const Vec<T>* tap, Plane<T> v, int64_t height,
+// v = x convolved, rounded to its type; returns the sum over the plane. `wide` is x, or x widened.
+template <class T, class D, class V>
+inline Acc<T> convolve_plane(const D* wide, Plane<const T> x, const Vec<T>* tap, Plane<V> v, int64_t height,
                              int64_t width) {
   Vec<T> sum{};
   for_columns<T>(height, width, [&](auto column) {

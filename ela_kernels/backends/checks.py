@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from ela_kernels.backends.types import EPILOGUES, Filters, LightFilters, NormAct, Retrieved, Saved
@@ -14,6 +15,14 @@ def check_epilogue(epilogue: object) -> None:
     if type(epilogue) not in EPILOGUES:
         raise TypeError(
             f"epilogue: got {type(epilogue).__name__}; allowed is one of {', '.join(k.__name__ for k in EPILOGUES)}"
+        )
+
+
+def check_value_dtype(value_dtype: torch.dtype | None) -> None:
+    """Refuse values of another dtype than the layer's, for a backend that would read them as the layer's."""
+    if value_dtype is not None:
+        raise TypeError(
+            f"value_dtype: got {value_dtype}; allowed is None, which is the layer's. `value_dtypes` has no other"
         )
 
 

@@ -50,6 +50,7 @@ class Request(NamedTuple):
         needs_grad: whether a backward may follow.
         transformed: whether `torch.func` and its like have to see what is done (`tracing.is_transformed`).
         obstacles: what else stands between this call and any kernel.
+        value_dtype: in which the history holds values, where that is not `dtype`.
     """
 
     op: str
@@ -59,6 +60,7 @@ class Request(NamedTuple):
     needs_grad: bool = False
     transformed: bool = False
     obstacles: tuple[str, ...] = ()
+    value_dtype: torch.dtype | None = None
 
 
 class Backend(ABC):
@@ -112,12 +114,18 @@ class KernelBackend(Backend):
     Arguments have been checked by the operations. Maps are `[B, C, *spatial]` or with `channels_last`
     `[B, *spatial, C]`, in any layout that `layout.py` knows or copies into one; those of whole layers `[B, C, H, W]`.
 
+    Values may be of another dtype than the layers that read them, where `value_dtypes` has the two. Whatever is not a
+    value, and every gradient, is in that of the layers.
+
     Attributes:
+        value_dtypes: dtypes of layers, and of values that their history holds in another; none if it has no such
+            kernels.
         contributes: the class of what :meth:`contribution` makes, which is all that :meth:`gather` and
             :meth:`layer_backward` can read.
     """
 
     contributes: type[Contribution]
+    value_dtypes: ClassVar[frozenset[tuple[torch.dtype, torch.dtype]]] = frozenset()
 
     def __init__(self) -> None:
         if not hasattr(type(self), "contributes"):
@@ -200,6 +208,7 @@ class KernelBackend(Backend):
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
         reused: Retrieved | None = None,
+        value_dtype: torch.dtype | None = None,
     ) -> LayerForward:
         """Query, key and value from `x` (as `layout.readable` gave it), what the query retrieves, and what follows.
 
@@ -208,6 +217,8 @@ class KernelBackend(Backend):
             epilogue: what follows the retrieval.
             keeps_retrieved: whether a backward, or a later block, may need what a norm was given.
             reused: in place of a retrieval, for an `epilogue` with a norm and `filters` without `wq`.
+            value_dtype: of the value, and of those of the layers before, where it is not that of `x`; one of those
+                that `value_dtypes` has for it.
         """
 
     @abstractmethod
@@ -285,6 +296,11 @@ class KernelBackend(Backend):
         if self.dtypes is not None and request.dtype not in self.dtypes:
             served = ", ".join(sorted(str(d).removeprefix("torch.") for d in self.dtypes))
             reasons.append(f"it serves {served}, and the values are {request.dtype}")
+        held = request.value_dtype
+        if held is not None and (request.dtype, held) not in self.value_dtypes:
+            reasons.append(
+                f"it has no kernels for values held in {held} by layers in {request.dtype}"
+            )
         if self.max_depth is not None and request.depth > self.max_depth:
             reasons.append(
                 f"it serves up to {self.max_depth} layers in one history, and these are {request.depth}"

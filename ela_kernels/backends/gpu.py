@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.checks import check_epilogue, check_reused, check_shape
+from ela_kernels.backends.checks import (
+    check_epilogue,
+    check_reused,
+    check_shape,
+    check_value_dtype,
+)
 from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, KernelBackend
 from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
 from ela_kernels.backends.layout import dense, resolved
@@ -105,8 +110,10 @@ class GpuBackend(KernelBackend):
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
         reused: Retrieved | None = None,
+        value_dtype: torch.dtype | None = None,
     ) -> LayerForward:
         check_epilogue(epilogue)
+        check_value_dtype(value_dtype)
         check_reused(x, filters, epilogue, reused)
         norm = epilogue if type(epilogue) is NormAct else None
         made = self.retrieve(

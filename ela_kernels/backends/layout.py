@@ -96,16 +96,18 @@ def readable(x: Tensor) -> Tensor:
     return in_form(x, False, is_interleaved(x, False))
 
 
-def empty_map(like: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
-    """A new compact map of `like`'s shape and dtype in the given form."""
+def empty_map(
+    like: Tensor, channels_last: bool, interleaved: bool, dtype: torch.dtype | None = None
+) -> Tensor:
+    """A new compact map of `like`'s shape in the given form, and of its dtype unless given."""
     if interleaved == channels_last:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
+        return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     shape = list(like.shape)
     if channels_last:
         shape.insert(1, shape.pop())
-        return like.new_empty(shape).movedim(1, -1)
+        return like.new_empty(shape, dtype=dtype).movedim(1, -1)
     shape.append(shape.pop(1))
-    return like.new_empty(shape).movedim(-1, 1)
+    return like.new_empty(shape, dtype=dtype).movedim(-1, 1)
 
 
 def made_like(x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class LayerForward(NamedTuple):
     """What a layer makes of its input `x` `[B, C, H, W]`; without a query it retrieved nothing.
 
     Attributes:
-        mean, q, k, v: of `x`; q is None without its filter.
+        mean, q, k, v: of `x`; q is None without its filter. `v` is in the dtype that the history holds values in.
         out: what the layer gives, its epilogue included.
         weights, kl: of its attention.
         retrieved: with a norm, what was normed, if it was to be kept; None otherwise.

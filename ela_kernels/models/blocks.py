@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules import (
@@ -182,9 +183,12 @@ class StageAttention(nn.ModuleList):
         skip: skip mode of ELA layers.
         relu: whether a ReLU stands after each norm.
         takes_shortcut: each layer is given the shortcut of its residual block instead of a history.
+        history_dtype: `dtype` of the history.
     """
 
-    takes_shortcut = False  # of stages that were pickled before there was a choice
+    # Of stages that were pickled before there was a choice.
+    takes_shortcut = False
+    history_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -196,6 +200,7 @@ class StageAttention(nn.ModuleList):
         skip: SkipMode,
         relu: bool = True,
         takes_shortcut: bool = False,
+        history_dtype: torch.dtype | None = None,
     ) -> None:
         layers: list[nn.Module] = []
         act = nn.ReLU if relu else nn.Identity
@@ -209,6 +214,7 @@ class StageAttention(nn.ModuleList):
                 layers.append(MRLA(attention(dim, head_dim), drop_path, relu))
         super().__init__(layers)
         self.kind, self.fused, self.takes_shortcut = kind, fused, takes_shortcut
+        self.history_dtype = history_dtype
 
     def new_history(self) -> History | None:
         """What the layers of the stage share in one forward pass; None where they share nothing."""
@@ -217,7 +223,7 @@ class StageAttention(nn.ModuleList):
         if self.kind == "mrla_light":
             return PreviousOutput()
         concatenates = any(isinstance(m, ConcatLayerAttention) for m in self.modules())
-        return ConcatHistory() if concatenates else LayerHistory()
+        return ConcatHistory() if concatenates else LayerHistory(dtype=self.history_dtype)
 
 
 def initialise(model: nn.Module, all_maps: bool = False, zero_last_norm: bool = False) -> None:

@@ -22,6 +22,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
+from ela_kernels.ops.layer_attention.held import check_history_dtype
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["small", "imagenet", "deep"]
@@ -83,6 +84,9 @@ class ResNet(nn.Module):
             changes nothing before the first step. Our definition: the scale of its norm starts at 0, and `act` is left
             out in all forms, since behind a ReLU a scale of 0 would never have a gradient. It costs nothing: the same
             kernels serve. A model is built with the same value again to load a checkpoint of its own.
+        history_dtype: `torch.bfloat16` or `torch.float16`: values are rounded to it, and held in it where kernels can
+            read them so (`dtype` of :class:`ela_kernels.LayerHistory`); for `"mrla"` and `"ela"`, fused. No part of a
+            checkpoint.
 
     Shapes:
         Images `[B, in_chans, H, W]` to scores `[B, num_classes]`, or to a list of maps.
@@ -112,6 +116,7 @@ class ResNet(nn.Module):
         checkpointing: bool = False,
         variant: Variant = "ours",
         identity_init: bool = False,
+        history_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         published = variant == "published"
@@ -129,6 +134,7 @@ class ResNet(nn.Module):
         )
         DropPath(drop_path)  # its checks, before the value is spread over the layers
         check_skip(skip)
+        _check_history_dtype(history_dtype, attention, fused)
         if checkpointing and not fused:
             raise ValueError(
                 "checkpointing: got True with fused=False; the concatenating modules cannot be recomputed. Allowed is "
@@ -157,6 +163,7 @@ class ResNet(nn.Module):
                     skip,
                     relu=not identity_init and not (published and is_light),
                     takes_shortcut=published and is_light,
+                    history_dtype=history_dtype,
                 )
                 self.attentions.append(layers)
             done += count
@@ -268,6 +275,16 @@ def _check(
         raise ValueError(
             "identity_init: got True with attention='none', which has no layer to start as the identity; allowed is "
             "True with another attention"
+        )
+
+
+def _check_history_dtype(dtype: torch.dtype | None, attention: str, fused: bool) -> None:
+    check_history_dtype(dtype, "history_dtype")
+    if dtype is not None and (attention not in ("mrla", "ela") or not fused):
+        form = "" if fused else " and fused=False"
+        raise ValueError(
+            f"history_dtype: got {dtype} with attention={attention!r}{form}, which has no LayerHistory; allowed is a "
+            "dtype with 'mrla' and 'ela', fused"
         )
 
 

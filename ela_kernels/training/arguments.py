@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ela_kernels.ebqm.settings import REMOVED
@@ -17,6 +18,7 @@ from ela_kernels.modules.skipping import SKIP_MODES
 from ela_kernels.training.data import DATA, Task
 from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
 
+HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # More threads than that only take memory, and systems refuse some tens of thousands by ending the process.
 _MOST_THREADS = max(1024, os.cpu_count() or 1)
 
@@ -45,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--skip", choices=SKIP_MODES, default="reuse", help="what is left out")
     add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
     add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
+    add("--history-dtype", choices=HELD, help="round and hold values of earlier layers so")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64, help="images of a step, in each process")
@@ -99,6 +102,8 @@ def make_options(arguments: argparse.Namespace, task: Task) -> Options:
         "skip",
         "checkpointing",
     ]
+    if arguments.history_dtype is not None:  # runs of before there was a choice go on without
+        kept.append("history_dtype")
     return Options(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -166,6 +171,7 @@ def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
         "drop_path": arguments.drop_path,
         "skip": arguments.skip,
         "checkpointing": arguments.checkpointing,
+        "history_dtype": HELD.get(arguments.history_dtype),
     }
     if arguments.block is not None:
         if arguments.model in ("resnet50", "resnet101"):

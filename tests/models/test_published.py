@@ -263,6 +263,9 @@ def test_blocks_and_stages_that_were_pickled_before_there_was_a_choice() -> None
         ({"stem": "wide"}, ValueError, "stem: got 'wide'; allowed are 'small', 'imagenet', 'deep'"),
         ({"identity_init": True}, ValueError, "identity_init: got True with attention='none'"),
         ({"identity_init": 1}, TypeError, "identity_init: got int; allowed is a bool"),
+        ({"history_dtype": "bfloat16"}, TypeError, "history_dtype: got str; allowed is torch.bf"),
+        ({"history_dtype": torch.float32}, ValueError, "history_dtype: got torch.float32; allowed"),
+        ({"history_dtype": torch.float16}, ValueError, "with attention='none', which has no Layer"),
         (
             {"attention": "mrla_light", "variant": "published", "widths": (12,)},
             ValueError,

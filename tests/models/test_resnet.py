@@ -269,3 +269,48 @@ def test_torch_compile(attention):
     expected = copy.deepcopy(model)(x)
     # float32: inductor fuses norms and activations in another order
     torch.testing.assert_close(torch.compile(model)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("attention", ["mrla", "ela"])
+@pytest.mark.parametrize("variant", ["ours", "published"])
+def test_history_dtype_reaches_every_stage(attention, variant, monkeypatch):
+    """And every history holds what it says, also where blocks are recomputed."""
+    made, leave = [], ek.LayerHistory._leave
+
+    def watched(history, *args):
+        made.append(history)
+        leave(history, *args)
+
+    monkeypatch.setattr(ek.LayerHistory, "_leave", watched)
+    options = {"attention": attention, "variant": variant}
+    gradients = []
+    for checkpointing in (False, True):
+        model = small(**options, history_dtype=torch.bfloat16, checkpointing=checkpointing)
+        model(images()).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        histories = {id(h): h for h in made}
+        made.clear()
+        assert len(histories) == 3
+        for history, depth in zip(histories.values(), (3, 2, 3), strict=True):
+            assert [v.dtype for v in history._now.pairs.values] == [torch.bfloat16] * depth
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+    plain = small(**options).eval()
+    plain.load_state_dict(model.state_dict())
+    rounded = model.eval()(images())
+    assert not torch.equal(plain(images()), rounded)
+    # Values are off by up to 2**-9 each, and the branches that they make are a part of what is summed.
+    torch.testing.assert_close(plain(images()), rounded, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"attention": "mrla_light"}, "with attention='mrla_light', which has no LayerHistory"),
+        ({"attention": "mrla", "fused": False}, "with attention='mrla' and fused=False, which has"),
+    ],
+)
+def test_history_dtype_without_a_history(options, says):
+    with pytest.raises(ValueError, match=says):
+        small(**options, history_dtype=torch.bfloat16)

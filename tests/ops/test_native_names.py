@@ -16,7 +16,7 @@ from ela_kernels.backends.cpp import attention as cpp
 
 BINDING = Path(__file__).resolve().parents[2] / "csrc" / "binding"
 # By place: what a call is about. Everything else has a name.
-ABOUT = {"plan", "where", "device", "dtype", "code"}
+ABOUT = {"plan", "where", "device", "dtype", "value_type", "code"}
 
 
 @pytest.fixture

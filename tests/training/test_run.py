@@ -286,3 +286,21 @@ def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     for row, other in histories:
         # The totals so far are added up over the processes in another order, in float64.
         assert row == pytest.approx(other, rel=1e-12)
+
+
+def test_history_dtype_is_a_setting_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes the numbers, goes on as it was, and is in no checkpoint of a run without it."""
+    more = f"{DIGITS} --epochs 1"
+    assert train(tmp_path / "plain", more) == 0
+    assert train(tmp_path / "held", f"{more} --history-dtype bfloat16") == 0
+    plain, held = (load_checkpoint(tmp_path / name) for name in ("plain", "held"))
+    assert "history_dtype" not in plain["options"]["task"]
+    assert held["options"]["task"]["history_dtype"] == "bfloat16"
+    losses = [read_log(tmp_path / name)[0]["train_loss"] for name in ("plain", "held")]
+    assert losses[0] != losses[1]
+    assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.1)
+    capsys.readouterr()
+    assert train(tmp_path / "held", f"{more} --resume") == 2
+    assert "history-dtype='bfloat16' (now missing)" in capsys.readouterr().err

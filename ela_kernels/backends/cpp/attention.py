@@ -34,7 +34,20 @@ Sizes = tuple[int, int, int, int, int]
 _ONE_THREAD_ELEMENTS = 16 * 1024
 
 DTYPE_CODES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+# Of layers in float32 and the values that a history holds, where their dtypes differ.
+_HELD_CODES = {torch.bfloat16: 4, torch.float16: 5}
 NO_MAP: MapView = (0, 0, 0)
+
+
+def value_type(dtype: torch.dtype, held: torch.dtype) -> int:
+    """As the extension takes the dtypes of layers and of the values that they read."""
+    if held is dtype:
+        return DTYPE_CODES[dtype]
+    if dtype is not torch.float32 or held not in _HELD_CODES:
+        raise TypeError(
+            f"values: got {held} for layers in {dtype}; allowed is their dtype, or half precision for float32"
+        )
+    return _HELD_CODES[held]
 
 
 def kernels() -> Any:
@@ -83,9 +96,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
 
-def new_map(like: Tensor, sizes: Sizes, channels_last: bool) -> tuple[Tensor, MapView]:
+def new_map(
+    like: Tensor, sizes: Sizes, channels_last: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, MapView]:
     _, channels, _, positions, interleaved = sizes
-    new = empty_map(like, channels_last, bool(interleaved))
+    new = empty_map(like, channels_last, bool(interleaved), dtype)
     inner = channels if interleaved else positions
     return new, (address(new), channels * positions, inner)
 
@@ -112,7 +127,7 @@ def attend(
     query, query_stride, query_copy = row(q)
     key_addresses, key_strides, key_copies = rows(keys)
     value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
-    out, out_view = new_map(last, sizes, channels_last)
+    out, out_view = new_map(last, sizes, channels_last, q.dtype)
     weights = _new(accumulate, sizes[0], heads, depth)
     prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else _new(accumulate, sizes[0], heads)
@@ -131,7 +146,7 @@ def attend(
         weights=address(weights),
     )
     extension.forward(
-        DTYPE_CODES[q.dtype],
+        value_type(q.dtype, last.dtype),
         sizes=sizes,
         attention=attention,
         kl=address(kl),
@@ -212,7 +227,9 @@ def attend_backward(
         value_addresses, value_strides, value_copies = maps(values, channels_last, interleaved)
         copies += value_copies
         if any(need_values):
-            pairs = [new_map(last, sizes, channels_last) if n else None for n in need_values]
+            pairs = [
+                new_map(last, sizes, channels_last, q.dtype) if n else None for n in need_values
+            ]
             dvalues = [None if p is None else p[0] for p in pairs]
             if last.numel():  # an empty map has no address, and needs no kernel
                 dvalue_addresses = [0 if p is None else p[1][0] for p in pairs]
@@ -239,7 +256,7 @@ def attend_backward(
         weights=address(weights, "weights"),
     )
     extension.backward(
-        DTYPE_CODES[q.dtype],
+        value_type(q.dtype, last.dtype),
         sizes=sizes,
         attention=attention,
         dout=dout_view,
@@ -332,7 +349,7 @@ def gather(
         assert like is not None
         interleaved = is_interleaved(like, channels_last)
         sizes = kernel_sizes(like, heads, channels_last, interleaved)
-        dvalue, dvalue_view = new_map(like, sizes, channels_last)
+        dvalue, dvalue_view = new_map(like, sizes, channels_last, q.dtype)
         accumulate = contributions[0].weights.dtype
         workspace = _workspace(_aggregate_workspace(sizes, len(contributions)), accumulate)
         elements = dvalue.numel()

@@ -43,6 +43,7 @@ class CppBackend(KernelBackend):
     ops = ATTENTION_OPS | LIGHT_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = CppContribution
+    value_dtypes = frozenset((torch.float32, half) for half in HALF_DTYPES)
 
     def unavailable_reason(self) -> str | None:
         module = built.extension()
@@ -119,9 +120,11 @@ class CppBackend(KernelBackend):
         epilogue: Epilogue | None = None,
         keeps_retrieved: bool = True,
         reused: Retrieved | None = None,
+        value_dtype: torch.dtype | None = None,
     ) -> LayerForward:
+        of_attention = keys, values, heads, scale, prev_weights
         return layer.layer(
-            x, filters, keys, values, heads, scale, prev_weights, epilogue, keeps_retrieved, reused
+            x, filters, *of_attention, epilogue, keeps_retrieved, reused, value_dtype
         )
 
     def layer_backward(

@@ -12,11 +12,11 @@ from torch import Tensor
 from ela_kernels.backends.checks import check_epilogue, check_reused, check_shape, refuse_sizes
 from ela_kernels.backends.cpp.addresses import Table, maps, one_map, rows
 from ela_kernels.backends.cpp.attention import (
-    DTYPE_CODES,
     NO_MAP,
     CppContribution,
     packed_sources,
     thread_count,
+    value_type,
 )
 from ela_kernels.backends.cpp.attention import kernels as compiled
 from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward, norm_call
@@ -68,7 +68,7 @@ class Plan:
         "statistics",
     )
 
-    def __init__(self, x: Tensor, heads: int, filter_size: int) -> None:
+    def __init__(self, x: Tensor, heads: int, filter_size: int, value_dtype: torch.dtype) -> None:
         """`x` on the meta device: nothing but its shape, strides and dtype is asked for."""
         self.interleaved = is_interleaved(x, False)
         view = view_in_form(x, False, self.interleaved)
@@ -81,7 +81,7 @@ class Plan:
         compact = (channels * positions, channels if self.interleaved else positions)
         self.made = view[1:] if self.keeps_strides else compact
         self.call = compiled().LayerPlan(
-            DTYPE_CODES[x.dtype],
+            value_type(x.dtype, value_dtype),
             sizes=self.norm_sizes,
             heads=heads,
             filter_size=filter_size,
@@ -96,6 +96,11 @@ class Plan:
 
     def new_map(self, x: Tensor) -> Tensor:
         return torch.empty_like(x) if self.keeps_strides else empty_map(x, False, self.interleaved)
+
+    def new_value(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.keeps_strides:
+            return torch.empty_like(x, dtype=dtype)
+        return empty_map(x, False, self.interleaved, dtype)
 
     def new_weights(self, depth: int) -> Tensor:
         """`[B, G, depth]`, unwritten."""
@@ -122,13 +127,19 @@ class Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan_of(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, heads: int, filter_size: int
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    heads: int,
+    filter_size: int,
+    value_dtype: torch.dtype,
 ) -> Plan:
-    return Plan(torch.empty_strided(shape, strides, dtype=dtype, device="meta"), heads, filter_size)
+    x = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    return Plan(x, heads, filter_size, value_dtype)
 
 
-def _plan(x: Tensor, heads: int, filter_size: int) -> Plan:
-    return _plan_of(x.shape, x.stride(), x.dtype, heads, filter_size)
+def _plan(x: Tensor, heads: int, filter_size: int, value_dtype: torch.dtype) -> Plan:
+    return _plan_of(x.shape, x.stride(), x.dtype, heads, filter_size, value_dtype)
 
 
 def _readable(plan: Plan, filters: Filters) -> Filters:
@@ -151,19 +162,26 @@ def layer(
     epilogue: Epilogue | None,
     keeps_retrieved: bool,
     reused: Retrieved | None = None,
+    value_dtype: torch.dtype | None = None,
 ) -> LayerForward:
     """Query, key and value from `x` (which :func:`readable` gave), what the query retrieves and what follows: one call.
 
-    `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved.
+    `keys` and `values` are those of the layers before; without `filters.wq` nothing is retrieved. `value_dtype` is that
+    of the values, where it is not that of `x`.
     """
     check_epilogue(epilogue)
     check_reused(x, filters, epilogue, reused)
-    plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
+    held = value_dtype or x.dtype
+    if values and values[-1].dtype is not held:
+        raise TypeError(
+            f"values: got {values[-1].dtype} for a history that holds {held}; allowed is one dtype"
+        )
+    plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters), held)
     wq, wk, wv = _readable(plan, filters)
     x_address = address(x, "x")
     retrieves = wq is not None
     depth = len(keys) + 1
-    v, mean, k = plan.new_map(x), torch.empty_like(plan.row), torch.empty_like(plan.row)
+    v, mean, k = plan.new_value(x, held), torch.empty_like(plan.row), torch.empty_like(plan.row)
     q = out = weights = kl = statistics = block = norm = measured = kept_o = None
     o_view = NO_MAP
     if retrieves:
@@ -263,7 +281,8 @@ def layer_backward(
         return NO_GRADIENTS, None
     need_x, need_wq, need_wk, need_wv, need_prev = needs
     check_shape(x, mean, None if own is None else attention)
-    plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters))
+    held = x.dtype if own is None or attention is None else attention.values[-1].dtype
+    plan = _plan(x, heads, filters.wk.numel() or refuse_sizes(x.shape[1], filters), held)
     wq, wk, wv = _readable(plan, filters)
     sources, copies = packed_sources(contributions, False, plan.interleaved)
     wants_key = (need_x or need_wk) and (bool(contributions) or dk is not None)

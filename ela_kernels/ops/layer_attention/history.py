@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import KernelBackend
-from ela_kernels.backends.dispatch import kernels_for, refusal_by
+from ela_kernels.backends.contract import KernelBackend, Request
+from ela_kernels.backends.dispatch import Refusal, kernels_for, plan, refusal_by
 from ela_kernels.backends.layout import accumulate_dtype, resolved
-from ela_kernels.backends.tracing import needs_dispatcher
-from ela_kernels.explaining import refused, served
+from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
+from ela_kernels.explaining import held_as_they_are, refused, served
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
 from ela_kernels.ops.layer_attention.attend_node import attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
+from ela_kernels.ops.layer_attention.held import narrowed, rounded, widened
 from ela_kernels.ops.layer_attention.interface import (
     LayerAttentionWeights,
     layer_attention_weights,
@@ -53,10 +54,18 @@ class LayerHistory(ReusedRetrievals):
     Args:
         repeats: the stage goes through its layers several times in one forward pass, on purpose (`a, b, a, b`, with
             shared weights). A layer that comes again by itself (`a, a, a`, or `a, b, a, c`) needs no word.
+        dtype: `torch.bfloat16` or `torch.float16`: values of a wider dtype are rounded to it once, before any layer
+            reads them, their own layer included. Equivalent PyTorch: the values are `v.to(dtype).to(v.dtype)`, with
+            the identity for the gradient of that rounding, so that a value's gradient is added up and given in the
+            dtype of its layer. Keys, queries, weights, divergence and all sums are as without it. Where kernels can
+            read them so, values are then held in that dtype, in half the memory (`docs/history_dtype.md` says where);
+            elsewhere the same numbers are held as wide as they were, and :func:`ela_kernels.explain` says why. Values
+            of half precision, also those of layers under autocast, stay as they are. float16 makes infinity of what
+            is beyond 65504. None: values as they are.
 
     Raises:
-        TypeError: `repeats` is no bool.
-        ValueError: by its methods, a second forward pass; the sentence names its first layers.
+        TypeError: `repeats` is no bool, or `dtype` no dtype.
+        ValueError: another `dtype`; by its methods, a second forward pass (the sentence names its first layers).
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -88,10 +97,20 @@ class LayerHistory(ReusedRetrievals):
 
     @property
     def values(self) -> tuple[Tensor, ...]:
-        """The values held, `[B, C, *spatial]` each."""
+        """The values held, `[B, C, *spatial]` each, in the dtype that they are held in."""
         self._note_read(self.recomputing)
         self._settle()
-        return self._now.pairs.values
+        pairs = self._now.pairs
+        if self._dtype is None:
+            return pairs.values
+        stand_ins = pairs.stand_ins or (None,) * len(pairs.keys)
+        found = []
+        for key, value, stand_in in zip(pairs.keys, pairs.values, stand_ins, strict=True):
+            if stand_in is not None:
+                value = widened(value, stand_in, key.dtype)
+            held = self._held_dtype(value.dtype)
+            found.append(value if held is None else value.to(held))
+        return tuple(found)
 
     def attend(
         self,
@@ -140,11 +159,14 @@ class LayerHistory(ReusedRetrievals):
         scale = checks.check_scale(scale, q.shape[1] // heads)
         self._note_read(recomputing)
         decided = self._decided_with(snapshot, given, active is not None)
-        backend = self._backend(q, snapshot, caller) if decided is None else None
+        backend = held = None
+        if self._dtype is not None:
+            v, snapshot, held, backend = self._held(q, v, snapshot, caller, decided is None)
+        if backend is None and decided is None:
+            backend = self._backend(q, snapshot, caller)
         if backend is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
-        is_linked = backend is not None and torch.is_grad_enabled()
-        pairs = snapshot.pairs.extended(k, v, is_linked=is_linked)
+        pairs = self._extended(snapshot.pairs, k, v, held, backend is not None)
         if backend is not None:
             served(caller, "op", backend.name)
             link = self._link(pairs, heads, scale, channels_last, backend)
@@ -184,12 +206,15 @@ class LayerHistory(ReusedRetrievals):
         recomputing = self.recomputing
         snapshot = self._enter(caller, (k, v), recomputing)
         heads = snapshot.check_pair(k, k, v, heads, channels_last)
-        self._decided = self._decided_with(snapshot, None)
-        backend = self._backend(k, snapshot, caller) if self._decided is None else None
+        decided = self._decided = self._decided_with(snapshot, None)
+        backend = held = None
+        if self._dtype is not None:
+            v, snapshot, held, backend = self._held(k, v, snapshot, caller, decided is None)
+        if backend is None and decided is None:
+            backend = self._backend(k, snapshot, caller)
         if backend is not None:
             k, v = resolved(k), resolved(v)
-        is_linked = backend is not None and torch.is_grad_enabled()
-        pairs = snapshot.pairs.extended(k, v, is_linked=is_linked)
+        pairs = self._extended(snapshot.pairs, k, v, held, backend is not None)
         token = snapshot.token
         if backend is not None:
             # No scale: this layer has no scores, and a key's gradient carries that of the layers retrieving it.
@@ -245,6 +270,41 @@ class LayerHistory(ReusedRetrievals):
             refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
             return None
         return kernels_for("layer_attention", q, len(pairs.keys) + 1)
+
+    def _held(
+        self, q: Tensor, v: Tensor, snapshot: Snapshot, caller: Any, may_link: bool
+    ) -> tuple[Tensor, Snapshot, torch.dtype | None, KernelBackend | None]:
+        """How the value of a layer is held in a history that was given a dtype.
+
+        Where kernels read it in that dtype they are the last result, and before them is the dtype. Else nothing but the
+        numbers can be as they are in that dtype, of this value and of those before it.
+
+        Args:
+            q: the layer's query, or its key.
+            may_link: whether kernels may be asked.
+        """
+        held = self._held_dtype(q.dtype)
+        if held is None:
+            return v, snapshot, None, None
+        if may_link and not needs_dispatcher(q):
+            obstacles = tuple(pair_obstacles(snapshot.pairs, q.dtype, held))
+            depth = len(snapshot.pairs.keys) + 1
+            of_call = "layer_attention", q.device, q.dtype, depth, False, is_transformed()
+            found = plan(Request(*of_call, obstacles, held))
+            if not isinstance(found, Refusal):
+                return v, snapshot, held, found
+            held_as_they_are(caller or self, found)
+        return rounded(v, held), snapshot.widened(), None, None
+
+    @staticmethod
+    def _extended(
+        pairs: Pairs, k: Tensor, v: Tensor, held: torch.dtype | None, is_served: bool
+    ) -> Pairs:
+        is_linked = is_served and torch.is_grad_enabled()
+        if held is None:
+            return pairs.extended(k, v, is_linked=is_linked)
+        value, stand_in = narrowed(v, held)
+        return pairs.extended(k, value, is_linked=is_linked, stand_in=stand_in)
 
     @staticmethod
     def _read_by(

@@ -25,6 +25,7 @@ from ela_kernels.backends.types import (
     Saved,
     SavedLayer,
 )
+from ela_kernels.ops.layer_attention.held import stand_in_like
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.record import (
     Link,
@@ -49,6 +50,7 @@ class LayerOutput(NamedTuple):
     """What a layer on a history gives, and what the history keeps of it.
 
     `retrieved`: what a norm was given, where it was to be kept, and with `statistics` `[2, C]` if the norm took them.
+    `stand_in`: of a value that is held in another dtype, what leads gradients to it.
     """
 
     out: Tensor
@@ -59,6 +61,7 @@ class LayerOutput(NamedTuple):
     value: Tensor
     retrieved: Tensor | None = None
     statistics: Tensor | None = None
+    stand_in: Tensor | None = None
 
 
 def without_parameters(epilogue: Epilogue | None) -> Epilogue | None:
@@ -118,12 +121,14 @@ class _Layer(torch.autograd.Function):
         of_norm: tuple[Tensor | None, ...] = ()
         if r.statistics is not None:
             of_norm = (gamma, beta, r.retrieved, r.statistics)
-            ctx.mark_non_differentiable(r.statistics)
         save_with_pairs(
             ctx, link, r.k, r.v, x, wq, wk, wv, r.mean, r.q, r.weights, prev_weights, *of_norm
         )
         retrieved = r.retrieved if keeps else None
-        return r.out, r.weights, r.kl, new_token(token, x), r.k, r.v, retrieved, r.statistics
+        v, held = value_outputs(r.v, x, link)
+        without_gradient(ctx, r.statistics, held)
+        token = new_token(token, x)
+        return r.out, r.weights, r.kl, token, r.k, v, retrieved, r.statistics, held
 
     @staticmethod
     def backward(
@@ -135,7 +140,7 @@ class _Layer(torch.autograd.Function):
         dk: Tensor | None,
         dv: Tensor | None,
         dretrieved: Tensor | None,
-        __: Tensor | None,
+        *_of_others: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         tensors, keys, values = unpacked_with_pairs(ctx)
@@ -169,16 +174,18 @@ class _Provider(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, wk: Tensor, wv: Tensor, token: Tensor | None, link: Link
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor | None, ...]:
         keep(ctx, link)
         ctx.token = token
         r = _provide(x, Filters(None, wk, wv), link)
         save(ctx, x, wk, wv, r.mean)
-        return new_token(token, x), r.k, r.v
+        v, held = value_outputs(r.v, x, link)
+        without_gradient(ctx, held)
+        return new_token(token, x), r.k, v, held
 
     @staticmethod
     def backward(
-        ctx: Any, _: Tensor | None, dk: Tensor | None, dv: Tensor | None
+        ctx: Any, _: Tensor | None, dk: Tensor | None, dv: Tensor | None, __: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, wk, wv, mean = unpacked(ctx)
@@ -208,13 +215,32 @@ def _retrieve(
             prev_weights,
             epilogue,
             keeps_retrieved,
+            value_dtype=link.held,
         ),
         epilogue,
     )
 
 
 def _provide(x: Tensor, filters: Filters, link: Link) -> LayerForward:
-    return link.backend.layer(x, filters, (), (), link.heads, link.scale, None)
+    return link.backend.layer(
+        x, filters, (), (), link.heads, link.scale, None, value_dtype=link.held
+    )
+
+
+def value_outputs(v: Tensor, x: Tensor, link: Link) -> tuple[Tensor, Tensor | None]:
+    """Two outputs of a node that made `v` from `x`: one that has its gradient, and what is held, if that is another."""
+    return (v, None) if link.held is None else (stand_in_like(x), v)
+
+
+def without_gradient(ctx: Any, *outputs: Tensor | None) -> None:
+    given = [t for t in outputs if t is not None]
+    if given:
+        ctx.mark_non_differentiable(*given)
+
+
+def value_and_stand_in(v: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """From these two outputs what is held, and what leads gradients to it."""
+    return (v, None) if held is None else (held, v if v.requires_grad else None)
 
 
 def layer_pull(
@@ -240,11 +266,13 @@ def layer_pull(
     gamma = beta = None
     if type(epilogue) is NormAct:
         gamma, beta = epilogue.gamma, epilogue.beta
-    out, weights, kl, own, k, v, retrieved, statistics = applied(
+    out, weights, kl, own, k, v, retrieved, statistics, held = applied(
         _Layer, x, *filters, prev_weights, gamma, beta, epilogue, keeps, token, link
     )
     own = own if own.requires_grad else token
-    return LayerOutput(out, weights, kl, own, k, v, retrieved, _taken(epilogue, statistics))
+    v, stand_in = value_and_stand_in(v, held)
+    taken = _taken(epilogue, statistics)
+    return LayerOutput(out, weights, kl, own, k, v, retrieved, taken, stand_in)
 
 
 def _taken(epilogue: Epilogue | None, statistics: Tensor | None) -> Tensor | None:
@@ -254,11 +282,11 @@ def _taken(epilogue: Epilogue | None, statistics: Tensor | None) -> Tensor | Non
 
 def provider_pull(
     x: Tensor, filters: Filters, token: Tensor | None, link: Link
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """`(token, key, value)` of a layer that gives its pair and retrieves nothing."""
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """`(token, key, value, stand_in)` of a layer that gives its pair and retrieves nothing."""
     x = readable(x)
     if not torch.is_grad_enabled():
         r = _provide(x, filters._replace(wq=None), link)
-        return token, r.k, r.v
-    own, k, v = applied(_Provider, x, filters.wk, filters.wv, token, link)
-    return own if own.requires_grad else token, k, v
+        return token, r.k, r.v, None
+    own, k, v, held = applied(_Provider, x, filters.wk, filters.wv, token, link)
+    return own if own.requires_grad else token, k, *value_and_stand_in(v, held)

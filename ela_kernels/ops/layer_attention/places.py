@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels import torch_internals
+from ela_kernels.ops.layer_attention.held import check_history_dtype
 from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 from ela_kernels.torch_internals import constant_in_graphs
@@ -36,12 +37,13 @@ def _note_graph() -> bool:
 class Places:
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
-    def __init__(self, repeats: bool = False) -> None:
+    def __init__(self, repeats: bool = False, dtype: torch.dtype | None = None) -> None:
         if type(repeats) is not bool:
             raise TypeError(
                 f"repeats: got {type(repeats).__name__}; allowed is True, for a stage that goes through its layers "
                 "several times in one forward pass, or False"
             )
+        self._dtype = check_history_dtype(dtype)
         self._now = Snapshot()
         self._latest = self._now
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
@@ -80,6 +82,11 @@ class Places:
         history._now = history._latest = Snapshot.of(keys, values, heads)
         history.held = (keys, values)
         return history
+
+    def _held_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
+        """In which the value of a layer in `dtype` is held, None for as it is: nothing is gained by as many bytes."""
+        held = self._dtype
+        return held if held is not None and dtype.itemsize > held.itemsize else None
 
     @property
     def position(self) -> int:

@@ -24,12 +24,14 @@ class LayerPlan(NamedTuple):
         filters: the layer's parameters, not cast yet.
         dtype: in which it is computed.
         recomputing: whether a checkpoint recomputes the layer.
+        held: in which its value is held, where that is not `dtype`.
     """
 
     backend: KernelBackend
     filters: Filters
     dtype: torch.dtype
     recomputing: bool
+    held: torch.dtype | None = None
 
 
 def all_fit(filters: Sequence[Tensor | None], x: Tensor, dtype: torch.dtype) -> bool:
@@ -71,11 +73,15 @@ def filter_obstacles(filters: Sequence[Tensor | None], x: Tensor, dtype: torch.d
     return list(dict.fromkeys(found))
 
 
-def pair_obstacles(pairs: Pairs, dtype: torch.dtype) -> list[str]:
-    """Why no kernel may retrieve from these pairs and gather their gradients."""
+def pair_obstacles(pairs: Pairs, dtype: torch.dtype, held: torch.dtype | None = None) -> list[str]:
+    """Why no kernel may retrieve from these pairs and gather their gradients.
+
+    `held`: the dtype that their values are held in, None for that of the layers.
+    """
     found = []
     if not pairs.linked:
         found.append(UNLINKED)
-    if not pairs.are_all(dtype):
-        found.append(f"the layers before it in the history are not all in {dtype}")
+    if not pairs.are_all(dtype, held):
+        of = "" if held is None else f", with values held in {held}"
+        found.append(f"the layers before it in the history are not all in {dtype}{of}")
     return found

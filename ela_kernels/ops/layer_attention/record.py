@@ -101,6 +101,7 @@ class Link(NamedTuple):
     Attributes:
         keys, values: up to the layer's own; of a whole layer, which makes its own, those before it.
         before: the pairs before a whole layer, which stand for `keys` and `values`.
+        held: the dtype that the history holds values in, where it is not that of the layer.
     """
 
     path: tuple[int, ...]
@@ -112,6 +113,7 @@ class Link(NamedTuple):
     backend: KernelBackend
     record: Record
     before: Pairs | None = None
+    held: torch.dtype | None = None
 
 
 def refuse_other_kernels() -> NoReturn:

@@ -81,10 +81,10 @@ class ReusedRetrievals(WholeLayers):
         """The same of a layer that gives its pair, in one call; arguments as of :meth:`attend_layer`."""
         x, filters = as_autocast(x, plan.filters._replace(wq=None))
         snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
-        out, token, k, v = reuse_and_provide_pull(
+        out, token, k, v, stand_in = reuse_and_provide_pull(
             resolved(x), filters, _normed_with(kept, epilogue), epilogue, snapshot.token, link
         )
-        pairs = snapshot.pairs.extended(k, v, link.path)
+        pairs = snapshot.pairs.extended(k, v, link.path, stand_in=stand_in)
         self._leave(snapshot.moved_on(pairs, heads, token), plan.recomputing, caller)
         return out
 
@@ -98,7 +98,7 @@ class ReusedRetrievals(WholeLayers):
 
 def _retrieved_again(snapshot: Snapshot) -> Tensor:
     assert snapshot.weights is not None
-    values = snapshot.pairs.values[: snapshot.weights.shape[-1]]
+    values = snapshot.pairs.widened().values[: snapshot.weights.shape[-1]]
     dtype = functools.reduce(torch.promote_types, [v.dtype for v in values])
     weights = snapshot.weights.to(accumulate_dtype(dtype))
     return aggregate_reference(weights, [v.to(dtype) for v in values], channels_last=False)

@@ -25,7 +25,10 @@ from ela_kernels.backends.types import (
 from ela_kernels.ops.layer_attention.layer_node import (
     gradients,
     in_dtype_of,
+    value_and_stand_in,
+    value_outputs,
     with_parameters,
+    without_gradient,
     without_parameters,
 )
 from ela_kernels.ops.layer_attention.opaque import opaque
@@ -96,17 +99,24 @@ class _ReuseAndProvide(torch.autograd.Function):
         epilogue: NormAct,
         token: Tensor | None,
         link: Link,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         keep(ctx, link)
         ctx.token, ctx.epilogue = token, without_parameters(epilogue)
         reused = Retrieved(o, statistics)
         out, mean, k, v = _block_and_pair(x, Filters(None, wk, wv), reused, epilogue, link)
         save(ctx, x, wk, wv, mean, o, gamma, beta, statistics)
-        return out, new_token(token, x), k, v
+        v, held = value_outputs(v, x, link)
+        without_gradient(ctx, held)
+        return out, new_token(token, x), k, v, held
 
     @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, _: Tensor | None, dk: Tensor | None, dv: Tensor | None
+        ctx: Any,
+        dout: Tensor | None,
+        _: Tensor | None,
+        dk: Tensor | None,
+        dv: Tensor | None,
+        __: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         x, wk, wv, mean, o, gamma, beta, statistics = unpacked(ctx)
@@ -142,6 +152,7 @@ def _block_and_pair(
         None,
         epilogue,
         reused=reused,
+        value_dtype=link.held,
     )
     assert r.out is not None
     if epilogue.track is not None:
@@ -166,14 +177,14 @@ def reuse_and_provide_pull(
     epilogue: NormAct,
     token: Tensor | None,
     link: Link,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """`(out, token, key, value)` of a layer that gives its pair too."""
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]:
+    """`(out, token, key, value, stand_in)` of a layer that gives its pair too."""
     x = readable(x)
     if not torch.is_grad_enabled():
         out, _, k, v = _block_and_pair(x, filters._replace(wq=None), reused, epilogue, link)
-        return out, token, k, v
+        return out, token, k, v, None
     of_norm = epilogue.gamma, epilogue.beta, reused.statistics
-    out, own, k, v = applied(
+    out, own, k, v, held = applied(
         _ReuseAndProvide, x, filters.wk, filters.wv, reused.o, *of_norm, epilogue, token, link
     )
-    return out, own if own.requires_grad else token, k, v
+    return out, own if own.requires_grad else token, k, *value_and_stand_in(v, held)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ela_kernels.backends.layout import with_one_more
 from ela_kernels.ops import checks
+from ela_kernels.ops.layer_attention.held import widened
 from ela_kernels.torch_internals import version_of
 
 
@@ -19,7 +20,9 @@ class Pairs(NamedTuple):
     """Keys and values held, each pair with a number of its own, and the versions that they were appended at.
 
     They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on,
-    and `mixed` where they are of several dtypes, which no kernel reads together.
+    and `mixed` where they are of several dtypes, which no kernel reads together. Where the history holds values in
+    another dtype than their layers have, `stand_ins` has for each what leads gradients to it, None where none has to be
+    led; else it is empty.
     """
 
     keys: tuple[Tensor, ...] = ()
@@ -28,6 +31,7 @@ class Pairs(NamedTuple):
     versions: tuple[int, ...] = ()
     linked: bool = True
     mixed: bool = False
+    stand_ins: tuple[Tensor | None, ...] = ()
 
     def extended(
         self,
@@ -35,10 +39,15 @@ class Pairs(NamedTuple):
         value: Tensor,
         path: tuple[int, ...] | None = None,
         is_linked: bool = True,
+        stand_in: Tensor | None = None,
     ) -> Pairs:
         """With one more pair, whose place is the end of `path` where it has one already."""
-        keys, values, old_path, versions, linked, mixed = self
-        mixed = mixed or not self.are_all(value.dtype)
+        keys, values, old_path, versions, linked, mixed, stand_ins = self
+        mixed = mixed or not self.are_all(key.dtype, value.dtype)
+        if value.dtype is not key.dtype:
+            stand_ins = (*(stand_ins or (None,) * len(keys)), stand_in)
+        elif stand_ins:
+            stand_ins = (*stand_ins, None)
         # Neither path nor versions can be traced, and a compiled graph needs neither.
         if torch.compiler.is_compiling():
             path, version = old_path, -1
@@ -48,12 +57,26 @@ class Pairs(NamedTuple):
             version = _version(key, value)
             keys, values = with_one_more(keys, key), with_one_more(values, value)
         linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
-        return Pairs(keys, values, path, (*versions, version), linked, mixed)
+        return Pairs(keys, values, path, (*versions, version), linked, mixed, stand_ins)
 
-    def are_all(self, dtype: torch.dtype) -> bool:
-        """Whether every pair held has this dtype."""
+    def are_all(self, dtype: torch.dtype, held: torch.dtype | None = None) -> bool:
+        """Whether every pair is one of layers in this dtype, with its value held in `held`, or in the same if None."""
         # By length: torch.compile cannot negate a tuple.
-        return len(self.values) == 0 or (not self.mixed and self.values[0].dtype == dtype)
+        if len(self.values) == 0:
+            return True
+        if self.mixed or self.keys[0].dtype != dtype:
+            return False
+        return self.values[0].dtype == (dtype if held is None else held)
+
+    def widened(self) -> Pairs:
+        """With values in the dtype of their layers, as these read them: new tensors, where they are held in another."""
+        if len(self.stand_ins) == 0:
+            return self
+        found = Pairs(linked=self.linked)
+        for key, value, stand_in in zip(self.keys, self.values, self.stand_ins, strict=True):
+            wide = value if value.dtype == key.dtype else widened(value, stand_in, key.dtype)
+            found = found.extended(key, wide)
+        return found._replace(path=self.path)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))
@@ -144,6 +167,20 @@ class Snapshot:
         """After a layer that retrieved nothing of its own."""
         return Snapshot(pairs, self.position + 1, heads, self.weights, self.kl, token, self.kept)
 
+    def widened(self) -> Snapshot:
+        """With values as layers read them, in the layers' dtype; itself where they are held so."""
+        if len(self.pairs.stand_ins) == 0:
+            return self
+        return Snapshot(
+            self.pairs.widened(),
+            self.position,
+            self.heads,
+            self.weights,
+            self.kl,
+            self.token,
+            self.kept,
+        )
+
     def moved_to(self, position: int) -> Snapshot:
         return Snapshot(
             self.pairs, position, self.heads, self.weights, self.kl, self.token, self.kept
@@ -188,7 +225,7 @@ class Snapshot:
         Raises:
             ValueError: what is held is of a dtype that does not go with that of `q`.
         """
-        dtype, pairs = q.dtype, self.pairs
+        dtype, pairs = q.dtype, self.pairs.widened()
         held = functools.reduce(torch.promote_types, [v.dtype for v in pairs.values])
         _check_promotes(held, dtype, autocast)
         keys, values = (tuple(t.to(dtype) for t in some) for some in (pairs.keys, pairs.values))

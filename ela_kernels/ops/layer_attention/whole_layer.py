@@ -33,8 +33,8 @@ from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
 class WholeLayers(LayersInGraphs):
     """Whole layers on a history, in the pull form."""
 
-    def __init__(self, repeats: bool = False) -> None:
-        super().__init__(repeats)
+    def __init__(self, repeats: bool = False, dtype: torch.dtype | None = None) -> None:
+        super().__init__(repeats, dtype)
         self._record = Record()
         self._decided: Decided | None = None
 
@@ -56,6 +56,7 @@ class WholeLayers(LayersInGraphs):
             caller: the module that calls.
         """
         dtype = layer_dtype(x)
+        held = None if self._dtype is None else self._held_dtype(dtype)
         recomputing = self.recomputing
         pairs = self._place_of(caller, recomputing).pairs
         if (
@@ -64,26 +65,31 @@ class WholeLayers(LayersInGraphs):
             or not x.numel()
             or self._decided is not None
             or not pairs.linked
-            or not pairs.are_all(dtype)
+            or not pairs.are_all(dtype, held)
             or self._retrieves_its_own_way
             or not all_fit(filters, x, dtype)
         ):
-            obstacles = (*obstacles, *self._obstacles(x, filters, dtype, pairs))
+            obstacles = (*obstacles, *self._obstacles(x, filters, dtype, held, pairs))
         request = Request(
-            op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed(), obstacles
+            op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed(), obstacles, held
         )
         found = plan(request)
         if isinstance(found, Refusal):
             return found
-        return LayerPlan(found, filters, dtype, recomputing)  # type: ignore[arg-type]
+        return LayerPlan(found, filters, dtype, recomputing, held)  # type: ignore[arg-type]
 
     def _obstacles(
-        self, x: Tensor, filters: Sequence[Tensor | None], dtype: torch.dtype, pairs: Pairs
+        self,
+        x: Tensor,
+        filters: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        held: torch.dtype | None,
+        pairs: Pairs,
     ) -> list[str]:
         found = unseen_obstacles(x)
         if self._decided is not None:
             found.append(DECIDED)
-        found += pair_obstacles(pairs, dtype)
+        found += pair_obstacles(pairs, dtype, held)
         if self._retrieves_its_own_way:
             found.append(f"{type(self).__name__} has an attend or provide of its own")
         return found + filter_obstacles(filters, x, dtype)
@@ -134,10 +140,10 @@ class WholeLayers(LayersInGraphs):
         x, filters = as_autocast(x, plan.filters)
         snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
         self._note_read(plan.recomputing)
-        out, weights, kl, token, k, v, retrieved, statistics = layer_pull(
+        out, weights, kl, token, k, v, retrieved, statistics, stand_in = layer_pull(
             resolved(x), filters, epilogue, snapshot.weights, snapshot.token, link, keeps
         )
-        pairs = snapshot.pairs.extended(k, v, link.path)
+        pairs = snapshot.pairs.extended(k, v, link.path, stand_in=stand_in)
         at = snapshot.position + 1
         kept = None if retrieved is None else Kept.of(retrieved, statistics)
         self._leave(Snapshot(pairs, at, heads, weights, kl, token, kept), plan.recomputing, caller)
@@ -156,13 +162,15 @@ class WholeLayers(LayersInGraphs):
         scale = 1.0 / math.sqrt(channels // heads)
         keys, values = pairs.keys, pairs.values
         path = pairs.next_path()
-        link = Link(path, keys, values, heads, scale, False, plan.backend, self._record, pairs)
+        link = Link(
+            path, keys, values, heads, scale, False, plan.backend, self._record, pairs, plan.held
+        )
         return snapshot, heads, link
 
     def provide_layer(self, x: Tensor, plan: LayerPlan, *, heads: int, caller: Any = None) -> None:
         """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
         x, filters = as_autocast(x, plan.filters._replace(wq=None))
         snapshot, heads, link = self._layer_link(x, filters, heads, caller, plan)
-        token, k, v = provider_pull(resolved(x), filters, snapshot.token, link)
-        pairs = snapshot.pairs.extended(k, v, link.path)
+        token, k, v, stand_in = provider_pull(resolved(x), filters, snapshot.token, link)
+        pairs = snapshot.pairs.extended(k, v, link.path, stand_in=stand_in)
         self._leave(snapshot.moved_on(pairs, heads, token), plan.recomputing, caller)

@@ -70,6 +70,9 @@ class LayersInGraphs(DeferredPairs):
         if self._decided is not None and any(given is not None for given in self._decided.given):
             return refusal_in_a_graph()
         dtype, pairs = layer_dtype(x), self._now.pairs
+        # Values are rounded there, and held as they are: the compiler decides what is kept for a backward.
+        if self._dtype is not None and self._held_dtype(dtype) is not None:
+            return refusal_in_a_graph()
         if not pairs.are_all(dtype) or not all_fit(filters, x, dtype):
             return refusal_in_a_graph()
         name = _kernels(current_setting(), op, x.device, dtype, len(pairs.keys) + 1)
