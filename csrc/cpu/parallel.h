@@ -13,14 +13,10 @@ namespace ela::ELA_ISA {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which of the threads of parallel_for calls: for scratch memory alone, never for what is computed.
-inline int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
+// Which of the threads of parallel_for calls: for scratch memory alone, never for what is computed. Not OpenMP's own
+// number: whoever calls a kernel may be one of a parallel region's threads, and the kernel alone in its call.
+inline thread_local int current_thread = 0;
+inline int thread_index() { return current_thread; }
 
 // Calls body(begin, end) on contiguous parts of [0, items). What an item computes never depends on the part it
 // falls into, so results do not depend on the number of threads.
@@ -33,7 +29,10 @@ inline void parallel_for(int64_t items, int threads, Body body) {
     {
       const int64_t count = omp_get_num_threads();
       const int64_t me = omp_get_thread_num();
+      const int before = current_thread;
+      current_thread = static_cast<int>(me);
       body(items * me / count, items * (me + 1) / count);
+      current_thread = before;
     }
     return;
   }
