@@ -92,20 +92,25 @@ class BaseBlocks(Blocks):
             x = block(x, history)
         return x
 
-    def expected(self) -> list[Tensor]:
+    def expected(self, attended: list[Tensor] | None = None) -> list[Tensor]:
+        """As of every form; weights and divergence of every layer are added to `attended`."""
         x, *parameters = (t.detach().double().requires_grad_() for t in self.inputs)
         count, scale = self.shape.depth, self.shape.head_dim**-0.5
         filters, norms = parameters[: 3 * count], parameters[3 * count :]
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        out = x
+        out, weights = x, None
         for t in range(count):
             (wq, wk, wv), (gamma, beta) = filters[3 * t : 3 * t + 3], norms[2 * t : 2 * t + 2]
             y, pad = out.mean((2, 3)).unsqueeze(1), wq.shape[-1] // 2
             keys.append(nn.functional.conv1d(y, wk, padding=pad).squeeze(1))
             values.append(depthwise(out, wv))
             q = nn.functional.conv1d(y, wq, padding=pad).squeeze(1)
-            o, _, _ = layer_attention_reference(q, keys, values, self.shape.heads, scale)
+            o, weights, kl = layer_attention_reference(
+                q, keys, values, self.shape.heads, scale, weights
+            )
+            if attended is not None:
+                attended += [t.detach() for t in (weights, kl) if t is not None]
             normed = nn.functional.batch_norm(o, None, None, gamma, beta, training=True)
             out = out + normed.relu()
         return [out.detach(), *torch.autograd.grad(out, [x, *parameters], self.dout.double())]
@@ -148,7 +153,7 @@ def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def _kinds(stage: Blocks) -> dict[str, list[int]]:
+def kinds_of_inputs(stage: Blocks) -> dict[str, list[int]]:
     """Which of the stage's inputs are of one kind; a single filter's gradient may be all cancellation."""
     names = ["x", *(name for name, _ in stage.layers.named_parameters(prefix="layers"))]
     names += [name for name, _ in stage.norms.named_parameters(prefix="norms")]
@@ -161,7 +166,7 @@ def _kinds(stage: Blocks) -> dict[str, list[int]]:
 
 def _check(stage: Blocks, forms: dict[str, Callable[[Tensor], Tensor]]) -> dict[str, float]:
     expected = stage.expected()
-    kinds = _kinds(stage)
+    kinds = kinds_of_inputs(stage)
     errors = {}
     for contender, forward in forms.items():
         out = forward(stage.x)

@@ -180,6 +180,28 @@ def _converted_table(converted: Results) -> list[str]:
     return lines
 
 
+def _history_dtype_tables(found: Results) -> list[str]:
+    lines = ["Blocks whose history holds values in a dtype: relative L2 distance from float64", ""]
+    names = list(next(iter(found.values()))["error"]["float32"])
+    rows = [
+        [str(parse_shape(shape)), held, *(f"{errors[name]:.1e}" for name in names)]
+        for shape, of_shape in found.items()
+        for held, errors in of_shape["error"].items()
+    ]
+    lines += [*table(["", "values", *names], rows), ""]
+    rows = []
+    for shape, of_shape in found.items():
+        for held, maps in of_shape["peak_maps"].items():
+            cells = [str(parse_shape(shape)), held, f"{maps:.1f}"]
+            for phase in ("training", "inference"):
+                cells.append(_time(of_shape[phase]["ms"][held]))
+                cells.append(f"{of_shape[phase]['over_float32'][held]['of_medians']:.2f}")
+            rows.append(cells)
+    head = ["", "values", "peak of a step, maps", "training step, ms", "over float32"]
+    what = "The same: peak memory, and times (kept malloc)"
+    return [*lines, what, "", *table([*head, "inference, ms", "over float32"], rows), ""]
+
+
 def _layers(found: Results) -> int:
     """Layers that were converted or left."""
     return int(found["converted"]) + len(found["left"])
@@ -248,6 +270,8 @@ def text_report(results: Results) -> str:
             for shape, memory in results["memory"].items()
         ]
         lines += [*table(["", *names], rows), ""]
+    if results.get("history_dtype"):
+        lines += _history_dtype_tables(results["history_dtype"])
     if results["overhead"]:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [

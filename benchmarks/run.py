@@ -38,6 +38,7 @@ FULL_ROUNDS = {
     "floor": 15,
     "layer_floor": 15,
     "divergence": 60,
+    "history_dtype": 15,
     "overhead": 400,
     "networks": 11,
     "converted": 7,
@@ -50,14 +51,15 @@ QUICK_ROUNDS = {
     "floor": 5,
     "layer_floor": 5,
     "divergence": 15,
+    "history_dtype": 5,
     "overhead": 60,
     "networks": 3,
     "converted": 3,
     "compiled": 3,
 }
-# Parts that --quick and --smoke leave out: whole networks take minutes, except small ones.
+# Parts that --quick and --smoke leave out: whole networks take minutes, except small ones, and float64 takes long.
 LEFT_OUT = {
-    "quick": ("networks", "converted", "compiled"),
+    "quick": ("history_dtype", "networks", "converted", "compiled"),
     "smoke": ("compiled",),
     "full": (),
 }
@@ -95,6 +97,7 @@ class Run:
                         "floor",
                         "layer_floor",
                         "divergence",
+                        "history_dtype",
                         *(ONCE if i == 0 else ()),
                     ]
                 parts = [part for part in parts if part in self.parts]

@@ -19,6 +19,7 @@ from benchmarks.blocks import measure_blocks
 from benchmarks.compiled import measure_compiled
 from benchmarks.converted import measure_converted
 from benchmarks.floor import measure_divergence, measure_floor
+from benchmarks.history_dtype import measure_history_dtype
 from benchmarks.layer_floor import measure_layer_floor
 from benchmarks.light import measure_light
 from benchmarks.memory import measure_memory
@@ -34,6 +35,7 @@ PARTS = (
     "floor",
     "layer_floor",
     "divergence",
+    "history_dtype",
     "memory",
     "overhead",
     "networks",
@@ -65,6 +67,7 @@ def measure(
         "floor": measure_floor,
         "layer_floor": measure_layer_floor,
         "divergence": measure_divergence,
+        "history_dtype": measure_history_dtype,
     }
     return with_rounds[part](shape, rounds[part])
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,18 @@ import ela_kernels as ek
 from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import KEPT, MALLOC_SETTINGS, process_environment
+from benchmarks.history_dtype import HeldBlocks, measure_history_dtype
 from benchmarks.layer_floor import StageOfLayers, check_layers
 from benchmarks.limits import limits
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
 from benchmarks.networks import measure_networks
 from benchmarks.probe import read_probes
-from benchmarks.report import Target
+from benchmarks.report import Target, text_report
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import least_bytes_of_ops
+from benchmarks.worker import PARTS
+from ela_kernels.backends.setting import current_setting
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = parse_shape("3x2x16x6x8")
@@ -212,3 +216,45 @@ def test_targets_look_at_the_right_side() -> None:
 def test_shapes_that_do_not_fit_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="allowed is TxBxCxHxD"):
         parse_shape(text)
+
+
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")
+def test_held_values_are_measured_and_reported() -> None:
+    found = measure_history_dtype(SHAPE, rounds=2)
+    names = ["float32", "bfloat16", "float16"]
+    for part in ("error", "peak_maps"):
+        assert list(found[part]) == names
+    exact, bfloat16, float16 = (found["error"][name]["output"] for name in names)
+    assert 0 < exact < 1e-6 < float16 < bfloat16 < 1e-2
+    # Three values in half the bytes.
+    saved = found["peak_maps"]["float32"] - found["peak_maps"]["bfloat16"]
+    assert saved == pytest.approx(1.5, abs=0.1)
+    for phase in ("training", "inference"):
+        assert found[phase]["over_float32"]["float32"]["of_medians"] == 1
+    empty = {part: {} for part in PARTS}
+    machine = {
+        "cpu": "",
+        "threads": 1,
+        "simd_level": "",
+        "torch": "",
+        "date": "",
+        "load_before": [0],
+    }
+    results = {**empty, "machine": machine, "small": True, "history_dtype": {SHAPE.name: found}}
+    table = text_report(results)
+    assert "whose history holds values in a dtype: relative L2 distance from float64" in table
+    assert f"{found['peak_maps']['bfloat16']:.1f}" in table
+
+
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")
+def test_held_values_that_are_wrong_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = HeldBlocks.run
+
+    def wrong(stage: HeldBlocks, x: torch.Tensor, dtype: torch.dtype | None) -> Any:
+        out, attended = right(stage, x, dtype)
+        is_eager = current_setting() == "eager"
+        return out * (1 if is_eager else 1.01), attended
+
+    monkeypatch.setattr(HeldBlocks, "run", wrong)
+    with pytest.raises(WrongResultError, match="values in None: output"):
+        measure_history_dtype(SHAPE, rounds=1)
