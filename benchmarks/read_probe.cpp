@@ -1,5 +1,6 @@
 // Reads every byte of some buffers, and writes every byte of others, and does nothing else with them: the least time in
-// which a kernel with the same footprint could run. Built by benchmarks/probe.py for this machine only, so -march=native is right here.
+// which a kernel with the same footprint could run. Built by benchmarks/probe.py for this machine only, so
+// -march=native is right here.
 #include <cstdint>
 
 namespace {
