@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.floor import CPP, against_probes, percent_of_probe
-from benchmarks.measure import Contender
+from benchmarks.measure import Contender, interleave
+from benchmarks.probe import transfer_probes
 from benchmarks.shapes import StageShape
 from ela_kernels.backends.types import (
     RESIDUAL,
@@ -29,6 +31,14 @@ from ela_kernels.ops.layer_attention.reference import layer_attention_reference
 TOLERANCE = 2e-5
 
 DIRECTIONS = ("forward", "backward")
+BLOCK_PHASES = ("block forward", "block backward", "block inference")
+
+
+class Transfers(NamedTuple):
+    """The maps that something must read, and those that it must write."""
+
+    read: list[Tensor]
+    written: list[Tensor]
 
 
 class StageOfLayers:
@@ -48,7 +58,8 @@ class StageOfLayers:
             )
             for _ in range(shape.depth)
         ]
-        self.written = [torch.zeros(size) for _ in range(2)]  # stand for what a layer writes
+        self.written = [torch.zeros(size) for _ in range(3)]  # stand for what a block writes
+        self.retrieved = torch.zeros(size)  # stands for what a block's layer retrieved
         self.made: list[LayerForward] = []
         for t in range(1, shape.depth + 1):
             self.made.append(self.forward(t))
@@ -104,8 +115,26 @@ class StageOfLayers:
         """
         values = [m.v for m in self.made[:t]]
         if name == "forward":
-            return [self.inputs[t - 1], *values[:-1], *self.written]
+            return [self.inputs[t - 1], *values[:-1], *self.written[:2]]
         return [*values, *self.douts[t - 1 :], self.inputs[t - 1], self.written[0]]
+
+    def transfers(self, name: str, t: int) -> Transfers:
+        """What a layer or a residual block at depth t reads and what it writes.
+
+        A layer: the maps of :meth:`footprint`. A block's inference, with a norm of given statistics, moves the same.
+        In training its forward has to know the statistics of the batch first, so it writes the retrieval, reads it
+        and x again, and writes the output; its backward reads the output's gradient and the retrieval twice, and
+        writes the gradient of the retrieval, which the layers before it will read.
+        """
+        x, values, later = self.inputs[t - 1], [m.v for m in self.made[:t]], self.douts[t:]
+        written, dout = self.written, self.douts[t - 1]
+        if name == "backward":
+            return Transfers([*values, dout, *later, x], written[:1])
+        if name == "block forward":
+            return Transfers([x, *values[:-1], self.retrieved, x], written)
+        if name == "block backward":
+            return Transfers([*values, *later, x, *(dout, self.retrieved) * 2], written[:2])
+        return Transfers([x, *values[:-1]], written[:2])
 
 
 def _present(tensor: Tensor | None) -> Tensor:
@@ -144,13 +173,27 @@ def check_layers(stage: StageOfLayers) -> float:
     return worst
 
 
+def transfer_ms(stage: StageOfLayers, rounds: int) -> dict[str, float]:
+    """Milliseconds of the faster transfer probe, summed over the depths of a stage; nothing without a compiler."""
+    probes = transfer_probes()
+    sums = dict.fromkeys((*DIRECTIONS, *BLOCK_PHASES) if probes else (), 0.0)
+    for name in sums:
+        for t in range(1, stage.shape.depth + 1):
+            moved = stage.transfers(name, t)
+            seconds = interleave({p: partial(run, *moved) for p, run in probes.items()}, rounds, 1)
+            sums[name] += 1e3 * min(statistics.median(times) for times in seconds.values())
+    return sums
+
+
 def measure_layer_floor(shape: StageShape, rounds: int) -> dict[str, Any]:
-    """Times of a layer's two directions and of the read probes, as :func:`benchmarks.floor.against_probes`."""
+    """Times of a layer's two directions and of the read probes, as :func:`benchmarks.floor.against_probes`,
+    and those of the transfer probes."""
     stage = StageOfLayers(shape)
     error = check_layers(stage)
     phases = against_probes(stage, DIRECTIONS, rounds)
     return {
         "largest_error": error,
         "phases": phases,
+        "transfer_ms": transfer_ms(stage, rounds),
         "percent_of_probe": percent_of_probe(phases, DIRECTIONS),
     }

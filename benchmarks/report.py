@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.blocks import OURS
 from benchmarks.converted import CONVERTED, FAMILIES, ORIGINAL
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
@@ -76,6 +77,12 @@ def _targets(results: Results) -> Iterator[Target]:
         if parse_shape(shape).depth >= 6:
             value = floor["percent_of_probe"]
             yield Target("whole layer, % of read probe", shape, value, 75.0, True)
+        probe = floor.get("transfer_ms")
+        if probe:
+            taken = sum(phase["op"]["median"] for phase in floor["phases"].values())
+            value = 100 * (probe["forward"] + probe["backward"]) / taken
+            bound = 75.0 if parse_shape(shape).depth >= 6 else 65.0
+            yield Target("whole layer, % of transfer probe", shape, value, bound, True)
     for shape, memory in results["memory"].items():
         limit = 2.0 * parse_shape(shape).depth + 4
         yield Target("peak memory, maps", shape, memory["layer"]["maps"], limit, False)
@@ -262,6 +269,7 @@ def text_report(results: Results) -> str:
             for shape, floor in results["layer_floor"].items()
         ]
         lines += [*table(["", "forward", "backward", "both"], rows), ""]
+        lines += _transfer_table(results)
     if results["memory"]:
         lines += ["Peak memory of a stage in maps: tensors (resident)", ""]
         names = list(next(iter(results["memory"].values())))
@@ -321,6 +329,34 @@ def _against_probe(shape: str, floor: dict[str, Any]) -> list[str]:
         for p in floor["phases"].values()
     ]
     return [str(parse_shape(shape)), *cells]
+
+
+def _transfer_table(results: dict[str, Any]) -> list[str]:
+    """Layers and blocks of a stage against the probe that really writes what they write."""
+    rows = []
+    for shape, floor in results["layer_floor"].items():
+        probe = floor.get("transfer_ms")
+        if not probe:  # an older run, or no compiler
+            continue
+        layer = {name: phase["op"]["median"] for name, phase in floor["phases"].items()}
+        both = probe["forward"] + probe["backward"]
+        cells = [_percent(probe[name], layer[name]) for name in ("forward", "backward")]
+        cells.append(_percent(both, sum(layer.values())))
+        blocks = results["blocks"].get(shape)
+        if blocks is not None:
+            training = probe["block forward"] + probe["block backward"]
+            least = {"training": training, "inference": probe["block inference"]}
+            cells += [_percent(ms, blocks[p]["ms"][OURS]["median"]) for p, ms in least.items()]
+        rows.append([str(parse_shape(shape)), *cells, *["-"] * (5 - len(cells))])
+    if not rows:
+        return []
+    head = ["", "layer forward", "layer backward", "both", "block training", "block inference"]
+    title = "Layers and blocks against the transfer probe (ms of the probe of ms taken, a stage)"
+    return [title, "", *table(head, rows), ""]
+
+
+def _percent(probe_ms: float, ms: float) -> str:
+    return f"{100 * probe_ms / ms:.0f} % ({probe_ms:.1f} of {ms:.1f})"
 
 
 def _maps(memory: dict[str, Any]) -> str:

@@ -18,12 +18,12 @@ from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import KEPT, MALLOC_SETTINGS, process_environment
 from benchmarks.history_dtype import HeldBlocks, measure_history_dtype
-from benchmarks.layer_floor import StageOfLayers, check_layers
+from benchmarks.layer_floor import BLOCK_PHASES, StageOfLayers, check_layers
 from benchmarks.limits import limits
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
 from benchmarks.networks import measure_networks
-from benchmarks.probe import read_probes
+from benchmarks.probe import read_probes, transfer_probes
 from benchmarks.report import Target, text_report
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import least_bytes_of_ops
@@ -74,6 +74,7 @@ def test_a_quick_run_measures_everything_but_the_compiled_form(tmp_path: Path) -
     table = (tmp_path / "tables.md").read_text()
     assert "peak memory, maps" in table
     assert "Whole layer against the read probe" in table
+    assert "Layers and blocks against the transfer probe" in table
     assert "Times faster than a baseline, and the most that any layer could be" in table
     assert table == done.stdout.removesuffix("\n")
 
@@ -176,6 +177,33 @@ def test_read_probes_read_without_a_change() -> None:
     for run in probes.values():
         run(maps)
     assert all(torch.equal(m, c) for m, c in zip(maps, copies, strict=True))
+
+
+def test_transfer_probes_write_what_is_written_and_nothing_else() -> None:
+    for run in transfer_probes().values():
+        for writes in (1, 2, 3):
+            read = [torch.randint(0, 1000, (33, 32)) for _ in range(2)]
+            copies = [r.clone() for r in read]
+            written = [torch.full_like(read[0], -1) for _ in range(writes)]
+            assert run(read, written) == sum(int(r.sum()) for r in read)
+            assert all(torch.equal(r, c) for r, c in zip(read, copies, strict=True))
+            assert all(int((w == -1).sum()) == 0 for w in written)
+
+
+def test_transfers_move_what_layers_and_blocks_must() -> None:
+    stage = StageOfLayers(SHAPE)
+    depth = SHAPE.depth
+    for t in range(1, depth + 1):
+        for name in ("forward", "backward"):
+            read, written = stage.transfers(name, t)
+            assert len(read) + len(written) == len(stage.footprint(name, t))
+        moved = {n: stage.transfers(n, t) for n in BLOCK_PHASES}
+        counts = {n: (len(m.read), len(m.written)) for n, m in moved.items()}
+        assert counts == {
+            "block forward": (t + 2, 3),
+            "block backward": (depth + 5, 2),
+            "block inference": (t, 2),
+        }
 
 
 def test_peak_memory_is_the_most_held_at_once() -> None:

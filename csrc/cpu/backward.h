@@ -45,25 +45,27 @@ inline Partials plan_partials(const Shape& s, int64_t depth) {
 template <class T, int J, class V>
 inline void dot_sources(const Acc<T>* x, const V* const* v, const Acc<T>* factor, T* const* dv, int64_t count,
                         Acc<T>* sums) {
-  constexpr int kUnroll = 2;  // independent sums to hide the latency of the multiply-add
-  Vec<T> sum[J][kUnroll] = {};
-  constexpr int64_t kStep = kUnroll * kLanes<T>;
-  int64_t i = 0;
-  for (; i + kStep <= count; i += kStep) {
-    for (int u = 0; u < kUnroll; ++u) {
-      const Vec<T> d = Memory<Acc<T>>::load(x + i + u * kLanes<T>);
-      for (int j = 0; j < J; ++j) sum[j][u] += d * Memory<V>::load(v[j] + i + u * kLanes<T>);
-    }
-  }
-  for_vectors<T>(count - i, [&](int64_t k, int n) {
-    for (int j = 0; j < J; ++j) sum[j][0] += load_n(x + i + k, n) * load_n(v[j] + i + k, n);
+  Vec<T> sum[J][2] = {};  // two to a source hide the latency of the multiply-add
+  for_any_order<T>(count, [&](auto at) {
+    const Vec<T> d = at.load(x);
+    for (int j = 0; j < J; ++j) sum[j][at.half] += d * at.load(v[j]);
   });
   for (int j = 0; j < J; ++j) {
     sums[j] += sum_lanes<T>(sum[j][0] + sum[j][1]);
     if (dv[j] == nullptr) continue;
     const Acc<T> by = normal_factor(factor[j]);
-    for_vectors<T>(count, [&](int64_t k, int n) { store_n(dv[j] + k, by * load_n(x + k, n), n); });
+    map_any_order<T>(count, dv[j], [=](auto at) { return by * at.load(x); });
   }
+}
+
+// A chunk of dout in the accumulation type: itself, or widened once for all depths, in the order that dot_sources
+// reads.
+inline const float* widened(const float* x, float*, int64_t) { return x; }
+inline const double* widened(const double* x, double*, int64_t) { return x; }
+template <class T>
+inline const float* widened(const T* x, float* buffer, int64_t count) {
+  for_any_order<T>(count, [=](auto at) { at.store(buffer, at.load(x)); });
+  return buffer;
 }
 
 template <class T, class V = T>

@@ -12,21 +12,65 @@
 
 namespace ela::ELA_ISA {
 
+template <class T>
+inline const float* widened_in_order(const T* x, float* buffer, int64_t count) {
+  for_vectors<T>(count, [&](int64_t i, auto n) { store_n(buffer + i, load_n(x + i, n), n); });
+  return buffer;
+}
+inline const float* widened_in_order(const float* x, float*, int64_t) { return x; }
+inline const double* widened_in_order(const double* x, double*, int64_t) { return x; }
+
+template <class T>
+inline void load_taps(const void* taps, int64_t c, Vec<T>* to) {
+  for (int i = 0; i < kTaps; ++i) to[i] = broadcast<T>(load_one<T>(taps, c * kTaps + i));
+}
+
 template <class T, class V>
 void depthwise_planar(const DepthwiseParams& p, int threads) {
   using A = Acc<T>;
   const ImageShape& s = p.shape;
   for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A buffer[kIsWide<T> ? 1 : kWidenedPlane];
-    for (int64_t item = begin; item < end; ++item) {
+    for (PlaneIndex at(begin, end, s.channels); at.is_there(); at.step()) {
       Vec<T> tap[kTaps];
-      for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, item % s.channels * kTaps + i));
-      const Plane<const T> x = plane_at<T>(p.x, s.channels, item, end);
-      const Plane<V> v = written_plane_at<V>(p.v, s.channels, item, end);
-      const A sum = s.positions() > kWidenedPlane
-                        ? convolve_plane<T>(x.data, x, tap, v, s.height, s.width)
-                        : convolve_plane<T>(widened(x.data, buffer, s.positions()), x, tap, v, s.height, s.width);
-      store_one<T>(p.mean, item, sum / static_cast<A>(s.positions()));
+      load_taps<T>(p.taps, at.c, tap);
+      const Plane<const T> x = at.of<T>(p.x);
+      const Plane<V> v = at.written_of<V>(p.v);
+      const A sum =
+          s.positions() > kWidenedPlane
+              ? convolve_plane<T, false>(x.data, x, tap, v, s.height, s.width)
+              : convolve_plane<T, false>(widened_in_order(x.data, buffer, s.positions()), x, tap, v, s.height, s.width);
+      store_one<T>(p.mean, at.item, sum / static_cast<A>(s.positions()));
+    }
+  });
+}
+
+// Small planes, with zeros between their rows. The plane after the present one is padded before this one is convolved:
+// what was stored a moment ago is read slowly.
+template <class T, class V>
+void depthwise_padded(const DepthwiseParams& p, int threads) {
+  using A = Acc<T>;
+  const ImageShape& s = p.shape;
+  const int64_t size = padded_size<T>(s.height, s.width);
+  for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+    alignas(ELA_VECTOR_BYTES) A buffers[2 * kPaddedPlane];
+    for (int64_t i = 0; i < 2 * size; ++i) buffers[i] = 0;
+    A *now = buffers + kLanes<T>, *later = now + size;
+    const auto pad = [&](const PlaneIndex& at, A* to) {
+      const Plane<const T> x = at.of<T>(p.x);
+      pad_plane<T>(x.data, x.next, to, s.height, s.width);
+    };
+    PlaneIndex at(begin, end, s.channels), ahead = at;
+    for (; ahead.is_there() && ahead.item == begin; ahead.step()) pad(ahead, now);
+    for (; at.is_there(); at.step()) {
+      if (ahead.is_there()) pad(ahead, later);
+      ahead.step();
+      Vec<T> tap[kTaps];
+      load_taps<T>(p.taps, at.c, tap);
+      const A sum = convolve_plane<T, true>(now, at.of<T>(p.x), tap, at.written_of<V>(p.v), s.height, s.width);
+      store_one<T>(p.mean, at.item, sum / static_cast<A>(s.positions()));
+      A* const used = now;
+      now = later, later = used;
     }
   });
 }
@@ -125,7 +169,8 @@ void depthwise_interleaved(const DepthwiseParams& p, int threads) {
 // From x of type T to v of type V.
 template <class T, class V = T>
 void depthwise_kernel(const DepthwiseParams& p, int threads) {
-  p.shape.interleaved ? depthwise_interleaved<T, V>(p, threads) : depthwise_planar<T, V>(p, threads);
+  if (p.shape.interleaved) return depthwise_interleaved<T, V>(p, threads);
+  is_padded<T>(p.shape.height, p.shape.width) ? depthwise_padded<T, V>(p, threads) : depthwise_planar<T, V>(p, threads);
 }
 
 // Accumulation elements.

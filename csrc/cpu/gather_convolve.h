@@ -23,7 +23,9 @@ inline void gather_planes(const GatherConvolveParams& p, int64_t b, int64_t c, i
         source[i] = planar_at<T>(p.maps[j + i], b, c, offset);
         factor[i] = factor_at<A>(p.columns[j + i], head);
       }
-      add_some<T>(some, planes + offset, source, factor, count, j == 0, nullptr, nullptr);
+      A* const to = planes + offset;
+      const T* const no_residual = nullptr;
+      add_some<T>(some, to, source, factor, count, j == 0, j + some == p.sources ? to : nullptr, no_residual);
     }
   }
 }
@@ -43,26 +45,25 @@ void gather_convolve_planar(const GatherConvolveParams& p, int threads) {
   for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
     A* planes = buffers + thread_index() * planes_at_once(s) * s.positions();
     int64_t gathered = begin, first = begin;  // the planes [first, gathered) are in `planes`
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / s.channels, c = item % s.channels;
+    int64_t left_of_head = head_dim - begin % head_dim;
+    for (PlaneIndex at(begin, end, s.channels); at.is_there(); at.step()) {
+      const int64_t item = at.item, b = at.b, c = at.c;
+      if (left_of_head == 0) left_of_head = head_dim;
       if (item == gathered) {
-        const int64_t of_head = head_dim - c % head_dim;
-        int64_t count = of_head < at_once ? of_head : at_once;
+        int64_t count = left_of_head < at_once ? left_of_head : at_once;
         if (count > end - item) count = end - item;
         gather_planes<T>(p, b, c, count * s.positions(), planes);
         first = item, gathered = item + count;
       }
+      --left_of_head;
       const A* plane = planes + (item - first) * s.positions();
-      if (kWantsTaps) {
-        correlate_plane<T>(plane, plane_at<T>(p.x, s.channels, item, end), partials + item * kTaps, s.height, s.width);
-      }
+      if (kWantsTaps) correlate_plane<T>(plane, at.of<T>(p.x), partials + item * kTaps, s.height, s.width);
       if (p.dx.data == nullptr) continue;
       Vec<T> tap[kTaps];
-      for (int i = 0; i < kTaps; ++i) tap[i] = broadcast<T>(load_one<T>(p.taps, c * kTaps + i));
+      load_taps<T>(p.taps, c, tap);
       const A offset = p.dmean == nullptr ? 0 : static_cast<const A*>(p.dmean)[item] / static_cast<A>(s.positions());
       const T* residual = p.residual.data == nullptr ? nullptr : planar_at<T>(p.residual, b, c, 0);
-      convolve_plane_turned<T>(plane, tap, offset, residual, written_plane_at<T>(p.dx, s.channels, item, end), s.height,
-                               s.width);
+      convolve_plane_turned<T>(plane, tap, offset, residual, at.written_of<T>(p.dx), s.height, s.width);
     }
   });
 }

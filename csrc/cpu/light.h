@@ -67,9 +67,8 @@ void light_activated_kernel(const LightParams& p, Act, int threads) {
         const T *v = planar_at<T>(p.v, b, c, 0), *prev = planar_at<T>(p.prev, b, c, 0);
         T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
         const A gate = light_factors<T>(p, 0)[b * channels + c], decay = light_factors<T>(p, 1)[b * channels + c];
-        for_vectors<T>(p.shape.positions(), [=](int64_t i, int n) {
-          store_n(out + i, gate * Act::of(load_n(v + i, n)).value + decay * load_n(prev + i, n), n);
-        });
+        map_any_order<T>(p.shape.positions(), out,
+                         [=](auto at) { return gate * Act::of(at.load(v)).value + decay * at.load(prev); });
       },
       [&](int64_t b, int64_t, int64_t first, int64_t last) {
         const A *gate = light_factors<T>(p, 0) + b * channels, *decay = light_factors<T>(p, 1) + b * channels;

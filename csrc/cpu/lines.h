@@ -69,10 +69,8 @@ inline Vec<T> broadcast(Acc<T> x) {
 
 inline float load_one(const float* p) { return *p; }
 inline double load_one(const double* p) { return *p; }
-template <class T>
-inline float load_one(const T* p) {
-  return load_n(p, 1)[0];
-}
+inline float load_one(const bfloat16* p) { return bits_of<float>(static_cast<uint32_t>(p->bits) << 16); }
+inline float load_one(const float16* p) { return load_n(p, 1)[0]; }
 template <class T>
 inline Acc<T> load_one(const void* p, int64_t i) {
   return load_one(static_cast<const T*>(p) + i);

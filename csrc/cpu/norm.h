@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "cpu/any_order.h"
 #include "cpu/depthwise.h"
 
 namespace ela::ELA_ISA {
@@ -27,14 +28,14 @@ template <class Planar, class Interleaved>
 inline void for_stat_blocks(const ImageShape& s, int threads, Planar planar, Interleaved interleaved) {
   const int64_t blocks = stat_blocks(s);
   for_part(s, s.interleaved ? blocks : s.channels, threads, [&](int64_t begin, int64_t end) {
+    if (!s.interleaved) {
+      for (PlaneIndex at(begin, end, s.channels); at.is_there(); at.step()) planar(at.b, at.c);
+      return;
+    }
     for (int64_t item = begin; item < end; ++item) {
-      if (s.interleaved) {
-        const int64_t block = item % blocks;
-        const int64_t first = block * kRowsAtOnce * s.width;
-        interleaved(item / blocks, block, first, first + stat_count(s, block));
-      } else {
-        planar(item / s.channels, item % s.channels);
-      }
+      const int64_t block = item % blocks;
+      const int64_t first = block * kRowsAtOnce * s.width;
+      interleaved(item / blocks, block, first, first + stat_count(s, block));
     }
   });
 }
@@ -71,9 +72,8 @@ void statistics_kernel(const StatisticsParams& p, int threads) {
         for (int64_t first = 0, last; first < s.positions(); first = last) {
           last = stat_chunk(first, s.positions(), first == 0);
           Vec<T> sum{}, square{};
-          for_vectors<T>(last - first, [&](int64_t i, int n) {
-            Vec<T> d = load_n(o + first + i, n) - mean;
-            if (n < kLanes<T>) d = clear_after<T>(d, n);
+          for_any_order<T>(last - first, [&](auto at) {
+            const Vec<T> d = at.clear(at.load(o + first) - mean);
             sum += d;
             square += d * d;
           });
@@ -171,9 +171,14 @@ inline void end_plane(const NormParams& p, int64_t b, int64_t c, int64_t offset,
   const A* factors = static_cast<const A*>(p.factors);
   const A scale = factors[c], shift = factors[p.shape.channels + c], mask = mask_of<T>(p, b);
   const bool has_relu = p.relu;
-  for_vectors<T>(count, [=](int64_t i, int n) {
-    store_n(out + i, end_of<T>(load_n(o + i, n), load_n(x + i, n), scale, shift, mask, has_relu), n);
-  });
+  if constexpr (sizeof(S) == sizeof(T)) {
+    map_any_order<T>(count, out,
+                     [=](auto at) { return end_of<T>(at.load(o), at.load(x), scale, shift, mask, has_relu); });
+  } else {
+    for_vectors<T>(count, [=](int64_t i, auto n) {
+      store_n(out + i, end_of<T>(load_n(o + i, n), load_n(x + i, n), scale, shift, mask, has_relu), n);
+    });
+  }
 }
 
 // The same of `count` channels of a position, from channel `c` on.
@@ -228,10 +233,10 @@ void norm_sums_kernel(const NormParams& p, int threads) {
         const T *o = planar_at<T>(p.o, b, c, 0), *dout = planar_at<T>(p.x, b, c, 0);
         const A by = scale[c], beyond = shift[c], center = mean[c], mask = mask_of<T>(p, b);
         Vec<T> sum{}, product{};
-        for_vectors<T>(s.positions(), [&](int64_t i, int n) {
-          const Vec<T> value = load_n(o + i, n);
+        for_any_order<T>(s.positions(), [&](auto at) {
+          const Vec<T> value = at.load(o);
           // Lanes beyond the end have a zero dout, and so a zero gradient.
-          const Vec<T> g = norm_gradient<T>(has_relu, value, load_n(dout + i, n), by, beyond, mask);
+          const Vec<T> g = norm_gradient<T>(has_relu, value, at.load(dout), by, beyond, mask);
           sum += g;
           product += g * (value - center);
         });
@@ -300,12 +305,11 @@ void norm_backward_kernel(const NormParams& p, int threads) {
         const T* more = also ? planar_at<T>(p.also, b, c, 0) : nullptr;
         T* out = const_cast<T*>(planar_at<T>(p.out, b, c, 0));
         const A by = scale[c], beyond = shift[c], by_value = slope[c], less = offset[c], mask = mask_of<T>(p, b);
-        for_vectors<T>(s.positions(), [=](int64_t i, int n) {
-          const Vec<T> value = load_n(o + i, n);
-          const Vec<T> g = norm_gradient<T>(has_relu, value, load_n(dout + i, n), by, beyond, mask);
-          Vec<T> d = by * g - by_value * value - less;
-          if (more != nullptr) d += load_n(more + i, n);
-          store_n(out + i, d, n);
+        map_any_order<T>(s.positions(), out, [=](auto at) {
+          const Vec<T> value = at.load(o);
+          const Vec<T> g = norm_gradient<T>(has_relu, value, at.load(dout), by, beyond, mask);
+          const Vec<T> d = by * g - by_value * value - less;
+          return more == nullptr ? d : d + at.load(more);
         });
       },
       [&](int64_t b, int64_t, int64_t first, int64_t last) {

@@ -56,10 +56,12 @@ inline To bits_of(const From& x) {
   return y;
 }
 
-// In twice the bits. GCC takes a plain conversion to the widest vectors apart.
+// In twice the bits. GCC takes a plain conversion to vectors of more than 16 bytes apart.
 inline vuint32 doubled(vuint16 h) {
 #if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
   return bits_of<vuint32>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_of<__m256i>(h)));
+#elif defined(__AVX2__) && ELA_VECTOR_BYTES == 32
+  return bits_of<vuint32>(_mm256_cvtepu16_epi32(bits_of<__m128i>(h)));
 #else
   return __builtin_convertvector(h, vuint32);
 #endif
@@ -76,18 +78,18 @@ inline vuint16 halved(vuint32 x) {
 #endif
 }
 
+// Rounded to bfloat16, to nearest, ties to even, in the upper half of each lane; the lower is left over. A NaN, which
+// rounding could carry over into a zero, becomes one of all bits.
+inline vuint32 rounded_to_bfloat16(vfloat x) {
+  const vuint32 u = bits_of<vuint32>(x);
+  return ((u + 0x7fffu) + ((u >> 16) & 1u)) | bits_of<vuint32>(x != x);
+}
+
 #if defined(__AVX512BF16__) && ELA_VECTOR_BYTES == 64
 // What is subnormal becomes zero. Rounding it as below where a vector has any, in a branch, cost a fifth of a forward.
 inline vuint16 narrow(vfloat x, bfloat16) { return bits_of<vuint16>(_mm512_cvtneps_pbh(bits_of<__m512>(x))); }
 #else
-inline vuint16 narrow(vfloat x, bfloat16) {
-  const vuint32 u = bits_of<vuint32>(x);
-  // Round to nearest, ties to even; a NaN must stay one, so it is made quiet instead of rounded.
-  const vuint32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const vuint32 quiet = (u >> 16) | 0x40u;
-  const vint32 is_nan = x != x;
-  return halved(is_nan ? quiet : rounded);
-}
+inline vuint16 narrow(vfloat x, bfloat16) { return halved(rounded_to_bfloat16(x) >> 16); }
 #endif
 
 #if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
@@ -130,6 +132,35 @@ inline vuint16 narrow(vfloat x, float16) {
 }
 #endif
 
+// Up to four elements of two bytes, from and to memory that holds no more.
+inline uint64_t load_some(const void* from, int n) {
+  const char* p = static_cast<const char*>(from);
+  uint64_t x = 0;
+  if (n >= 4) {
+    __builtin_memcpy(&x, p, 8);
+    return x;
+  }
+  if (n & 2) __builtin_memcpy(&x, p, 4);
+  if (n & 1) {
+    uint16_t last;
+    __builtin_memcpy(&last, p + (n & 2) * 2, 2);
+    x |= static_cast<uint64_t>(last) << (n & 2) * 16;
+  }
+  return x;
+}
+inline void store_some(void* to, uint64_t x, int n) {
+  char* p = static_cast<char*>(to);
+  if (n >= 4) {
+    __builtin_memcpy(p, &x, 8);
+    return;
+  }
+  if (n & 2) __builtin_memcpy(p, &x, 4);
+  if (n & 1) {
+    const auto last = static_cast<uint16_t>(x >> (n & 2) * 16);
+    __builtin_memcpy(p + (n & 2) * 2, &last, 2);
+  }
+}
+
 template <class T>
 struct Memory {  // two-byte types
   static vfloat load(const T* p) {
@@ -146,9 +177,16 @@ struct Memory {  // two-byte types
     const auto mask = static_cast<__mmask16>((1u << end) - (1u << begin));
     return widen(bits_of<vuint16>(_mm256_maskz_loadu_epi16(mask, p)), T{});
 #else
-    uint16_t lanes[kLanes<T>] = {};
-    if (begin < end) __builtin_memcpy(lanes + begin, p + begin, (end - begin) * sizeof(T));
-    return widen(bits_of<vuint16>(lanes), T{});
+    if (begin > 0) {
+      uint16_t lanes[kLanes<T>] = {};
+      for (int i = begin; i < end && i < kLanes<T>; ++i) lanes[i] = p[i].bits;
+      return widen(bits_of<vuint16>(lanes), T{});
+    }
+    vfour four{};  // a copy of a run-time length is a call
+    for (int k = 0; k < kFours; ++k) {
+      if (4 * k < end) four[k] = load_some(p + 4 * k, end - 4 * k);
+    }
+    return widen(bits_of<vuint16>(four), T{});
 #endif
   }
   static void store_part(T* p, vfloat x, int n) {
@@ -156,9 +194,14 @@ struct Memory {  // two-byte types
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && ELA_VECTOR_BYTES == 64
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits_of<__m256i>(h));
 #else
-    __builtin_memcpy(p, &h, n * sizeof(T));
+    const vfour four = bits_of<vfour>(h);
+    for (int k = 0; k < kFours; ++k) {
+      if (4 * k < n) store_some(p + 4 * k, four[k], n - 4 * k);
+    }
 #endif
   }
+  static constexpr int kFours = kLanes<T> / 4;
+  using vfour = uint64_t __attribute__((vector_size(ELA_VECTOR_BYTES / 2)));
 };
 
 template <class T>
@@ -259,16 +302,6 @@ inline Acc<T> sum_lanes(Vec<T> v) {
   return Lanes<Acc<T>, ELA_VECTOR_BYTES>::sum(v);
 }
 
-// `x` with zeros in lanes n and after.
-template <class T>
-inline Vec<T> clear_after(Vec<T> x, int n) {
-  Acc<T> lanes[kLanes<T>];
-  __builtin_memcpy(lanes, &x, sizeof(x));
-  for (int i = n; i < kLanes<T>; ++i) lanes[i] = 0;
-  __builtin_memcpy(&x, lanes, sizeof(x));
-  return x;
-}
-
 // A number that is known when a body is compiled which takes it as `auto`.
 template <int kN>
 struct Count {
@@ -298,15 +331,6 @@ inline Vec<T> load_n(const T* p, int n) {
 template <class T>
 inline void store_n(T* p, Vec<T> x, int n) {
   n == kLanes<T> ? Memory<T>::store(p, x) : Memory<T>::store_part(p, x, n);
-}
-
-// Elements in the accumulation type: themselves, or widened into the buffer.
-inline const float* widened(const float* x, float*, int64_t) { return x; }
-inline const double* widened(const double* x, double*, int64_t) { return x; }
-template <class T>
-inline const float* widened(const T* x, float* buffer, int64_t count) {
-  for_vectors<T>(count, [&](int64_t i, int n) { store_n(buffer + i, load_n(x + i, n), n); });
-  return buffer;
 }
 
 // All bits of lanes [begin, end), none of the others.
