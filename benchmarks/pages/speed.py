@@ -113,6 +113,29 @@ def converted(results: Results) -> Iterator[str]:
     yield from table([*head, "peak memory of a step"], rows)
 
 
+def history_dtype(results: Results) -> Iterator[str]:
+    """What a history in half precision costs in error, and saves in memory and time."""
+    yield _machine(results)
+    yield ""
+    rows = []
+    for shape, found in results["history_dtype"].items():
+        for i, (name, errors) in enumerate(found["error"].items()):
+            gradients = (error for kind, error in errors.items() if kind.startswith("gradient"))
+            rows.append(
+                [
+                    _stage(shape) if i == 0 else "",
+                    name,
+                    *(f"{errors[kind]:.1e}" for kind in ("output", "weights", "divergence")),
+                    f"{max(gradients):.1e}",
+                    f"{found['peak_maps'][name]:.1f}",
+                    *(_ms(found[phase]["ms"][name]) for phase in ("training", "inference")),
+                ]
+            )
+    head = ["layers, maps, head_dim", "values in", "output", "weights", "divergence"]
+    head += ["gradients", "peak memory, maps", "a step, ms", "inference, ms"]
+    yield from table(head, rows)
+
+
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "stages": stages,
     "blocks": _blocks("blocks"),
@@ -120,6 +143,7 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "networks": networks,
     "compiled": compiled,
     "converted": converted,
+    "history_dtype": history_dtype,
 }
 
 
