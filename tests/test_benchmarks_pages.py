@@ -84,3 +84,9 @@ def test_a_page_with_other_numbers_is_found_and_written(
     page.write_text(mark("speed", "a.json"))
     assert command.main([str(page)]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_every_folder_of_results_is_named_by_a_page() -> None:
+    pages = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").rglob("*.md")]
+    text = "".join(page.read_text() for page in pages)
+    assert [path.name for path in RESULTS.iterdir() if path.name not in text] == []
