@@ -98,6 +98,8 @@ class Plan:
         return torch.empty_like(x) if self.keeps_strides else empty_map(x, False, self.interleaved)
 
     def new_value(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype is x.dtype:  # without the keyword, which takes as long again
+            return self.new_map(x)
         if self.keeps_strides:
             return torch.empty_like(x, dtype=dtype)
         return empty_map(x, False, self.interleaved, dtype)
