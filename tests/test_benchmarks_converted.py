@@ -146,7 +146,7 @@ def test_sizes_of_a_run(tmp_path) -> None:
     assert set(smoke.rounds.values()) == {2}
     assert "converted" in ONCE
     assert "converted" in smoke.parts
-    assert "networks" not in smoke.parts
+    assert "compiled" not in smoke.parts
     assert not {"networks", "converted"} & set(quick.parts)
     assert (quick.small, full.small) == (False, False)
     assert full.parts == list(PARTS)

@@ -87,8 +87,8 @@ inline void add_some(int j, Acc<T>* sum, const V* const* v, const Acc<T>* factor
 }
 
 // The end of a block for `count` elements of a head's planes, one after the other from channel `c` on.
-template <class T, class S>
-inline void end_planes(const NormParams& norm, int64_t b, int64_t c, int64_t offset, int64_t count, const S* o) {
+template <class T>
+inline void end_planes(const NormParams& norm, int64_t b, int64_t c, int64_t offset, int64_t count, const T* o) {
   const int64_t positions = norm.shape.positions();
   c += offset / positions, offset %= positions;
   while (count > 0) {
@@ -109,13 +109,15 @@ void aggregate_planar(const AggregateParams& p, int threads) {
   const int64_t per_head = plan.rows * plan.chunks;
   for_part(s, s.heads * per_head, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sum[kChunk];
+    // A sum that is not stored is rounded all the same: whether it is stored changes no number.
+    alignas(ELA_VECTOR_BYTES) T ended[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t head = item / per_head;
       const int64_t b = head / s.heads;
       const int64_t c = head % s.heads * s.head_dim() + item % per_head / plan.chunks;
       const int64_t offset = item % plan.chunks * kChunk;
       const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
-      T* out = is_stored ? const_cast<T*>(planar_at<T>(p.out, b, c, offset)) : nullptr;
+      T* out = is_stored ? const_cast<T*>(planar_at<T>(p.out, b, c, offset)) : ended;
       const T* residual = has_residual ? planar_at<T>(p.residual, b, c, offset) : nullptr;
       for (int64_t j = 0; j < p.sources; j += kStreams) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
@@ -125,14 +127,9 @@ void aggregate_planar(const AggregateParams& p, int threads) {
           v[i] = planar_at<V>(p.maps[j + i], b, c, offset);
           factor[i] = factor_at<A>(p.columns[j + i], head);
         }
-        if (j + some < p.sources || is_stored) {
-          add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
-        } else {
-          add_some<T>(some, sum, v, factor, count, j == 0, sum, residual);  // in order, for what reads it next
-        }
+        add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
       }
-      if (p.norm == nullptr) continue;
-      is_stored ? end_planes<T>(*p.norm, b, c, offset, count, out) : end_planes<T>(*p.norm, b, c, offset, count, sum);
+      if (p.norm != nullptr) end_planes<T>(*p.norm, b, c, offset, count, out);
     }
   });
 }
@@ -167,6 +164,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   const int64_t blocks = ceil_div(s.positions, rows);
   for_part(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kChunk];
+    alignas(ELA_VECTOR_BYTES) T ended[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (blocks * strips);
       const int64_t first_row = item / strips % blocks * rows;
@@ -176,7 +174,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
       for (int64_t j = 0; j < p.sources; j += kStreams) {
         const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
         const A* weights = expanded + (b * p.sources + j) * s.channels + c;
-        const bool last = j + some == p.sources, stores = last && p.out.data != nullptr;
+        const bool last = j + some == p.sources, is_stored = p.out.data != nullptr;
         const auto run = [&](const MapView& map, auto type) {
           using M = decltype(type);
           return Run<const M>{interleaved_at<M>(map, b, first_row, c), map.inner};
@@ -186,7 +184,7 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
         by_streams(some, [&](auto streams) {
           for (int64_t row = 0; row < last_row - first_row; ++row) {
             A* sum = sums + row * strip;
-            T* out = stores ? const_cast<T*>(run(p.out, T{}).at(row)) : nullptr;
+            T* out = is_stored ? const_cast<T*>(run(p.out, T{}).at(row)) : ended + row * strip;
             const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual, T{}).at(row);
             for_vectors<T>(count, [&](int64_t i, auto n) {
               Vec<T> x = load_n(weights + i, n) * load_n(v[0].at(row) + i, n);
@@ -194,17 +192,14 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
                 x += load_n(weights + k * s.channels + i, n) * load_n(v[k].at(row) + i, n);
               }
               if (j != 0) x += load_n(sum + i, n);
-              if (stores) {
+              if (last) {
                 if (residual != nullptr) x += load_n(residual + i, n);
                 store_n(out + i, x, n);
               } else {
                 store_n(sum + i, x, n);
               }
             });
-            if (!last || p.norm == nullptr) continue;
-            const int64_t position = first_row + row;
-            stores ? end_position<T>(*p.norm, b, position, c, count, out)
-                   : end_position<T>(*p.norm, b, position, c, count, sum);
+            if (last && p.norm != nullptr) end_position<T>(*p.norm, b, first_row + row, c, count, out);
           }
         });
       }

@@ -162,28 +162,22 @@ inline Vec<T> end_of(Vec<T> o, Vec<T> x, Factor scale, Factor shift, Acc<T> mask
   return x + mask * (has_relu ? relu<T>(z) : z);
 }
 
-// The end of a block, of `count` elements of a plane from `offset` on. `o` is of the map's type or accumulated.
-template <class T, class S>
-inline void end_plane(const NormParams& p, int64_t b, int64_t c, int64_t offset, int64_t count, const S* o) {
+// The end of a block, of `count` elements of a plane from `offset` on.
+template <class T>
+inline void end_plane(const NormParams& p, int64_t b, int64_t c, int64_t offset, int64_t count, const T* o) {
   using A = Acc<T>;
   const T* x = planar_at<T>(p.x, b, c, offset);
   T* out = const_cast<T*>(planar_at<T>(p.out, b, c, offset));
   const A* factors = static_cast<const A*>(p.factors);
   const A scale = factors[c], shift = factors[p.shape.channels + c], mask = mask_of<T>(p, b);
   const bool has_relu = p.relu;
-  if constexpr (sizeof(S) == sizeof(T)) {
-    map_any_order<T>(count, out,
-                     [=](auto at) { return end_of<T>(at.load(o), at.load(x), scale, shift, mask, has_relu); });
-  } else {
-    for_vectors<T>(count, [=](int64_t i, auto n) {
-      store_n(out + i, end_of<T>(load_n(o + i, n), load_n(x + i, n), scale, shift, mask, has_relu), n);
-    });
-  }
+  map_any_order<T>(count, out,
+                   [=](auto at) { return end_of<T>(at.load(o), at.load(x), scale, shift, mask, has_relu); });
 }
 
 // The same of `count` channels of a position, from channel `c` on.
-template <class T, class S>
-inline void end_position(const NormParams& p, int64_t b, int64_t position, int64_t c, int64_t count, const S* o) {
+template <class T>
+inline void end_position(const NormParams& p, int64_t b, int64_t position, int64_t c, int64_t count, const T* o) {
   using A = Acc<T>;
   const T* x = interleaved_at<T>(p.x, b, position, c);
   T* out = const_cast<T*>(interleaved_at<T>(p.out, b, position, c));

@@ -15,7 +15,7 @@ from ela_kernels.backends.cpp import attention as cpp
 
 ATTENTION = [f"attention.{name}" for name in ("query", "keys", "values", "prev", "weights")]
 OWN = [f"own.{path}" for path in (*ATTENTION, "dscores")]
-NORM = [f"norm.{name}" for name in ("o", "x", "out", "mean", "variance", "workspace")]
+NORM = [f"norm.{name}" for name in ("o", "x", "out", "mean", "variance")]
 LIGHT = [
     f"layer.{name}"
     for name in ("x", "wq", "wk", "wv", "decay", "prev", "mean", "query", "key", "v", "factors")

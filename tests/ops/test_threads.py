@@ -80,7 +80,7 @@ def test_what_a_plan_makes_later_is_right_whoever_makes_it(monkeypatch: pytest.M
     """Another thread may run wherever a tensor is made: here it does, and asks for other depths."""
     from ela_kernels.backends.cpp import layer as cpp_layer
 
-    plan = cpp_layer.Plan(torch.empty(2, 8, 3, 5, device="meta"), 2, 3)
+    plan = cpp_layer.Plan(torch.empty(2, 8, 3, 5, device="meta"), 2, 3, torch.float32)
     empty, others = torch.empty, [3, 1, 6]
 
     def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
