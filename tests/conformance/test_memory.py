@@ -66,6 +66,22 @@ def test_a_freed_layer_of_a_history(backend, name):
 
 
 @on_cpu
+def test_a_freed_value_of_a_history_that_rounds(backend):
+    """Where it is given, and where what is held is read by others than kernels."""
+    history, layer = ek.LayerHistory(dtype=torch.bfloat16), (a_row(), a_row(), a_map())
+    free(layer[-1])
+    with pytest.raises(ValueError, match=REFUSED):
+        history.attend(*layer, heads=HEADS)
+    with pytest.raises(ValueError, match=REFUSED):
+        history.provide(*layer[1:], heads=HEADS)
+    history.attend(a_row(), a_row(), a_map(), heads=HEADS)
+    for value in history._now.pairs.values:
+        free(value)
+    with ek.use_backend("eager"), pytest.raises(ValueError, match=REFUSED):
+        history.attend(a_row(), a_row(), a_map(), heads=HEADS)
+
+
+@on_cpu
 @pytest.mark.parametrize(("kind", "name"), ALL_PARAMETERS)
 def test_a_freed_parameter(backend, kind, name):
     module, call = module_of(backend, kind)

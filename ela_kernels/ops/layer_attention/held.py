@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.memory import check_not_freed
+
 HELD_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -78,6 +80,7 @@ class _Widened(torch.autograd.Function):
 
 def rounded(v: Tensor, dtype: torch.dtype) -> Tensor:
     """`v.to(dtype).to(v.dtype)`, with the identity for a gradient: what a layer reads of a value, in its own dtype."""
+    check_not_freed("v", v)
     function = _Rounded if torch.compiler.is_compiling() else _RoundedForward
     found: Tensor = function.apply(v, dtype)
     return found
@@ -90,12 +93,14 @@ def stand_in_like(v: Tensor) -> Tensor:
 
 def narrowed(v: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """`v` as it is held, without a gradient, and what leads gradients to `v`; None where none has to be led."""
+    check_not_freed("v", v)
     stand_in = _StandIn.apply(v) if v.requires_grad and torch.is_grad_enabled() else None
     return v.detach().to(dtype), stand_in
 
 
 def widened(held: Tensor, stand_in: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A value that is held as layers of `dtype` read it, with its gradient."""
+    check_not_freed("values", held)
     if stand_in is None:
         return held.to(dtype)
     found: Tensor = _Widened.apply(stand_in, held)

@@ -274,10 +274,10 @@ class LayerHistory(ReusedRetrievals):
     def _held(
         self, q: Tensor, v: Tensor, snapshot: Snapshot, caller: Any, may_link: bool
     ) -> tuple[Tensor, Snapshot, torch.dtype | None, KernelBackend | None]:
-        """How the value of a layer is held in a history that was given a dtype.
+        """How the value of a layer is held in a history that was given a dtype: `(v, snapshot, held, backend)`.
 
-        Where kernels read it in that dtype they are the last result, and before them is the dtype. Else nothing but the
-        numbers can be as they are in that dtype, of this value and of those before it.
+        `backend` has kernels that read values held in `held`. Both are None where no kernel does; `v` is then rounded,
+        and the values of `snapshot` are as wide as it.
 
         Args:
             q: the layer's query, or its key.
