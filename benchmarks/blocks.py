@@ -86,8 +86,9 @@ class BaseBlocks(Blocks):
             x = x + norm(layer(x, history)).relu()
         return x
 
-    def ours(self, x: Tensor) -> Tensor:
-        history = ek.LayerHistory()
+    def ours(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`dtype`: of what the history holds."""
+        history = ek.LayerHistory(dtype=dtype)
         for block in self.blocks:
             x = block(x, history)
         return x

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,13 +38,6 @@ class HeldBlocks(BaseBlocks):
             attended += [t for t in (history.weights, history.kl) if t is not None]
         return x, attended
 
-    def held(self, dtype: torch.dtype | None, x: Tensor) -> Tensor:
-        """Ours, with values held in `dtype`."""
-        history = ek.LayerHistory(dtype=dtype)
-        for block in self.blocks:
-            x = block(x, history)
-        return x
-
 
 def measure_history_dtype(shape: StageShape, rounds: int) -> dict[str, Any]:
     """Of each dtype the distance from float64, the peak of a training step in maps, and times beside float32's."""
@@ -52,7 +45,7 @@ def measure_history_dtype(shape: StageShape, rounds: int) -> dict[str, Any]:
     attended: list[Tensor] = []
     exact = _named(stage, stage.expected(attended), attended)
     errors = {name: _errors(stage, dtype, exact) for name, dtype in HELD.items()}
-    forms = {name: partial(stage.held, dtype) for name, dtype in HELD.items()}
+    forms = {name: partial(stage.ours, dtype=dtype) for name, dtype in HELD.items()}
     map_bytes = shape.map_elements * stage.x.element_size()
     maps = {
         name: profiled_peak(partial(stage.step, form)) / map_bytes for name, form in forms.items()
@@ -69,7 +62,7 @@ def measure_history_dtype(shape: StageShape, rounds: int) -> dict[str, Any]:
 
 def _times(
     run: Callable[[Callable[[Tensor], Tensor]], object],
-    forms: dict[str, Callable[[Tensor], Tensor]],
+    forms: Mapping[str, Callable[[Tensor], Tensor]],
     rounds: int,
 ) -> dict[str, Any]:
     seconds = interleave({name: partial(run, form) for name, form in forms.items()}, rounds)

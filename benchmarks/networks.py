@@ -109,9 +109,6 @@ def _times(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {
         "ms": {name: summarize(times)._asdict() for name, times in seconds.items()},
         "times_plain": {name: ratio(times, seconds[PLAIN]) for name, times in seconds.items()},
-        "concatenating_over": {
-            name: ratio(seconds[CONCATENATING], times) for name, times in seconds.items()
-        },
         "share_removed": {
             name: (most - statistics.median(seconds[name])) / (most - plain)
             for name in (FUSED, SKIPPING)

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.blocks import OURS
-from benchmarks.converted import CONVERTED, FAMILIES, ORIGINAL
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
+from benchmarks.report_networks import (
+    compiled_table,
+    compiled_targets,
+    converted_table,
+    converted_targets,
+    network_tables,
+    network_targets,
+)
 from benchmarks.shapes import parse_shape
-
-Results = dict[str, Any]
-
-
-class Target(NamedTuple):
-    """A number to reach, and what was measured."""
-
-    what: str
-    shape: str
-    value: float
-    bound: float
-    at_least: bool
-
-    @property
-    def met(self) -> bool:
-        """True when the measured number reaches the bound."""
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
+from benchmarks.tables import Results, Target, table, time_cell
 
 
 def targets(results: Results) -> list[Target]:
@@ -63,12 +54,11 @@ def _targets(results: Results) -> Iterator[Target]:
         yield Target(
             "blocks, training, bfloat16 times faster than float32", shape, value, 1.5, True
         )
-    if not results["small"]:
-        yield from _network_targets(results["networks"])
-    if results.get("compiled") and not results["small"]:
-        yield from _compiled_targets(results["compiled"])
     if not results["small"]:  # a small network's time is that of everything but its layers
-        yield from _converted_targets(results["converted"])
+        yield from network_targets(results["networks"])
+        if results.get("compiled"):
+            yield from compiled_targets(results["compiled"])
+        yield from converted_targets(results["converted"])
     for shape, floor in results["floor"].items():
         forward, backward = (floor[f"{name}_percent_of_probe"] for name in ("forward", "backward"))
         yield Target("op forward, % of read probe", shape, forward, 80.0, True)
@@ -96,97 +86,6 @@ def _targets(results: Results) -> Iterator[Target]:
             yield Target(name, results["overhead"]["shape"], overhead, bound, False)
 
 
-# Percent of attention's cost in a training step: what lies between the plain network and the one that concatenates.
-_REMOVED = {"resnet50, 8 at 224x224": 85.0, "resnet50, 8 at 128x128": 75.0}
-
-
-def _network_targets(networks: Results) -> Iterator[Target]:
-    for name, found in networks.items():
-        value = 100 * found["training"]["share_removed"]["mrla"]
-        bound = _REMOVED.get(name, 70.0)
-        yield Target("network, % of attention's cost removed", name, value, bound, True)
-        if name.startswith("resnet50"):
-            value = found["inference"]["times_plain"]["mrla"]["of_medians"]
-            yield Target("network, inference, mrla over plain", name, value, 1.1, False)
-
-
-def _network_tables(networks: Results) -> Iterator[str]:
-    for phase, what in (("training", "a training step"), ("inference", "inference")):
-        yield f"Whole networks, {what}, ms (kept malloc); in ela every third layer is skipped"
-        yield ""
-        rows = []
-        for name, found in networks.items():
-            of = found[phase]
-            over = (f"{of['times_plain'][n]['of_medians']:.2f}" for n in ("mrla", "ela"))
-            removed = f"{100 * of['share_removed']['mrla']:.0f} %"
-            rows.append([name, *map(_time, of["ms"].values()), " / ".join(over), removed])
-        head = ["network", *next(iter(networks.values()))[phase]["ms"]]
-        yield from table([*head, "mrla / ela over plain", "attention's cost removed"], rows)
-        yield ""
-
-
-def _compiled_targets(compiled: Results) -> Iterator[Target]:
-    network = compiled["network"]
-    value = compiled["times_plain"]["mrla, compiled"]["of_medians"]
-    yield Target("compiled network, mrla over plain", network, value, 1.14, False)
-    value = compiled["concatenating_over"]["mrla, compiled"]["of_medians"]
-    yield Target("compiled network, concatenating over mrla", network, value, 1.15, True)
-    value = compiled["eager_over"]["mrla"]["of_medians"]
-    yield Target("compiled network, eager mrla over compiled", network, value, 1.0, True)
-    seconds = compiled["seconds_to_compile"]
-    value = seconds["mrla"] / seconds["concatenating"]
-    yield Target("compilation, mrla over concatenating", network, value, 1.0, False)
-
-
-def _compiled_table(compiled: Results) -> list[str]:
-    rows = [
-        [
-            name,
-            *(_time(compiled["ms"][f"{name}, {how}"]) for how in ("eager", "compiled")),
-            f"{compiled['times_plain'][f'{name}, compiled']['of_medians']:.2f}",
-            f"{seconds:.0f} s",
-        ]
-        for name, seconds in compiled["seconds_to_compile"].items()
-    ]
-    head = ["network", "eager", "compiled", "over compiled plain", "compilation"]
-    what = f"Forward and backward of {compiled['network']}, ms (kept malloc)"
-    return [f"{what}; in ela every third layer is skipped", "", *table(head, rows), ""]
-
-
-def _converted_targets(converted: Results) -> Iterator[Target]:
-    for name, found in converted.items():
-        family = FAMILIES[name]
-        for phase in ("training", "inference"):
-            value = found[phase]["times_faster"]["of_medians"]
-            what = f"converted, {phase}, times faster than the original"
-            yield Target(what, name, value, family.faster, True)
-        if family.memory is not None:
-            what = "converted, peak memory of a step over the original's"
-            yield Target(what, name, found["peak_ratio"], family.memory, False)
-
-
-def _converted_table(converted: Results) -> list[str]:
-    lines = ["Networks in their published shapes, as they are and converted (kept malloc)", ""]
-    rows = []
-    for name, found in converted.items():
-        cells = [f"{name} {found['shape']}", f"{found['converted']} of {_layers(found)}"]
-        for phase in ("training", "inference"):
-            ms = found[phase]["ms"]
-            cells.append(f"{_time(ms[ORIGINAL])} -> {_time(ms[CONVERTED])}")
-            cells.append(f"{found[phase]['times_faster']['of_medians']:.2f}")
-        peaks = [found["peak_bytes"][form] / 2**20 for form in (ORIGINAL, CONVERTED)]
-        cells += [f"{peaks[0]:.1f} -> {peaks[1]:.1f}", f"{found['peak_ratio']:.2f}"]
-        rows.append(cells)
-    head = ["network", "layers", "training step, ms", "faster", "inference, ms", "faster"]
-    head += ["peak of a step, MiB", "ratio"]
-    lines += [*table(head, rows), ""]
-    reasons = {(n, why) for n, found in converted.items() for why in found["left"].values()}
-    if reasons:
-        lines += [f"- {name}: left alone: {why}" for name, why in sorted(reasons)]
-        lines.append("")
-    return lines
-
-
 def _history_dtype_tables(found: Results) -> list[str]:
     lines = ["Blocks whose history holds values in a dtype: relative L2 distance from float64", ""]
     names = list(next(iter(found.values()))["error"]["float32"])
@@ -201,17 +100,12 @@ def _history_dtype_tables(found: Results) -> list[str]:
         for held, maps in of_shape["peak_maps"].items():
             cells = [str(parse_shape(shape)), held, f"{maps:.1f}"]
             for phase in ("training", "inference"):
-                cells.append(_time(of_shape[phase]["ms"][held]))
+                cells.append(time_cell(of_shape[phase]["ms"][held]))
                 cells.append(f"{of_shape[phase]['over_float32'][held]['of_medians']:.2f}")
             rows.append(cells)
     head = ["", "values", "peak of a step, maps", "training step, ms", "over float32"]
     what = "The same: peak memory, and times (kept malloc)"
     return [*lines, what, "", *table([*head, "inference, ms", "over float32"], rows), ""]
-
-
-def _layers(found: Results) -> int:
-    """Layers that were converted or left."""
-    return int(found["converted"]) + len(found["left"])
 
 
 def text_report(results: Results) -> str:
@@ -228,7 +122,7 @@ def text_report(results: Results) -> str:
         names = list(next(iter(stages.values()))["contenders"])
         rows = []
         for shape, stage in stages.items():
-            cells = [_time(stage["contenders"][name]["ms"]) for name in names]
+            cells = [time_cell(stage["contenders"][name]["ms"]) for name in names]
             faster = [f"{r['of_medians']:.2f}" for r in stage["times_ours"].values()]
             rows.append([str(parse_shape(shape)), *cells, " / ".join(faster)])
         others = [name for name in names if name != "layer"]
@@ -245,16 +139,16 @@ def text_report(results: Results) -> str:
             rows = []
             for shape, stage in stages.items():
                 faster = [f"{stage['times_ours'][name]['of_medians']:.2f}" for name in others]
-                cells = [_time(stage["ms"][name]) for name in names]
+                cells = [time_cell(stage["ms"][name]) for name in names]
                 rows.append([str(parse_shape(shape)), *cells, " / ".join(faster)])
             lines += [f"{what} with BatchNorm and ReLU, {phase}, ms (kept malloc)", ""]
             lines += [*table(["", *names, f"{' / '.join(others)} over block"], rows), ""]
     if results["networks"]:
-        lines += _network_tables(results["networks"])
+        lines += network_tables(results["networks"])
     if results.get("compiled"):
-        lines += _compiled_table(results["compiled"])
+        lines += compiled_table(results["compiled"])
     if results["converted"]:
-        lines += _converted_table(results["converted"])
+        lines += converted_table(results["converted"])
     if results["floor"]:
         lines += ["Op against the read probe (GB/s of the least bytes)", ""]
         rows = [
@@ -318,10 +212,6 @@ def text_report(results: Results) -> str:
 _PASSES = ("forward", "backward", "both")
 
 
-def _time(ms: dict[str, float]) -> str:
-    return f"{ms['median']:.1f} [{ms['q1']:.1f}, {ms['q3']:.1f}]"
-
-
 def _against_probe(shape: str, floor: dict[str, Any]) -> list[str]:
     """A row's first cells: the stage, and each phase."""
     cells = [
@@ -362,15 +252,6 @@ def _percent(probe_ms: float, ms: float) -> str:
 def _maps(memory: dict[str, Any]) -> str:
     resident = memory["resident_maps"]
     return f"{memory['maps']:.1f}" + ("" if resident is None else f" ({resident:.1f})")
-
-
-def table(head: list[str], rows: list[list[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(head, *rows, strict=True)]
-    lines = [head, ["-" * width for width in widths], *rows]
-    return [
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
 
 
 def plot(results: Results, path: Path) -> None:

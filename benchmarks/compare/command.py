@@ -37,7 +37,7 @@ from benchmarks.compare.measuring import Found, Plan, measure
 from benchmarks.compare.processes import BASE, NEW, Options, ProcessError, RowError
 from benchmarks.compare.rows import Row, all_rows
 from benchmarks.environment import MALLOC_SETTINGS, describe
-from benchmarks.report import table
+from benchmarks.tables import table
 
 # Of the last minute: a machine that does nothing else is well below it, and one process that always runs is above.
 MOST_LOAD = 0.7

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from benchmarks.gpu.footprint import PIECES
 from benchmarks.gpu.networks import FUSED, PUBLISHED, SKIPPING
 from benchmarks.gpu.stages import COMPILED, EAGER
-from benchmarks.report import table
 from benchmarks.shapes import parse_shape
+from benchmarks.tables import table
 
 Results = dict[str, Any]
 CUDA, TRITON = "cuda", "triton"

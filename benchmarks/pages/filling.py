@@ -16,11 +16,12 @@ from benchmarks.study.loss import loss_table
 from benchmarks.study.records import read, read_results
 from benchmarks.study.steps import time_table
 from benchmarks.study.tables import accuracy_tables, decision_tables
+from benchmarks.tables import Results
 
 Maker = Callable[[Path], str]
 
 
-def _of_run(make: Callable[[speed.Results], Iterator[str]]) -> Maker:
+def _of_run(make: Callable[[Results], Iterator[str]]) -> Maker:
     """From the `results.json` of a run.
 
     Raises:

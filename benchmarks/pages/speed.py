@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from benchmarks.converted import CONVERTED, ORIGINAL
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.measure import fastest_baseline
-from benchmarks.report import table
+from benchmarks.report_networks import compiled_lines
 from benchmarks.shapes import parse_shape
-
-Results = dict[str, Any]
+from benchmarks.tables import Results, table
 
 
 def stages(results: Results) -> Iterator[str]:
@@ -83,17 +81,7 @@ def compiled(results: Results) -> Iterator[str]:
     found = results["compiled"]
     yield f"{_machine(results)} {found['network']}; in ela every third layer is skipped."
     yield ""
-    rows = [
-        [
-            name,
-            *(_ms(found["ms"][f"{name}, {how}"]) for how in ("eager", "compiled")),
-            f"{found['times_plain'][f'{name}, compiled']['of_medians']:.2f}",
-            f"{seconds:.0f}",
-        ]
-        for name, seconds in found["seconds_to_compile"].items()
-    ]
-    head = ["network", "eager, ms", "compiled, ms", "over compiled plain", "compilation, s"]
-    yield from table(head, rows)
+    yield from compiled_lines(found, _ms)
 
 
 def converted(results: Results) -> Iterator[str]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import ela_kernels as ek
 from benchmarks.environment import describe
-from benchmarks.report import table
 from benchmarks.study.settings import Settings
 from benchmarks.study.training import Run
+from benchmarks.tables import table
 from ela_kernels.modules.skipping import SKIP_MODES
 from ela_kernels.training.data import Task
 

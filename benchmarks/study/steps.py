@@ -20,8 +20,8 @@ import ela_kernels as ek
 from benchmarks.contenders import check_close
 from benchmarks.environment import MALLOC_SETTINGS, describe, process_environment
 from benchmarks.measure import interleave, ratio, summarize
-from benchmarks.report import table
 from benchmarks.study.variants import make_network
+from benchmarks.tables import table
 from ela_kernels.models import ResNet
 from ela_kernels.modules.skipping import SKIP_MODES
 

@@ -7,10 +7,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.report import table
 from benchmarks.study.records import Record
 from benchmarks.study.settings import key_of
 from benchmarks.study.variants import CHOICES, VARIANTS
+from benchmarks.tables import table
 
 # Of training, at which decisions are shown.
 MOMENTS = (0.25, 0.5, 0.75, 1.0)
