@@ -24,9 +24,10 @@ from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
 from benchmarks.networks import measure_networks
 from benchmarks.probe import read_probes, transfer_probes
-from benchmarks.report import Target, text_report
+from benchmarks.report import text_report
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import least_bytes_of_ops
+from benchmarks.tables import Target
 from benchmarks.worker import PARTS
 from ela_kernels.backends.setting import current_setting
 

@@ -170,9 +170,11 @@ void layer_kernel(const LayerParams& p, int threads) {
   if (is_known) prepare_norm<T>(p.norm);
   by_part<T>(image, p.filters.shape.heads, p.filters.size, threads, [&](const LayerPart& at, int some) {
     LayerParams part = p;
-    if (is_known) part.aggregate.norm = &p.norm;
-    if (is_known && p.norm.o.data == p.norm.out.data)
-      part.aggregate.out.data = nullptr;  // what it retrieves is not kept
+    if (is_known) {
+      part.aggregate.norm = &p.norm;
+      // Where what it retrieves is not kept.
+      if (p.norm.o.data == p.norm.out.data) part.aggregate.out.data = nullptr;
+    }
     part.depthwise.rows = p.rows;
     part.depthwise.shape.part = at.ahead;
     part.filters.shape.part = part.weights.shape.part = part.aggregate.shape.part = at.heads;

@@ -61,12 +61,18 @@ def drawn(stage: nn.Module) -> nn.Module:
     return stage.eval()
 
 
-def both(stage: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def assert_same_bits(stage: nn.Module, x: torch.Tensor, threads: int) -> None:
     """The output where a backward may follow, and where none does."""
-    with ek.use_backend("cpp"):
-        kept = stage(x).detach()
-        with torch.no_grad():
-            return kept, stage(x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with ek.use_backend("cpp"):
+            kept = stage(x).detach()
+            with torch.no_grad():
+                found = stage(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, kept)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -79,13 +85,7 @@ def test_a_stage_of_blocks(
     torch.manual_seed(0)
     stage = drawn(Stage(shape[1])).to(dtype)
     x = torch.randn(shape, dtype=dtype).to(memory_format=FORMATS[form])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        kept, found = both(stage, x)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found, kept)
+    assert_same_bits(stage, x, threads)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -99,13 +99,7 @@ def test_a_stage_of_the_light_form(
     torch.manual_seed(0)
     stage = drawn(LightStage(shape[1], value_act)).to(dtype)
     x = torch.randn(shape, dtype=dtype).to(memory_format=FORMATS[form])
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        kept, found = both(stage, x)
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(found, kept)
+    assert_same_bits(stage, x, threads)
 
 
 def test_a_residual_and_what_is_kept_for_reuse() -> None:
