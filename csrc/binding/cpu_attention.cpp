@@ -42,7 +42,7 @@ void forward(int value_type, const std::array<int64_t, 5>& sizes, const Attentio
   std::vector<ColumnView> weight_columns;
   weight_columns.reserve(key_views.size());
   for (int64_t j = 0; j < p.depth; ++j) {
-    weight_columns.push_back({static_cast<char*>(p.weights) + j * size, p.depth});
+    weight_columns.push_back({static_cast<char*>(p.weights) + j * size, p.depth, p.tolerance});
   }
   const AggregateParams a = {shape, p.depth, value_views.data(), weight_columns.data(), map(out), address(workspace),
                              {},    nullptr};
@@ -111,8 +111,8 @@ void gather(int dtype, const std::array<int64_t, 5>& sizes, const py::bytes& sou
 
 // As gather() and layer_backward() take what one layer left; those of several follow each other.
 py::bytes source(int64_t query, int64_t query_stride, int64_t scores, int64_t depth, const View& dout,
-                 int64_t weights) {
-  const Source packed = {query, query_stride, scores, depth, dout, weights};
+                 int64_t weights, double tolerance) {
+  const Source packed = {query, query_stride, scores, depth, dout, weights, tolerance};
   return py::bytes(reinterpret_cast<const char*>(&packed), sizeof(packed));
 }
 
@@ -144,7 +144,7 @@ void bind_cpu(py::module_& m) {
             "value_type, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
             "dvalues, dvalue_strides, workspace, threads");
   def_named(m, "gather", &gather, "dtype, *, sizes, sources, index, dkey, dvalue, workspace, threads");
-  def_named(m, "source", &source, "*, query, query_stride, scores, depth, dout, weights");
+  def_named(m, "source", &source, "*, query, query_stride, scores, depth, dout, weights, tolerance");
   def_named(m, "aggregate_workspace", &aggregate_workspace, "*, sizes, sources");
   def_named(m, "backward_workspace", &backward_workspace, "*, sizes, depth");
 }

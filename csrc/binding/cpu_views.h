@@ -65,6 +65,7 @@ struct Source {
   int64_t query, query_stride, scores, depth;
   View dout;
   int64_t weights;
+  double tolerance;
 };
 
 // The same for the kernels, which want one column of the scores and weights.
@@ -90,10 +91,10 @@ inline SourceViews source_views(const pybind11::bytes& sources, int64_t index, s
     present(s.weights, s.dout[0] == 0 ? 0 : shape.batch, "weights of a source");
     const int64_t column = index * static_cast<int64_t>(size);
     views.queries.push_back({address(s.query), s.query_stride});
-    views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth});
+    views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth, 0});
     if (s.dout[0] == 0) continue;
     views.douts.push_back(map(s.dout));
-    views.weights.push_back({static_cast<char*>(address(s.weights)) + column, s.depth});
+    views.weights.push_back({static_cast<char*>(address(s.weights)) + column, s.depth, s.tolerance});
   }
   return views;
 }
@@ -131,10 +132,11 @@ struct Attention {
   int64_t query, query_stride;
   Ints keys, key_strides, values, value_strides;
   int64_t prev, prev_depth, weights;
+  double tolerance;
 
   template <class Visit>
   void fields(Visit visit) {
-    visit("scale", scale), visit("query", query), visit("query_stride", query_stride);
+    visit("scale", scale), visit("tolerance", tolerance), visit("query", query), visit("query_stride", query_stride);
     visit("keys", keys), visit("key_strides", key_strides);
     visit("values", values), visit("value_strides", value_strides);
     visit("prev", prev), visit("prev_depth", prev_depth), visit("weights", weights);
@@ -157,7 +159,8 @@ inline WeightsParams weights_params(const Shape& shape, const Attention& a, cons
           keys.data(),
           address(a.prev),
           address(a.weights),
-          a.prev == 0 ? nullptr : address(kl)};
+          a.prev == 0 ? nullptr : address(kl),
+          a.tolerance};
 }
 
 inline RowView row(int64_t data, int64_t stride) { return {address(data), stride}; }

@@ -13,10 +13,12 @@ struct RowView {
   int64_t batch;
 };
 
-// One column of a [B, G, t] tensor of weights or score gradients: element (b, g) is data[(b * G + g) * stride].
+// One column of a [B, G, t] tensor of weights or score gradients: element (b, g) is data[(b * G + g) * stride]. Of a
+// sum over maps, one below `least` leaves its map out: that is not read, or counts as zero whatever it is.
 struct ColumnView {
   const void* data;
   int64_t stride;
+  double least;
 };
 
 // scores -> softmax -> divergence. `prev` is [B, G, prev_depth] or null; `kl` is [B, G] or null.
@@ -29,6 +31,7 @@ struct WeightsParams {
   const void* prev;
   void* weights;  // [B, G, depth]
   void* kl;
+  double tolerance;  // what sums over values leave out; see ColumnView
 };
 
 struct NormParams;

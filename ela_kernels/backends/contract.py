@@ -51,6 +51,7 @@ class Request(NamedTuple):
         transformed: whether `torch.func` and its like have to see what is done (`tracing.is_transformed`).
         obstacles: what else stands between this call and any kernel.
         value_dtype: in which the history holds values, where that is not `dtype`.
+        leaves_out: whether retrievals of a small weight are to be left out.
     """
 
     op: str
@@ -61,6 +62,7 @@ class Request(NamedTuple):
     transformed: bool = False
     obstacles: tuple[str, ...] = ()
     value_dtype: torch.dtype | None = None
+    leaves_out: bool = False
 
 
 class Backend(ABC):
@@ -117,7 +119,13 @@ class KernelBackend(Backend):
     Values may be of another dtype than the layers that read them, where `value_dtypes` has the two. Whatever is not a
     value, and every gradient, is in that of the layers.
 
+    A `tolerance` above zero leaves out retrievals of a smaller weight, of each sample and head: of the sum, of the dot
+    products that give a weight its gradient, and of the sum that is a value's gradient. What is left out is not read,
+    or counts as zero whatever it is. With a tolerance of zero every value is multiplied, as IEEE has it. Weights,
+    softmax and divergence know no tolerance. A NaN is no small weight.
+
     Attributes:
+        leaves_out: whether its kernels know a tolerance above zero.
         value_dtypes: dtypes of layers, and of values that their history holds in another; none if it has no such
             kernels.
         contributes: the class of what :meth:`contribution` makes, which is all that :meth:`gather` and
@@ -125,6 +133,7 @@ class KernelBackend(Backend):
     """
 
     contributes: type[Contribution]
+    leaves_out: ClassVar[bool] = False
     value_dtypes: ClassVar[frozenset[tuple[torch.dtype, torch.dtype]]] = frozenset()
 
     def __init__(self) -> None:
@@ -143,6 +152,7 @@ class KernelBackend(Backend):
         scale: float,
         prev_weights: Tensor | None,
         channels_last: bool,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(out, weights, kl)`; `out` in the memory format of the last value."""
 
@@ -173,7 +183,13 @@ class KernelBackend(Backend):
 
     @abstractmethod
     def contribution(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float = 0.0,
     ) -> Contribution:
         """Keeps what :meth:`gather` will need of one layer."""
 
@@ -189,7 +205,8 @@ class KernelBackend(Backend):
     ) -> tuple[Tensor | None, Tensor | None]:
         """`(dk, dv)` of the layer at `index`, each a sum over the layers that retrieved it.
 
-        `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`.
+        `dk = sum_m dscores_m[..., index] * q_m` and `dv = sum_m weights_m[..., index] * dout_m`, the latter over
+        weights that are not below their layer's tolerance.
 
         Args:
             contributions: what :meth:`contribution` made, in order of depth.
@@ -209,6 +226,7 @@ class KernelBackend(Backend):
         keeps_retrieved: bool = True,
         reused: Retrieved | None = None,
         value_dtype: torch.dtype | None = None,
+        tolerance: float = 0.0,
     ) -> LayerForward:
         """Query, key and value from `x` (as `layout.readable` gave it), what the query retrieves, and what follows.
 
@@ -300,6 +318,10 @@ class KernelBackend(Backend):
         if held is not None and (request.dtype, held) not in self.value_dtypes:
             reasons.append(
                 f"it has no kernels for values held in {held} by layers in {request.dtype}"
+            )
+        if request.leaves_out and not self.leaves_out:
+            reasons.append(
+                "it has no kernels that leave out retrievals of a small weight: it reads them all with tolerance=0"
             )
         if self.max_depth is not None and request.depth > self.max_depth:
             reasons.append(

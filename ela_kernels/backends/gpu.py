@@ -55,6 +55,7 @@ class GpuBackend(KernelBackend):
         prev_weights: Tensor | None,
         has_residual: bool,
         wants_statistics: bool,
+        tolerance: float,
     ) -> LayerForward:
         """A layer without a norm; its `statistics` are those of `out`, where they are wanted."""
 
@@ -94,9 +95,15 @@ class GpuBackend(KernelBackend):
         """
 
     def contribution(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float = 0.0,
     ) -> GpuContribution:
-        return GpuContribution(q, weights, dscores, dout, channels_last)
+        return GpuContribution(q, weights, dscores, dout, channels_last, tolerance)
 
     def layer(
         self,
@@ -111,6 +118,7 @@ class GpuBackend(KernelBackend):
         keeps_retrieved: bool = True,
         reused: Retrieved | None = None,
         value_dtype: torch.dtype | None = None,
+        tolerance: float = 0.0,
     ) -> LayerForward:
         check_epilogue(epilogue)
         check_value_dtype(value_dtype)
@@ -126,6 +134,7 @@ class GpuBackend(KernelBackend):
             prev_weights,
             type(epilogue) is Residual,
             norm is not None and norm.statistics is None,
+            tolerance,
         )
         if reused is not None:
             made = made._replace(out=reused.o)
@@ -167,7 +176,9 @@ class GpuBackend(KernelBackend):
             dreused = dout
         elif dout is not None or dweights is not None or dkl is not None:
             dscores = torch.empty_like(attention.weights)
-            own = self.contribution(attention.q, attention.weights, dscores, dout, False)
+            own = self.contribution(
+                attention.q, attention.weights, dscores, dout, False, attention.tolerance
+            )
             contributions = [own, *contributions]
         if own is None and residual is None and not contributions and dk is None and dv is None:
             return NO_GRADIENTS, None

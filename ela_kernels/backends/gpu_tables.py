@@ -142,7 +142,7 @@ def check_saved(
     saved: Saved, dout: Tensor | None, dweights: Tensor | None, dkl: Tensor | None
 ) -> None:
     """As :func:`check_inputs`, of what a backward is given."""
-    q, keys, values, _, _, prev_weights, weights, _ = saved
+    q, keys, values, _, _, prev_weights, weights, *_ = saved
     given = (q, keys[0], values[0], weights, prev_weights, dout, dweights, dkl)
     check_readable(q.get_device(), _SAVED_NAMES, given)
 
@@ -201,11 +201,18 @@ class GpuContribution:
     `weights` and `dscores` are `[B, G, t]`; of a layer at `index` their column `[..., index]` is wanted.
     """
 
-    __slots__ = ("dout", "dout_version", "dscores", "q", "weights")
+    __slots__ = ("dout", "dout_version", "dscores", "q", "tolerance", "weights")
 
     def __init__(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float,
     ) -> None:
+        self.tolerance = tolerance
         self.q, self.weights, self.dscores, self.dout = q, weights, dscores, dout
         self.dout_version = 0 if dout is None else version_of(dout)
 

@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 class Saved(NamedTuple):
-    """What the attention of one layer leaves to its backward."""
+    """What the attention of one layer leaves to its backward.
+
+    `tolerance`: retrievals of a smaller weight were left out, and have no part in the backward either.
+    """
 
     q: Tensor
     keys: Sequence[Tensor]
@@ -19,6 +22,7 @@ class Saved(NamedTuple):
     prev_weights: Tensor | None
     weights: Tensor
     channels_last: bool
+    tolerance: float = 0.0
 
 
 class Gradients(NamedTuple):
@@ -37,7 +41,7 @@ class Gradients(NamedTuple):
 class Contribution(Protocol):
     """What one layer's backward leaves for the layers that it retrieved from; each backend has its own kind.
 
-    `dscores` is that of :class:`Gradients`.
+    `dscores` is that of :class:`Gradients`, `tolerance` that of :class:`Saved`.
     """
 
     dscores: Tensor

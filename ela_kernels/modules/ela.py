@@ -50,6 +50,7 @@ class ELA(ELAState):
             before it, `x` passes on. `"retrieval"`: it retrieves nothing, `x` passes on unchanged, and its key and
             value still go to the later layers. `"layer"`: it gives none either.
         provides: whether a layer skipped with `"reuse"` still gives its key and value; True if None.
+        tolerance: as of :class:`LayerAttention`.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
@@ -81,9 +82,10 @@ class ELA(ELAState):
         drop_path: float = 0.0,
         skip: SkipMode = "reuse",
         provides: bool | None = None,
+        tolerance: float | None = None,
     ) -> None:
         super().__init__(skip, provides)
-        self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size)
+        self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size, tolerance)
         self.norm: nn.Module | None = norm_layer(dim)
         self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
         self.drop_path = DropPath(drop_path)

@@ -15,6 +15,7 @@ from ela_kernels.modules.query_key_value import (
     ChannelFilter as ChannelFilter,  # pickles find it here
 )
 from ela_kernels.modules.query_key_value import QueryKeyValue, passed_on
+from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
@@ -66,12 +67,14 @@ class LayerAttention(QueryKeyValue):
         dim: number of channels C.
         head_dim: channels of a head; a divisor of `dim`. 1 is the channel-wise form.
         kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
+        tolerance: retrievals of a smaller weight are left out, and their values not read; see
+            :func:`ela_kernels.layer_attention`. That of the history if None.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
 
     Source:
-        MRLA (arXiv 2302.03985), equations 4 to 6, base form.
+        MRLA (arXiv 2302.03985), equations 4 to 6, base form. The tolerance is our definition.
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -81,8 +84,18 @@ class LayerAttention(QueryKeyValue):
         ...     x = x + layer(x, history)
     """
 
-    def __init__(self, dim: int, head_dim: int = 16, kernel_size: int | None = None) -> None:
+    # Of the class, for layers that were pickled without one.
+    tolerance: float | None = None
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int = 16,
+        kernel_size: int | None = None,
+        tolerance: float | None = None,
+    ) -> None:
         super().__init__(dim, head_dim, kernel_size)
+        self.tolerance = None if tolerance is None else check_tolerance(tolerance)
 
     def forward(
         self, x: Tensor, history: History, residual: bool = False, turn: Turn | None = None
@@ -122,11 +135,13 @@ class LayerAttention(QueryKeyValue):
                     caller=self,
                 )
         q, k, v = self.query_key_value(x)
+        options: dict[str, Any] = {}
+        if self.tolerance is not None:
+            options["tolerance"] = self.tolerance
         if turn is not None:
-            options = {"active": turn.active, "given": turn.given}
-            return history.attend(q, k, v, heads=self.heads, caller=self, **options)
-        out = history.attend(q, k, v, heads=self.heads, caller=self)
-        return x + out if residual else out
+            options.update(active=turn.active, given=turn.given)
+        out = history.attend(q, k, v, heads=self.heads, caller=self, **options)
+        return x + out if residual and turn is None else out
 
     def _pass_on(self, x: Tensor, history: Any, turn: Turn) -> Tensor:
         if turn.probe is not None:
@@ -166,7 +181,7 @@ class LayerAttention(QueryKeyValue):
         filters = None if self.obstacles() else self.own_filters()
         if filters is not None and self.shape_obstacles(filters):
             filters = None
-        return history.plan_in_graph(x, filters, op)
+        return history.plan_in_graph(x, filters, op, self.tolerance)
 
     def plan(
         self, x: Tensor, history: LayerHistory, op: str = "layer", obstacles: tuple[str, ...] = ()
@@ -176,8 +191,9 @@ class LayerAttention(QueryKeyValue):
         filters = self.own_filters()
         if obstacles or filters is None:
             # Whether the kernels serve the rest, before a weight is worked out.
-            found = history.plan_layer(x, (), op, obstacles, self)
+            found = history.plan_layer(x, (), op, obstacles, self, self.tolerance)
             if isinstance(found, Refusal):
                 return found
             filters = self.filters()
-        return history.plan_layer(x, filters, op, self.shape_obstacles(filters), self)
+        obstacles = self.shape_obstacles(filters)
+        return history.plan_layer(x, filters, op, obstacles, self, self.tolerance)

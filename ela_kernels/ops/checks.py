@@ -53,6 +53,16 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
+def check_tolerance(tolerance: object) -> float:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
+        raise TypeError(f"tolerance: got {type(tolerance).__name__}; allowed is a float")
+    if not 0.0 <= tolerance < 1.0:
+        raise ValueError(
+            f"tolerance: got {tolerance}; allowed is a weight from 0 (nothing is left out) to below 1, as 2**-24"
+        )
+    return float(tolerance)
+
+
 VALUE_ACTS = (None, *get_args(ValueAct))
 
 

@@ -117,6 +117,7 @@ def attend(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one call of the extension."""
     last = values[-1]
@@ -144,6 +145,7 @@ def attend(
         prev=address(prev_weights, "prev_weights"),
         prev_depth=0 if prev_weights is None else prev_weights.shape[2],
         weights=address(weights),
+        tolerance=tolerance,
     )
     extension.forward(
         value_type(q.dtype, last.dtype),
@@ -181,6 +183,7 @@ def weights(
         prev=address(prev_weights, "prev_weights"),
         prev_depth=0 if prev_weights is None else prev_weights.shape[2],
         weights=address(weights),
+        tolerance=0.0,
     )
     extension.weights(
         DTYPE_CODES[q.dtype],
@@ -204,7 +207,7 @@ def attend_backward(
     need_values: Sequence[bool] = (),
 ) -> Gradients:
     """Gradients of scores, query and previous weights, and in the push form of every key and value."""
-    q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
+    q, keys, values, heads, scale, prev_weights, weights, channels_last, tolerance = saved
     last = values[-1]
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)
@@ -254,6 +257,7 @@ def attend_backward(
         prev=address(prev_weights, "prev_weights"),
         prev_depth=0 if prev_weights is None else prev_weights.shape[2],
         weights=address(weights, "weights"),
+        tolerance=tolerance,
     )
     extension.backward(
         value_type(q.dtype, last.dtype),
@@ -281,12 +285,28 @@ class CppContribution:
     The tensors live as long as this does, so addresses stay true.
     """
 
-    __slots__ = ("dout", "dout_version", "dscores", "interleaved", "packed", "q", "weights")
+    __slots__ = (
+        "dout",
+        "dout_version",
+        "dscores",
+        "interleaved",
+        "packed",
+        "q",
+        "tolerance",
+        "weights",
+    )
 
     def __init__(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float,
     ) -> None:
         self.weights, self.dscores, self.dout = weights, dscores, dout
+        self.tolerance = tolerance
         self.dout_version, self.interleaved = 0, None
         where, stride, self.q = row(q)
         view = None
@@ -303,6 +323,7 @@ class CppContribution:
             depth=weights.shape[2],
             dout=view or NO_MAP,
             weights=address(weights),
+            tolerance=tolerance,
         )
 
 
@@ -321,7 +342,7 @@ def packed_sources(
     copies = []
     for r in contributions:
         dout = None if r.dout is None else in_form(r.dout, channels_last, interleaved)
-        copies.append(CppContribution(r.q, r.weights, r.dscores, dout, channels_last))
+        copies.append(CppContribution(r.q, r.weights, r.dscores, dout, channels_last, r.tolerance))
     return b"".join([c.packed for c in copies]), copies
 
 

@@ -43,6 +43,7 @@ class CppBackend(KernelBackend):
     ops = ATTENTION_OPS | LIGHT_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = CppContribution
+    leaves_out = True
     value_dtypes = frozenset((torch.float32, half) for half in HALF_DTYPES)
 
     def unavailable_reason(self) -> str | None:
@@ -64,8 +65,11 @@ class CppBackend(KernelBackend):
         scale: float,
         prev_weights: Tensor | None,
         channels_last: bool,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return attention.attend(q, keys, values, heads, scale, prev_weights, channels_last)
+        return attention.attend(
+            q, keys, values, heads, scale, prev_weights, channels_last, tolerance
+        )
 
     def weights(
         self,
@@ -93,9 +97,15 @@ class CppBackend(KernelBackend):
         )
 
     def contribution(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float = 0.0,
     ) -> CppContribution:
-        return CppContribution(q, weights, dscores, dout, channels_last)
+        return CppContribution(q, weights, dscores, dout, channels_last, tolerance)
 
     def gather(
         self,
@@ -121,10 +131,11 @@ class CppBackend(KernelBackend):
         keeps_retrieved: bool = True,
         reused: Retrieved | None = None,
         value_dtype: torch.dtype | None = None,
+        tolerance: float = 0.0,
     ) -> LayerForward:
         of_attention = keys, values, heads, scale, prev_weights
         return layer.layer(
-            x, filters, *of_attention, epilogue, keeps_retrieved, reused, value_dtype
+            x, filters, *of_attention, epilogue, keeps_retrieved, reused, value_dtype, tolerance
         )
 
     def layer_backward(

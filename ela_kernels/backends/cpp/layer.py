@@ -165,6 +165,7 @@ def layer(
     keeps_retrieved: bool,
     reused: Retrieved | None = None,
     value_dtype: torch.dtype | None = None,
+    tolerance: float = 0.0,
 ) -> LayerForward:
     """Query, key and value from `x` (which :func:`readable` gave), what the query retrieves and what follows: one call.
 
@@ -225,6 +226,7 @@ def layer(
         prev=address(prev_weights, "prev_weights"),
         prev_depth=0 if prev_weights is None else prev_weights.shape[2],
         weights=address(weights),
+        tolerance=tolerance,
     )
     mean_out, variance_out = moments(measured)
     extension.layer(
@@ -277,7 +279,9 @@ def layer_backward(
         dreused = dout
     elif dout is not None or dweights is not None or dkl is not None:
         written = torch.empty_like(attention.weights)
-        own = CppContribution(attention.q, attention.weights, written, dout, False)
+        own = CppContribution(
+            attention.q, attention.weights, written, dout, False, attention.tolerance
+        )
         contributions = [own, *contributions]
     if own is None and residual is None and not contributions and dk is None and dv is None:
         return NO_GRADIENTS, None
@@ -319,6 +323,7 @@ def layer_backward(
                 prev=address(prev),
                 prev_depth=0 if prev is None else prev.shape[2],
                 weights=address(attention.weights, "weights"),
+                tolerance=attention.tolerance,
             ),
             dout=dout_view,
             dweights=address(dweights, "gradient of the weights"),

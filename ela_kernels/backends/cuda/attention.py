@@ -86,6 +86,7 @@ def attend(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one launch."""
     check_inputs(q, keys, values, prev_weights)
@@ -177,7 +178,7 @@ def attend_backward(
     `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
     """
     check_saved(saved, dout, dweights, dkl)
-    q, keys, values, heads, scale, prev_weights, weights, channels_last = saved
+    q, keys, values, heads, scale, prev_weights, weights, channels_last, _tolerance = saved
     last = values[-1]
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)

@@ -60,8 +60,11 @@ class CudaBackend(GpuBackend):
         scale: float,
         prev_weights: Tensor | None,
         channels_last: bool,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return attention.attend(q, keys, values, heads, scale, prev_weights, channels_last)
+        return attention.attend(
+            q, keys, values, heads, scale, prev_weights, channels_last, tolerance
+        )
 
     def weights(
         self,
@@ -111,9 +114,19 @@ class CudaBackend(GpuBackend):
         prev_weights: Tensor | None,
         has_residual: bool,
         wants_statistics: bool,
+        tolerance: float,
     ) -> LayerForward:
         return layer.retrieve(
-            x, filters, keys, values, heads, scale, prev_weights, has_residual, wants_statistics
+            x,
+            filters,
+            keys,
+            values,
+            heads,
+            scale,
+            prev_weights,
+            has_residual,
+            wants_statistics,
+            tolerance,
         )
 
     def produce_backward(

@@ -23,6 +23,7 @@ def retrieve(
     prev_weights: Tensor | None,
     has_residual: bool,
     wants_statistics: bool,
+    tolerance: float,
 ) -> LayerForward:
     """Value and the sums of the mean from `x` in one launch; query, key and what the query retrieves in the next ones.
 

@@ -129,6 +129,7 @@ def attend(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one launch, or two where heads are so wide that scores are better computed once."""
     last = values[-1]

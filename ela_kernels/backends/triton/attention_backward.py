@@ -54,7 +54,7 @@ def attend_backward(
     `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
     """
     check_saved(saved, dout, dweights, dkl)
-    q, keys, values, heads, scale, prev_weights, weights_in, channels_last = saved
+    q, keys, values, heads, scale, prev_weights, weights_in, channels_last, _tolerance = saved
     last = values[-1]
     depth = len(values)
     depth_bucket = bucket(depth)

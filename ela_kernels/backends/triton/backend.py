@@ -79,10 +79,13 @@ class TritonBackend(GpuBackend):
         scale: float,
         prev_weights: Tensor | None,
         channels_last: bool,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         from ela_kernels.backends.triton import attention
 
-        return attention.attend(q, keys, values, heads, scale, prev_weights, channels_last)
+        return attention.attend(
+            q, keys, values, heads, scale, prev_weights, channels_last, tolerance
+        )
 
     def weights(
         self,
@@ -140,11 +143,21 @@ class TritonBackend(GpuBackend):
         prev_weights: Tensor | None,
         has_residual: bool,
         wants_statistics: bool,
+        tolerance: float,
     ) -> LayerForward:
         from ela_kernels.backends.triton import layer
 
         return layer.retrieve(
-            x, filters, keys, values, heads, scale, prev_weights, has_residual, wants_statistics
+            x,
+            filters,
+            keys,
+            values,
+            heads,
+            scale,
+            prev_weights,
+            has_residual,
+            wants_statistics,
+            tolerance,
         )
 
     def produce_backward(

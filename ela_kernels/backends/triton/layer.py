@@ -22,6 +22,7 @@ def retrieve(
     prev_weights: Tensor | None,
     has_residual: bool,
     wants_statistics: bool,
+    tolerance: float,
 ) -> LayerForward:
     """Query, key and value from `x` in two launches, and what the query retrieves in one or two more.
 

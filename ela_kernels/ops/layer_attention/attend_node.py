@@ -35,6 +35,21 @@ def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, 
     return gathered
 
 
+def _attended(
+    q: Tensor, prev_weights: Tensor | None, link: Link
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return link.backend.attend(
+        q,
+        link.keys,
+        link.values,
+        link.heads,
+        link.scale,
+        prev_weights,
+        link.channels_last,
+        link.tolerance,
+    )
+
+
 @opaque
 class _Attend(torch.autograd.Function):
     @staticmethod
@@ -49,9 +64,7 @@ class _Attend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         keep(ctx, link)
         ctx.token = token
-        out, weights, kl = link.backend.attend(
-            q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
-        )
+        out, weights, kl = _attended(q, prev_weights, link)
         save(ctx, q, weights, prev_weights, *link.keys, *link.values)
         return out, weights, kl, new_token(token, q)
 
@@ -83,11 +96,12 @@ class _Attend(torch.autograd.Function):
                 prev_weights,
                 weights,
                 ctx.channels_last,
+                ctx.tolerance,
             )
             found = ctx.backend.attend_backward(saved, dout, dweights, dkl, need_q, need_prev)
             dq, dprev = found.dq, found.dprev
             contribution = ctx.backend.contribution(
-                q, weights, found.dscores, dout, ctx.channels_last
+                q, weights, found.dscores, dout, ctx.channels_last, ctx.tolerance
             )
             ctx.record.add(ctx.path, contribution)
         dk, dv = _gather(ctx, need_k, need_v)
@@ -114,9 +128,7 @@ def attend_pull(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`(out, weights, kl, token)`; the token of the last layer that has a gradient goes on."""
     if not torch.is_grad_enabled():
-        out, weights, kl = link.backend.attend(
-            q, link.keys, link.values, link.heads, link.scale, prev_weights, link.channels_last
-        )
+        out, weights, kl = _attended(q, prev_weights, link)
         return out, weights, kl, token
     out, weights, kl, own = applied(_Attend, q, k, v, prev_weights, token, link)
     return out, weights, kl, own if own.requires_grad else token

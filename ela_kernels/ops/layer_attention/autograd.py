@@ -29,11 +29,11 @@ library = torch.library.Library("ela_kernels", "FRAGMENT")
 """What all operators of this package are registered with."""
 library.define(
     "layer_attention(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
-    "bool channels_last) -> (Tensor out, Tensor weights, Tensor kl)"
+    "bool channels_last, float tolerance=0.0) -> (Tensor out, Tensor weights, Tensor kl)"
 )
 library.define(
     "layer_attention_backward(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
-    "Tensor weights, Tensor? dout, Tensor? dweights, Tensor? dkl, bool channels_last) "
+    "Tensor weights, Tensor? dout, Tensor? dweights, Tensor? dkl, bool channels_last, float tolerance=0.0) "
     "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues, Tensor dprev)"
 )
 
@@ -46,11 +46,12 @@ def _forward_op(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = kernels_for("layer_attention", q, len(keys))
+    backend = kernels_for("layer_attention", q, len(keys), tolerance=tolerance)
     if backend is None:
         out, weights, kl = layer_attention_reference(
-            q, keys, values, heads, scale, prev_weights, channels_last
+            q, keys, values, heads, scale, prev_weights, channels_last, tolerance
         )
         like = empty_map(values[-1], channels_last, is_interleaved(values[-1], channels_last))
         out = like.copy_(out)  # one memory format, whichever backend ran
@@ -63,6 +64,7 @@ def _forward_op(
             scale,
             prev_weights,
             channels_last,
+            tolerance,
         )
     # A schema has no optional result: without previous weights the divergence is empty.
     return out, weights, weights.new_empty(0) if kl is None else kl
@@ -76,6 +78,7 @@ def _forward_shapes(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     last = values[-1]
     out = empty_map(last, channels_last, is_interleaved(last, channels_last))
@@ -100,16 +103,28 @@ def _backward_op(
     dweights: Tensor | None,
     dkl: Tensor | None,
     channels_last: bool,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     depth = len(keys)
     dq: Tensor | None
     dprev: Tensor | None
     dkeys: Sequence[Tensor | None]
     dvalues: Sequence[Tensor | None]
-    backend = kernels_for("layer_attention", q, depth)
+    backend = kernels_for("layer_attention", q, depth, tolerance=tolerance)
     if backend is None:
         dq, dkeys, dvalues, dprev = layer_attention_backward_reference(
-            q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
+            q,
+            keys,
+            values,
+            heads,
+            scale,
+            prev_weights,
+            weights,
+            dout,
+            dweights,
+            dkl,
+            channels_last,
+            tolerance,
         )
     else:
         maps = [resolved(x) for x in (q, *keys, *values)]
@@ -122,6 +137,7 @@ def _backward_op(
             prev_weights,
             weights.contiguous(),
             channels_last,
+            tolerance,
         )
         every = [True] * depth
         g = backend.attend_backward(saved, dout, dweights, dkl, True, True, every, every)
@@ -156,6 +172,7 @@ def _backward_shapes(
     dweights: Tensor | None,
     dkl: Tensor | None,
     channels_last: bool,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
     interleaved = is_interleaved(values[-1], channels_last)
     return (
@@ -171,6 +188,7 @@ def _differentiable_gradients(
     heads: int,
     scale: float,
     channels_last: bool,
+    tolerance: float,
     grad_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
     """Gradients by autograd through the reference, themselves differentiable; in the order of `inputs`.
@@ -183,7 +201,9 @@ def _differentiable_gradients(
     values = [x for x in inputs[2 + depth :] if x is not None]
     assert q is not None
     with torch.enable_grad():
-        outputs = layer_attention_reference(q, keys, values, heads, scale, prev, channels_last)
+        outputs = layer_attention_reference(
+            q, keys, values, heads, scale, prev, channels_last, tolerance
+        )
     pairs = [
         (o, g)
         for o, g in zip(outputs, grad_outputs, strict=True)
@@ -216,14 +236,16 @@ class _LayerAttention(torch.autograd.Function):
         heads: int,
         scale: float,
         channels_last: bool,
+        tolerance: float,
         backend: KernelBackend,
         *maps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         depth = len(maps) // 2
         ctx.set_materialize_grads(False)
         ctx.heads, ctx.scale, ctx.channels_last, ctx.backend = heads, scale, channels_last, backend
+        ctx.tolerance = tolerance
         out, weights, kl = backend.attend(
-            q, maps[:depth], maps[depth:], heads, scale, prev_weights, channels_last
+            q, maps[:depth], maps[depth:], heads, scale, prev_weights, channels_last, tolerance
         )
         save(ctx, q, prev_weights, weights, *maps)
         return out, weights, kl
@@ -237,15 +259,18 @@ class _LayerAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A second derivative is wanted: the reference gives a first one that has it.
             found = _differentiable_gradients(
-                (q, prev, *maps), heads, scale, channels_last, (dout, dweights, dkl)
+                (q, prev, *maps), heads, scale, channels_last, ctx.tolerance, (dout, dweights, dkl)
             )
-            return (found[0], found[1], None, None, None, None, *found[2:])
+            return (found[0], found[1], None, None, None, None, None, *found[2:])
         need = ctx.needs_input_grad
-        saved = Saved(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last)
-        g = ctx.backend.attend_backward(
-            saved, dout, dweights, dkl, need[0], need[1], need[6 : 6 + depth], need[6 + depth :]
+        saved = Saved(
+            *(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last),
+            ctx.tolerance,
         )
-        return (g.dq, g.dprev, None, None, None, None, *g.dkeys, *g.dvalues)
+        g = ctx.backend.attend_backward(
+            saved, dout, dweights, dkl, need[0], need[1], need[7 : 7 + depth], need[7 + depth :]
+        )
+        return (g.dq, g.dprev, None, None, None, None, None, *g.dkeys, *g.dvalues)
 
 
 def layer_attention_autograd(
@@ -257,22 +282,23 @@ def layer_attention_autograd(
     prev_weights: Tensor | None,
     channels_last: bool,
     backend: KernelBackend | None,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` of a backend's kernels, differentiable; of what the operator chooses where there is none."""
     if backend is None or needs_dispatcher(q):
         out, weights, kl = torch.ops.ela_kernels.layer_attention(
-            q, list(keys), list(values), heads, scale, prev_weights, channels_last
+            q, list(keys), list(values), heads, scale, prev_weights, channels_last, tolerance
         )
         return out, weights, None if prev_weights is None else kl
     maps = [resolved(x) for x in (*keys, *values)]
     out, weights, kl = _LayerAttention.apply(
-        resolved(q), prev_weights, heads, scale, channels_last, backend, *maps
+        resolved(q), prev_weights, heads, scale, channels_last, tolerance, backend, *maps
     )
     return out, weights, kl
 
 
 def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, keys, values, ctx.heads, ctx.scale, prev_weights, ctx.channels_last = inputs
+    q, keys, values, ctx.heads, ctx.scale, prev_weights, ctx.channels_last, ctx.tolerance = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, prev_weights, output[1], *keys, *values)
 
@@ -294,8 +320,9 @@ def _backward_of_op(
         dweights,
         None if prev_weights is None else dkl,
         ctx.channels_last,
+        ctx.tolerance,
     )
-    return dq, dkeys, dvalues, None, None, None if prev_weights is None else dprev, None
+    return dq, dkeys, dvalues, None, None, None if prev_weights is None else dprev, None, None
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:

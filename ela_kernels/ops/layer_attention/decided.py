@@ -48,6 +48,7 @@ def attend_decided(
     channels_last: bool,
     decided: Decided,
     active: Tensor | None,
+    tolerance: float,
     caller: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Decided]:
     """`(out, weights, kl)` and what is decided after this layer, whose own pair is the last.
@@ -62,14 +63,14 @@ def attend_decided(
     given = (*decided.given[:-1], None)
     if all(is_given is None for is_given in given):
         out, weights, kl = retrieve(
-            q, keys, values, heads, scale, prev_weights, channels_last, caller
+            q, keys, values, heads, scale, prev_weights, channels_last, tolerance, caller
         )
     else:
         # No kernel takes pairs that may be missing.
         log_weights = log_weights_reference(q, keys, heads, scale, given)
         kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
         weights = log_weights.exp()
-        out = aggregate_reference(weights, values, channels_last)
+        out = aggregate_reference(weights, values, channels_last, tolerance)
     kl, after = decided_after(decided, active, prev_weights, kl)
     if active is not None:
         if prev_weights is None:

@@ -79,8 +79,10 @@ def can_defer(x: Tensor) -> bool:
 class DeferredPairs(Places):
     """A history some of whose pairs wait until somebody reads, which makes those that are due, in their order."""
 
-    def __init__(self, repeats: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__(repeats, dtype)
+    def __init__(
+        self, repeats: bool = False, dtype: torch.dtype | None = None, tolerance: float = 0.0
+    ) -> None:
+        super().__init__(repeats, dtype, tolerance)
         self.turns = Turns()
 
     def defer(self, provider: Provider, x: Tensor, heads: int) -> None:

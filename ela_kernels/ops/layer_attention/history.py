@@ -62,10 +62,12 @@ class LayerHistory(ReusedRetrievals):
             elsewhere the same numbers are held as wide as they were, and :func:`ela_kernels.explain` says why. Values
             of half precision, also those of layers under autocast, stay as they are. float16 makes infinity of what
             is beyond 65504. None: values as they are.
+        tolerance: of layers that name none of their own; see :meth:`attend`.
 
     Raises:
-        TypeError: `repeats` is no bool, or `dtype` no dtype.
-        ValueError: another `dtype`; by its methods, a second forward pass (the sentence names its first layers).
+        TypeError: `repeats` is no bool, `dtype` no dtype, or `tolerance` no number.
+        ValueError: another `dtype`, or a `tolerance` that is no weight below 1; by its methods, a second forward pass
+            (the sentence names its first layers).
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -124,6 +126,7 @@ class LayerHistory(ReusedRetrievals):
         caller: Any = None,
         active: Tensor | None = None,
         given: Tensor | None = None,
+        tolerance: float | None = None,
     ) -> Tensor:
         """Append `(k, v)` and retrieve with `q` from all pairs held, this layer's own included.
 
@@ -137,6 +140,8 @@ class LayerHistory(ReusedRetrievals):
             active, given: whether this layer retrieves, and whether its pair is there for the layers after it, where
                 that is data: booleans of no dimension. Without them it does, and is. `out` means nothing where
                 `active` is false.
+            tolerance: retrievals of a smaller weight are left out, and their values not read; see
+                :func:`ela_kernels.layer_attention`. That of the history if None.
 
         Returns:
             `out`, like `v`. The weights and the divergence are then in :attr:`weights` and :attr:`kl`, both
@@ -157,26 +162,30 @@ class LayerHistory(ReusedRetrievals):
         snapshot = self._enter(caller, (q, k, v), recomputing)
         heads = snapshot.check_pair(q, k, v, heads, channels_last)
         scale = checks.check_scale(scale, q.shape[1] // heads)
+        tolerance = self.tolerance_of(tolerance)
         self._note_read(recomputing)
         decided = self._decided_with(snapshot, given, active is not None)
         backend = held = None
         if self._dtype is not None:
-            v, snapshot, held, backend = self._held(q, v, snapshot, caller, decided is None)
+            v, snapshot, held, backend = self._held(
+                q, v, snapshot, caller, decided is None, tolerance
+            )
         if backend is None and decided is None:
-            backend = self._backend(q, snapshot, caller)
+            backend = self._backend(q, snapshot, caller, tolerance)
         if backend is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
         pairs = self._extended(snapshot.pairs, k, v, held, backend is not None)
         if backend is not None:
             served(caller, "op", backend.name)
             link = self._link(pairs, heads, scale, channels_last, backend)
+            link = link._replace(tolerance=tolerance) if tolerance else link
             out, weights, kl, token = attend_pull(q, k, v, snapshot.token, snapshot.weights, link)
         else:
             keys, values, prev = self._read_by(q, snapshot)
             keys, values = (*keys, k), (*values, v)
             if decided is None:
                 out, weights, kl = retrieve(
-                    q, keys, values, heads, scale, prev, channels_last, caller or self
+                    q, keys, values, heads, scale, prev, channels_last, tolerance, caller or self
                 )
             else:
                 out, weights, kl, self._decided = attend_decided(
@@ -189,11 +198,13 @@ class LayerHistory(ReusedRetrievals):
                     channels_last,
                     decided,
                     active,
+                    tolerance,
                     caller or self,
                 )
             token = snapshot.token
         at = snapshot.position + 1
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token), recomputing, caller)
+        left = Snapshot(pairs, at, heads, weights, kl, token, None, tolerance)
+        self._leave(left, recomputing, caller)
         return out
 
     def provide(
@@ -257,7 +268,9 @@ class LayerHistory(ReusedRetrievals):
         # Not `_replace`, which the compiler of PyTorch 2.8 cannot trace.
         return Decided((*decided.given, given), decided.retrieved, decided.has_divergence)
 
-    def _backend(self, q: Tensor, snapshot: Snapshot, caller: Any) -> KernelBackend | None:
+    def _backend(
+        self, q: Tensor, snapshot: Snapshot, caller: Any, tolerance: float = 0.0
+    ) -> KernelBackend | None:
         """Those that serve this layer; None where the functional op, with its push form, does.
 
         It does so too after a layer that it served: nothing would gather the gradient of that layer's pair. And where
@@ -269,10 +282,16 @@ class LayerHistory(ReusedRetrievals):
         if not pairs.linked or not pairs.are_all(q.dtype):
             refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
             return None
-        return kernels_for("layer_attention", q, len(pairs.keys) + 1)
+        return kernels_for("layer_attention", q, len(pairs.keys) + 1, tolerance=tolerance)
 
     def _held(
-        self, q: Tensor, v: Tensor, snapshot: Snapshot, caller: Any, may_link: bool
+        self,
+        q: Tensor,
+        v: Tensor,
+        snapshot: Snapshot,
+        caller: Any,
+        may_link: bool,
+        tolerance: float = 0.0,
     ) -> tuple[Tensor, Snapshot, torch.dtype | None, KernelBackend | None]:
         """How the value of a layer is held in a history that was given a dtype: `(v, snapshot, held, backend)`.
 
@@ -282,6 +301,7 @@ class LayerHistory(ReusedRetrievals):
         Args:
             q: the layer's query, or its key.
             may_link: whether kernels may be asked.
+            tolerance: of the layer, if it retrieves.
         """
         held = self._held_dtype(q.dtype)
         if held is None:
@@ -290,7 +310,7 @@ class LayerHistory(ReusedRetrievals):
             obstacles = tuple(pair_obstacles(snapshot.pairs, q.dtype, held))
             depth = len(snapshot.pairs.keys) + 1
             of_call = "layer_attention", q.device, q.dtype, depth, False, is_transformed()
-            found = plan(Request(*of_call, obstacles, held))
+            found = plan(Request(*of_call, obstacles, held, tolerance > 0))
             if not isinstance(found, Refusal):
                 return v, snapshot, held, found
             held_as_they_are(caller or self, found)

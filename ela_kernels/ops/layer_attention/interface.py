@@ -46,6 +46,7 @@ def layer_attention(
     scale: float | None = None,
     prev_weights: Tensor | None = None,
     channels_last: bool = False,
+    tolerance: float = 0.0,
 ) -> LayerAttentionOutput:
     r"""Retrieve from the feature maps of all layers so far, and measure how new that retrieval is.
 
@@ -70,6 +71,11 @@ def layer_attention(
         scale: factor of the scores; `1 / sqrt(C / G)` if None.
         prev_weights: `weights` of the last layer that retrieved, `[B, G, t']` with t' <= T.
         channels_last: the last dimension of the values is the channel.
+        tolerance: retrievals of a smaller weight are left out, for each sample and head, and their values not read:
+            `out = torch.einsum("bgt,btgdhw->bgdhw", weights.where(weights >= tolerance, 0), v)`, with the gradient of
+            that, in which the terms left out are constant zeros, whatever their values are (infinite ones too).
+            `out` is then at most `T * tolerance * max(|v|)` from what it is without; `weights` and `kl` are the same.
+            0 leaves out nothing.
 
     Returns:
         `out`, shape and dtype of one value; `weights` `[B, G, T]`, which sum to 1 over T; `kl` `[B, G]`, in
@@ -86,7 +92,8 @@ def layer_attention(
         between adjacent layers: ELA (arXiv 2503.06473); its direction, previous to current with the previous
         weights padded by zeros, is our definition.
     """
-    return retrieve(q, keys, values, heads, scale, prev_weights, channels_last)
+    tolerance = checks.check_tolerance(tolerance)
+    return retrieve(q, keys, values, heads, scale, prev_weights, channels_last, tolerance)
 
 
 def retrieve(
@@ -97,6 +104,7 @@ def retrieve(
     scale: float | None,
     prev_weights: Tensor | None,
     channels_last: bool,
+    tolerance: float,
     caller: Any = None,
 ) -> LayerAttentionOutput:
     """:func:`layer_attention` for the layer `caller`, whose history has no pull form for it."""
@@ -112,12 +120,12 @@ def retrieve(
     )
     backend = None
     if not torch.compiler.is_compiling():
-        backend = kernels_for("layer_attention", q, len(key_list))
+        backend = kernels_for("layer_attention", q, len(key_list), tolerance=tolerance)
         if backend is None:
             refused(
                 caller,
                 "op" if caller is None else "push",
-                why_eager("layer_attention", q, len(key_list)),
+                why_eager("layer_attention", q, len(key_list), tolerance),
             )
             served_without_kernels(caller, "eager")
             check_not_freed("q", q)
@@ -126,13 +134,13 @@ def retrieve(
             check_not_freed("prev_weights", prev)
             return LayerAttentionOutput(
                 *layer_attention_reference(
-                    q, key_list, value_list, heads, scale, prev, channels_last
+                    q, key_list, value_list, heads, scale, prev, channels_last, tolerance
                 )
             )
         served(caller, "op" if caller is None else "push", backend.name)
     return LayerAttentionOutput(
         *layer_attention_autograd(
-            q, key_list, value_list, heads, scale, prev, channels_last, backend
+            q, key_list, value_list, heads, scale, prev, channels_last, backend, tolerance
         )
     )
 

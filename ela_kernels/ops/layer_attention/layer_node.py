@@ -150,7 +150,10 @@ class _Layer(torch.autograd.Function):
             dout = in_form_of(values[-1], dout, ctx.channels_last)
         if dretrieved is not None:
             dretrieved = in_form_of(values[-1], dretrieved, ctx.channels_last)
-        attention = Saved(q, keys, values, ctx.heads, ctx.scale, prev, weights, ctx.channels_last)
+        attention = Saved(
+            *(q, keys, values, ctx.heads, ctx.scale, prev, weights, ctx.channels_last),
+            ctx.tolerance,
+        )
         epilogue = with_parameters(ctx.epilogue, gamma, beta)
         filters = Filters(wq, wk, wv)
         saved = SavedLayer(x, filters, mean, ctx.heads, attention, epilogue, retrieved, statistics)
@@ -216,6 +219,7 @@ def _retrieve(
             epilogue,
             keeps_retrieved,
             value_dtype=link.held,
+            tolerance=link.tolerance,
         ),
         epilogue,
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels import torch_internals
+from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.held import check_history_dtype
 from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
@@ -37,13 +38,16 @@ def _note_graph() -> bool:
 class Places:
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
-    def __init__(self, repeats: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, repeats: bool = False, dtype: torch.dtype | None = None, tolerance: float = 0.0
+    ) -> None:
         if type(repeats) is not bool:
             raise TypeError(
                 f"repeats: got {type(repeats).__name__}; allowed is True, for a stage that goes through its layers "
                 "several times in one forward pass, or False"
             )
         self._dtype = check_history_dtype(dtype)
+        self._tolerance = check_tolerance(tolerance)
         self._now = Snapshot()
         self._latest = self._now
         self._found_by: dict[Any, list[tuple[Snapshot, bool]]] = {}
@@ -87,6 +91,10 @@ class Places:
         """In which the value of a layer in `dtype` is held, None for as it is: nothing is gained by as many bytes."""
         held = self._dtype
         return held if held is not None and dtype.itemsize > held.itemsize else None
+
+    def tolerance_of(self, own: float | None) -> float:
+        """What a layer leaves out that was given `own`; None where nothing was, and the history's counts."""
+        return self._tolerance if own is None else check_tolerance(own)
 
     @property
     def position(self) -> int:

@@ -25,6 +25,7 @@ class LayerPlan(NamedTuple):
         dtype: in which it is computed.
         recomputing: whether a checkpoint recomputes the layer.
         held: in which its value is held, where that is not `dtype`.
+        tolerance: retrievals of a smaller weight are left out.
     """
 
     backend: KernelBackend
@@ -32,6 +33,7 @@ class LayerPlan(NamedTuple):
     dtype: torch.dtype
     recomputing: bool
     held: torch.dtype | None = None
+    tolerance: float = 0.0
 
 
 def all_fit(filters: Sequence[Tensor | None], x: Tensor, dtype: torch.dtype) -> bool:

@@ -102,6 +102,7 @@ class Link(NamedTuple):
         keys, values: up to the layer's own; of a whole layer, which makes its own, those before it.
         before: the pairs before a whole layer, which stand for `keys` and `values`.
         held: the dtype that the history holds values in, where it is not that of the layer.
+        tolerance: retrievals of a smaller weight are left out.
     """
 
     path: tuple[int, ...]
@@ -114,6 +115,7 @@ class Link(NamedTuple):
     record: Record
     before: Pairs | None = None
     held: torch.dtype | None = None
+    tolerance: float = 0.0
 
 
 def refuse_other_kernels() -> NoReturn:
@@ -171,6 +173,7 @@ def keep(ctx: Any, link: Link) -> None:
     # Not the link itself: ctx outlives the backward, and would keep all values alive with it.
     ctx.set_materialize_grads(False)
     ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
+    ctx.tolerance = link.tolerance
     ctx.channels_last, ctx.backend, ctx.record = link.channels_last, link.backend, link.record
 
 

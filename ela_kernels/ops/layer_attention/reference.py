@@ -57,8 +57,18 @@ def divergence_reference(prev_weights: Tensor, log_weights: Tensor) -> Tensor:
         return terms.masked_fill(is_zero, 0.0).sum(dim=-1)
 
 
-def aggregate_reference(weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
-    """`sum_j weights[:, g(c), j] * values[j][:, c]`, shape, dtype and memory format of the values."""
+def is_left_out(weights: Tensor, tolerance: float) -> Tensor:
+    """Which weights are below the tolerance. A NaN is not: what it is multiplied with shows it."""
+    return weights < tolerance
+
+
+def aggregate_reference(
+    weights: Tensor, values: Sequence[Tensor], channels_last: bool, tolerance: float = 0.0
+) -> Tensor:
+    """`sum_j weights[:, g(c), j] * values[j][:, c]`, shape, dtype and memory format of the values.
+
+    With a tolerance above zero the sum is over weights that are not below it; the others are as a constant zero.
+    """
     heads = weights.shape[1]
     last = values[-1]
     channels = last.shape[-1] if channels_last else last.shape[1]
@@ -67,7 +77,11 @@ def aggregate_reference(weights: Tensor, values: Sequence[Tensor], channels_last
     shape[-1 if channels_last else 1] = channels
     total: Tensor | None = None
     for j, value in enumerate(values):
-        term = per_channel[..., j].reshape(shape) * value.to(weights.dtype)
+        weight = per_channel[..., j].reshape(shape)
+        if tolerance > 0:
+            # Not the weight: a value that is not read may be infinite, or its gradient.
+            value = value.masked_fill(is_left_out(weight, tolerance), 0.0)
+        term = weight * value.to(weights.dtype)
         total = term if total is None else total + term
     assert total is not None  # the public functions refuse an empty history
     return total.to(last.dtype)
@@ -81,12 +95,13 @@ def layer_attention_reference(
     scale: float,
     prev_weights: Tensor | None = None,
     channels_last: bool = False,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` as :func:`ela_kernels.layer_attention` defines them."""
     log_weights = log_weights_reference(q, keys, heads, scale)
     weights = log_weights.exp()
     kl = None if prev_weights is None else divergence_reference(prev_weights, log_weights)
-    return aggregate_reference(weights, values, channels_last), weights, kl
+    return aggregate_reference(weights, values, channels_last, tolerance), weights, kl
 
 
 def layer_attention_backward_reference(
@@ -101,6 +116,7 @@ def layer_attention_backward_reference(
     dweights: Tensor | None,
     dkl: Tensor | None,
     channels_last: bool,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """`(dq, dkeys, dvalues, dprev_weights)` by hand: what the kernels compute, in a form to read."""
     dtype = weights.dtype
@@ -110,9 +126,12 @@ def layer_attention_backward_reference(
     if dout is not None:
         products = [(dout.to(dtype) * v.to(dtype)).movedim(channel_dim, 1) for v in values]
         dots = [p.flatten(2).sum(2).unflatten(1, (heads, -1)).sum(2) for p in products]  # [B, G]
-        total = total + torch.stack(dots, dim=-1)
+        products_of_all = torch.stack(dots, dim=-1)
+        if tolerance > 0:
+            products_of_all = products_of_all.masked_fill(is_left_out(weights, tolerance), 0.0)
+        total = total + products_of_all
         dvalues = [
-            aggregate_reference(weights[..., j : j + 1], [dout], channels_last)
+            aggregate_reference(weights[..., j : j + 1], [dout], channels_last, tolerance)
             for j in range(len(values))
         ]
     # Softmax, then the divergence's own part: d kl / d s = mass of prev * weights - prev.

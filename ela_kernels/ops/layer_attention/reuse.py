@@ -101,7 +101,7 @@ def _retrieved_again(snapshot: Snapshot) -> Tensor:
     values = snapshot.pairs.widened().values[: snapshot.weights.shape[-1]]
     dtype = functools.reduce(torch.promote_types, [v.dtype for v in values])
     weights = snapshot.weights.to(accumulate_dtype(dtype))
-    return aggregate_reference(weights, [v.to(dtype) for v in values], channels_last=False)
+    return aggregate_reference(weights, [v.to(dtype) for v in values], False, snapshot.tolerance)
 
 
 def _normed_with(kept: Kept, epilogue: NormAct) -> Retrieved:

@@ -145,10 +145,10 @@ class Kept(NamedTuple):
 class Snapshot:
     """The history as one layer found it: immutable, so that a recomputed layer can start from it again.
 
-    `kept` may be None where a layer has retrieved: then nobody needed it.
+    `kept` may be None where a layer has retrieved: then nobody needed it. `tolerance` is that of `weights`.
     """
 
-    __slots__ = ("heads", "kept", "kl", "pairs", "position", "token", "weights")
+    __slots__ = ("heads", "kept", "kl", "pairs", "position", "token", "tolerance", "weights")
 
     def __init__(
         self,
@@ -159,37 +159,39 @@ class Snapshot:
         kl: Tensor | None = None,
         token: Tensor | None = None,
         kept: Kept | None = None,
+        tolerance: float = 0.0,
     ) -> None:
         self.pairs, self.position, self.heads = pairs, position, heads
         self.weights, self.kl, self.token, self.kept = weights, kl, token, kept
+        self.tolerance = tolerance
 
     def moved_on(self, pairs: Pairs, heads: int | None, token: Tensor | None) -> Snapshot:
         """After a layer that retrieved nothing of its own."""
-        return Snapshot(pairs, self.position + 1, heads, self.weights, self.kl, token, self.kept)
+        return self._changed(pairs, self.position + 1, heads, token, self.kept)
+
+    def _changed(
+        self,
+        pairs: Pairs,
+        position: int,
+        heads: int | None,
+        token: Tensor | None,
+        kept: Kept | None,
+    ) -> Snapshot:
+        of_last = heads, self.weights, self.kl, token, kept, self.tolerance
+        return Snapshot(pairs, position, *of_last)
 
     def widened(self) -> Snapshot:
         """With values as layers read them, in the layers' dtype; itself where they are held so."""
         if len(self.pairs.stand_ins) == 0:
             return self
-        return Snapshot(
-            self.pairs.widened(),
-            self.position,
-            self.heads,
-            self.weights,
-            self.kl,
-            self.token,
-            self.kept,
-        )
+        pairs = self.pairs.widened()
+        return self._changed(pairs, self.position, self.heads, self.token, self.kept)
 
     def moved_to(self, position: int) -> Snapshot:
-        return Snapshot(
-            self.pairs, position, self.heads, self.weights, self.kl, self.token, self.kept
-        )
+        return self._changed(self.pairs, position, self.heads, self.token, self.kept)
 
     def with_kept(self, kept: Kept | None) -> Snapshot:
-        return Snapshot(
-            self.pairs, self.position, self.heads, self.weights, self.kl, self.token, kept
-        )
+        return self._changed(self.pairs, self.position, self.heads, self.token, kept)
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, heads: int) -> Snapshot:

@@ -33,8 +33,10 @@ from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
 class WholeLayers(LayersInGraphs):
     """Whole layers on a history, in the pull form."""
 
-    def __init__(self, repeats: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__(repeats, dtype)
+    def __init__(
+        self, repeats: bool = False, dtype: torch.dtype | None = None, tolerance: float = 0.0
+    ) -> None:
+        super().__init__(repeats, dtype, tolerance)
         self._record = Record()
         self._decided: Decided | None = None
 
@@ -45,6 +47,7 @@ class WholeLayers(LayersInGraphs):
         op: str = "layer",
         obstacles: tuple[str, ...] = (),
         caller: Any = None,
+        tolerance: float | None = None,
     ) -> LayerPlan | Refusal:
         """The kernels that serve a whole layer of `x` here, or every reason why none does.
 
@@ -54,8 +57,9 @@ class WholeLayers(LayersInGraphs):
             op: `"layer"`, or `"block"` with the residual block around it.
             obstacles: what else stands between the layer and its kernels.
             caller: the module that calls.
+            tolerance: as of :meth:`attend`.
         """
-        dtype = layer_dtype(x)
+        dtype, tolerance = layer_dtype(x), self.tolerance_of(tolerance)
         held = None if self._dtype is None else self._held_dtype(dtype)
         recomputing = self.recomputing
         pairs = self._place_of(caller, recomputing).pairs
@@ -70,13 +74,13 @@ class WholeLayers(LayersInGraphs):
             or not all_fit(filters, x, dtype)
         ):
             obstacles = (*obstacles, *self._obstacles(x, filters, dtype, held, pairs))
-        request = Request(
-            op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed(), obstacles, held
-        )
+        of_call = op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed()
+        request = Request(*of_call, obstacles, held, tolerance > 0)
         found = plan(request)
         if isinstance(found, Refusal):
             return found
-        return LayerPlan(found, filters, dtype, recomputing, held)  # type: ignore[arg-type]
+        of_layer = found, filters, dtype, recomputing, held, tolerance
+        return LayerPlan(*of_layer)  # type: ignore[arg-type]
 
     def _obstacles(
         self,
@@ -146,7 +150,8 @@ class WholeLayers(LayersInGraphs):
         pairs = snapshot.pairs.extended(k, v, link.path, stand_in=stand_in)
         at = snapshot.position + 1
         kept = None if retrieved is None else Kept.of(retrieved, statistics)
-        self._leave(Snapshot(pairs, at, heads, weights, kl, token, kept), plan.recomputing, caller)
+        left = Snapshot(pairs, at, heads, weights, kl, token, kept, plan.tolerance)
+        self._leave(left, plan.recomputing, caller)
         return out
 
     def _layer_link(
@@ -163,7 +168,9 @@ class WholeLayers(LayersInGraphs):
         keys, values = pairs.keys, pairs.values
         path = pairs.next_path()
         link = Link(
-            path, keys, values, heads, scale, False, plan.backend, self._record, pairs, plan.held
+            *(path, keys, values, heads, scale, False, plan.backend, self._record, pairs),
+            plan.held,
+            plan.tolerance,
         )
         return snapshot, heads, link
 

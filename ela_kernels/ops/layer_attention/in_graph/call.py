@@ -13,19 +13,19 @@ from ela_kernels.backends.types import RESIDUAL, Epilogue, NormAct
 
 # Counted up when the schemas, or what the backward works out, become others: PyTorch keeps compiled graphs on disk, by
 # the forward that was traced, and would go on with a backward of before.
-FORMULA = 1
+FORMULA = 2
 
 CALL_SCHEMA = (
     "Tensor x, Tensor wq, Tensor wk, Tensor wv, Tensor[] keys, Tensor[] values, Tensor? prev_weights, Tensor? gamma, "
     "Tensor? beta, Tensor? norm_statistics, Tensor? mask, Tensor? token, Tensor? active, Tensor? kept, "
-    "Tensor? kept_statistics, Tensor? kept_exists, int heads, float scale, str epilogue, float eps, bool relu, "
-    "str backend, int formula"
+    "Tensor? kept_statistics, Tensor? kept_exists, int heads, float scale, float tolerance, "
+    "str epilogue, float eps, bool relu, str backend, int formula"
 )
 LEFT_SCHEMA = (
     "Tensor query, Tensor mean, Tensor weights, Tensor? retrieved, Tensor? statistics, Tensor? dout, Tensor? dweights, "
     "Tensor? dkl, Tensor? dkey, Tensor? dvalue, Tensor? dretrieved, Tensor[] queries, Tensor[] weights_after, "
-    "Tensor[] dscores_after, Tensor[] douts_after, Tensor[] active_after, bool[] needs, bool[] need_keys, "
-    "bool[] need_values"
+    "Tensor[] dscores_after, Tensor[] douts_after, Tensor[] active_after, "
+    "float[] tolerances_after, bool[] needs, bool[] need_keys, bool[] need_values"
 )
 
 
@@ -41,6 +41,7 @@ class Call(NamedTuple):
         kept: with `active`, what the last layer before this one retrieved; None where none has.
         kept_statistics: mean and variance `[2, C]` of it, where a norm has taken them.
         kept_exists: whether any layer has retrieved, where that is data.
+        tolerance: retrievals of a smaller weight are left out.
         epilogue: "none", "residual" or "norm".
         backend: whose kernels, as it was found when the graph was traced.
         formula: :data:`FORMULA`, of this package.
@@ -64,6 +65,7 @@ class Call(NamedTuple):
     kept_exists: Tensor | None
     heads: int
     scale: float
+    tolerance: float
     epilogue: str
     eps: float
     relu: bool
@@ -106,8 +108,8 @@ class Left(NamedTuple):
     """What the backward takes after a :class:`Call`: what the forward left, what arrives, and what is wanted.
 
     Attributes:
-        queries, weights_after, dscores_after, douts_after, active_after: of the layers that retrieved this one's pair,
-            one of each; an empty tensor where a layer's retrieval got no gradient, or always retrieves.
+        queries, weights_after, dscores_after, douts_after, active_after, tolerances_after: of the layers that retrieved
+            this one's pair, one each; an empty tensor where a layer's retrieval got no gradient, or always retrieves.
         needs: as of `LayerNeeds`, and of `kept`.
         need_keys, need_values: of the pairs before, which are gathered here; empty where others gather them.
     """
@@ -128,6 +130,7 @@ class Left(NamedTuple):
     dscores_after: list[Tensor]
     douts_after: list[Tensor]
     active_after: list[Tensor]
+    tolerances_after: list[float]
     needs: list[bool]
     need_keys: list[bool]
     need_values: list[bool]

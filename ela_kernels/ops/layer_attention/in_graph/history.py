@@ -32,16 +32,18 @@ class GraphPlan(NamedTuple):
         backend: the name of the one whose kernels run when the graph does.
         filters: the layer's parameters, not cast yet.
         dtype: in which it is computed.
+        tolerance: retrievals of a smaller weight are left out.
     """
 
     backend: str
     filters: Filters
     dtype: torch.dtype
+    tolerance: float
 
 
 @constant_in_graphs
 def _kernels(
-    setting: str, op: str, device: torch.device, dtype: torch.dtype, depth: int
+    setting: str, op: str, device: torch.device, dtype: torch.dtype, depth: int, leaves_out: bool
 ) -> str | None:
     """The name of the backend that serves a layer when the graph runs; None where PyTorch's pieces do.
 
@@ -50,7 +52,7 @@ def _kernels(
     # An exported program is to run where there may be no kernels, and a transform has to see every operation.
     if is_exporting() or are_transforms_active():
         return None
-    found = plan(Request(op, device, dtype, depth))
+    found = plan(Request(op, device, dtype, depth, leaves_out=leaves_out))
     return None if isinstance(found, Refusal) else found.name
 
 
@@ -61,7 +63,11 @@ class LayersInGraphs(DeferredPairs):
     _decided: Decided | None = None
 
     def plan_in_graph(
-        self, x: Tensor, filters: Sequence[Tensor | None] | None, op: str
+        self,
+        x: Tensor,
+        filters: Sequence[Tensor | None] | None,
+        op: str,
+        tolerance: float | None = None,
     ) -> GraphPlan | Refusal:
         """As :meth:`plan_layer`, in a graph that is being compiled; `filters` None where something stands against."""
         if filters is None or self._retrieves_its_own_way or type(x) is not Tensor or not x.numel():
@@ -75,11 +81,13 @@ class LayersInGraphs(DeferredPairs):
             return refusal_in_a_graph()
         if not pairs.are_all(dtype) or not all_fit(filters, x, dtype):
             return refusal_in_a_graph()
-        name = _kernels(current_setting(), op, x.device, dtype, len(pairs.keys) + 1)
+        tolerance = self.tolerance_of(tolerance)
+        depth = len(pairs.keys) + 1
+        name = _kernels(current_setting(), op, x.device, dtype, depth, tolerance > 0)
         if name is None:
             return refusal_in_a_graph()
         wq, wk, wv = filters
-        return GraphPlan(name, Filters(wq, wk, wv), dtype)  # type: ignore[arg-type]
+        return GraphPlan(name, Filters(wq, wk, wv), dtype, tolerance)  # type: ignore[arg-type]
 
     def takes_decision(self, x: Tensor, keeps: bool, takes_batch: bool) -> bool:
         """Whether an operator may be told by a tensor whether a block of `x` retrieves: it is read when the graph runs.
@@ -137,7 +145,7 @@ class LayersInGraphs(DeferredPairs):
             *(x, *filters, list(pairs.keys), list(pairs.values), prev),
             *(gamma, beta, statistics, mask, snapshot.token),
             *(active, None if over is None else over.o, taken, exists),
-            *(heads, 1.0 / math.sqrt(channels // heads)),
+            *(heads, 1.0 / math.sqrt(channels // heads), plan.tolerance),
             "norm" if norm is not None else "residual" if residual else "none",
             0.0 if norm is None else norm.eps,
             norm is not None and norm.relu,
@@ -161,5 +169,6 @@ class LayersInGraphs(DeferredPairs):
             kept = Kept.of(retrieved, found_statistics if statistics is None else None, applies)
         # Layers outside of graphs find no record of this one's: they add their own gradients to those of the pair.
         extended, at = pairs.extended(key, value, is_linked=False), snapshot.position + 1
-        self._leave(Snapshot(extended, at, heads, weights, divergence, token, kept), False, caller)
+        of_layer = heads, weights, divergence, token, kept, plan.tolerance
+        self._leave(Snapshot(extended, at, *of_layer), False, caller)
         return out

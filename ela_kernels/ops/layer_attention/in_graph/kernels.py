@@ -64,7 +64,9 @@ def _retrieved(
 ) -> _Forward:
     keys, values = [resolved(k) for k in call.keys], [resolved(v) for v in call.values]
     of_scores = call.heads, call.scale, call.prev_weights
-    r = backend.layer(x, filters, keys, values, *of_scores, call.ending(), keeps)
+    r = backend.layer(
+        x, filters, keys, values, *of_scores, call.ending(), keeps, tolerance=call.tolerance
+    )
     statistics = r.statistics
     if call.norm_statistics is not None:
         statistics = call.norm_statistics.clone()  # an operator may not give what it was given
@@ -163,7 +165,8 @@ def backward(*args: Any) -> tuple[Any, ...]:
 def _of_retrieved(call: Call, left: Left, x: Tensor) -> tuple[SavedLayer, LayerNeeds]:
     keys, values = [resolved(k) for k in call.keys], [resolved(v) for v in call.values]
     attention = Saved(
-        left.query, keys, values, call.heads, call.scale, call.prev_weights, left.weights, False
+        *(left.query, keys, values, call.heads, call.scale, call.prev_weights, left.weights, False),
+        call.tolerance,
     )
     saved = _saved(call, left, x, call.wq, attention, call.ending(), left.retrieved)
     return saved, LayerNeeds(*left.needs[:5])
@@ -203,11 +206,14 @@ def _contributions(left: Left, backend: KernelBackend, x: Tensor) -> list[Contri
         left.dscores_after,
         left.douts_after,
         left.active_after,
+        left.tolerances_after,
         strict=True,
     )
     return [
-        backend.contribution(q, weights, dscores, _map(do, x) if do.numel() else None, False)
-        for q, weights, dscores, do, active in of_each
+        backend.contribution(
+            q, weights, dscores, _map(do, x) if do.numel() else None, False, tolerance
+        )
+        for q, weights, dscores, do, active, tolerance in of_each
         if not active.numel() or bool(active)
     ]
 

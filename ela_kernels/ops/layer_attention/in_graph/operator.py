@@ -51,6 +51,7 @@ class _Trace(NamedTuple):
     dscores: Tensor
     dout: Tensor | None
     active: Tensor | None
+    tolerance: float
     dout_version: int = 0
 
 
@@ -111,6 +112,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         [after.dscores for after in later],
         [none if after.dout is None else after.dout for after in later],
         [none if after.active is None else after.active for after in later],
+        [after.tolerance for after in later],
         [needs[name] for name in ("x", "wq", "wk", "wv", "prev_weights", "kept")],
         needs["keys"] if gathers else [],
         needs["values"] if gathers else [],
@@ -121,7 +123,9 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         of_retrieval = dout
         if ctx.normed:
             of_retrieval = dretrieved if dout is None else do
-        ctx.record.add(ctx.path, _Trace(query, weights, dscores, of_retrieval, call.active))
+        ctx.record.add(
+            ctx.path, _Trace(query, weights, dscores, of_retrieval, call.active, call.tolerance)
+        )
     none_of_pairs: list[Tensor | None] = [None] * ctx.depth
     given: dict[str, Any] = {
         "x": dx,
