@@ -29,11 +29,11 @@ library = torch.library.Library("ela_kernels", "FRAGMENT")
 """What all operators of this package are registered with."""
 library.define(
     "layer_attention(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
-    "bool channels_last, float tolerance=0.0) -> (Tensor out, Tensor weights, Tensor kl)"
+    "bool channels_last, float tolerance) -> (Tensor out, Tensor weights, Tensor kl)"
 )
 library.define(
     "layer_attention_backward(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
-    "Tensor weights, Tensor? dout, Tensor? dweights, Tensor? dkl, bool channels_last, float tolerance=0.0) "
+    "Tensor weights, Tensor? dout, Tensor? dweights, Tensor? dkl, bool channels_last, float tolerance) "
     "-> (Tensor dq, Tensor[] dkeys, Tensor[] dvalues, Tensor dprev)"
 )
 
