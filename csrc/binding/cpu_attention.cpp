@@ -110,8 +110,8 @@ void gather(int dtype, const std::array<int64_t, 5>& sizes, const py::bytes& sou
 }
 
 // As gather() and layer_backward() take what one layer left; those of several follow each other.
-py::bytes source(int64_t query, int64_t query_stride, int64_t scores, int64_t depth, const View& dout,
-                 int64_t weights, double tolerance) {
+py::bytes source(int64_t query, int64_t query_stride, int64_t scores, int64_t depth, const View& dout, int64_t weights,
+                 double tolerance) {
   const Source packed = {query, query_stride, scores, depth, dout, weights, tolerance};
   return py::bytes(reinterpret_cast<const char*>(&packed), sizeof(packed));
 }

@@ -70,7 +70,8 @@ void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv,
   if (query != 0) w = weights_params(shape, attention, key_views, kl);
   std::vector<ColumnView> columns;
   columns.reserve(key_views.size());
-  for (int64_t j = 0; j < depth; ++j) columns.push_back({static_cast<char*>(w.weights) + j * size, depth, attention.tolerance});
+  for (int64_t j = 0; j < depth; ++j)
+    columns.push_back({static_cast<char*>(w.weights) + j * size, depth, attention.tolerance});
   // Each kernel has memory of its own: samples are at different kernels at the same time.
   const ela::Kernels& k = ela::kernels();
   const int64_t for_taps = 9 * image.channels * size, for_depthwise = k.depthwise_workspace(image) * size,
@@ -155,8 +156,8 @@ void layer_backward(const LayerPlan& plan, const std::optional<Own>& own, const 
   const double one64 = 1;
   const float one32 = 1;
   const void* one = size == 8 ? static_cast<const void*>(&one64) : &one32;
-  if (arrived.dk != 0) queries.push_back(row(arrived.dk, shape.channels)), scores.push_back({one, 0, 0});
-  if (arrived.dv[0] != 0) douts.push_back(map(arrived.dv)), weight_columns.push_back({one, 0, 0});
+  if (arrived.dk != 0) queries.push_back(row(arrived.dk, shape.channels)), scores.push_back({one, 0});
+  if (arrived.dv[0] != 0) douts.push_back(map(arrived.dv)), weight_columns.push_back({one, 0});
 
   const ela::Kernels& k = ela::kernels();
   // That of the attention first: it holds doubles.

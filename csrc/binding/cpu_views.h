@@ -91,7 +91,7 @@ inline SourceViews source_views(const pybind11::bytes& sources, int64_t index, s
     present(s.weights, s.dout[0] == 0 ? 0 : shape.batch, "weights of a source");
     const int64_t column = index * static_cast<int64_t>(size);
     views.queries.push_back({address(s.query), s.query_stride});
-    views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth, 0});
+    views.scores.push_back({static_cast<char*>(address(s.scores)) + column, s.depth});
     if (s.dout[0] == 0) continue;
     views.douts.push_back(map(s.dout));
     views.weights.push_back({static_cast<char*>(address(s.weights)) + column, s.depth, s.tolerance});

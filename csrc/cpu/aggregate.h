@@ -8,12 +8,12 @@
 #include "cpu/any_order.h"
 #include "cpu/maps.h"
 #include "cpu/norm.h"
-#include "cpu/weights.h"
+#include "cpu/retained.h"
 
 namespace ela::ELA_ISA {
 
 constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
-constexpr int kStreams = 4;       // sources read side by side, to load and store the running sum less often
+constexpr int64_t kRunRows = 32;  // interleaved: positions of a run of channels
 
 // Calls body(Count<streams>{}), with a number of sources that is known when it is compiled.
 template <class Body>
@@ -86,6 +86,16 @@ inline void add_some(int j, Acc<T>* sum, const V* const* v, const Acc<T>* factor
   }
 }
 
+// A sum over no source.
+template <class T, class Out>
+inline void add_nothing(int64_t count, Out* out, const T* residual) {
+  if (residual == nullptr) {
+    map_any_order<T>(count, out, [](auto) { return Vec<T>{}; });
+  } else {
+    map_any_order<T>(count, out, [=](auto at) { return at.load(residual); });
+  }
+}
+
 // The end of a block for `count` elements of a head's planes, one after the other from channel `c` on.
 template <class T>
 inline void end_planes(const NormParams& norm, int64_t b, int64_t c, int64_t offset, int64_t count, const T* o) {
@@ -119,23 +129,20 @@ void aggregate_planar(const AggregateParams& p, int threads) {
       const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
       T* out = is_stored ? const_cast<T*>(planar_at<T>(p.out, b, c, offset)) : ended;
       const T* residual = has_residual ? planar_at<T>(p.residual, b, c, offset) : nullptr;
-      for (int64_t j = 0; j < p.sources; j += kStreams) {
-        const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
+      const auto add = [&](const Streams<A>& at, bool is_first, bool is_last) {
         const V* v[kStreams];
-        A factor[kStreams];
-        for (int i = 0; i < some; ++i) {
-          v[i] = planar_at<V>(p.maps[j + i], b, c, offset);
-          factor[i] = factor_at<A>(p.columns[j + i], head);
-        }
-        add_some<T>(some, sum, v, factor, count, j == 0, j + some == p.sources ? out : nullptr, residual);
-      }
+        for (int i = 0; i < at.count; ++i) v[i] = planar_at<V>(p.maps[at.source[i]], b, c, offset);
+        add_some<T>(at.count, sum, v, at.factor, count, is_first, is_last ? out : nullptr, residual);
+      };
+      const auto column = [&](int64_t j) { return p.columns[j]; };
+      if (!for_retained<A>(p.sources, column, head, add)) add_nothing<T>(count, out, residual);
       if (p.norm != nullptr) end_planes<T>(*p.norm, b, c, offset, count, out);
     }
   });
 }
 
 // Interleaved maps: neighbouring elements belong to different heads, so the weights are laid out by channel first,
-// [B, sources, C], and then read as vectors. `column(j)` is the ColumnView of source j.
+// [B, sources, C], and then read as vectors; zero for what is left out. `column(j)` is the ColumnView of source j.
 template <class T, class Column>
 void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expanded, int threads) {
   using A = Acc<T>;
@@ -145,11 +152,72 @@ void expand_columns(const Shape& s, int64_t sources, Column column, Acc<T>* expa
       const ColumnView view = column(item % sources);
       A* row = expanded + item * s.channels;
       for (int64_t g = 0; g < s.heads; ++g) {
-        const A factor = factor_at<A>(view, item / sources * s.heads + g);
+        const int64_t head = item / sources * s.heads + g;
+        const A factor = is_left_out<A>(view, head) ? 0 : factor_at<A>(view, head);
         for (int64_t i = 0; i < head_dim; ++i) *row++ = factor;
       }
     }
   });
+}
+
+// Some positions of some channels of interleaved maps.
+struct Patch {
+  int64_t b, first_row, rows, c, count;
+};
+
+// Adds `at`'s sources at a patch to `sums`, rows of it kept apart by `strip` elements; the last of them store to `out`,
+// or to `ended` in its place, and end the block. `expanded` is as expand_columns() gives it.
+template <bool kMasked, class T, class V>
+inline void add_patch(const AggregateParams& p, const Patch& patch, const Streams<Acc<T>>& at, bool is_first,
+                      bool is_last, const Acc<T>* expanded, int64_t strip, Acc<T>* sums, T* ended) {
+  using A = Acc<T>;
+  const bool is_stored = p.out.data != nullptr;
+  const auto run = [&](const MapView& map, auto type) {
+    using M = decltype(type);
+    return Run<const M>{interleaved_at<M>(map, patch.b, patch.first_row, patch.c), map.inner};
+  };
+  Run<const V> v[kStreams];
+  const A* weights[kStreams];
+  for (int k = 0; k < at.count; ++k) {
+    v[k] = run(p.maps[at.source[k]], V{});
+    weights[k] = expanded + (patch.b * p.sources + at.source[k]) * p.shape.channels + patch.c;
+  }
+  by_streams(at.count, [&](auto streams) {
+    for (int64_t row = 0; row < patch.rows; ++row) {
+      A* sum = sums + row * strip;
+      T* out = is_stored ? const_cast<T*>(run(p.out, T{}).at(row)) : ended + row * strip;
+      const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual, T{}).at(row);
+      for_vectors<T>(patch.count, [&](int64_t i, auto n) {
+        const auto term = [&](int k) {
+          const Vec<T> weight = load_n(weights[k] + i, n);
+          return weight * where_retained<kMasked, T>(load_n(v[k].at(row) + i, n), weight);
+        };
+        Vec<T> x = term(0);
+        for (int k = 1; k < streams; ++k) x += term(k);
+        if (!is_first) x += load_n(sum + i, n);
+        if (is_last) {
+          if (residual != nullptr) x += load_n(residual + i, n);
+          store_n(out + i, x, n);
+        } else {
+          store_n(sum + i, x, n);
+        }
+      });
+      if (is_last && p.norm != nullptr) {
+        end_position<T>(*p.norm, patch.b, patch.first_row + row, patch.c, patch.count, out);
+      }
+    }
+  });
+}
+
+// The same where no source is read.
+template <class T>
+inline void add_nothing(const AggregateParams& p, const Patch& patch, int64_t strip, T* ended) {
+  for (int64_t row = patch.first_row; row < patch.first_row + patch.rows; ++row) {
+    const auto at = [&](const MapView& map) { return interleaved_at<T>(map, patch.b, row, patch.c); };
+    T* out = p.out.data != nullptr ? const_cast<T*>(at(p.out)) : ended + (row - patch.first_row) * strip;
+    add_nothing<T>(patch.count, out, p.residual.data == nullptr ? nullptr : at(p.residual));
+    if (p.norm != nullptr) end_position<T>(*p.norm, patch.b, row, patch.c, patch.count, out);
+  }
 }
 
 template <class T, class V>
@@ -157,51 +225,43 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   using A = Acc<T>;
   const Shape& s = p.shape;
   A* expanded = static_cast<A*>(p.workspace);
-  expand_columns<T>(s, p.sources, [&](int64_t j) { return p.columns[j]; }, expanded, threads);
+  const auto column = [&](int64_t j) { return p.columns[j]; };
+  expand_columns<T>(s, p.sources, column, expanded, threads);
   const int64_t strip = s.channels < kChunk ? s.channels : kChunk;
   const int64_t strips = ceil_div(s.channels, strip);
   const int64_t rows = kChunk / strip;
-  const int64_t blocks = ceil_div(s.positions, rows);
+  const bool may_leave_out = has_tolerance(p.sources, column), is_shared = is_run_shared(s);
+  const int64_t block_rows = may_leave_out && rows < kRunRows ? kRunRows : rows;
+  const int64_t blocks = ceil_div(s.positions, block_rows);
   for_part(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kChunk];
     alignas(ELA_VECTOR_BYTES) T ended[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (blocks * strips);
-      const int64_t first_row = item / strips % blocks * rows;
-      const int64_t last_row = first_row + rows < s.positions ? first_row + rows : s.positions;
+      const int64_t first_row = item / strips % blocks * block_rows;
+      const int64_t last_row = first_row + block_rows < s.positions ? first_row + block_rows : s.positions;
       const int64_t c = item % strips * strip;
       const int64_t count = s.channels - c < strip ? s.channels - c : strip;
-      for (int64_t j = 0; j < p.sources; j += kStreams) {
-        const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
-        const A* weights = expanded + (b * p.sources + j) * s.channels + c;
-        const bool last = j + some == p.sources, is_stored = p.out.data != nullptr;
-        const auto run = [&](const MapView& map, auto type) {
-          using M = decltype(type);
-          return Run<const M>{interleaved_at<M>(map, b, first_row, c), map.inner};
-        };
-        Run<const V> v[kStreams];
-        for (int k = 0; k < some; ++k) v[k] = run(p.maps[j + k], V{});
-        by_streams(some, [&](auto streams) {
-          for (int64_t row = 0; row < last_row - first_row; ++row) {
-            A* sum = sums + row * strip;
-            T* out = is_stored ? const_cast<T*>(run(p.out, T{}).at(row)) : ended + row * strip;
-            const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual, T{}).at(row);
-            for_vectors<T>(count, [&](int64_t i, auto n) {
-              Vec<T> x = load_n(weights + i, n) * load_n(v[0].at(row) + i, n);
-              for (int k = 1; k < streams; ++k) {
-                x += load_n(weights + k * s.channels + i, n) * load_n(v[k].at(row) + i, n);
-              }
-              if (j != 0) x += load_n(sum + i, n);
-              if (last) {
-                if (residual != nullptr) x += load_n(residual + i, n);
-                store_n(out + i, x, n);
-              } else {
-                store_n(sum + i, x, n);
-              }
-            });
-            if (last && p.norm != nullptr) end_position<T>(*p.norm, b, first_row + row, c, count, out);
+      if (may_leave_out && is_any_left_out<A>(p.sources, column, heads_of(s, b, c, count))) {
+        for_runs(c, count, [&](int64_t c, int64_t count) {
+          const Patch patch = {b, first_row, last_row - first_row, c, count};
+          const auto add = [&](const Streams<A>& at, bool is_first, bool is_last) {
+            const auto by = is_shared ? add_patch<true, T, V> : add_patch<false, T, V>;
+            by(p, patch, at, is_first, is_last, expanded, count, sums, ended);
+          };
+          if (!for_retained<A>(p.sources, column, heads_of(s, b, c, count), add)) {
+            add_nothing(p, patch, count, ended);
           }
         });
+        continue;
+      }
+      for (int64_t row = first_row; row < last_row; row += rows) {
+        const Patch patch = {b, row, last_row - row < rows ? last_row - row : rows, c, count};
+        for_streams<A>(
+            p.sources, [](int64_t) { return true; }, [](int64_t) { return A{}; },
+            [&](const Streams<A>& at, bool is_first, bool is_last) {
+              add_patch<false, T, V>(p, patch, at, is_first, is_last, expanded, strip, sums, ended);
+            });
       }
     }
   });

@@ -41,21 +41,27 @@ inline Partials plan_partials(const Shape& s, int64_t depth) {
   return q;
 }
 
-// sum_i x_i y_i for J rows y of type V, and (where dv is given) dv_j = factor_j x.
+// sums_j += sum_i x_i y_i for J rows y of type V, and (where dv is given) dv_j = factor_j x.
 template <class T, int J, class V>
 inline void dot_sources(const Acc<T>* x, const V* const* v, const Acc<T>* factor, T* const* dv, int64_t count,
-                        Acc<T>* sums) {
+                        Acc<T>* const* sums) {
   Vec<T> sum[J][2] = {};  // two to a source hide the latency of the multiply-add
   for_any_order<T>(count, [&](auto at) {
     const Vec<T> d = at.load(x);
     for (int j = 0; j < J; ++j) sum[j][at.half] += d * at.load(v[j]);
   });
   for (int j = 0; j < J; ++j) {
-    sums[j] += sum_lanes<T>(sum[j][0] + sum[j][1]);
+    *sums[j] += sum_lanes<T>(sum[j][0] + sum[j][1]);
     if (dv[j] == nullptr) continue;
-    const Acc<T> by = normal_factor(factor[j]);
+    const Acc<T> by = factor[j];
     map_any_order<T>(count, dv[j], [=](auto at) { return by * at.load(x); });
   }
+}
+
+// The weights of one depth.
+template <class A>
+inline ColumnView weight_column(const WeightsParams& p, int64_t j) {
+  return {static_cast<const A*>(p.weights) + j, p.depth, p.tolerance};
 }
 
 // A chunk of dout in the accumulation type: itself, or widened once for all depths, in the order that dot_sources
@@ -80,6 +86,8 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
   }
   const RowPlan plan = plan_rows(s, gapless);
   const int64_t units = plan.rows * plan.chunks;
+  const auto column = [&](int64_t j) { return weight_column<A>(p.forward, j); };
+  const T* const no_residual = nullptr;
   for_part(s, s.heads * q.blocks, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A buffer[kChunk];
     for (int64_t item = begin; item < end; ++item) {
@@ -87,7 +95,6 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
       const int64_t b = head / s.heads;
       const int64_t first_unit = item % q.blocks * kBlockChunks;
       const int64_t last_unit = first_unit + kBlockChunks < units ? first_unit + kBlockChunks : units;
-      const A* weights = static_cast<const A*>(p.forward.weights) + head * depth;
       A* sums = partials + item * depth;
       for (int64_t j = 0; j < depth; ++j) sums[j] = 0;
       for (int64_t unit = first_unit; unit < last_unit; ++unit) {
@@ -95,29 +102,24 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
         const int64_t offset = unit % plan.chunks * kChunk;
         const int64_t count = plan.length - offset < kChunk ? plan.length - offset : kChunk;
         const A* x = widened(planar_at<T>(*p.dout, b, c, offset), buffer, count);
-        for (int64_t j = 0; j < depth; j += kStreams) {
-          const int some = static_cast<int>(depth - j < kStreams ? depth - j : kStreams);
+        const auto gradient = [&](int64_t j) {
+          const bool wanted = p.dvalues != nullptr && p.dvalues[j].data != nullptr;
+          return wanted ? const_cast<T*>(planar_at<T>(p.dvalues[j], b, c, offset)) : nullptr;
+        };
+        for_retained<A>(depth, column, head, [&](const Streams<A>& at, bool, bool) {
           const V* v[kStreams];
           T* dv[kStreams];
-          for (int i = 0; i < some; ++i) {
-            v[i] = planar_at<V>(p.values[j + i], b, c, offset);
-            const bool wanted = p.dvalues != nullptr && p.dvalues[j + i].data != nullptr;
-            dv[i] = wanted ? const_cast<T*>(planar_at<T>(p.dvalues[j + i], b, c, offset)) : nullptr;
+          A* to[kStreams];
+          for (int i = 0; i < at.count; ++i) {
+            const int64_t j = at.source[i];
+            v[i] = planar_at<V>(p.values[j], b, c, offset), dv[i] = gradient(j), to[i] = sums + j;
           }
-          switch (some) {
-            case 1:
-              dot_sources<T, 1>(x, v, weights + j, dv, count, sums + j);
-              break;
-            case 2:
-              dot_sources<T, 2>(x, v, weights + j, dv, count, sums + j);
-              break;
-            case 3:
-              dot_sources<T, 3>(x, v, weights + j, dv, count, sums + j);
-              break;
-            default:
-              dot_sources<T, 4>(x, v, weights + j, dv, count, sums + j);
-              break;
-          }
+          by_streams(at.count,
+                     [&](auto streams) { dot_sources<T, decltype(streams)::value>(x, v, at.factor, dv, count, to); });
+        });
+        for (int64_t j = 0; p.dvalues != nullptr && j < depth; ++j) {
+          if (gradient(j) != nullptr && is_left_out<A>(column(j), head))
+            add_nothing<T>(count, gradient(j), no_residual);
         }
       }
     }
@@ -127,9 +129,9 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
 // Adds the products of `rows` positions of J sources to their running sums [J, kStrip], and (where dv is given) writes
 // dv_j = weight_j * dout. One position after the other: with four at a time, which load and store the sums less often,
 // a map from memory took twice as long.
-template <class T, int J, class V>
-inline void multiply_rows(Run<const T> x, const Run<const V>* v, const Run<T>* dv, const Acc<T>* weights,
-                          int64_t channels, int64_t rows, int64_t count, Acc<T>* sums) {
+template <bool kMasked, class T, int J, class V>
+inline void multiply_rows(Run<const T> x, const Run<const V>* v, const Run<T>* dv, const Acc<T>* const* weights,
+                          int64_t rows, int64_t count, Acc<T>* sums) {
   for (int64_t row = 0; row < rows; ++row) {
     for_vectors<T>(count, [&](int64_t i, auto n) {
       const Vec<T> d = load_n(x.at(row) + i, n);
@@ -141,7 +143,8 @@ inline void multiply_rows(Run<const T> x, const Run<const V>* v, const Run<T>* d
     for (int j = 0; j < J; ++j) {
       if (dv[j].data == nullptr) continue;
       for_vectors<T>(count, [&](int64_t i, auto n) {
-        store_n(dv[j].at(row) + i, load_n(weights + j * channels + i, n) * load_n(x.at(row) + i, n), n);
+        const Vec<T> weight = load_n(weights[j] + i, n);
+        store_n(dv[j].at(row) + i, weight * where_retained<kMasked, T>(load_n(x.at(row) + i, n), weight), n);
       });
     }
   }
@@ -154,14 +157,72 @@ inline A sum_run(const A* x, int64_t count) {
   return sum_lanes<A>(sum);
 }
 
+// <dout, v_j> per head at a patch of interleaved maps, of some sources, added to by_head[j * heads + g].
+template <bool kMasked, class T, class V>
+inline void add_dots(const BackwardParams& p, const Patch& patch, const Streams<Acc<T>>& at, const Acc<T>* expanded,
+                     Acc<T>* sums, Acc<T>* by_head) {
+  using A = Acc<T>;
+  const Shape& s = p.forward.shape;
+  const int64_t depth = p.forward.depth, head_dim = s.head_dim();
+  const auto run = [&](const MapView& map, auto type) {
+    using M = decltype(type);
+    return Run<M>{const_cast<M*>(interleaved_at<M>(map, patch.b, patch.first_row, patch.c)), map.inner};
+  };
+  Run<const V> v[kStreams];
+  Run<T> dv[kStreams] = {};
+  const A* weights[kStreams] = {};
+  for (int k = 0; k < at.count; ++k) {
+    const int64_t j = at.source[k];
+    const Run<V> value = run(p.values[j], V{});
+    v[k] = {value.data, value.step};
+    if (p.dvalues != nullptr && p.dvalues[j].data != nullptr) dv[k] = run(p.dvalues[j], T{});
+    if (expanded != nullptr) weights[k] = expanded + (patch.b * depth + j) * s.channels + patch.c;
+    for (int64_t i = 0; i < patch.count; ++i) sums[k * kStrip + i] = 0;
+  }
+  const Run<T> dout = run(*p.dout, T{});
+  by_streams(at.count, [&](auto streams) {
+    multiply_rows<kMasked, T, decltype(streams)::value>({dout.data, dout.step}, v, dv, weights, patch.rows, patch.count,
+                                                        sums);
+  });
+  // A head may straddle two patches; its two parts meet in by_head.
+  for (int k = 0; k < at.count; ++k) {
+    for (int64_t i = 0; i < patch.count;) {
+      const int64_t g = (patch.c + i) / head_dim;
+      const int64_t next = (g + 1) * head_dim - patch.c, stop = next < patch.count ? next : patch.count;
+      const A* sum = sums + k * kStrip + i;
+      if (!kMasked || !is_left_out<A>(weight_column<A>(p.forward, at.source[k]), patch.b * s.heads + g)) {
+        by_head[at.source[k] * s.heads + g] += stop - i == 1 ? *sum : sum_run(sum, stop - i);
+      }
+      i = stop;
+    }
+  }
+}
+
+// Writes the gradients of values that no head of a patch retains.
+template <class T>
+inline void clear_gradients(const BackwardParams& p, const Patch& patch, HeadRange heads) {
+  const T* const no_residual = nullptr;
+  for (int64_t j = 0; p.dvalues != nullptr && j < p.forward.depth; ++j) {
+    if (p.dvalues[j].data == nullptr) continue;
+    bool is_retained = false;
+    for (int64_t item = heads.first; item < heads.last; ++item) {
+      is_retained = is_retained || !is_left_out<Acc<T>>(weight_column<Acc<T>>(p.forward, j), item);
+    }
+    for (int64_t row = 0; !is_retained && row < patch.rows; ++row) {
+      const T* at = interleaved_at<T>(p.dvalues[j], patch.b, patch.first_row + row, patch.c);
+      add_nothing<T>(patch.count, const_cast<T*>(at), no_residual);
+    }
+  }
+}
+
 template <class T, class V = T>
 void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partials, const Acc<T>* expanded,
                       int threads) {
   using A = Acc<T>;
   const Shape& s = p.forward.shape;
-  const int64_t depth = p.forward.depth;
-  const int64_t rows = interleaved_rows(s);
-  const int64_t head_dim = s.head_dim();
+  const int64_t depth = p.forward.depth, rows = interleaved_rows(s);
+  const auto column = [&](int64_t j) { return weight_column<A>(p.forward, j); };
+  const bool is_shared = is_run_shared(s);
   for_part(s, q.blocks, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kStreams * kStrip];
     for (int64_t item = begin; item < end; ++item) {
@@ -170,39 +231,25 @@ void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partia
       const int64_t last_row = first_row + rows < s.positions ? first_row + rows : s.positions;
       A* by_head = partials + item * depth * s.heads;
       for (int64_t i = 0; i < depth * s.heads; ++i) by_head[i] = 0;
-      for (int64_t j = 0; j < depth; j += kStreams) {
-        const int some = static_cast<int>(depth - j < kStreams ? depth - j : kStreams);
-        for (int64_t c = 0; c < s.channels; c += kStrip) {
-          const int64_t count = s.channels - c < kStrip ? s.channels - c : kStrip;
-          const auto run = [&](const MapView& map, auto type) {
-            using M = decltype(type);
-            return Run<M>{const_cast<M*>(interleaved_at<M>(map, b, first_row, c)), map.inner};
-          };
-          Run<const V> v[kStreams];
-          Run<T> dv[kStreams] = {};
-          for (int k = 0; k < some; ++k) {
-            const Run<V> value = run(p.values[j + k], V{});
-            v[k] = {value.data, value.step};
-            if (p.dvalues != nullptr && p.dvalues[j + k].data != nullptr) dv[k] = run(p.dvalues[j + k], T{});
-          }
-          const Run<T> dout = run(*p.dout, T{});
-          const A* weights = expanded == nullptr ? nullptr : expanded + (b * depth + j) * s.channels + c;
-          for (int64_t k = 0; k < some * kStrip; ++k) sums[k] = 0;
-          by_streams(some, [&](auto streams) {
-            multiply_rows<T, decltype(streams)::value>({dout.data, dout.step}, v, dv, weights, s.channels,
-                                                       last_row - first_row, count, sums);
+      const bool leaves_out =
+          p.forward.tolerance > 0 && is_any_left_out<A>(depth, column, heads_of(s, b, 0, s.channels));
+      if (leaves_out) {
+        for_runs(0, s.channels, [&](int64_t c, int64_t count) {
+          const Patch patch = {b, first_row, last_row - first_row, c, count};
+          const HeadRange heads = heads_of(s, b, c, count);
+          for_retained<A>(depth, column, heads, [&](const Streams<A>& at, bool, bool) {
+            const auto add = is_shared ? add_dots<true, T, V> : add_dots<false, T, V>;
+            add(p, patch, at, expanded, sums, by_head);
           });
-          // A head may straddle two strips; its two parts meet in by_head.
-          for (int k = 0; k < some; ++k) {
-            for (int64_t i = 0; i < count;) {
-              const int64_t g = (c + i) / head_dim;
-              const int64_t stop = (g + 1) * head_dim - c < count ? (g + 1) * head_dim - c : count;
-              const A* sum = sums + k * kStrip + i;
-              by_head[(j + k) * s.heads + g] += stop - i == 1 ? *sum : sum_run(sum, stop - i);
-              i = stop;
-            }
-          }
-        }
+          clear_gradients<T>(p, patch, heads);
+        });
+        continue;
+      }
+      for (int64_t c = 0; c < s.channels; c += kStrip) {
+        const Patch patch = {b, first_row, last_row - first_row, c, s.channels - c < kStrip ? s.channels - c : kStrip};
+        for_streams<A>(
+            depth, [](int64_t) { return true; }, [](int64_t) { return A{}; },
+            [&](const Streams<A>& at, bool, bool) { add_dots<false, T, V>(p, patch, at, expanded, sums, by_head); });
       }
     }
   });
@@ -223,8 +270,7 @@ void backward_kernel(const BackwardParams& p, int threads) {
   if (p.dout != nullptr) {
     if (s.interleaved) {
       if (p.dvalues != nullptr) {
-        const A* weights = static_cast<const A*>(f.weights);
-        const auto column = [&](int64_t j) { return ColumnView{weights + j, f.depth}; };
+        const auto column = [&](int64_t j) { return weight_column<A>(f, j); };
         expand_columns<T>(s, f.depth, column, expanded, threads);
       }
       dots_interleaved<T, V>(p, q, partials, expanded, threads);

@@ -12,21 +12,17 @@ template <class T>
 inline void gather_planes(const GatherConvolveParams& p, int64_t b, int64_t c, int64_t length, Acc<T>* planes) {
   using A = Acc<T>;
   const int64_t head = b * p.heads + c / (p.shape.channels / p.heads);
-  for (int64_t i = 0; p.sources == 0 && i < length; ++i) planes[i] = 0;
-  for (int64_t offset = 0; p.sources != 0 && offset < length; offset += kChunk) {
+  const T* const no_residual = nullptr;
+  for (int64_t offset = 0; offset < length; offset += kChunk) {
     const int64_t count = length - offset < kChunk ? length - offset : kChunk;
-    for (int64_t j = 0; j < p.sources; j += kStreams) {
-      const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
+    A* const to = planes + offset;
+    const auto add = [&](const Streams<A>& at, bool is_first, bool is_last) {
       const T* source[kStreams];
-      A factor[kStreams];
-      for (int i = 0; i < some; ++i) {
-        source[i] = planar_at<T>(p.maps[j + i], b, c, offset);
-        factor[i] = factor_at<A>(p.columns[j + i], head);
-      }
-      A* const to = planes + offset;
-      const T* const no_residual = nullptr;
-      add_some<T>(some, to, source, factor, count, j == 0, j + some == p.sources ? to : nullptr, no_residual);
-    }
+      for (int i = 0; i < at.count; ++i) source[i] = planar_at<T>(p.maps[at.source[i]], b, c, offset);
+      add_some<T>(at.count, to, source, at.factor, count, is_first, is_last ? to : nullptr, no_residual);
+    };
+    const auto column = [&](int64_t j) { return p.columns[j]; };
+    if (!for_retained<A>(p.sources, column, head, add)) add_nothing<T>(count, to, no_residual);
   }
 }
 
@@ -90,8 +86,8 @@ inline int64_t gathered_size(const ImageShape& s) {
 // dv (+)= weight_0 * map_0 + ... at `positions` positions, of J sources. What the convolution reads and writes is asked
 // for meanwhile: it goes along the positions, where no hardware foresees it. (Into the second level: there it took 5.3
 // ms for a stage of [8, 512, 16, 16], without 6.3, into the first level 6.)
-template <class T, int J>
-inline void gather_sources(const Run<const T>* v, const Run<const T>* asked, const Acc<T>* weights, int64_t channels,
+template <bool kMasked, class T, int J>
+inline void gather_sources(const Run<const T>* v, const Run<const T>* asked, const Acc<T>* const* weights,
                            int64_t positions, int64_t count, bool first, Acc<T>* rows) {
   constexpr int kAtOnce = 2;  // positions, for which the weights are loaded once
   const auto gather = [&](int64_t position, auto at_once) {
@@ -104,8 +100,10 @@ inline void gather_sources(const Run<const T>* v, const Run<const T>* asked, con
       }
       for (int k = 0; !first && k < at_once; ++k) x[k] = Memory<Acc<T>>::load(sum + k * kLanes<T>);
       for (int j = 0; j < J; ++j) {
-        const Vec<T> weight = load_n(weights + j * channels + i, n);
-        for (int k = 0; k < at_once; ++k) x[k] += weight * load_n(v[j].at(position + k) + i, n);
+        const Vec<T> weight = load_n(weights[j] + i, n);
+        for (int k = 0; k < at_once; ++k) {
+          x[k] += weight * where_retained<kMasked, T>(load_n(v[j].at(position + k) + i, n), weight);
+        }
       }
       for (int k = 0; k < at_once; ++k) Memory<Acc<T>>::store(sum + k * kLanes<T>, x[k]);
     });
@@ -116,24 +114,51 @@ inline void gather_sources(const Run<const T>* v, const Run<const T>* asked, con
 }
 
 template <class T>
-inline void gather_rows(const GatherConvolveParams& p, const Acc<T>* weights, int64_t b, int64_t first, int64_t last,
+inline void gather_rows(const GatherConvolveParams& p, const Acc<T>* expanded, int64_t b, int64_t first, int64_t last,
                         int64_t c, int64_t count, Acc<T>* rows) {
+  using A = Acc<T>;
   const ImageShape& s = p.shape;
+  const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.part};
   const int64_t positions = (last - first) * s.width;
-  for (int64_t i = 0; p.sources == 0 && i < positions * gathered_channels(s); ++i) rows[i] = 0;
-  const auto run = [&](const MapView& map) {
-    return Run<const T>{interleaved_at<T>(map, b, first * s.width, c), map.inner};
-  };
-  for (int64_t j = 0; j < p.sources; j += kStreams) {
+  const auto column = [&](int64_t j) { return p.columns[j]; };
+  // `count` channels from c on, which are `to` in rows.
+  const auto gather = [&](auto masked, const Streams<A>& at, bool is_first, int64_t c, int64_t count, A* to) {
+    const auto run = [&](const MapView& map) {
+      return Run<const T>{interleaved_at<T>(map, b, first * s.width, c), map.inner};
+    };
     Run<const T> v[kStreams];
-    const int some = static_cast<int>(p.sources - j < kStreams ? p.sources - j : kStreams);
-    for (int k = 0; k < some; ++k) v[k] = run(p.maps[j + k]);
+    const A* weights[kStreams];
+    for (int k = 0; k < at.count; ++k) {
+      v[k] = run(p.maps[at.source[k]]), weights[k] = expanded + (b * p.sources + at.source[k]) * s.channels + c;
+    }
     const Run<const T> asked[] = {p.dtaps == nullptr ? v[0] : run(p.x), p.dx.data == nullptr ? v[0] : run(p.dx)};
-    by_streams(some, [&](auto streams) {
-      gather_sources<T, decltype(streams)::value>(v, asked, weights + (b * p.sources + j) * s.channels + c, s.channels,
-                                                  positions, count, j == 0, rows);
+    by_streams(at.count, [&](auto streams) {
+      gather_sources<decltype(masked)::value != 0, T, decltype(streams)::value>(v, asked, weights, positions, count,
+                                                                                is_first, to);
     });
+  };
+  const bool leaves_out =
+      has_tolerance(p.sources, column) && is_any_left_out<A>(p.sources, column, heads_of(flat, b, c, count));
+  if (!leaves_out) {
+    const bool any = for_streams<A>(
+        p.sources, [](int64_t) { return true; }, [](int64_t) { return A{}; },
+        [&](const Streams<A>& at, bool is_first, bool) { gather(Count<0>{}, at, is_first, c, count, rows); });
+    for (int64_t i = 0; !any && i < positions * gathered_channels(s); ++i) rows[i] = 0;
+    return;
   }
+  for_runs(c, count, [&](int64_t run_c, int64_t run_count) {
+    A* to = rows + (run_c - c) * positions;
+    const auto add = [&](const Streams<A>& at, bool is_first, bool) {
+      if (is_run_shared(flat)) {
+        gather(Count<1>{}, at, is_first, run_c, run_count, to);
+      } else {
+        gather(Count<0>{}, at, is_first, run_c, run_count, to);
+      }
+    };
+    const bool any = for_retained<A>(p.sources, column, heads_of(flat, b, run_c, run_count), add);
+    const int64_t whole = ceil_div(run_count, kLanes<T>) * kLanes<T>;
+    for (int64_t i = 0; !any && i < positions * whole; ++i) to[i] = 0;
+  });
 }
 
 // The three rows of gathered dv that a line needs.

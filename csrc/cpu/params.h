@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "views.h"
 
@@ -18,7 +19,7 @@ struct RowView {
 struct ColumnView {
   const void* data;
   int64_t stride;
-  double least;
+  double least = -std::numeric_limits<double>::infinity();
 };
 
 // scores -> softmax -> divergence. `prev` is [B, G, prev_depth] or null; `kl` is [B, G] or null.
