@@ -13,7 +13,6 @@
 namespace ela::ELA_ISA {
 
 constexpr int64_t kChunk = 2048;  // elements; measured, see benchmarks/
-constexpr int64_t kRunRows = 32;  // interleaved: positions of a run of channels
 
 // Calls body(Count<streams>{}), with a number of sources that is known when it is compiled.
 template <class Body>
@@ -165,28 +164,28 @@ struct Patch {
   int64_t b, first_row, rows, c, count;
 };
 
-// Adds `at`'s sources at a patch to `sums`, rows of it kept apart by `strip` elements; the last of them store to `out`,
-// or to `ended` in its place, and end the block. `expanded` is as expand_columns() gives it.
+template <class T>
+inline Run<const T> run_at(const MapView& map, const Patch& patch) {
+  return {interleaved_at<T>(map, patch.b, patch.first_row, patch.c), map.inner};
+}
+
+// Adds some sources at a patch to `sums`; the last ones store to `out` instead, or to `ended` where it has no address.
+// `expanded` is as expand_columns() gives it.
 template <bool kMasked, class T, class V>
 inline void add_patch(const AggregateParams& p, const Patch& patch, const Streams<Acc<T>>& at, bool is_first,
-                      bool is_last, const Acc<T>* expanded, int64_t strip, Acc<T>* sums, T* ended) {
+                      bool is_last, const Acc<T>* expanded, Acc<T>* sums, T* ended) {
   using A = Acc<T>;
-  const bool is_stored = p.out.data != nullptr;
-  const auto run = [&](const MapView& map, auto type) {
-    using M = decltype(type);
-    return Run<const M>{interleaved_at<M>(map, patch.b, patch.first_row, patch.c), map.inner};
-  };
   Run<const V> v[kStreams];
   const A* weights[kStreams];
   for (int k = 0; k < at.count; ++k) {
-    v[k] = run(p.maps[at.source[k]], V{});
+    v[k] = run_at<V>(p.maps[at.source[k]], patch);
     weights[k] = expanded + (patch.b * p.sources + at.source[k]) * p.shape.channels + patch.c;
   }
   by_streams(at.count, [&](auto streams) {
     for (int64_t row = 0; row < patch.rows; ++row) {
-      A* sum = sums + row * strip;
-      T* out = is_stored ? const_cast<T*>(run(p.out, T{}).at(row)) : ended + row * strip;
-      const T* residual = p.residual.data == nullptr ? nullptr : run(p.residual, T{}).at(row);
+      A* sum = sums + row * patch.count;
+      T* out = p.out.data != nullptr ? writable(run_at<T>(p.out, patch)).at(row) : ended + row * patch.count;
+      const T* residual = p.residual.data == nullptr ? nullptr : run_at<T>(p.residual, patch).at(row);
       for_vectors<T>(patch.count, [&](int64_t i, auto n) {
         const auto term = [&](int k) {
           const Vec<T> weight = load_n(weights[k] + i, n);
@@ -211,12 +210,11 @@ inline void add_patch(const AggregateParams& p, const Patch& patch, const Stream
 
 // The same where no source is read.
 template <class T>
-inline void add_nothing(const AggregateParams& p, const Patch& patch, int64_t strip, T* ended) {
-  for (int64_t row = patch.first_row; row < patch.first_row + patch.rows; ++row) {
-    const auto at = [&](const MapView& map) { return interleaved_at<T>(map, patch.b, row, patch.c); };
-    T* out = p.out.data != nullptr ? const_cast<T*>(at(p.out)) : ended + (row - patch.first_row) * strip;
-    add_nothing<T>(patch.count, out, p.residual.data == nullptr ? nullptr : at(p.residual));
-    if (p.norm != nullptr) end_position<T>(*p.norm, patch.b, row, patch.c, patch.count, out);
+inline void add_nothing(const AggregateParams& p, const Patch& patch, T* ended) {
+  for (int64_t row = 0; row < patch.rows; ++row) {
+    T* out = p.out.data != nullptr ? writable(run_at<T>(p.out, patch)).at(row) : ended + row * patch.count;
+    add_nothing<T>(patch.count, out, p.residual.data == nullptr ? nullptr : run_at<T>(p.residual, patch).at(row));
+    if (p.norm != nullptr) end_position<T>(*p.norm, patch.b, patch.first_row + row, patch.c, patch.count, out);
   }
 }
 
@@ -227,42 +225,26 @@ void aggregate_interleaved(const AggregateParams& p, int threads) {
   A* expanded = static_cast<A*>(p.workspace);
   const auto column = [&](int64_t j) { return p.columns[j]; };
   expand_columns<T>(s, p.sources, column, expanded, threads);
+  const LeftOut left_out =
+      count_left_out<A>(s, p.sources, column, expanded + s.batch * p.sources * s.channels, threads);
   const int64_t strip = s.channels < kChunk ? s.channels : kChunk;
   const int64_t strips = ceil_div(s.channels, strip);
   const int64_t rows = kChunk / strip;
-  const bool may_leave_out = has_tolerance(p.sources, column), is_shared = is_run_shared(s);
-  const int64_t block_rows = may_leave_out && rows < kRunRows ? kRunRows : rows;
-  const int64_t blocks = ceil_div(s.positions, block_rows);
+  const int64_t blocks = ceil_div(s.positions, rows);
   for_part(s, blocks * strips, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kChunk];
     alignas(ELA_VECTOR_BYTES) T ended[kChunk];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / (blocks * strips);
-      const int64_t first_row = item / strips % blocks * block_rows;
-      const int64_t last_row = first_row + block_rows < s.positions ? first_row + block_rows : s.positions;
-      const int64_t c = item % strips * strip;
-      const int64_t count = s.channels - c < strip ? s.channels - c : strip;
-      if (may_leave_out && is_any_left_out<A>(p.sources, column, heads_of(s, b, c, count))) {
-        for_runs(c, count, [&](int64_t c, int64_t count) {
-          const Patch patch = {b, first_row, last_row - first_row, c, count};
-          const auto add = [&](const Streams<A>& at, bool is_first, bool is_last) {
-            const auto by = is_shared ? add_patch<true, T, V> : add_patch<false, T, V>;
-            by(p, patch, at, is_first, is_last, expanded, count, sums, ended);
-          };
-          if (!for_retained<A>(p.sources, column, heads_of(s, b, c, count), add)) {
-            add_nothing(p, patch, count, ended);
-          }
-        });
-        continue;
-      }
-      for (int64_t row = first_row; row < last_row; row += rows) {
-        const Patch patch = {b, row, last_row - row < rows ? last_row - row : rows, c, count};
-        for_streams<A>(
-            p.sources, [](int64_t) { return true; }, [](int64_t) { return A{}; },
-            [&](const Streams<A>& at, bool is_first, bool is_last) {
-              add_patch<false, T, V>(p, patch, at, is_first, is_last, expanded, strip, sums, ended);
-            });
-      }
+      const int64_t first_row = item / strips % blocks * rows, c = item % strips * strip;
+      const Patch patch = {b, first_row, s.positions - first_row < rows ? s.positions - first_row : rows, c,
+                           s.channels - c < strip ? s.channels - c : strip};
+      const auto add = left_out.any(b, p.sources) ? add_patch<true, T, V> : add_patch<false, T, V>;
+      const bool is_any_read =
+          left_out.for_read<A>(b, p.sources, [&](const Streams<A>& at, bool is_first, bool is_last) {
+            add(p, patch, at, is_first, is_last, expanded, sums, ended);
+          });
+      if (!is_any_read) add_nothing<T>(p, patch, ended);
     }
   });
 }
@@ -278,7 +260,7 @@ void aggregate_kernel(const AggregateParams& p, int threads) {
 }
 
 inline int64_t aggregate_workspace(const Shape& s, int64_t sources) {
-  return s.interleaved ? s.batch * sources * s.channels : 0;
+  return s.interleaved ? s.batch * sources * (s.channels + 1) : 0;
 }
 
 }  // namespace ela::ELA_ISA

@@ -157,39 +157,34 @@ inline A sum_run(const A* x, int64_t count) {
   return sum_lanes<A>(sum);
 }
 
-// <dout, v_j> per head at a patch of interleaved maps, of some sources, added to by_head[j * heads + g].
+// <dout, v_j> per head of some sources at a patch, added to by_head[j * heads + g].
 template <bool kMasked, class T, class V>
 inline void add_dots(const BackwardParams& p, const Patch& patch, const Streams<Acc<T>>& at, const Acc<T>* expanded,
                      Acc<T>* sums, Acc<T>* by_head) {
   using A = Acc<T>;
   const Shape& s = p.forward.shape;
   const int64_t depth = p.forward.depth, head_dim = s.head_dim();
-  const auto run = [&](const MapView& map, auto type) {
-    using M = decltype(type);
-    return Run<M>{const_cast<M*>(interleaved_at<M>(map, patch.b, patch.first_row, patch.c)), map.inner};
-  };
   Run<const V> v[kStreams];
   Run<T> dv[kStreams] = {};
   const A* weights[kStreams] = {};
   for (int k = 0; k < at.count; ++k) {
     const int64_t j = at.source[k];
-    const Run<V> value = run(p.values[j], V{});
-    v[k] = {value.data, value.step};
-    if (p.dvalues != nullptr && p.dvalues[j].data != nullptr) dv[k] = run(p.dvalues[j], T{});
+    v[k] = run_at<V>(p.values[j], patch);
+    if (p.dvalues != nullptr && p.dvalues[j].data != nullptr) dv[k] = writable(run_at<T>(p.dvalues[j], patch));
     if (expanded != nullptr) weights[k] = expanded + (patch.b * depth + j) * s.channels + patch.c;
-    for (int64_t i = 0; i < patch.count; ++i) sums[k * kStrip + i] = 0;
   }
-  const Run<T> dout = run(*p.dout, T{});
+  for (int64_t k = 0; k < at.count * kStrip; ++k) sums[k] = 0;
   by_streams(at.count, [&](auto streams) {
-    multiply_rows<kMasked, T, decltype(streams)::value>({dout.data, dout.step}, v, dv, weights, patch.rows, patch.count,
-                                                        sums);
+    multiply_rows<kMasked, T, decltype(streams)::value>(run_at<T>(*p.dout, patch), v, dv, weights, patch.rows,
+                                                        patch.count, sums);
   });
-  // A head may straddle two patches; its two parts meet in by_head.
+  // A head may straddle two strips; its two parts meet in by_head.
   for (int k = 0; k < at.count; ++k) {
     for (int64_t i = 0; i < patch.count;) {
       const int64_t g = (patch.c + i) / head_dim;
       const int64_t next = (g + 1) * head_dim - patch.c, stop = next < patch.count ? next : patch.count;
       const A* sum = sums + k * kStrip + i;
+      // What another head retains was read for this one too.
       if (!kMasked || !is_left_out<A>(weight_column<A>(p.forward, at.source[k]), patch.b * s.heads + g)) {
         by_head[at.source[k] * s.heads + g] += stop - i == 1 ? *sum : sum_run(sum, stop - i);
       }
@@ -198,59 +193,39 @@ inline void add_dots(const BackwardParams& p, const Patch& patch, const Streams<
   }
 }
 
-// Writes the gradients of values that no head of a patch retains.
+// Writes the gradients of the values that no head retains.
 template <class T>
-inline void clear_gradients(const BackwardParams& p, const Patch& patch, HeadRange heads) {
+inline void clear_gradients(const BackwardParams& p, const Patch& patch, const LeftOut& left_out) {
   const T* const no_residual = nullptr;
   for (int64_t j = 0; p.dvalues != nullptr && j < p.forward.depth; ++j) {
-    if (p.dvalues[j].data == nullptr) continue;
-    bool is_retained = false;
-    for (int64_t item = heads.first; item < heads.last; ++item) {
-      is_retained = is_retained || !is_left_out<Acc<T>>(weight_column<Acc<T>>(p.forward, j), item);
-    }
-    for (int64_t row = 0; !is_retained && row < patch.rows; ++row) {
-      const T* at = interleaved_at<T>(p.dvalues[j], patch.b, patch.first_row + row, patch.c);
-      add_nothing<T>(patch.count, const_cast<T*>(at), no_residual);
-    }
+    if (p.dvalues[j].data == nullptr || left_out.is_read(patch.b, p.forward.depth, j)) continue;
+    const Run<T> dv = writable(run_at<T>(p.dvalues[j], patch));
+    for (int64_t row = 0; row < patch.rows; ++row) add_nothing<T>(patch.count, dv.at(row), no_residual);
   }
 }
 
 template <class T, class V = T>
 void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partials, const Acc<T>* expanded,
-                      int threads) {
+                      const LeftOut& left_out, int threads) {
   using A = Acc<T>;
   const Shape& s = p.forward.shape;
   const int64_t depth = p.forward.depth, rows = interleaved_rows(s);
-  const auto column = [&](int64_t j) { return weight_column<A>(p.forward, j); };
-  const bool is_shared = is_run_shared(s);
   for_part(s, q.blocks, threads, [&](int64_t begin, int64_t end) {
     alignas(ELA_VECTOR_BYTES) A sums[kStreams * kStrip];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / q.blocks;
       const int64_t first_row = item % q.blocks * rows;
-      const int64_t last_row = first_row + rows < s.positions ? first_row + rows : s.positions;
+      const int64_t some = first_row + rows < s.positions ? rows : s.positions - first_row;
       A* by_head = partials + item * depth * s.heads;
       for (int64_t i = 0; i < depth * s.heads; ++i) by_head[i] = 0;
-      const bool leaves_out =
-          p.forward.tolerance > 0 && is_any_left_out<A>(depth, column, heads_of(s, b, 0, s.channels));
-      if (leaves_out) {
-        for_runs(0, s.channels, [&](int64_t c, int64_t count) {
-          const Patch patch = {b, first_row, last_row - first_row, c, count};
-          const HeadRange heads = heads_of(s, b, c, count);
-          for_retained<A>(depth, column, heads, [&](const Streams<A>& at, bool, bool) {
-            const auto add = is_shared ? add_dots<true, T, V> : add_dots<false, T, V>;
-            add(p, patch, at, expanded, sums, by_head);
-          });
-          clear_gradients<T>(p, patch, heads);
-        });
-        continue;
-      }
-      for (int64_t c = 0; c < s.channels; c += kStrip) {
-        const Patch patch = {b, first_row, last_row - first_row, c, s.channels - c < kStrip ? s.channels - c : kStrip};
-        for_streams<A>(
-            depth, [](int64_t) { return true; }, [](int64_t) { return A{}; },
-            [&](const Streams<A>& at, bool, bool) { add_dots<false, T, V>(p, patch, at, expanded, sums, by_head); });
-      }
+      const auto add = left_out.any(b, depth) ? add_dots<true, T, V> : add_dots<false, T, V>;
+      left_out.for_read<A>(b, depth, [&](const Streams<A>& at, bool, bool) {
+        for (int64_t c = 0; c < s.channels; c += kStrip) {
+          const int64_t count = s.channels - c < kStrip ? s.channels - c : kStrip;
+          add(p, {b, first_row, some, c, count}, at, expanded, sums, by_head);
+        }
+      });
+      clear_gradients<T>(p, {b, first_row, some, 0, s.channels}, left_out);
     }
   });
 }
@@ -269,11 +244,11 @@ void backward_kernel(const BackwardParams& p, int threads) {
   A* expanded = partials + q.size;
   if (p.dout != nullptr) {
     if (s.interleaved) {
-      if (p.dvalues != nullptr) {
-        const auto column = [&](int64_t j) { return weight_column<A>(f, j); };
-        expand_columns<T>(s, f.depth, column, expanded, threads);
-      }
-      dots_interleaved<T, V>(p, q, partials, expanded, threads);
+      const auto column = [&](int64_t j) { return weight_column<A>(f, j); };
+      if (p.dvalues != nullptr) expand_columns<T>(s, f.depth, column, expanded, threads);
+      const LeftOut left_out =
+          count_left_out<A>(s, f.depth, column, expanded + s.batch * f.depth * s.channels, threads);
+      dots_interleaved<T, V>(p, q, partials, expanded, left_out, threads);
     } else {
       dots_planar<T, V>(p, q, partials, threads);
     }

@@ -113,52 +113,30 @@ inline void gather_sources(const Run<const T>* v, const Run<const T>* asked, con
   if (position < positions) gather(position, Count<1>{});
 }
 
-template <class T>
-inline void gather_rows(const GatherConvolveParams& p, const Acc<T>* expanded, int64_t b, int64_t first, int64_t last,
-                        int64_t c, int64_t count, Acc<T>* rows) {
-  using A = Acc<T>;
-  const ImageShape& s = p.shape;
-  const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.part};
-  const int64_t positions = (last - first) * s.width;
-  const auto column = [&](int64_t j) { return p.columns[j]; };
-  // `count` channels from c on, which are `to` in rows.
-  const auto gather = [&](auto masked, const Streams<A>& at, bool is_first, int64_t c, int64_t count, A* to) {
-    const auto run = [&](const MapView& map) {
-      return Run<const T>{interleaved_at<T>(map, b, first * s.width, c), map.inner};
-    };
-    Run<const T> v[kStreams];
-    const A* weights[kStreams];
-    for (int k = 0; k < at.count; ++k) {
-      v[k] = run(p.maps[at.source[k]]), weights[k] = expanded + (b * p.sources + at.source[k]) * s.channels + c;
-    }
-    const Run<const T> asked[] = {p.dtaps == nullptr ? v[0] : run(p.x), p.dx.data == nullptr ? v[0] : run(p.dx)};
-    by_streams(at.count, [&](auto streams) {
-      gather_sources<decltype(masked)::value != 0, T, decltype(streams)::value>(v, asked, weights, positions, count,
-                                                                                is_first, to);
-    });
-  };
-  const bool leaves_out =
-      has_tolerance(p.sources, column) && is_any_left_out<A>(p.sources, column, heads_of(flat, b, c, count));
-  if (!leaves_out) {
-    const bool any = for_streams<A>(
-        p.sources, [](int64_t) { return true; }, [](int64_t) { return A{}; },
-        [&](const Streams<A>& at, bool is_first, bool) { gather(Count<0>{}, at, is_first, c, count, rows); });
-    for (int64_t i = 0; !any && i < positions * gathered_channels(s); ++i) rows[i] = 0;
-    return;
+template <bool kMasked, class T>
+inline void gather_patch(const GatherConvolveParams& p, const Acc<T>* expanded, const Patch& patch,
+                         const Streams<Acc<T>>& at, bool is_first, Acc<T>* rows) {
+  Run<const T> v[kStreams];
+  const Acc<T>* weights[kStreams];
+  for (int k = 0; k < at.count; ++k) {
+    v[k] = run_at<T>(p.maps[at.source[k]], patch);
+    weights[k] = expanded + (patch.b * p.sources + at.source[k]) * p.shape.channels + patch.c;
   }
-  for_runs(c, count, [&](int64_t run_c, int64_t run_count) {
-    A* to = rows + (run_c - c) * positions;
-    const auto add = [&](const Streams<A>& at, bool is_first, bool) {
-      if (is_run_shared(flat)) {
-        gather(Count<1>{}, at, is_first, run_c, run_count, to);
-      } else {
-        gather(Count<0>{}, at, is_first, run_c, run_count, to);
-      }
-    };
-    const bool any = for_retained<A>(p.sources, column, heads_of(flat, b, run_c, run_count), add);
-    const int64_t whole = ceil_div(run_count, kLanes<T>) * kLanes<T>;
-    for (int64_t i = 0; !any && i < positions * whole; ++i) to[i] = 0;
+  const Run<const T> asked[] = {p.dtaps == nullptr ? v[0] : run_at<T>(p.x, patch),
+                                p.dx.data == nullptr ? v[0] : run_at<T>(p.dx, patch)};
+  by_streams(at.count, [&](auto streams) {
+    gather_sources<kMasked, T, decltype(streams)::value>(v, asked, weights, patch.rows, patch.count, is_first, rows);
   });
+}
+
+template <class T>
+inline void gather_rows(const GatherConvolveParams& p, const Acc<T>* expanded, const LeftOut& left_out,
+                        const Patch& patch, Acc<T>* rows) {
+  const auto gather = left_out.any(patch.b, p.sources) ? gather_patch<true, T> : gather_patch<false, T>;
+  const bool is_any_read = left_out.for_read<Acc<T>>(
+      patch.b, p.sources,
+      [&](const Streams<Acc<T>>& at, bool is_first, bool) { gather(p, expanded, patch, at, is_first, rows); });
+  for (int64_t i = 0; !is_any_read && i < patch.rows * gathered_channels(p.shape); ++i) rows[i] = 0;
 }
 
 // The three rows of gathered dv that a line needs.
@@ -179,16 +157,20 @@ void gather_convolve_interleaved(const GatherConvolveParams& p, int threads) {
   const A* taps = static_cast<const A*>(p.rows);
   A* partials = static_cast<A*>(p.workspace);                     // [B, blocks of rows, 9, C], in the order of dtaps
   A* weights = partials + s.batch * blocks * kTaps * s.channels;  // [B, sources, C]
-  A* buffers = weights + s.batch * p.sources * s.channels;        // one for each thread
+  A* buffers = weights + s.batch * p.sources * (s.channels + 1);  // one for each thread
   const Shape flat = {s.batch, s.channels, p.heads, s.positions(), true, s.part};
-  expand_columns<T>(flat, p.sources, [&](int64_t j) { return p.columns[j]; }, weights, threads);
+  const auto column = [&](int64_t j) { return p.columns[j]; };
+  expand_columns<T>(flat, p.sources, column, weights, threads);
+  const LeftOut left_out =
+      count_left_out<A>(flat, p.sources, column, weights + s.batch * p.sources * s.channels, threads);
   for_strips(s, gathered_channels(s), threads, [&](const ImageItem& at) {
     A* zeros = buffers + thread_index() * gathered_size(s);
     A* rows = zeros + s.width * kLeastStrip;
     for (int64_t i = 0; i < s.width * kLanes<T>; ++i) zeros[i] = 0;
     const int64_t above = at.first_row > 0 ? at.first_row - 1 : 0;
     const int64_t below = at.last_row < s.height ? at.last_row + 1 : s.height;
-    gather_rows<T>(p, weights, at.b, above, below, at.c, at.count, rows);
+    const Patch patch = {at.b, above * s.width, (below - above) * s.width, at.c, at.count};
+    gather_rows<T>(p, weights, left_out, patch, rows);
     for_vectors<T>(at.count, [&](int64_t i, auto n) {
       const int64_t c = at.c + i;
       const A* gathered = rows + i * (below - above) * s.width;
@@ -266,7 +248,7 @@ void reduce_taps(const GatherConvolveParams& p, int threads) {
 
 inline int64_t gather_convolve_workspace(const ImageShape& s, int64_t sources, int threads) {
   if (!s.interleaved) return s.batch * s.channels * kTaps + threads * planes_at_once(s) * s.positions();
-  return s.channels * (kTaps * s.batch * ceil_div(s.height, kRowsAtOnce) + s.batch * sources) +
+  return s.channels * kTaps * s.batch * ceil_div(s.height, kRowsAtOnce) + s.batch * sources * (s.channels + 1) +
          threads * gathered_size(s);
 }
 

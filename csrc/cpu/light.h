@@ -268,7 +268,7 @@ void light_layer_backward_kernel(const LightBackwardParams& p, int threads) {
     } else {
       BackwardParams part_dots = dots;
       part_dots.forward.shape = by_channel(part.shape);
-      image.interleaved ? dots_interleaved<T>(part_dots, q, partials, nullptr, some)
+      image.interleaved ? dots_interleaved<T>(part_dots, q, partials, nullptr, {1, nullptr}, some)
                         : dots_planar<T>(part_dots, q, partials, some);
     }
     light_rows_kernel<T>(part, q, partials, dquery, dkey, ddecay, some);

@@ -24,4 +24,9 @@ struct Run {
   T* at(int64_t position) const { return data + position * step; }
 };
 
+template <class T>
+inline Run<T> writable(Run<const T> run) {
+  return {const_cast<T*>(run.data), run.step};
+}
+
 }  // namespace ela::ELA_ISA

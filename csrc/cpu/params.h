@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "views.h"
 
@@ -15,11 +14,11 @@ struct RowView {
 };
 
 // One column of a [B, G, t] tensor of weights or score gradients: element (b, g) is data[(b * G + g) * stride]. Of a
-// sum over maps, one below `least` leaves its map out: that is not read, or counts as zero whatever it is.
+// sum over maps, one below a `least` above zero leaves its map out: that is not read, or counts as zero whatever it is.
 struct ColumnView {
   const void* data;
   int64_t stride;
-  double least = -std::numeric_limits<double>::infinity();
+  double least = 0;
 };
 
 // scores -> softmax -> divergence. `prev` is [B, G, prev_depth] or null; `kl` is [B, G] or null.
