@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import EAGER, Refusal
 from ela_kernels.backends.once import Once
-from ela_kernels.backends.tracing import DECIDED, EMPTY, OTHER_SHAPE, TRACED, UNLINKED
+from ela_kernels.backends.tracing import (
+    DECIDED,
+    EMPTY,
+    OTHER_SHAPE,
+    TRACED,
+    UNLINKED,
+    needs_dispatcher,
+)
 from ela_kernels.torch_internals import buffers_of, is_lazy
 
 logger = logging.getLogger("ela_kernels")
@@ -47,6 +54,8 @@ class LayerExplanation(NamedTuple):
         backend: the name of what served it.
         reasons: of each better form that did not serve it, every reason; under `"held"` why the history does not hold
             values in the dtype that it was given.
+        left_out: with a tolerance, the share of the retrievals of every sample and head that weighed less and were not
+            made; None without one.
     """
 
     name: str
@@ -54,6 +63,7 @@ class LayerExplanation(NamedTuple):
     form: str
     backend: str
     reasons: dict[str, tuple[str, ...]]
+    left_out: float | None = None
 
 
 class Explanation(tuple[LayerExplanation, ...]):
@@ -65,7 +75,7 @@ class Explanation(tuple[LayerExplanation, ...]):
         if not self:
             return "no call of a layer of ela_kernels was seen: the model has none, or runs a compiled graph or threads"
         rows = [("layer", "class", "served by", "what")]
-        rows += [(e.name or "-", e.layer, e.backend, _FORMS[e.form]) for e in self]
+        rows += [(e.name or "-", e.layer, e.backend, _served(e)) for e in self]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = []
         for row, explanation in zip(rows, (None, *self), strict=True):
@@ -75,6 +85,11 @@ class Explanation(tuple[LayerExplanation, ...]):
                 for form, reasons in explanation.reasons.items():
                     lines += [f"    not {_FORMS[form]}: {reason}" for reason in reasons]
         return "\n".join(lines)
+
+
+def _served(e: LayerExplanation) -> str:
+    left_out = "" if e.left_out is None else f", {e.left_out:.0%} of the retrievals left out"
+    return _FORMS[e.form] + left_out
 
 
 class _Watch:
@@ -95,6 +110,10 @@ class _Watch:
         reasons.pop(form, None)  # of a call before, which raised
         self.found.append(LayerExplanation(name, kind, form, backend, reasons))
 
+    def retrieved(self, weights: Tensor, tolerance: float) -> None:
+        share = (weights.detach() < tolerance).float().mean().item()
+        self.found[-1] = self.found[-1]._replace(left_out=share)
+
 
 _watch: ContextVar[_Watch | None] = ContextVar("ela_kernels_explain", default=None)
 
@@ -109,6 +128,14 @@ def served(layer: Any, form: str, backend: str) -> None:
     watch = _watch.get()
     if watch is not None:
         watch.served(layer, form, backend)
+
+
+def retrieved(weights: Tensor, tolerance: float) -> None:
+    """What was served last retrieved by `weights` `[B, G, T]`, and left out those below its tolerance."""
+    if tolerance > 0 and not torch.compiler.is_compiling():
+        watch = _watch.get()
+        if watch is not None and watch.found and not (weights.is_meta or needs_dispatcher(weights)):
+            watch.retrieved(weights, tolerance)
 
 
 def served_without_kernels(layer: Any, form: str) -> None:

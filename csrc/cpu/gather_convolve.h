@@ -177,7 +177,7 @@ void gather_convolve_interleaved(const GatherConvolveParams& p, int threads) {
       const auto row = [&](int64_t r) {
         return r < 0 || r == s.height ? zeros : gathered + (r - above) * s.width * kLanes<T>;
       };
-      Vec<T> turned[kTaps], offset{}, sums[kTaps];
+      Vec<T> turned[kTaps], offset{}, sums[kTaps] = {};
       for (int k = 0; k < kTaps; ++k) turned[kTaps - 1 - k] = load_n(taps + k * s.channels + c, n);
       if (p.dmean != nullptr) {
         offset = load_n(static_cast<const A*>(p.dmean) + at.b * s.channels + c, n) / static_cast<A>(s.positions());

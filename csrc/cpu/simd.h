@@ -223,7 +223,10 @@ struct CopiedParts : NativeMemory<T> {
     for (int i = begin; i < end && i < kLanes<T>; ++i) lanes[i] = p[i];
     return NativeMemory<T>::load(lanes);
   }
-  static void store_part(T* p, Vec<T> x, int n) { __builtin_memcpy(p, &x, n * sizeof(T)); }
+  static void store_part(T* p, Vec<T> x, int n) {
+    if (n > kLanes<T>) __builtin_unreachable();  // or the compiler warns of it
+    __builtin_memcpy(p, &x, n * sizeof(T));
+  }
 };
 #if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
 constexpr bool kPartsAreCheap = true;

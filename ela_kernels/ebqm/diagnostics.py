@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.modules.ela import ELA
+from ela_kernels.ops.layer_attention.reference import is_left_out
 
 
 class Diagnostics(NamedTuple):
@@ -21,14 +22,16 @@ class Diagnostics(NamedTuple):
         importance: of the block by the scale and shift of its norm, the mean over their elements of
             `(scale * dL/dscale + shift * dL/dshift) ** 2`: the square of what the loss would change, to first order, if
             the norm gave zeros.
+        left_out: the share of the layer's retrievals, over batch and heads, whose weight was below its tolerance.
     """
 
     entropy: list[float]
     importance: list[float]
+    left_out: list[float]
 
     @classmethod
     def none(cls, layers: int) -> Diagnostics:
-        return cls([math.nan] * layers, [math.nan] * layers)
+        return cls(*([math.nan] * layers for _ in cls._fields))
 
     def keep(self, numbers: Sequence[int | None]) -> Diagnostics:
         """For other layers, each with the number that it had, or None for a new one."""
@@ -52,6 +55,7 @@ def diagnosed(layers: Sequence[ELA], weights: Sequence[Tensor | None]) -> Diagno
     return Diagnostics(
         _on_host(_entropies(weights), count),
         _on_host(_importances(layers), count),
+        _on_host(_left_out(layers, weights), count),
     )
 
 
@@ -79,6 +83,15 @@ def _entropies(weights: Sequence[Tensor | None]) -> Mapping[int, Tensor]:
         i: part.sum() * (w.shape[-1] / (-w.numel() * math.log(w.shape[-1])))
         for (i, w), part in zip(known.items(), parts, strict=True)
     }
+
+
+def _left_out(layers: Sequence[ELA], weights: Sequence[Tensor | None]) -> Mapping[int, Tensor]:
+    known = (
+        (i, w, layer.kept_tolerance)
+        for i, (layer, w) in enumerate(zip(layers, weights, strict=True))
+        if w is not None
+    )
+    return {i: is_left_out(w, tolerance).float().mean() for i, w, tolerance in known if w.numel()}
 
 
 @torch.no_grad()

@@ -226,6 +226,7 @@ class EBQM:
                     score=now.score(self.settings.quantile),
                     entropy=self._diagnostics.entropy[i],
                     importance=self._diagnostics.importance[i],
+                    left_out=self._diagnostics.left_out[i],
                     skipped=layer.skipped,
                     reason=Reason.PRUNED if layer.pruned else self._reasons[i],
                     since=self._since[i],

@@ -26,6 +26,8 @@ class LayerReport:
             with the gradients as they were when :meth:`EBQM.step` was called at the last decision point. A factor of
             `torch.amp.GradScaler` is in them, squared, where they were not unscaled; clipping too. NaN where the norm
             had no parameters, or these no gradients.
+        left_out: a diagnostic too: the share of the layer's retrievals, of every image and head, that weighed less than
+            its tolerance and were not made, in the same pass as `entropy`, and NaN where that is.
         skipped: whether the layer is skipped now.
         reason: why; which guard held.
         since: step of the last change of `skipped`; 0 if there was none.
@@ -40,6 +42,7 @@ class LayerReport:
     score: float
     entropy: float
     importance: float
+    left_out: float
     skipped: bool
     reason: Reason
     since: int
@@ -75,16 +78,16 @@ class Report:
 
     def __str__(self) -> str:
         title = (
-            f"EBQM at step {self.step}: {len(self.skipped)} of {len(self.layers)} layers skipped; entropy and "
-            "importance are diagnostics, which decide nothing"
+            f"EBQM at step {self.step}: {len(self.skipped)} of {len(self.layers)} layers skipped; entropy, "
+            "importance and left out are diagnostics, which decide nothing"
         )
-        numbers = ("divergence", "score", "entropy", "importance")
+        numbers = ("divergence", "score", "entropy", "importance", "left out")
         header: tuple[str, ...] = ("layer", "stage", "place", *numbers, "decision", "why")
         rows = [header, *(_row(layer) for layer in self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = [
             "  ".join(
-                cell.ljust(width) if i in (0, 7, 8) else cell.rjust(width)
+                cell.ljust(width) if i in (0, 8, 9) else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows
@@ -102,6 +105,7 @@ def _row(layer: LayerReport) -> tuple[str, ...]:
         _number(layer.score),
         _number(layer.entropy),
         "-" if math.isnan(layer.importance) else f"{layer.importance:.2e}",
+        "-" if math.isnan(layer.left_out) else f"{layer.left_out:.0%}",
         "skipped" if layer.skipped else "kept",
         layer.reason.value + since,
     )

@@ -111,6 +111,12 @@ def loaded(
     return found
 
 
+def _diagnostics(found: Mapping[str, Any], count: int) -> Diagnostics:
+    """Without what a state of an earlier version has not."""
+    unknown = {"left_out": [math.nan] * count}
+    return Diagnostics(*([float(x) for x in {**unknown, **found}[n]] for n in Diagnostics._fields))
+
+
 def _read(state: Mapping[str, Any], layers: int) -> State:
     other = len(state["layers"]) != layers  # said in words of its own later
     count = len(state["layers"]) if other else layers
@@ -124,7 +130,7 @@ def _read(state: Mapping[str, Any], layers: int) -> State:
         [Reason[name] for name in state["reasons"]],
         [int(step) for step in state["since"]],
         [_record(d) for d in state["decisions"]],
-        Diagnostics(*([float(x) for x in state["diagnostics"][n]] for n in Diagnostics._fields)),
+        _diagnostics(state["diagnostics"], count),
     )
     lengths = {len(found.skipped), len(found.reasons), len(found.since)}
     lengths |= {len(values) for values in found.diagnostics}

@@ -184,11 +184,13 @@ class StageAttention(nn.ModuleList):
         relu: whether a ReLU stands after each norm.
         takes_shortcut: each layer is given the shortcut of its residual block instead of a history.
         history_dtype: `dtype` of the history.
+        tolerance: of the history.
     """
 
     # Of stages that were pickled before there was a choice.
     takes_shortcut = False
     history_dtype: torch.dtype | None = None
+    tolerance = 0.0
 
     def __init__(
         self,
@@ -201,6 +203,7 @@ class StageAttention(nn.ModuleList):
         relu: bool = True,
         takes_shortcut: bool = False,
         history_dtype: torch.dtype | None = None,
+        tolerance: float = 0.0,
     ) -> None:
         layers: list[nn.Module] = []
         act = nn.ReLU if relu else nn.Identity
@@ -214,7 +217,7 @@ class StageAttention(nn.ModuleList):
                 layers.append(MRLA(attention(dim, head_dim), drop_path, relu))
         super().__init__(layers)
         self.kind, self.fused, self.takes_shortcut = kind, fused, takes_shortcut
-        self.history_dtype = history_dtype
+        self.history_dtype, self.tolerance = history_dtype, tolerance
 
     def new_history(self) -> History | None:
         """What the layers of the stage share in one forward pass; None where they share nothing."""
@@ -223,7 +226,9 @@ class StageAttention(nn.ModuleList):
         if self.kind == "mrla_light":
             return PreviousOutput()
         concatenates = any(isinstance(m, ConcatLayerAttention) for m in self.modules())
-        return ConcatHistory() if concatenates else LayerHistory(dtype=self.history_dtype)
+        if concatenates:
+            return ConcatHistory()
+        return LayerHistory(dtype=self.history_dtype, tolerance=self.tolerance)
 
 
 def initialise(model: nn.Module, all_maps: bool = False, zero_last_norm: bool = False) -> None:

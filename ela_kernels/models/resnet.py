@@ -22,6 +22,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
+from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.held import check_history_dtype
 
 Block = Literal["basic", "bottleneck"]
@@ -87,6 +88,8 @@ class ResNet(nn.Module):
         history_dtype: `torch.bfloat16` or `torch.float16`: values are rounded to it, and held in it where kernels can
             read them so (`dtype` of :class:`ela_kernels.LayerHistory`); for `"mrla"` and `"ela"`, fused. No part of a
             checkpoint.
+        tolerance: retrievals of a smaller weight are left out (`tolerance` of :class:`ela_kernels.LayerHistory`); for
+            `"mrla"` and `"ela"`, fused. No part of a checkpoint.
 
     Shapes:
         Images `[B, in_chans, H, W]` to scores `[B, num_classes]`, or to a list of maps.
@@ -117,6 +120,7 @@ class ResNet(nn.Module):
         variant: Variant = "ours",
         identity_init: bool = False,
         history_dtype: torch.dtype | None = None,
+        tolerance: float = 0.0,
     ) -> None:
         super().__init__()
         published = variant == "published"
@@ -134,7 +138,7 @@ class ResNet(nn.Module):
         )
         DropPath(drop_path)  # its checks, before the value is spread over the layers
         check_skip(skip)
-        _check_history_dtype(history_dtype, attention, fused)
+        _check_history_options(history_dtype, tolerance, attention, fused)
         if checkpointing and not fused:
             raise ValueError(
                 "checkpointing: got True with fused=False; the concatenating modules cannot be recomputed. Allowed is "
@@ -164,6 +168,7 @@ class ResNet(nn.Module):
                     relu=not identity_init and not (published and is_light),
                     takes_shortcut=published and is_light,
                     history_dtype=history_dtype,
+                    tolerance=tolerance,
                 )
                 self.attentions.append(layers)
             done += count
@@ -278,14 +283,23 @@ def _check(
         )
 
 
-def _check_history_dtype(dtype: torch.dtype | None, attention: str, fused: bool) -> None:
+def _check_history_options(
+    dtype: torch.dtype | None, tolerance: float, attention: str, fused: bool
+) -> None:
     check_history_dtype(dtype, "history_dtype")
-    if dtype is not None and (attention not in ("mrla", "ela") or not fused):
-        form = "" if fused else " and fused=False"
-        raise ValueError(
-            f"history_dtype: got {dtype} with attention={attention!r}{form}, which has no LayerHistory; allowed is a "
-            "dtype with 'mrla' and 'ela', fused"
-        )
+    check_tolerance(tolerance)
+    if attention in ("mrla", "ela") and fused:
+        return
+    form = "" if fused else " and fused=False"
+    for name, value, is_given in (
+        ("history_dtype", dtype, dtype is not None),
+        ("tolerance", tolerance, tolerance > 0),
+    ):
+        if is_given:
+            raise ValueError(
+                f"{name}: got {value} with attention={attention!r}{form}, which has no LayerHistory; allowed is one "
+                "with 'mrla' and 'ela', fused"
+            )
 
 
 def _is_count(value: object) -> bool:

@@ -138,7 +138,7 @@ class ELA(ELAState):
                 if watched:
                     self._observe(history.kl, history.has_divergence)
                     if self.weights_next:
-                        self._keep_weights(history.weights)
+                        self._keep_weights(history.weights, history.tolerance_of(attn.tolerance))
                 return out
             gives = True
             return self._decided(x, history, watched)
@@ -232,9 +232,9 @@ class ELA(ELAState):
         elif len(self.observations) < MOST_OBSERVATIONS:
             self.observations.append(found)
 
-    def _keep_weights(self, weights: Tensor | None) -> None:
+    def _keep_weights(self, weights: Tensor | None, tolerance: float) -> None:
         """Keep the weights of one pass, as they are: what is worked out of them is not the forward's to wait for."""
-        self.weights_next = False
+        self.weights_next, self.kept_tolerance = False, tolerance
         self.kept_weights = None if weights is None else outside_of_transforms(weights.detach())
 
     def _can_wait(self, attn: nn.Module | None, x: Tensor, history: LayerHistory) -> bool:

@@ -27,6 +27,7 @@ class ELAState(Skipping):
     # Whether the weights of its next training pass are kept, for EBQM's report; and those, `[B, G, t]`.
     weights_next = False
     kept_weights: Tensor | None = None
+    kept_tolerance = 0.0  # of them
 
     def _begin(self) -> None:
         """What a layer starts with that nobody has run or watched."""

@@ -48,6 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
     add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
     add("--history-dtype", choices=HELD, help="round and hold values of earlier layers so")
+    add("--tolerance", type=float, default=0.0, help="leave out retrievals of a smaller weight")
     add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
     add("--epochs", type=int, default=30)
     add("--batch-size", type=int, default=64, help="images of a step, in each process")
@@ -104,6 +105,8 @@ def make_options(arguments: argparse.Namespace, task: Task) -> Options:
     ]
     if arguments.history_dtype is not None:  # runs of before there was a choice go on without
         kept.append("history_dtype")
+    if arguments.tolerance:
+        kept.append("tolerance")
     return Options(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -172,6 +175,7 @@ def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
         "skip": arguments.skip,
         "checkpointing": arguments.checkpointing,
         "history_dtype": HELD.get(arguments.history_dtype),
+        "tolerance": arguments.tolerance,
     }
     if arguments.block is not None:
         if arguments.model in ("resnet50", "resnet101"):

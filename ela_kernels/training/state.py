@@ -295,6 +295,8 @@ def _watching(saved: Any, present: Mapping[str, Any], steps: int) -> None:
         _values("ebqm, decisions, reasons", decision.get("reasons"), layers, (str,))
     _mapping("ebqm, diagnostics", saved.get("diagnostics"))
     for name in present["diagnostics"]:
+        if name == "left_out" and name not in saved["diagnostics"]:
+            continue  # of an earlier version
         _values(f"ebqm, diagnostics, {name}", saved["diagnostics"].get(name), layers, (float,))
 
 

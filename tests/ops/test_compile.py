@@ -79,6 +79,7 @@ def op_arguments(case, requires_grad: bool):
         0.5,
         leaf(case.prev_weights),
         case.channels_last,
+        case.tolerance,
     )
 
 
@@ -106,11 +107,11 @@ def test_the_operator_is_registered_rightly(shape, layout, prev_depth, tokens):
 @pytest.mark.parametrize("dout_layout", [contiguous, channels_last, one_number, None])
 def test_the_backward_operator_is_registered_rightly(layout, dout_layout):
     case = make_case((2, 6, 4, 3), 2, 2, torch.float64, layout, dout=dout_layout)
-    q, keys, values, heads, scale, prev, tokens = op_arguments(case, requires_grad=False)
+    q, keys, values, heads, scale, prev, *options = op_arguments(case, requires_grad=False)
     weights = ek.layer_attention(q, keys, values, heads, scale).weights
     gradients = (case.dout, case.dweights, case.dkl)
     op = torch.ops.ela_kernels.layer_attention_backward.default
-    torch.library.opcheck(op, (q, keys, values, heads, scale, prev, weights, *gradients, tokens))
+    torch.library.opcheck(op, (q, keys, values, heads, scale, prev, weights, *gradients, *options))
 
 
 @pytest.mark.usefixtures("backend")
@@ -121,7 +122,7 @@ def test_the_operator_called_directly():
         scale = (q.shape[1] // heads) ** -0.5
         return ek.LayerAttentionOutput(
             *torch.ops.ela_kernels.layer_attention(
-                q, keys, values, heads, scale, prev_weights, channels_last
+                q, keys, values, heads, scale, prev_weights, channels_last, 0.0
             )
         )
 

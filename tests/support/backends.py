@@ -227,10 +227,16 @@ class Backend:
         return torch.finfo(dtype).eps / 2
 
     def contribution(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float = 0.0,
     ) -> Any:
         """What one layer leaves to :meth:`gather`."""
-        return KERNELS[self.name].contribution(q, weights, dscores, dout, channels_last)
+        return KERNELS[self.name].contribution(q, weights, dscores, dout, channels_last, tolerance)
 
     def gather(
         self,
@@ -289,11 +295,17 @@ class Cpp(Eager):
         return (dtype, extension().simd_level()) != (torch.bfloat16, "avx512_bf16")
 
     def contribution(
-        self, q: Tensor, weights: Tensor, dscores: Tensor, dout: Tensor | None, channels_last: bool
+        self,
+        q: Tensor,
+        weights: Tensor,
+        dscores: Tensor,
+        dout: Tensor | None,
+        channels_last: bool,
+        tolerance: float = 0.0,
     ) -> Any:
         if dout is not None:  # its caller sees to it that the kernels can read it
             dout = in_form(dout, channels_last, is_interleaved(dout, channels_last))
-        return super().contribution(q, weights, dscores, dout, channels_last)
+        return super().contribution(q, weights, dscores, dout, channels_last, tolerance)
 
 
 class CudaOnCpu(Backend):

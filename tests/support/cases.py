@@ -26,6 +26,7 @@ class Case:
     scale: float | None = None
     prev_weights: Tensor | None = None
     channels_last: bool = False
+    tolerance: float = 0.0
     dout: Tensor | None = None
     dweights: Tensor | None = None
     dkl: Tensor | None = None
@@ -60,7 +61,7 @@ class Case:
         value = self.values[0]
         return (
             f"T={len(self.keys)} heads={self.heads} values {list(value.shape)} strides {value.stride()} {value.dtype} "
-            f"channels_last={self.channels_last}"
+            f"channels_last={self.channels_last} tolerance={self.tolerance:.3g}"
         )
 
 
@@ -118,6 +119,7 @@ def evaluate(
     """Outputs and wanted gradients by name, through the package."""
     inputs = {n: x.detach().requires_grad_(n in case.wanted) for n, x in case.inputs().items()}
     depth = range(len(case.keys))
+    options = {"tolerance": case.tolerance} if case.tolerance else {}
     result = op(
         inputs["q"],
         [inputs[f"keys[{j}]"] for j in depth],
@@ -126,6 +128,7 @@ def evaluate(
         scale=case.scale,
         prev_weights=inputs.get("prev_weights"),
         channels_last=case.channels_last,
+        **options,
     )
     assert result.out.dtype == case.values[0].dtype
     return case.with_gradients({n: x for n, x in result._asdict().items() if x is not None}, inputs)

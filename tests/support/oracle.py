@@ -34,7 +34,9 @@ def oracle(case: Case) -> dict[str, Tensor]:
     v = torch.stack(values, 1)  # [B, T, C, *spatial] or [B, T, *spatial, C]
     if case.channels_last:
         v = v.movedim(-1, 2)
-    out = torch.einsum("bgt,btgdn->bgdn", weights, v.reshape(B, T, G, C // G, prod(v.shape[3:])))
+    # What is left out is a constant zero.
+    added = torch.where(weights.detach() < case.tolerance, 0.0, weights)
+    out = torch.einsum("bgt,btgdn->bgdn", added, v.reshape(B, T, G, C // G, prod(v.shape[3:])))
     out = out.reshape(B, C, *v.shape[3:])
     if case.channels_last:
         out = out.movedim(1, -1)

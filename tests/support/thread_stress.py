@@ -258,6 +258,7 @@ def provoke() -> None:
                     prev=0,
                     prev_depth=0,
                     weights=weights.data_ptr(),
+                    tolerance=0.0,
                 ),
                 kl=0,
                 threads=1,

@@ -11,7 +11,7 @@ from ela_kernels.backends.contract import KernelBackend, Request
 from ela_kernels.backends.dispatch import Refusal, kernels_for, plan, refusal_by
 from ela_kernels.backends.layout import accumulate_dtype, resolved
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
-from ela_kernels.explaining import held_as_they_are, refused, served
+from ela_kernels.explaining import held_as_they_are, refused, retrieved, served
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
 from ela_kernels.ops.layer_attention.attend_node import attend_pull, provide_pull
@@ -202,6 +202,7 @@ class LayerHistory(ReusedRetrievals):
                     caller or self,
                 )
             token = snapshot.token
+        retrieved(weights, tolerance)
         at = snapshot.position + 1
         left = Snapshot(pairs, at, heads, weights, kl, token, None, tolerance)
         self._leave(left, recomputing, caller)

@@ -12,7 +12,7 @@ from ela_kernels.backends.dispatch import kernels_for, why_eager
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.memory import check_not_freed
 from ela_kernels.backends.tracing import needs_dispatcher
-from ela_kernels.explaining import refused, served, served_without_kernels
+from ela_kernels.explaining import refused, retrieved, served, served_without_kernels
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
 from ela_kernels.ops.layer_attention.autograd import layer_attention_autograd
@@ -93,7 +93,9 @@ def layer_attention(
         weights padded by zeros, is our definition.
     """
     tolerance = checks.check_tolerance(tolerance)
-    return retrieve(q, keys, values, heads, scale, prev_weights, channels_last, tolerance)
+    found = retrieve(q, keys, values, heads, scale, prev_weights, channels_last, tolerance)
+    retrieved(found.weights, tolerance)
+    return found
 
 
 def retrieve(

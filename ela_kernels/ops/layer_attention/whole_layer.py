@@ -14,6 +14,7 @@ from ela_kernels.backends.dispatch import Refusal, plan
 from ela_kernels.backends.layout import resolved
 from ela_kernels.backends.tracing import DECIDED, is_transformed, needs_dispatcher
 from ela_kernels.backends.types import Epilogue, Filters, Residual
+from ela_kernels.explaining import retrieved as retrieved_by
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
 from ela_kernels.ops.layer_attention.decided import Decided
@@ -147,6 +148,7 @@ class WholeLayers(LayersInGraphs):
         out, weights, kl, token, k, v, retrieved, statistics, stand_in = layer_pull(
             resolved(x), filters, epilogue, snapshot.weights, snapshot.token, link, keeps
         )
+        retrieved_by(weights, plan.tolerance)
         pairs = snapshot.pairs.extended(k, v, link.path, stand_in=stand_in)
         at = snapshot.position + 1
         kept = None if retrieved is None else Kept.of(retrieved, statistics)
