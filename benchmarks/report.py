@@ -10,6 +10,7 @@ from benchmarks.blocks import OURS
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
+from benchmarks.report_left_out import left_out_lines
 from benchmarks.report_networks import (
     compiled_table,
     compiled_targets,
@@ -174,6 +175,9 @@ def text_report(results: Results) -> str:
         lines += [*table(["", *names], rows), ""]
     if results.get("history_dtype"):
         lines += _history_dtype_tables(results["history_dtype"])
+    if results.get("left_out"):
+        what = "Retrievals with a tolerance: what is left out, and how much faster (kept malloc)"
+        lines += [what, "", *left_out_lines(results["left_out"]), ""]
     if results["overhead"]:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [

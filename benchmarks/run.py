@@ -39,6 +39,7 @@ FULL_ROUNDS = {
     "layer_floor": 15,
     "divergence": 60,
     "history_dtype": 15,
+    "left_out": 9,
     "overhead": 400,
     "networks": 11,
     "converted": 7,
@@ -52,6 +53,7 @@ QUICK_ROUNDS = {
     "layer_floor": 5,
     "divergence": 15,
     "history_dtype": 5,
+    "left_out": 3,
     "overhead": 60,
     "networks": 3,
     "converted": 3,
@@ -59,7 +61,7 @@ QUICK_ROUNDS = {
 }
 # Parts that --quick and --smoke leave out: whole networks take minutes, except small ones, and float64 takes long.
 LEFT_OUT = {
-    "quick": ("history_dtype", "networks", "converted", "compiled"),
+    "quick": ("history_dtype", "left_out", "networks", "converted", "compiled"),
     "smoke": ("compiled",),
     "full": (),
 }
@@ -98,6 +100,7 @@ class Run:
                         "layer_floor",
                         "divergence",
                         "history_dtype",
+                        "left_out",
                         *(ONCE if i == 0 else ()),
                     ]
                 parts = [part for part in parts if part in self.parts]

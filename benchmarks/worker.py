@@ -21,6 +21,7 @@ from benchmarks.converted import measure_converted
 from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.history_dtype import measure_history_dtype
 from benchmarks.layer_floor import measure_layer_floor
+from benchmarks.left_out import measure_left_out
 from benchmarks.light import measure_light
 from benchmarks.memory import measure_memory
 from benchmarks.networks import measure_networks
@@ -36,6 +37,7 @@ PARTS = (
     "layer_floor",
     "divergence",
     "history_dtype",
+    "left_out",
     "memory",
     "overhead",
     "networks",
@@ -68,6 +70,7 @@ def measure(
         "layer_floor": measure_layer_floor,
         "divergence": measure_divergence,
         "history_dtype": measure_history_dtype,
+        "left_out": measure_left_out,
     }
     return with_rounds[part](shape, rounds[part])
 

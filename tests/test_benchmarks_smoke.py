@@ -19,10 +19,12 @@ from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultEr
 from benchmarks.environment import KEPT, MALLOC_SETTINGS, process_environment
 from benchmarks.history_dtype import HeldBlocks, measure_history_dtype
 from benchmarks.layer_floor import BLOCK_PHASES, StageOfLayers, check_layers
+from benchmarks.left_out import Retrievals, measure_left_out
 from benchmarks.limits import limits
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
 from benchmarks.networks import measure_networks
+from benchmarks.pages.speed import TABLES
 from benchmarks.probe import read_probes, transfer_probes
 from benchmarks.report import text_report
 from benchmarks.shapes import StageShape, parse_shape
@@ -247,6 +249,19 @@ def test_shapes_that_do_not_fit_are_refused(text: str) -> None:
         parse_shape(text)
 
 
+def results_of(part: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run of one part."""
+    machine = {
+        "cpu": "",
+        "threads": 1,
+        "simd_level": "",
+        "torch": "",
+        "date": "",
+        "load_before": [0],
+    }
+    return {**{p: {} for p in PARTS}, "machine": machine, "small": True, part: found}
+
+
 @pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")
 def test_held_values_are_measured_and_reported() -> None:
     found = measure_history_dtype(SHAPE, rounds=2)
@@ -260,17 +275,7 @@ def test_held_values_are_measured_and_reported() -> None:
     assert saved == pytest.approx(1.5, abs=0.1)
     for phase in ("training", "inference"):
         assert found[phase]["over_float32"]["float32"]["of_medians"] == 1
-    empty = {part: {} for part in PARTS}
-    machine = {
-        "cpu": "",
-        "threads": 1,
-        "simd_level": "",
-        "torch": "",
-        "date": "",
-        "load_before": [0],
-    }
-    results = {**empty, "machine": machine, "small": True, "history_dtype": {SHAPE.name: found}}
-    table = text_report(results)
+    table = text_report(results_of("history_dtype", {SHAPE.name: found}))
     assert "whose history holds values in a dtype: relative L2 distance from float64" in table
     assert f"{found['peak_maps']['bfloat16']:.1f}" in table
 
@@ -287,3 +292,35 @@ def test_held_values_that_are_wrong_are_not_measured(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(HeldBlocks, "run", wrong)
     with pytest.raises(WrongResultError, match="values in None: output"):
         measure_history_dtype(SHAPE, rounds=1)
+
+
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")
+def test_what_is_left_out_is_measured_and_reported() -> None:
+    found = measure_left_out(SHAPE, rounds=2)
+    assert list(found) == ["planar", "channels_last"]
+    for form in found.values():
+        assert list(form) == ["even", "as at the start", "as after 50 steps", "as at the end"]
+        assert all(form["even"]["left_out"][name] == 0 for name in ("0", "2^-24", "1e-3"))
+        shares = [of_weights["left_out"] for of_weights in form.values()]
+        assert all(s["0"] == 0 and s["2^-24"] <= s["1e-3"] < 1 for s in shares)
+        assert form["as at the start"]["left_out"]["2^-24"] > 0
+        for of_weights in form.values():
+            for phase in ("training", "inference"):
+                assert of_weights[phase]["times_faster"]["0"]["of_medians"] == 1
+    results = results_of("left_out", {SHAPE.name: found})
+    for text in (text_report(results), "\n".join(TABLES["left_out"](results))):
+        assert "as after 50 steps" in text
+        assert f"{100 * shares[1]['1e-3']:.0f} %" in text
+
+
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")
+def test_what_is_left_out_wrongly_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Retrievals.forward
+
+    def wrong(stage: Retrievals, tolerance: float, *args: Any) -> list[torch.Tensor]:
+        is_eager = current_setting() == "eager"
+        return right(stage, tolerance if is_eager or not tolerance else 0.9, *args)
+
+    monkeypatch.setattr(Retrievals, "forward", wrong)
+    with pytest.raises(WrongResultError, match=r"tolerance 5\.96.*e-08: "):
+        measure_left_out(SHAPE, rounds=1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.converted import CONVERTED, ORIGINAL
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.measure import fastest_baseline
+from benchmarks.report_left_out import left_out_lines
 from benchmarks.report_networks import compiled_lines
 from benchmarks.shapes import parse_shape
 from benchmarks.tables import Results, table
@@ -124,6 +125,13 @@ def history_dtype(results: Results) -> Iterator[str]:
     yield from table(head, rows)
 
 
+def left_out(results: Results) -> Iterator[str]:
+    """What a tolerance leaves out, and how much faster that is."""
+    yield _machine(results)
+    yield ""
+    yield from left_out_lines(results["left_out"])
+
+
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "stages": stages,
     "blocks": _blocks("blocks"),
@@ -132,6 +140,7 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "compiled": compiled,
     "converted": converted,
     "history_dtype": history_dtype,
+    "left_out": left_out,
 }
 
 

@@ -33,7 +33,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
         {
             **_SHORT,
             "depths": [20],
-            "variants": ["plain", "self", "uniform", "mrla", "mrla_light", "ela"],
+            "variants": ["plain", "self", "uniform", "mrla", "mrla-1e-3", "mrla_light", "ela"],
         },
         {
             **_SHORT,
@@ -41,7 +41,7 @@ PLANS: dict[str, list[dict[str, Any]]] = {
             # At 0.03 the loss of every variant with a branch beside the residual one rose in the third epoch, also
             # without any attention in it, and what came after was luck.
             "lr": 0.01,
-            "variants": ["plain", "self", "uniform", "mrla", "ela", "random", "last"],
+            "variants": ["plain", "self", "uniform", "mrla", "mrla-1e-3", "ela", "random", "last"],
         },
     ],
 }

@@ -81,7 +81,16 @@ class Run:
             "test_accuracy": accuracies,
             "training_seconds": seconds,
             "skipping": self._skipping(),
+            **({"left_out": self.left_out()} if self.settings.kind.tolerance else {}),
         }
+
+    @torch.no_grad()
+    def left_out(self) -> list[float]:
+        """Of each layer the share of retrievals that its tolerance leaves out, on a batch of test images."""
+        self.network.eval()
+        images, _ = next(iter(self.batches.test()))
+        found = ek.explain(self.network, images.to(self.device))
+        return [round(layer.left_out, 4) for layer in found if layer.left_out is not None]
 
     @torch.no_grad()
     def test(self) -> float:
@@ -151,7 +160,9 @@ class Run:
 def network_of(settings: Settings, classes: int, channels: int) -> ResNet:
     """The network of a run as it begins."""
     kind = settings.kind
-    options = {} if kind.skip is None else {"skip": kind.skip}
+    options: dict[str, Any] = {} if kind.skip is None else {"skip": kind.skip}
+    if kind.tolerance:
+        options["tolerance"] = kind.tolerance
     return make_network(
         kind.attention, settings.blocks, classes, channels, settings.seed, **options
     )

@@ -23,12 +23,14 @@ class Variant:
         attention: of :class:`ela_kernels.models.ResNet`, or `"self"` or `"uniform"`, which are made here.
         skip: the skip mode, of networks whose layers are skipped.
         chosen_by: `"ebqm"`, `"random"` or `"last"`; None: nothing is skipped.
+        tolerance: of :class:`ela_kernels.LayerHistory`.
     """
 
     name: str
     attention: str
     skip: str | None = None
     chosen_by: str | None = None
+    tolerance: float = 0.0
 
     @property
     def partner(self) -> str | None:
@@ -42,6 +44,7 @@ _BASES = (
     Variant("self", "self"),
     Variant("uniform", "uniform"),
     Variant("mrla", "mrla"),
+    Variant("mrla-1e-3", "mrla", tolerance=1e-3),
     Variant("mrla_light", "mrla_light"),
 )
 _SKIPPING = tuple(

@@ -136,10 +136,10 @@ struct Attention {
 
   template <class Visit>
   void fields(Visit visit) {
-    visit("scale", scale), visit("tolerance", tolerance), visit("query", query), visit("query_stride", query_stride);
+    visit("scale", scale), visit("query", query), visit("query_stride", query_stride);
     visit("keys", keys), visit("key_strides", key_strides);
     visit("values", values), visit("value_strides", value_strides);
-    visit("prev", prev), visit("prev_depth", prev_depth), visit("weights", weights);
+    visit("prev", prev), visit("prev_depth", prev_depth), visit("weights", weights), visit("tolerance", tolerance);
   }
 };
 
