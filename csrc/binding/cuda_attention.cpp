@@ -85,7 +85,7 @@ int cuda_backward(const Where& where, int dtype, const Sizes& sizes, const Atten
 int cuda_gather(const Where& where, int dtype, const Sizes& sizes, const Ints& queries, int64_t query_stride,
                 const Ints& score_columns, const Ints& score_strides, int64_t dkey, const Ints& douts,
                 const Strides& dout_strides, const Ints& weight_columns, const Ints& weight_strides,
-                const View& dvalue) {
+                const std::vector<double>& tolerances, const View& dvalue) {
   const Kernels& kernels = kernels_for(dtype);
   const auto query_list = addresses(queries);
   const auto score_list = addresses(score_columns);
@@ -95,8 +95,11 @@ int cuda_gather(const Where& where, int dtype, const Sizes& sizes, const Ints& q
                         score_list.size() == score_strides.size()),
           "queries: one column and stride each, at least one");
   require(dvalue[0] == 0 || (!dout_list.empty() && dout_list.size() == weight_list.size() &&
-                             weight_list.size() == weight_strides.size()),
-          "douts: one column of weights and stride each, at least one");
+                             weight_list.size() == weight_strides.size() && weight_list.size() == tolerances.size()),
+          "douts: one column of weights, stride and tolerance each, at least one");
+  std::vector<float> least;
+  least.reserve(tolerances.size());
+  for (const double tolerance : tolerances) least.push_back(checked_tolerance(tolerance));
   if (dkey == 0 && dvalue[0] == 0) return 0;
   if (dkey != 0) present(query_list, "queries"), present(score_list, "columns of the scores");
   if (dvalue[0] != 0) present(dout_list, "douts"), present(weight_list, "columns of the weights");
@@ -106,6 +109,7 @@ int cuda_gather(const Where& where, int dtype, const Sizes& sizes, const Ints& q
                            address(dkey),
                            {dout_list.data(), length(dout_list), dout_strides[0], dout_strides[1]},
                            {weight_list.data(), weight_strides.data(), length(weight_list)},
+                           least.data(),
                            map(dvalue)};
   py::gil_scoped_release unlocked;
   return kernels.gather(target(where), call);
@@ -127,6 +131,6 @@ void bind_cuda_attention(py::module_& module) {
             "dvalues, dvalue_strides, workspace");
   def_named(module, "cuda_gather", &cuda_gather,
             "where, dtype, *, sizes, queries, query_stride, score_columns, score_strides, dkey, "
-            "douts, dout_strides, weight_columns, weight_strides, dvalue");
+            "douts, dout_strides, weight_columns, weight_strides, tolerances, dvalue");
   def_named(module, "cuda_backward_workspace", &cuda_backward_workspace, "dtype, *, sizes, depth");
 }

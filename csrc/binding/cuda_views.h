@@ -76,9 +76,15 @@ using Where = std::array<int64_t, 2>;
 
 inline Target target(const Where& where) { return {static_cast<int>(where[0]), address(where[1])}; }
 
-// One layer's attention. `prev` may be left out, with a depth of 0.
+// One above 1 would leave out a residual, whose weight that is.
+inline float checked_tolerance(double tolerance) {
+  require(tolerance >= 0 && tolerance <= 1, "tolerance: no weight");
+  return static_cast<float>(tolerance);
+}
+
+// One layer's attention. `prev` may be left out, with a depth of 0. Values of a weight below `tolerance` are left out.
 struct Attention {
-  double scale;
+  double scale, tolerance;
   int64_t query, query_stride;
   Ints keys;
   int64_t key_stride;
@@ -88,7 +94,7 @@ struct Attention {
 
   template <class Visit>
   void fields(Visit visit) {
-    visit("scale", scale), visit("query", query), visit("query_stride", query_stride);
+    visit("scale", scale), visit("tolerance", tolerance), visit("query", query), visit("query_stride", query_stride);
     visit("keys", keys), visit("key_stride", key_stride), visit("values", values),
         visit("value_strides", value_strides);
     visit("prev", prev), visit("prev_depth", prev_depth), visit("weights", weights);
@@ -110,7 +116,8 @@ inline WeightsCall weights_call(const Sizes& sizes, const Attention& a, const st
           address<float>(a.prev),
           a.prev == 0 ? 0 : a.prev_depth,
           address<float>(a.weights),
-          a.prev == 0 ? nullptr : address<float>(kl)};
+          a.prev == 0 ? nullptr : address<float>(kl),
+          checked_tolerance(a.tolerance)};
 }
 
 }  // namespace ela::cuda::binding

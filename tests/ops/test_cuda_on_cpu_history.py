@@ -44,6 +44,7 @@ def retrievals(
             torch.randn(shape[0], heads, depth),
             layout(shape, torch.float32),
             False,
+            0.0,
         )
         for depth in depths
     ]

@@ -259,6 +259,11 @@ def instances(prefix: str) -> set[str]:
     return set(re.findall(rf" [TWt] (void ela::cuda::{prefix}\w+_kernel<.*)", symbols.stdout))
 
 
+def leaving_out(kernels: set[str]) -> set[str]:
+    """Those instances that a call with a tolerance takes: the argument before the depth says so."""
+    return {kernel for kernel in kernels if re.search(r"_kernel<[^<>]*, true, \d+>\(", kernel)}
+
+
 def launched(kernels: Any) -> list[str]:
     """The kernels launched since the last look, without their template arguments."""
     names = [re.search(r"(\w+)_kernel", launch[0]) for launch in kernels.take_launches()]

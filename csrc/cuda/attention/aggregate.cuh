@@ -3,9 +3,11 @@
 //
 // Bytes: each map is read once and `out` is written once; there is nothing to save beyond that, so the kernel is built
 // to keep enough reads in flight. The first maps' reads are issued before the scores and wait in registers while those
-// are computed; then kForwardMaps maps are read side by side.
+// are computed; then kForwardMaps maps are read side by side. With a tolerance the weights come first, and maps that
+// they leave out are not read (see retained.cuh).
 #pragma once
 
+#include "cuda/attention/retained.cuh"
 #include "cuda/attention/scores.cuh"
 #include "cuda/common/moments.cuh"
 #include "cuda/common/place.cuh"
@@ -20,8 +22,11 @@ struct ForwardParams {
   void* out_ptr;  // as the values
   AttentionParams<kMaxDepth> attention;
   const void* map_ptr[kMaxDepth];  // values, [B, C, N] or [B, N, C]
+  float tolerance;
+  int list_at;  // floats of shared memory before the list of what is retained
   static constexpr bool kMoments = false;
   __device__ int sources() const { return attention.depth; }
+  __device__ float tolerance_of(int) const { return tolerance; }
 };
 
 template <int kMaxDepth>
@@ -36,7 +41,7 @@ struct GatherKeyParams {
   int score_stride[kMaxDepth];
 };
 
-template <int kMaxDepth>
+template <bool kLeavesOut, int kMaxDepth>
 struct GatherParams {
   Grid grid;
   int64_t map_batch, map_inner;
@@ -47,8 +52,11 @@ struct GatherParams {
   const float* weight_ptr[kMaxDepth];  // a column of [B, G, t]
   int weight_stride[kMaxDepth];
   GatherKeyParams<kMaxDepth> key;
+  int list_at;                                  // floats of shared memory before the list of what is retained
+  float tolerance[kLeavesOut ? kMaxDepth : 1];  // of each source
   static constexpr bool kMoments = false;
   __device__ int sources() const { return source_count; }
+  __device__ float tolerance_of(int m) const { return tolerance[m]; }
 };
 
 // dkey[b, c] = sum_m dscores_m[b, g(c)] * query_m[b, c]
@@ -73,9 +81,9 @@ __device__ inline void prepare_weights(const ForwardParams<kMaxDepth>& p, const 
                    [&](int i) { return place.owns(heads.first + i, p.grid.head_dim); });
 }
 
-template <class T, int kMaxDepth>
-__device__ inline void prepare_weights(const GatherParams<kMaxDepth>& p, const Place& place, const Heads& heads,
-                                       float* weights) {
+template <class T, bool kLeavesOut, int kMaxDepth>
+__device__ inline void prepare_weights(const GatherParams<kLeavesOut, kMaxDepth>& p, const Place& place,
+                                       const Heads& heads, float* weights) {
   const int64_t first = place.sample * p.grid.heads + heads.first;
   for (int k = threadIdx.x; k < heads.count * p.source_count; k += kBlock) {
     const int m = k / heads.count;
@@ -94,15 +102,15 @@ __device__ inline void prepare_weights(const GatherParams<kMaxDepth>& p, const P
 template <class T, int kVec>
 using MapStep = Raw<T, kVec>[kForwardMaps][kForwardUnroll<kVec>];
 
-// Reads the step's vectors of `maps` maps from `first_map` on; of a thread's vectors `left` exist. kAll: the step is
-// full, which spares a branch for each map.
-template <bool kAll, class T, int kVec, class Params>
-__device__ inline void load_maps(const Params& p, int first_map, int maps, int64_t offset, int64_t stride, int left,
-                                 MapStep<T, kVec>& step) {
+// Reads the step's vectors of the maps from the `first` on, of which `count` are left; of a thread's vectors `left`
+// exist. kAll: the step is full, which spares a branch for each map.
+template <bool kAll, class T, int kVec, class Params, class Maps>
+__device__ inline void load_maps(const Params& p, const Maps& maps, int first, int count, int64_t offset,
+                                 int64_t stride, int left, MapStep<T, kVec>& step) {
 #pragma unroll
   for (int i = 0; i < kForwardMaps; ++i) {
-    if (!kAll && i >= maps) continue;
-    const T* map = static_cast<const T*>(p.map_ptr[first_map + i]) + offset;
+    if (!kAll && i >= count) continue;
+    const T* map = static_cast<const T*>(p.map_ptr[maps[first + i]]) + offset;
 #pragma unroll
     for (int u = 0; u < kForwardUnroll<kVec>; ++u) {
       if (u < left) step[i][u] = load_vector<T, kVec>(map + u * stride);
@@ -110,38 +118,54 @@ __device__ inline void load_maps(const Params& p, int first_map, int maps, int64
   }
 }
 
-template <class T, int kVec, class Params>
-__device__ inline void load_step(const Params& p, int first_map, int64_t offset, int64_t stride, int left,
+template <class T, int kVec, class Params, class Maps>
+__device__ inline void load_step(const Params& p, const Maps& maps, int first, int64_t offset, int64_t stride, int left,
                                  MapStep<T, kVec>& step) {
-  const int maps = p.sources() - first_map;
-  if (maps >= kForwardMaps) {
-    load_maps<true, T, kVec>(p, first_map, maps, offset, stride, left, step);
-  } else if (maps > 0) {
-    load_maps<false, T, kVec>(p, first_map, maps, offset, stride, left, step);
+  const int count = maps.count(p) - first;
+  if (count >= kForwardMaps) {
+    load_maps<true, T, kVec>(p, maps, first, count, offset, stride, left, step);
+  } else if (count > 0) {
+    load_maps<false, T, kVec>(p, maps, first, count, offset, stride, left, step);
   }
 }
 
-// sum += weight * map for the `maps` maps of the step; `weights` points at the first one's.
-template <bool kAll, class T, int kVec, int kHeads>
+// sum += weight * map for the maps of the step, the `first` and those after it, of which `count` are left. `weights`
+// points at the first one's, and where maps are listed at those of all maps.
+template <bool kAll, class T, int kVec, int kHeads, class Maps>
 __device__ inline void add_maps(const MapStep<T, kVec>& step, const float* weights, int heads,
-                                const int (&head)[kHeads], int maps, float (&sum)[kForwardUnroll<kVec>][kVec]) {
+                                const int (&head)[kHeads], const Maps& maps, int first, int count,
+                                float (&sum)[kForwardUnroll<kVec>][kVec]) {
 #pragma unroll
   for (int i = 0; i < kForwardMaps; ++i) {
-    if (!kAll && i >= maps) continue;
+    if (!kAll && i >= count) continue;
     float weight[kHeads];
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) weight[h] = weights[i * heads + head[h]];
+    for (int h = 0; h < kHeads; ++h) weight[h] = weights[(Maps::kLeavesOut ? maps[first + i] : i) * heads + head[h]];
 #pragma unroll
     for (int u = 0; u < kForwardUnroll<kVec>; ++u) {
       float x[kVec];
       unpack<T, kVec>(step[i][u], x);
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) sum[u][e] += weight[kHeads == 1 ? 0 : e] * x[e];
+      for (int e = 0; e < kVec; ++e) {
+        if (Maps::kLeavesOut && weight[kHeads == 1 ? 0 : e] == kLeftOut) continue;
+        sum[u][e] += weight[kHeads == 1 ? 0 : e] * x[e];
+      }
     }
   }
 }
 
-template <class T, int kVec, bool kHeadEach, class Params>
+// The maps that the block reads, when its weights are known.
+template <bool kLeavesOut, class Params>
+__device__ inline auto maps_of(const Params& p, const Heads& heads, float* weights) {
+  if constexpr (kLeavesOut) {
+    return list_retained(weights, heads.count, p.sources(), reinterpret_cast<int*>(weights + p.list_at),
+                         [&](int j) { return p.tolerance_of(j); });
+  } else {
+    return AllMaps();
+  }
+}
+
+template <class T, int kVec, bool kHeadEach, bool kLeavesOut, class Params>
 __device__ inline void aggregate_block(const Params& p, unsigned item) {
   constexpr int kUnroll = kForwardUnroll<kVec>;
   ELA_DYNAMIC_SHARED(float, weights);
@@ -151,25 +175,29 @@ __device__ inline void aggregate_block(const Params& p, unsigned item) {
   int64_t offset = place.start(p.map_batch, p.map_inner);
   T* out = static_cast<T*>(p.out_ptr) + place.start(p.out_batch, p.out_inner);
   MapStep<T, kVec> step = {};
-  load_step<T, kVec>(p, 0, offset, stride, place.count, step);
+  if constexpr (!kLeavesOut) load_step<T, kVec>(p, AllMaps(), 0, offset, stride, place.count, step);
   const Heads heads = heads_of(p.grid, place);
   prepare_weights<T>(p, place, heads, weights);
+  const auto maps = maps_of<kLeavesOut>(p, heads, weights);
+  if constexpr (kLeavesOut) load_step<T, kVec>(p, maps, 0, offset, stride, place.count, step);
   int head[kHeadEach ? kVec : 1];
   heads_of_vector(place, heads, p.grid.head_dim, head);
   [[maybe_unused]] Observed<kVec> observed = {};
   for (int left = place.count; left > 0; left -= kUnroll) {
     float sum[kUnroll][kVec] = {};
-    for (int j = 0; j < p.sources(); j += kForwardMaps) {
-      const int maps = p.sources() - j;
-      if (maps >= kForwardMaps) {
-        add_maps<true, T, kVec>(step, weights + j * heads.count, heads.count, head, maps, sum);
+    for (int j = 0; j < maps.count(p); j += kForwardMaps) {
+      const int count = maps.count(p) - j;
+      if (count >= kForwardMaps) {
+        add_maps<true, T, kVec>(step, kLeavesOut ? weights : weights + j * heads.count, heads.count, head, maps, j,
+                                count, sum);
       } else {
-        add_maps<false, T, kVec>(step, weights + j * heads.count, heads.count, head, maps, sum);
+        add_maps<false, T, kVec>(step, kLeavesOut ? weights : weights + j * heads.count, heads.count, head, maps, j,
+                                 count, sum);
       }
       // After the last maps of these vectors come the first maps of the next.
-      const bool last = maps <= kForwardMaps;
+      const bool last = count <= kForwardMaps;
       if (last) offset += kUnroll * stride;
-      load_step<T, kVec>(p, last ? 0 : j + kForwardMaps, offset, stride, last ? left - kUnroll : left, step);
+      load_step<T, kVec>(p, maps, last ? 0 : j + kForwardMaps, offset, stride, last ? left - kUnroll : left, step);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -188,25 +216,25 @@ __device__ inline void aggregate_block(const Params& p, unsigned item) {
   if constexpr (Params::kMoments) write_moments<kVec>(p, place, observed, weights + p.scratch_at);
 }
 
-template <class T, int kVec, bool kHeadEach, class Params>
+template <class T, int kVec, bool kHeadEach, bool kLeavesOut, class Params>
 __device__ inline void aggregate_items(const Params& p) {
   // A grid has fewer blocks than items only beyond 2^31 of them.
   for (int64_t item = blockIdx.x; item < p.grid.items; item += gridDim.x) {
-    aggregate_block<T, kVec, kHeadEach>(p, static_cast<unsigned>(item));
+    aggregate_block<T, kVec, kHeadEach, kLeavesOut>(p, static_cast<unsigned>(item));
     __syncthreads();
   }
 }
 
-template <class T, int kVec, bool kHeadEach, int kMaxDepth>
+template <class T, int kVec, bool kHeadEach, bool kLeavesOut, int kMaxDepth>
 __global__ void __launch_bounds__(kBlock, kHeadEach ? kBlocksResidentWide : kBlocksResident)
     layer_attention_fwd_kernel(const __grid_constant__ ForwardParams<kMaxDepth> p) {
-  aggregate_items<T, kVec, kHeadEach>(p);
+  aggregate_items<T, kVec, kHeadEach, kLeavesOut>(p);
 }
 
-template <class T, int kVec, bool kHeadEach, int kMaxDepth>
+template <class T, int kVec, bool kHeadEach, bool kLeavesOut, int kMaxDepth>
 __global__ void __launch_bounds__(kBlock, kHeadEach ? kBlocksResidentWide : kBlocksResident)
-    layer_attention_bwd_gather_kernel(const __grid_constant__ GatherParams<kMaxDepth> p) {
-  aggregate_items<T, kVec, kHeadEach>(p);
+    layer_attention_bwd_gather_kernel(const __grid_constant__ GatherParams<kLeavesOut, kMaxDepth> p) {
+  aggregate_items<T, kVec, kHeadEach, kLeavesOut>(p);
 }
 
 // A key's gradient alone: one thread an element.

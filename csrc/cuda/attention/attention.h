@@ -28,8 +28,9 @@ struct WeightsCall {
   RowList keys;
   const float* prev;  // [B, G, prev_depth] or null
   int64_t prev_depth;
-  float* weights;  // [B, G, depth]
-  float* kl;       // [B, G]; null without prev
+  float* weights;   // [B, G, depth]
+  float* kl;        // [B, G]; null without prev
+  float tolerance;  // values of a smaller weight are left out
 };
 
 struct ForwardCall {
@@ -61,6 +62,7 @@ struct GatherCall {
   void* dkey;  // [B, C]
   MapList douts;
   ColumnList weights;
+  const float* tolerances;  // one for each dout, which is left out where its weight is smaller
   MapView dvalue;
 };
 

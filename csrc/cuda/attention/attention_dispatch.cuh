@@ -1,7 +1,8 @@
 // From a call to its launches: which instance of a kernel, with which plan and which parameters.
 //
 // Few instances on purpose, since each is compiled for every architecture: the usual depths have small parameter blocks
-// on the 16-byte path alone. Deep histories, single elements and vectors that span heads take the large ones.
+// on the 16-byte path alone. Deep histories, single elements, vectors that span heads and tolerances take the large
+// ones.
 #pragma once
 
 #include "cuda/attention/aggregate.cuh"
@@ -67,14 +68,24 @@ void fill_maps(Params& p, const AggregatePlan& plan, const MapList& maps, const 
   for (int64_t j = 0; j < maps.count; ++j) p.map_ptr[j] = maps.data[j];
 }
 
-template <class T, int kVec, bool kHeadEach, int kMax>
+template <class T, int kVec, bool kHeadEach, bool kLeavesOut, int kMax>
 cudaError_t launch_forward(const ForwardCall& c, bool gapless, void* stream) {
   const AggregatePlan plan = plan_aggregate(c.attention.shape, gapless, kVec, c.values.count);
   if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   ForwardParams<kMax> p;
   fill_maps(p, plan, c.values, c.out);
   fill(p.attention, c.attention);
-  return launch(&layer_attention_fwd_kernel<T, kVec, kHeadEach, kMax>, p, plan.grid.items, plan.shared_bytes, stream);
+  p.tolerance = c.attention.tolerance;
+  p.list_at = static_cast<int>(plan.shared_bytes / 4);
+  const int64_t shared_bytes = plan.shared_bytes + (kLeavesOut ? list_bytes(c.values.count) : 0);
+  return launch(&layer_attention_fwd_kernel<T, kVec, kHeadEach, kLeavesOut, kMax>, p, plan.grid.items, shared_bytes,
+                stream);
+}
+
+template <class T, int kVec, bool kHeadEach, int kMax>
+cudaError_t launch_forward(const ForwardCall& c, bool gapless, void* stream) {
+  if (c.attention.tolerance > 0) return launch_forward<T, kVec, kHeadEach, true, kMaxDepth>(c, gapless, stream);
+  return launch_forward<T, kVec, kHeadEach, false, kMax>(c, gapless, stream);
 }
 
 template <class T>
@@ -124,20 +135,35 @@ cudaError_t launch_gather_key(const GatherCall& c, void* stream) {
                 stream);
 }
 
-template <class T, int kVec, bool kHeadEach, int kMax>
+inline bool leaves_out(const GatherCall& c) {
+  bool found = false;
+  for (int64_t m = 0; m < c.douts.count; ++m) found = found || c.tolerances[m] > 0;
+  return found;
+}
+
+template <class T, int kVec, bool kHeadEach, bool kLeavesOut, int kMax>
 cudaError_t launch_gather(const GatherCall& c, bool gapless, void* stream) {
   const AggregatePlan plan = plan_aggregate(c.shape, gapless, kVec, c.douts.count);
   if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
-  GatherParams<kMax> p;
+  GatherParams<kLeavesOut, kMax> p;
   fill_maps(p, plan, c.douts, c.dvalue);
   fill(p.key, c);
   p.source_count = static_cast<int>(c.douts.count);
   for (int m = 0; m < p.source_count; ++m) {
     p.weight_ptr[m] = static_cast<const float*>(c.weights.data[m]);
     p.weight_stride[m] = static_cast<int>(c.weights.strides[m]);
+    if constexpr (kLeavesOut) p.tolerance[m] = c.tolerances[m];
   }
-  return launch(&layer_attention_bwd_gather_kernel<T, kVec, kHeadEach, kMax>, p, plan.grid.items, plan.shared_bytes,
-                stream);
+  p.list_at = static_cast<int>(plan.shared_bytes / 4);
+  const int64_t shared_bytes = plan.shared_bytes + (kLeavesOut ? list_bytes(c.douts.count) : 0);
+  return launch(&layer_attention_bwd_gather_kernel<T, kVec, kHeadEach, kLeavesOut, kMax>, p, plan.grid.items,
+                shared_bytes, stream);
+}
+
+template <class T, int kVec, bool kHeadEach, int kMax>
+cudaError_t launch_gather(const GatherCall& c, bool gapless, void* stream) {
+  if (leaves_out(c)) return launch_gather<T, kVec, kHeadEach, true, kMaxDepth>(c, gapless, stream);
+  return launch_gather<T, kVec, kHeadEach, false, kMax>(c, gapless, stream);
 }
 
 template <class T>
@@ -165,7 +191,7 @@ int gather(const Target& target, const GatherCall& c) {
   return finish(launch_gather<T, kVec, false, kMaxDepth>(c, gapless, target.stream));
 }
 
-template <class T, int kVec, bool kPush, int kMax>
+template <class T, int kVec, bool kPush, bool kLeavesOut, int kMax>
 cudaError_t launch_dots(const BackwardCall& c, const DotsPlan& plan, void* stream) {
   if (plan.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   DotsParams<kPush, kMax> p;
@@ -186,8 +212,17 @@ cudaError_t launch_dots(const BackwardCall& c, const DotsPlan& plan, void* strea
     p.value_ptr[j] = c.values.data[j];
     if constexpr (kPush) p.dvalue_ptr[j] = const_cast<void*>(c.dvalues.data[j]);
   }
-  return launch(&layer_attention_bwd_dots_kernel<T, kVec, kPush, kMax>, p, plan.grid.items,
-                int64_t{4} * kWarps * plan.slots * p.depth, stream);
+  p.tolerance = c.attention.tolerance;
+  p.list_at = kWarps * plan.slots * p.depth;
+  const int64_t shared_bytes = int64_t{4} * p.list_at + (kLeavesOut ? list_bytes(p.depth) : 0);
+  return launch(&layer_attention_bwd_dots_kernel<T, kVec, kPush, kLeavesOut, kMax>, p, plan.grid.items, shared_bytes,
+                stream);
+}
+
+template <class T, int kVec, bool kPush, int kMax>
+cudaError_t launch_dots(const BackwardCall& c, const DotsPlan& plan, void* stream) {
+  if (c.attention.tolerance > 0) return launch_dots<T, kVec, kPush, true, kMaxDepth>(c, plan, stream);
+  return launch_dots<T, kVec, kPush, false, kMax>(c, plan, stream);
 }
 
 template <class T, int kVec, int kMax>

@@ -6,6 +6,9 @@
 
 namespace ela::cuda {
 
+// Bytes of shared memory of a list of maps, and their count (see retained.cuh).
+inline int64_t list_bytes(int64_t maps) { return 4 * (maps + 1); }
+
 // The shape of a launch that aggregates `sources` maps: the same for the forward and the gather.
 struct AggregatePlan {
   Grid grid;

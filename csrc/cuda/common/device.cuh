@@ -1,7 +1,7 @@
 // What the kernels are written in: 16-byte vectors, conversion to float32, reductions over a warp, shared memory.
 //
-// Nothing here but plain loads and stores, barriers and warp shuffles with the full mask, so that the same source also
-// runs on a CPU against a stand-in for the CUDA headers (tests/native/cuda_on_cpu).
+// Nothing here but plain loads and stores, barriers, and shuffles and votes of a warp with the full mask, so that the
+// same source also runs on a CPU against a stand-in for the CUDA headers (tests/native/cuda_on_cpu).
 #pragma once
 
 #include <cuda_bf16.h>

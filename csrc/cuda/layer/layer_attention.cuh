@@ -27,8 +27,12 @@ struct AttendParams {
   float* moments_ptr;  // [2, batch * chunks, C]
   int64_t squares_at;  // where the second half of the moments begins
   const void* map_ptr[kMaxDepth + 1];
+  float tolerance;
+  int list_at;  // floats of shared memory before the list of what is retained
   static constexpr bool kMoments = kHasMoments;
   __device__ int sources() const { return source_count; }
+  // The residual has a weight of 1, and no tolerance is above that.
+  __device__ float tolerance_of(int) const { return tolerance; }
 };
 
 template <class T, bool kMoments, int kMaxDepth>
@@ -64,12 +68,12 @@ __device__ inline void prepare_weights(const AttendParams<kMoments, kMaxDepth>& 
                 [&](int i) { return place.owns(heads.first + i, g.head_dim); });
 }
 
-template <class T, int kVec, bool kHeadEach, bool kMoments, int kMaxDepth>
+template <class T, int kVec, bool kHeadEach, bool kMoments, bool kLeavesOut, int kMaxDepth>
 __global__ void __launch_bounds__(kBlock, kHeadEach || kMoments ? kBlocksResidentWide : kBlocksResident)
     layer_attend_fwd_kernel(const __grid_constant__ AttendParams<kMoments, kMaxDepth> p) {
   // As aggregate_items, with a counter that takes one register.
   for (unsigned item = blockIdx.x;; item += gridDim.x) {
-    aggregate_block<T, kVec, kHeadEach>(p, item);
+    aggregate_block<T, kVec, kHeadEach, kLeavesOut>(p, item);
     if (p.grid.items - item <= gridDim.x) return;
     __syncthreads();
   }

@@ -48,7 +48,7 @@ int rows(const Target& target, const RowsCall& c) {
   return finish(launch_rows<T>(c, target.stream));
 }
 
-template <class T, int kVec, bool kHeadEach, bool kMoments, int kMax>
+template <class T, int kVec, bool kHeadEach, bool kMoments, bool kLeavesOut, int kMax>
 cudaError_t launch_attend(const AttendCall& c, const AttendPlan& plan, void* stream) {
   if (plan.aggregate.grid.items > kMaxItems) return cudaErrorInvalidConfiguration;
   const Shape& s = c.rows.shape;
@@ -61,8 +61,19 @@ cudaError_t launch_attend(const AttendCall& c, const AttendPlan& plan, void* str
   p.scratch_at = static_cast<int>(plan.scratch_at);
   p.moments_ptr = c.moments;
   p.squares_at = parts_count(s, parts_of(plan.aggregate.grid, kVec)) / 2;
-  return launch(&layer_attend_fwd_kernel<T, kVec, kHeadEach, kMoments, kMax>, p, plan.aggregate.grid.items,
-                plan.shared_bytes, stream);
+  p.tolerance = c.forward.attention.tolerance;
+  p.list_at = static_cast<int>(plan.shared_bytes / 4);
+  const int64_t shared_bytes = plan.shared_bytes + (kLeavesOut ? list_bytes(p.source_count) : 0);
+  return launch(&layer_attend_fwd_kernel<T, kVec, kHeadEach, kMoments, kLeavesOut, kMax>, p, plan.aggregate.grid.items,
+                shared_bytes, stream);
+}
+
+template <class T, int kVec, bool kHeadEach, bool kMoments, int kMax>
+cudaError_t launch_attend(const AttendCall& c, const AttendPlan& plan, void* stream) {
+  if (c.forward.attention.tolerance > 0) {
+    return launch_attend<T, kVec, kHeadEach, kMoments, true, kMaxDepth>(c, plan, stream);
+  }
+  return launch_attend<T, kVec, kHeadEach, kMoments, false, kMax>(c, plan, stream);
 }
 
 template <class T, int kVec, bool kHeadEach, int kMax>

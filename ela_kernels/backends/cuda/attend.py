@@ -97,6 +97,7 @@ def attend_produced(
     prev_weights: Tensor | None,
     residual: Tensor | None,
     wants_statistics: bool,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Moments | None]:
     """`(mean, q, k, out, weights, kl, moments)`: what a layer retrieves, from the sums that its producer left.
 
@@ -108,6 +109,7 @@ def attend_produced(
         keys, values: keys of the layers before, values with this layer's own last; maps `[B, C, H, W]`.
         residual: a map to be added before `out` is rounded.
         wants_statistics: whether moments of `out` are wanted, for `cuda_norm.statistics_of`.
+        tolerance: values of a smaller weight are left out, the residual never.
     """
     last = values[-1]
     given = (sums, *filters[:2], keys[0] if keys else None, last, prev_weights)
@@ -134,6 +136,7 @@ def attend_produced(
         partial = torch.empty(elements, dtype=torch.float32, device=last.device)
     attention = cuda._kernels().cuda_attention(
         scale=scale,
+        tolerance=tolerance,
         query=address(q),
         query_stride=sizes[1],
         keys=addresses(keys),

@@ -111,6 +111,7 @@ def attend(
             sizes=sizes,
             attention=_kernels().cuda_attention(
                 scale=scale,
+                tolerance=tolerance,
                 query=address(q),
                 query_stride=query_stride,
                 keys=addresses(keys),
@@ -146,6 +147,7 @@ def weights(
                 sizes=(*q.shape, heads, 1, 0),
                 attention=_kernels().cuda_attention(
                     scale=scale,
+                    tolerance=0.0,
                     query=address(q),
                     query_stride=query_stride,
                     keys=addresses(keys),
@@ -178,7 +180,7 @@ def attend_backward(
     `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
     """
     check_saved(saved, dout, dweights, dkl)
-    q, keys, values, heads, scale, prev_weights, weights, channels_last, _tolerance = saved
+    q, keys, values, heads, scale, prev_weights, weights, channels_last, tolerance = saved
     last = values[-1]
     depth = len(values)
     interleaved = is_interleaved(last, channels_last)
@@ -212,6 +214,7 @@ def attend_backward(
                 sizes=sizes,
                 attention=_kernels().cuda_attention(
                     scale=scale,
+                    tolerance=tolerance,
                     query=address(q),
                     query_stride=query_stride,
                     keys=addresses(keys),
@@ -287,6 +290,7 @@ def gather(
                 dout_strides=dout_strides,
                 weight_columns=[address(r.weights) + offset for r in with_value],
                 weight_strides=[r.weights.shape[2] for r in with_value],
+                tolerances=[r.tolerance for r in with_value],
                 dvalue=dvalue_view,
             )
         )

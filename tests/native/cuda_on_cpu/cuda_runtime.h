@@ -217,6 +217,8 @@ T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, CUDA_ON
   return cuda_on_cpu::shuffle(site, mask, value, source >= begin ? source : lane);
 }
 
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
 template <class T>
 T __ldg(const T* ptr, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::load({"__ldg", file, line}, ptr);
