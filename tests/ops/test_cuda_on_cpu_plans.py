@@ -241,6 +241,7 @@ def test_a_depth_beyond_the_kernels_is_refused_twice(kernels):
             sizes=(1, 2, 1, 1, 0),
             attention=kernels.cuda_attention(
                 scale=1.0,
+                tolerance=0.0,
                 query=row.data_ptr(),
                 query_stride=2,
                 keys=[row.data_ptr()] * 257,
