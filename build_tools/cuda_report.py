@@ -145,10 +145,11 @@ widths are bits a thread. Blocks of one multiprocessor and occupancy are what re
 left` is the dynamic shared memory that each of these blocks may then have before there can be fewer. The main loop is
 the innermost loop that reads most bytes. Template arguments: the element type; for kernels that read maps the
 elements of a vector (1: addresses or strides off 16 bytes), then whether vectors span heads (`fwd`, `bwd_gather`) or
-the gradients of values are written in the same pass (`bwd_dots`); last the depth that the parameters have room for.
-`layer_attend_fwd` has before the depth whether moments of the output are taken; `layer_norm_bwd` has whether sums are
-taken, and whether the gradient is written.
-`bwd_dots` with `true` reads one weight a map in its main loop beside the maps."""
+the gradients of values are written in the same pass (`bwd_dots`); last the depth that the parameters have room for,
+and of these kernels before it whether maps of small weights are left out. `layer_attend_fwd` has before these two
+whether moments of the output are taken; `layer_norm_bwd` has whether sums are taken, and whether the gradient is
+written.
+Where `bwd_dots` writes gradients of values, it reads one weight a map in its main loop beside the maps."""
 
 
 def table(rows: Sequence[Row], architecture: str) -> str:
