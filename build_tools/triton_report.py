@@ -25,7 +25,19 @@ DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 
 # Options that name a form of a kernel in the table.
-_VARIANTS = ("PUSH", "HAS_RESIDUAL", "STATISTICS", "SUMS", "WRITES", "HAS_GATES", "HAS_ALSO")
+_VARIANTS = (
+    "PUSH",
+    "HAS_RESIDUAL",
+    "STATISTICS",
+    "SUMS",
+    "WRITES",
+    "HAS_GATES",
+    "HAS_ALSO",
+    "LEAVES_OUT",
+)
+
+
+_TOLERANCE = 2.0**-24  # kernels are the same for every one above zero
 
 
 class Launch(NamedTuple):
@@ -117,7 +129,7 @@ def recorded() -> Iterator[list[Launch]]:
 def launches_of(case: Case) -> list[Launch]:
     """Every launch of a layer of this depth: forward, weights, both forms of the backward, whole layer and block.
 
-    And of a light layer, whose shape has no depth.
+    And those of a tolerance, and of a light layer, whose shape has no depth.
     """
     from ela_kernels.backends.triton.backend import TritonBackend
     from ela_kernels.backends.types import Saved
@@ -141,6 +153,7 @@ def launches_of(case: Case) -> list[Launch]:
         left = kernels.contribution(q, weights, weights, value, False)
         kernels.gather([left] * T, 0, heads, False, True, True)
         _call_layer(kernels, saved, [left] * (T - 1))
+        _call_leaving_out(kernels, saved, value)
         _call_light_layer(kernels, value, q, heads, scale)
     return found
 
@@ -161,8 +174,9 @@ def _call_layer(kernels: Any, saved: Any, left: list[Any]) -> None:
     row = torch.empty(1, 1, 5, dtype=dtype)
     filters = Filters(row, row, torch.empty(channels, 1, 3, 3, dtype=dtype))
     before = saved.keys[:-1], saved.values[:-1], heads, saved.scale, weights
-    kernels.retrieve(x, filters, *before, True, False)
-    kernels.retrieve(x, filters, *before, False, True)
+    for tolerance in (0.0, _TOLERANCE):
+        kernels.retrieve(x, filters, *before, True, False, tolerance)
+        kernels.retrieve(x, filters, *before, False, True, tolerance)
     of_layer = SavedLayer(x, filters, q, heads, saved, RESIDUAL, None, None)
     arrived = Arrived(x, None, None, None, None)
     index, every = len(saved.keys) - 1, LayerNeeds(*(True,) * 5)
@@ -173,6 +187,17 @@ def _call_layer(kernels: Any, saved: Any, left: list[Any]) -> None:
         norm = NormAct(gamma, gamma, given, mask, 1e-5, True)
         kernels.norm_forward(x, x, statistics, norm)
         kernels.norm_backward(x, x, statistics, norm)
+
+
+def _call_leaving_out(kernels: Any, saved: Any, dout: Any) -> None:
+    """What a tolerance above zero changes outside of a whole layer."""
+    q, keys, values, heads, scale, _, weights, channels_last, _ = saved
+    kernels.attend(q, keys, values, heads, scale, weights, channels_last, _TOLERANCE)
+    saved = saved._replace(tolerance=_TOLERANCE)
+    for every in ([], [True] * len(values)):
+        kernels.attend_backward(saved, dout, weights, None, True, False, every, every)
+    left = kernels.contribution(q, weights, weights, dout, channels_last, _TOLERANCE)
+    kernels.gather([left] * len(values), 0, heads, channels_last, True, True)
 
 
 def _call_light_layer(kernels: Any, x: Any, q: Any, heads: int, scale: float) -> None:

@@ -19,10 +19,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def compile_report(*arguments: str, timeout: int) -> str:
+    return run_apart("-m", "build_tools.triton_report", *arguments, timeout=timeout)
+
+
+def run_apart(*arguments: str, timeout: int) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [sys.executable, "-m", "build_tools.triton_report", *arguments],
+        [sys.executable, *arguments],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -38,7 +42,8 @@ def test_kernels_compile_for_hopper_without_spills():
     lines = compile_report("--quick", "--targets", "sm_90", timeout=300).splitlines()
     assert lines[0] == f"Triton {importlib.metadata.version('triton')}"
     forms = [line for line in lines if "layer_attention_fwd_kernel" in line]
-    assert len(forms) == 6  # planar and interleaved: alone, with a residual, with statistics
+    # Planar and interleaved: alone, with a residual, with statistics; each also leaves out small weights.
+    assert len(forms) == 12
     # Four vectors of a map: four maps in groups, or the two and three of a light layer.
     fewest = {
         "attention_fwd_": 16,
@@ -54,6 +59,37 @@ def test_kernels_compile_for_hopper_without_spills():
     assert all(any(name in line for line in lines) for name in fewest)
 
 
+LEAVING_OUT = """
+import re
+import torch
+from build_tools.triton_report import Case, compile_launch, launches_of
+
+for head_dim in (16, 4):  # 16 bytes are of one head, and of two
+    for launch in launches_of(Case(8, 256, 56, head_dim, 4, torch.bfloat16, True)):
+        name = launch.kernel.fn.__name__
+        if re.search("attention_(fwd|bwd_dots|bwd_gather)_", name):
+            options = {k: v for k, v in launch.options.items() if k not in ("LEAVES_OUT", "FOLD")}
+            compiled = compile_launch(launch, "", "sm_90")
+            wide = re.search(r"(\\d+) x 128", compiled.loads)
+            print(head_dim, name, options, launch.options["LEAVES_OUT"], sep="|", end="|")
+            print(0 if wide is None else wide[1], compiled.spilled_bytes, sep="|")
+"""
+
+
+def test_interleaved_maps_are_read_as_wide_where_something_is_left_out():
+    """A predicate for each channel would make reads of single elements."""
+    found: dict[str, dict[str, set[int]]] = {}
+    for line in run_apart("-c", LEAVING_OUT, timeout=600).splitlines():
+        head_dim, name, options, leaves_out, wide, spilled = line.split("|")
+        assert spilled == "0", line
+        of_kernel = found.setdefault(f"{head_dim} {name} {options}", {})
+        of_kernel.setdefault(leaves_out, set()).add(int(wide))
+    assert len(found) >= 12
+    for kernel, by_form in found.items():
+        assert by_form["True"] == by_form["False"], kernel
+        assert min(by_form["True"]) >= 8, kernel
+
+
 @pytest.mark.slow
 def test_every_default_configuration_compiles_without_spills():
     compile_report(timeout=3600)
@@ -62,8 +98,10 @@ def test_every_default_configuration_compiles_without_spills():
 def test_launches_are_recorded_and_not_made():
     case = triton_report.Case(2, 8, 4, 4, 3, torch.float32, False)
     kernels = [launch.kernel.fn.__name__ for launch in triton_report.launches_of(case)]
-    assert kernels.count("layer_attention_fwd_kernel") == 3  # alone, of a layer, of a block
-    assert kernels.count("layer_attention_bwd_dots_kernel") == 3  # pull and push form, of a layer
+    # Alone, of a layer, of a block; pull and push form, of a layer. What leaves out: all but the latter's.
+    assert kernels.count("layer_attention_fwd_kernel") == 3 + 3
+    assert kernels.count("layer_attention_bwd_dots_kernel") == 3 + 2
+    assert kernels.count("layer_attention_bwd_gather_kernel") == 2 + 1
     for name in ("producer_fwd", "producer_bwd", "norm_statistics", "norm_sums", "norm_fwd"):
         assert f"layer_{name}_kernel" in kernels
     assert kernels.count("light_layer_fwd_kernel") == 6  # alone, of a block, by activation

@@ -29,7 +29,7 @@ from ela_kernels.backends.triton.kernels.forward import (
     layer_attention_fwd_kernel,
     layer_attention_weights_kernel,
 )
-from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, block_d, bucket, make_plan
+from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, block_d, bucket, comparable, make_plan
 
 _WEIGHTS_HEADS = 4  # of one program of the weights-only pass
 
@@ -138,7 +138,9 @@ def attend(
         return empty_map(last, channels_last, interleaved), *weights(
             q, keys, heads, scale, prev_weights
         )
-    return attend_with(q, keys, values, heads, scale, prev_weights, channels_last)[:3]
+    return attend_with(
+        q, keys, values, heads, scale, prev_weights, channels_last, tolerance=tolerance
+    )[:3]
 
 
 def attend_with(
@@ -151,6 +153,7 @@ def attend_with(
     channels_last: bool,
     residual: Tensor | None = None,
     wants_moments: bool = False,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None, Moments | None]:
     """As :func:`attend` of maps that are not empty, with a map to be added to the output, and the output's moments."""
     check_inputs(q, keys, values, prev_weights)
@@ -201,14 +204,17 @@ def attend_with(
             0 if prev_weights is None else prev_weights.shape[2],
             plan.parts,
             scale,
+            comparable(tolerance),
             HAS_PREV=prev_weights is not None,
             HAS_WEIGHTS=plan.scores_apart,
+            LEAVES_OUT=tolerance > 0,
             HAS_RESIDUAL=residual is not None,
             STATISTICS=moments is not None,
             INTERLEAVED=plan.interleaved,
             UNIT=plan.UNIT,
             ROWS=plan.ROWS,
             COLS=plan.COLS,
+            FOLD=plan.FOLD if tolerance > 0 else 1,
             HEADS=plan.tile_heads,
             T=depth_bucket,
             BLOCK_D=block_d(plan.tile_heads, depth_bucket, plan.head_dim),

@@ -30,7 +30,14 @@ from ela_kernels.backends.triton.kernels.backward import (
     layer_attention_bwd_tail_kernel,
 )
 from ela_kernels.backends.triton.kernels.forward import layer_attention_bwd_gather_kernel
-from ela_kernels.backends.triton.plan import NUM_WARPS, block_d, bucket, encoded, make_plan
+from ela_kernels.backends.triton.plan import (
+    NUM_WARPS,
+    block_d,
+    bucket,
+    comparable,
+    encoded,
+    make_plan,
+)
 from ela_kernels.backends.types import Gradients, Saved
 
 # Numbers that one step of the tail holds; elements of a key's gradient that one program gathers.
@@ -54,7 +61,7 @@ def attend_backward(
     `into`: where the gradient of the scores is to be written, `[B, G, depth]`.
     """
     check_saved(saved, dout, dweights, dkl)
-    q, keys, values, heads, scale, prev_weights, weights_in, channels_last, _tolerance = saved
+    q, keys, values, heads, scale, prev_weights, weights_in, channels_last, tolerance = saved
     last = values[-1]
     depth = len(values)
     depth_bucket = bucket(depth)
@@ -100,7 +107,9 @@ def attend_backward(
                 *units(plan, strides),
                 *units(plan, dvalue_strides),
                 depth,
+                comparable(tolerance),
                 PUSH=push,
+                LEAVES_OUT=tolerance > 0,
                 INTERLEAVED=plan.interleaved,
                 UNIT=plan.UNIT,
                 ROWS=plan.ROWS,
@@ -199,6 +208,8 @@ def gather(
     query_bucket, source_bucket = bucket(len(queries)), bucket(sources)
     dscores = [r.dscores for r in contributions]
     weights_in = [r.weights for r in with_dout] if tiles else dscores[:1]
+    tolerances = [comparable(r.tolerance) for r in with_dout] if tiles else [0.0]
+    leaves_out = any(tolerance > 0 for tolerance in tolerances)
     with guard(q.device):
         layer_attention_bwd_gather_kernel[(programs,)](
             padded(queries, query_bucket),
@@ -217,10 +228,13 @@ def gather(
             tiles,
             len(queries),
             sources,
+            padded(tolerances, source_bucket) if leaves_out else (0.0,),
+            LEAVES_OUT=leaves_out,
             INTERLEAVED=plan.interleaved,
             UNIT=plan.UNIT,
             ROWS=plan.ROWS,
             COLS=plan.COLS,
+            FOLD=plan.FOLD if leaves_out else 1,
             Q=query_bucket,
             M=source_bucket,
             BLOCK_KEY=_KEY_ELEMENTS,

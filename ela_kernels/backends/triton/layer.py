@@ -41,6 +41,7 @@ def retrieve(
         False,
         x if has_residual else None,
         wants_statistics,
+        tolerance,
     )
     statistics = None if moments is None else statistics_of(moments)
     return LayerForward(mean, q, k, v, out, weights, kl, None, statistics)

@@ -148,6 +148,11 @@ def encoded(number: int) -> int:
     return 32 * number + 3
 
 
+def comparable(tolerance: float) -> float:
+    """A tolerance that stays above zero in float32: kernels take zeros for weights that are not there."""
+    return max(tolerance, 2.0**-149) if tolerance > 0 else 0.0
+
+
 def block_d(heads: int, depth_bucket: int, head_dim: int) -> int:
     """Elements of a head that scores read at once."""
     room = max(_SCORE_ELEMENTS // (heads * depth_bucket), 1)

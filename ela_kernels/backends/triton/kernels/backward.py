@@ -17,6 +17,8 @@ from ela_kernels.backends.triton.kernels.tiles import (
     number_table,
     offsets,
     pointer_table,
+    read_retained,
+    retained,
     scores,
     tile_at,
 )
@@ -47,7 +49,9 @@ def layer_attention_bwd_dots_kernel(
     stride_gb,
     stride_gr,
     depth,
+    tolerance,
     PUSH: tl.constexpr,
+    LEAVES_OUT: tl.constexpr,  # values of a weight below the tolerance are not read, and their sums are zero
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -86,24 +90,49 @@ def layer_attention_bwd_dots_kernel(
             # All reads before the first sum: a sum may need a barrier, which no read can be moved across. What is read
             # beyond the depth is the last map once more, from a cache, and goes nowhere.
             read = ()
+            ws = ()
+            kept = ()
+            if LEAVES_OUT:
+                for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
+                    w = tl.load(w_ptrs + tl.minimum(j, depth - 1), mask=mask_line, other=0.0)
+                    ws = ws + (along(w, INTERLEAVED),)
+                    kept = kept + (retained(along(w, INTERLEAVED), tolerance),)
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
-                read = read + (tl.load(value_ptrs[j] + v_offs, mask=mask, other=0.0),)
+                if LEAVES_OUT:
+                    v_ptrs = value_ptrs[j] + v_offs
+                    is_kept = kept[j - first]
+                    v = read_retained(v_ptrs, mask, is_kept, UNIT, COLS, FOLD, INTERLEAVED)
+                else:
+                    v = tl.load(value_ptrs[j] + v_offs, mask=mask, other=0.0)
+                read = read + (v,)
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
                 if j < depth:
                     products = dout * read[j - first].to(tl.float32)
                     if INTERLEAVED:
-                        sums = tl.sum(products, axis=0)
+                        if LEAVES_OUT:
+                            sums = tl.sum(products, axis=0, keep_dims=True)
+                            sums = tl.reshape(tl.where(kept[j - first], sums, 0.0), [COLS])
+                        else:
+                            sums = tl.sum(products, axis=0)
                         if FOLD > 1:
                             sums = tl.sum(tl.reshape(sums, [COLS // FOLD, FOLD]), axis=1)
                         at = (number * depth + j) * groups + folded
                     else:
-                        sums = tl.sum(products, axis=1)
+                        if LEAVES_OUT:
+                            sums = tl.sum(products, axis=1, keep_dims=True)
+                            sums = tl.reshape(tl.where(kept[j - first], sums, 0.0), [ROWS])
+                        else:
+                            sums = tl.sum(products, axis=1)
                         at = place.to(tl.int64) * depth + j
                     tl.store(partial_ptr + at, sums, mask=mask_sums)
                     if PUSH:
                         if decoded(wanted[j]) != 0:
-                            w = tl.load(w_ptrs + j, mask=mask_line, other=0.0)
-                            dv = (along(w, INTERLEAVED) * dout).to(dvalue_ptrs[j].dtype.element_ty)
+                            if LEAVES_OUT:
+                                dv = tl.where(kept[j - first], ws[j - first] * dout, 0.0)
+                            else:
+                                w = tl.load(w_ptrs + j, mask=mask_line, other=0.0)
+                                dv = along(w, INTERLEAVED) * dout
+                            dv = dv.to(dvalue_ptrs[j].dtype.element_ty)
                             tl.store(dvalue_ptrs[j] + g_offs, dv, mask=mask)
 
 

@@ -18,6 +18,8 @@ from ela_kernels.backends.triton.kernels.tiles import (
     moments,
     offsets,
     part_at,
+    read_retained,
+    retained,
     scores,
     tile_at,
     where_exists,
@@ -160,14 +162,17 @@ def layer_attention_fwd_kernel(
     prev_depth,
     parts,
     scale,
+    tolerance,
     HAS_PREV: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,  # the weights are written already
+    LEAVES_OUT: tl.constexpr,  # values of a weight below the tolerance are not read
     HAS_RESIDUAL: tl.constexpr,
     STATISTICS: tl.constexpr,  # a planar tile's rows are of channels
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,  # of what leaves something out; as of `read_retained`
     HEADS: tl.constexpr,
     T: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -222,10 +227,21 @@ def layer_attention_fwd_kernel(
     acc = tl.zeros([ROWS, COLS], tl.float32)
     for first in tl.static_range(0, T, GROUP):
         if first < depth:
+            ws = ()
+            if LEAVES_OUT:  # before the first value: a weight says whether its value is read
+                for j in tl.static_range(first, min(first + GROUP, T)):
+                    w_mask = where_exists(mask_line, j, depth)
+                    ws = ws + (tl.load(w_ptrs + j, mask=w_mask, other=0.0),)
             for j in tl.static_range(first, min(first + GROUP, T)):
-                w = tl.load(w_ptrs + j, mask=where_exists(mask_line, j, depth), other=0.0)
-                v_mask = where_exists(mask, j, depth)
-                v = tl.load(value_ptrs[j] + v_offs, mask=v_mask, other=0.0)
+                if LEAVES_OUT:
+                    w = ws[j - first]
+                    v_ptrs = value_ptrs[j] + v_offs
+                    kept = retained(along(w, INTERLEAVED), tolerance)  # no map beyond the depth
+                    v = read_retained(v_ptrs, mask, kept, UNIT, COLS, FOLD, INTERLEAVED)
+                else:
+                    w = tl.load(w_ptrs + j, mask=where_exists(mask_line, j, depth), other=0.0)
+                    v_mask = where_exists(mask, j, depth)
+                    v = tl.load(value_ptrs[j] + v_offs, mask=v_mask, other=0.0)
                 acc += along(w, INTERLEAVED) * v.to(tl.float32)
     if HAS_RESIDUAL:
         x_offs = offsets(sample, row, column, stride_xb, stride_xr, UNIT)
@@ -320,10 +336,13 @@ def layer_attention_bwd_gather_kernel(
     tiles,  # programs that work on the value's gradient; those after them on the key's
     queries,
     sources,
+    tolerances,  # of each weight's layer
+    LEAVES_OUT: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,  # of what leaves something out; as of `read_retained`
     Q: tl.constexpr,
     M: tl.constexpr,
     BLOCK_KEY: tl.constexpr,
@@ -348,12 +367,25 @@ def layer_attention_bwd_gather_kernel(
         acc = tl.zeros([ROWS, COLS], tl.float32)
         for first in tl.static_range(0, M, GROUP):
             if first < sources:
+                ws = ()
+                if LEAVES_OUT:
+                    for m in tl.static_range(first, min(first + GROUP, M)):
+                        w_offs = item.to(tl.int64) * decoded(weight_depths[m]) + index
+                        w_mask = where_exists(mask_line, m, sources)
+                        ws = ws + (tl.load(weights_ptrs[m] + w_offs, mask=w_mask, other=0.0),)
                 for m in tl.static_range(first, min(first + GROUP, M)):
-                    w_offs = item.to(tl.int64) * decoded(weight_depths[m]) + index
-                    w_mask = where_exists(mask_line, m, sources)
-                    w = tl.load(weights_ptrs[m] + w_offs, mask=w_mask, other=0.0)
-                    d_mask = where_exists(mask, m, sources)
-                    dout = tl.load(dout_ptrs[m] + d_offs, mask=d_mask, other=0.0)
+                    if LEAVES_OUT:
+                        w = ws[m - first]
+                        d_mask = where_exists(mask, m, sources)
+                        d_ptrs = dout_ptrs[m] + d_offs
+                        kept = retained(along(w, INTERLEAVED), tolerances[m])
+                        dout = read_retained(d_ptrs, d_mask, kept, UNIT, COLS, FOLD, INTERLEAVED)
+                    else:
+                        w_offs = item.to(tl.int64) * decoded(weight_depths[m]) + index
+                        w_mask = where_exists(mask_line, m, sources)
+                        w = tl.load(weights_ptrs[m] + w_offs, mask=w_mask, other=0.0)
+                        d_mask = where_exists(mask, m, sources)
+                        dout = tl.load(dout_ptrs[m] + d_offs, mask=d_mask, other=0.0)
                     acc += along(w, INTERLEAVED) * dout.to(tl.float32)
         dvalue = acc.to(dvalue_ptr.dtype.element_ty)
         v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)

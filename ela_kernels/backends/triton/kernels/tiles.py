@@ -64,6 +64,43 @@ def across(position, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit
+def retained(w, tolerance):
+    """Which weights are not below the tolerance. A NaN is not: what it is multiplied with shows it.
+
+    A weight that was not read is zero, and below every tolerance above zero.
+    """
+    return ~(w < tolerance)
+
+
+@triton.jit
+def read_retained(
+    pointers,
+    mask,
+    kept,  # of each line, spread over the tile
+    UNIT: tl.constexpr,
+    COLS: tl.constexpr,
+    FOLD: tl.constexpr,  # interleaved: so many channels, from a multiple of it on, are of one head
+    INTERLEAVED: tl.constexpr,
+):
+    """A tile of a map without its lines that are left out: they are zero, whatever they hold.
+
+    Interleaved, UNIT neighbouring channels are read at once, which may be of several heads: they are read where one of
+    them is retained. The compiler is told that they go together, or it would read by single elements; told of an
+    operation of this very function, as a call would lose it.
+    """
+    if INTERLEAVED and UNIT > 1:
+        is_read = kept
+        if FOLD % UNIT != 0:
+            runs = tl.max(tl.reshape(kept.to(tl.int32), [COLS // UNIT, UNIT]), axis=1)
+            runs = tl.broadcast_to(runs[:, None], [COLS // UNIT, UNIT])
+            is_read = tl.reshape(runs, [1, COLS]) != 0
+        tile = tl.load(pointers, mask=tl.max_constancy(mask & is_read, [1, UNIT]), other=0.0)
+        return tile if FOLD % UNIT == 0 else tl.where(kept, tile, 0.0)
+    else:
+        return tl.load(pointers, mask=mask & kept, other=0.0)
+
+
+@triton.jit
 def line_sum(tile, INTERLEAVED: tl.constexpr):
     """The sum of each line of a tile."""
     if INTERLEAVED:
