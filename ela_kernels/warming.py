@@ -24,6 +24,7 @@ def warmup(
     channels_last: bool = False,
     device: torch.device | str = "cuda",
     training: bool = True,
+    tolerance: float = 0.0,
 ) -> float:
     """Compile and load ahead the kernels that stages of these shapes need, with the backend in force.
 
@@ -43,12 +44,15 @@ def warmup(
         channels_last: the last dimension of the values is the channel.
         device: where the network runs.
         training: the backward kernels too.
+        tolerance: of the layers. Above zero, whatever it is, Triton compiles other kernels, and those are compiled
+            here in place of the ones that leave nothing out.
 
     Returns:
         The time taken, in seconds.
 
     Raises:
-        ValueError: a shape, `head_dim` or `depth` that does not fit, or a forced backend that cannot serve.
+        ValueError: a shape, `head_dim`, `depth` or `tolerance` that does not fit, or a forced backend that cannot
+            serve.
 
     Example:
         >>> import ela_kernels as ek
@@ -70,16 +74,21 @@ def warmup(
         )
         heads = channels // head_dim
         with torch.set_grad_enabled(training):
-            _run_stage(value, depth, heads, channels_last, training)
+            _run_stage(value, depth, heads, channels_last, training, tolerance)
             if value.dim() == 4 and not channels_last:
-                _run_layers(value.detach(), depth, heads, training)
+                _run_layers(value.detach(), depth, heads, training, tolerance)
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
 def _run_stage(
-    value: torch.Tensor, depth: int, heads: int, channels_last: bool, training: bool
+    value: torch.Tensor,
+    depth: int,
+    heads: int,
+    channels_last: bool,
+    training: bool,
+    tolerance: float,
 ) -> None:
     # One map stands for all values and one for all gradients: about `depth` maps in all, those of the outputs.
     value.requires_grad_(training)
@@ -87,7 +96,7 @@ def _run_stage(
     q = torch.zeros(
         value.shape[0], channels, dtype=value.dtype, device=value.device, requires_grad=training
     )
-    history = LayerHistory()
+    history = LayerHistory(tolerance=tolerance)
     outs = []
     for t in range(1, depth + 1):
         outs.append(history.attend(q, q, value, heads=heads, channels_last=channels_last))
@@ -99,7 +108,13 @@ def _run_stage(
             layer_attention_weights(q, [q] * t, heads, prev_weights=prev)
         for weights in (None, prev):
             r = layer_attention(
-                q, [q] * t, [value] * t, heads, prev_weights=weights, channels_last=channels_last
+                q,
+                [q] * t,
+                [value] * t,
+                heads,
+                prev_weights=weights,
+                channels_last=channels_last,
+                tolerance=tolerance,
             )
             if training:
                 r.out.backward(torch.zeros_like(r.out))
@@ -107,20 +122,20 @@ def _run_stage(
         torch.autograd.backward(outs, [torch.zeros_like(value)] * depth)
 
 
-def _run_layers(x: torch.Tensor, depth: int, heads: int, training: bool) -> None:
+def _run_layers(x: torch.Tensor, depth: int, heads: int, training: bool, tolerance: float) -> None:
     """Stages of whole layers, with and without the residual and one that only provides, and of blocks."""
     channels = x.shape[1]
     x.requires_grad_(training)
     wq, wk = (x.new_zeros((1, 1, 3), requires_grad=training) for _ in range(2))
     filters = Filters(wq, wk, x.new_zeros((channels, 1, 3, 3), requires_grad=training))
-    if isinstance(LayerHistory().plan_layer(x, filters), Refusal):
+    if isinstance(LayerHistory(tolerance=tolerance).plan_layer(x, filters), Refusal):
         return
     statistics = torch.ones((2, channels), dtype=accumulate_dtype(x.dtype), device=x.device)
     gamma, beta = (x.new_ones(channels, requires_grad=training) for _ in range(2))
     # A block's norm takes the statistics of the batch, or running ones.
     for given in (None, statistics):
         norm = NormAct(gamma, beta, given, None, 1e-5, True)
-        of_layers, of_blocks = LayerHistory(), LayerHistory()
+        of_layers, of_blocks = (LayerHistory(tolerance=tolerance) for _ in range(2))
         of_layers.provide_layer(x, _plan(of_layers, x, filters), heads=heads)
         outs = []
         for _ in range(depth):

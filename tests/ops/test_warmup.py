@@ -38,6 +38,7 @@ def test_layouts_and_dtypes():
         ({"depth": 0}, "depth: got 0"),
         ({"head_dim": 5}, "head_dim: got 5; allowed is a divisor of the 8 channels"),
         ({"shapes": [(8,)]}, r"shapes: got \(8,\)"),
+        ({"tolerance": 1.5}, "tolerance: got 1.5"),
     ],
 )
 def test_refusals(change, message):

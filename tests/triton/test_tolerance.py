@@ -14,6 +14,7 @@ from support.layouts import channel_slice, channels_last, contiguous
 from torch import Tensor
 
 import ela_kernels as ek
+from build_tools import triton_report
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.types import RESIDUAL, Filters, NormAct, Saved
 
@@ -377,3 +378,17 @@ def test_layers_of_several_tolerances_in_a_history(maps):
     assert any(
         not torch.allclose(a, b, **bounds) for a, b in zip(expected, other, strict=True)
     )  # something was left out
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.25])
+def test_warming_compiles_the_kernels_of_its_tolerance(tolerance):
+    with triton_report.recorded() as launches:
+        ek.warmup([(1, 4, 2, 3)], 2, 2, device="cpu", tolerance=tolerance)
+    asked = {
+        (launch.kernel.fn.__name__, launch.options["LEAVES_OUT"])
+        for launch in launches
+        if "LEAVES_OUT" in launch.options
+    }
+    kernels = ("fwd", "bwd_dots", "bwd_gather")
+    of_pairs = {f"layer_attention_{name}_kernel" for name in kernels}
+    assert asked == {(name, tolerance > 0) for name in of_pairs}
