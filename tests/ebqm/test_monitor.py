@@ -301,10 +301,10 @@ class TestReport:
 
     def test_as_text(self) -> None:
         network, ebqm = planted(PLANTED)
-        assert str(ebqm.report()).startswith("EBQM at step 0: 0 of 14 layers skipped; entropy and")
+        assert str(ebqm.report()).startswith("EBQM at step 0: 0 of 14 layers skipped; entropy, importance")
         train(network, ebqm, 20)
         lines = str(ebqm.report()).splitlines()
-        assert lines[0].startswith("EBQM at step 20: 3 of 14 layers skipped; entropy and")
+        assert lines[0].startswith("EBQM at step 20: 3 of 14 layers skipped; entropy, importance")
         assert len(lines) == 3 + 14
         line = next(text for text in lines if text.startswith("stages.0.3 "))
         assert "skipped" in line
