@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.backends import ALL, Backend, over, words
 from support.cases import Case, evaluate, make_case
-from support.layer_checks import FORMS, Results, check, leaf, make, step
+from support.layer_checks import FORMS, Results, check, filters_together, leaf, make, step
 from support.layouts import TOKEN_LAYOUTS, channel_slice, channels_last, contiguous, last_slice
 from support.on_gpu import same_bits
 from support.oracle import assert_matches, oracle
@@ -74,7 +74,7 @@ def test_layouts_of_maps(backend, pair):
     )
 
 
-@over("layout", lambda backend: TOKEN_LAYOUTS, LEAVES_OUT)
+@over("layout", lambda backend: TOKEN_LAYOUTS, LEAVES_OUT, words)
 def test_layouts_of_tokens(backend, layout):
     case = make_case((2, 9, 12), 4, 2, backend.exact, layout, dout=layout, channels_last=True)
     check_case(backend, spread(case))
@@ -97,7 +97,7 @@ def test_depths(backend, depth):
     check_case(backend, spread(case))
 
 
-@over("beyond", lambda backend: backend.beyond, [b for b in LEAVES_OUT if b.beyond])
+@over("beyond", lambda backend: backend.beyond, [b for b in LEAVES_OUT if b.beyond], words)
 def test_beyond_what_is_worked_on_at_a_time(backend, beyond):
     shape, heads, layout = beyond
     if shape[0] * heads < 2:
@@ -107,7 +107,7 @@ def test_beyond_what_is_worked_on_at_a_time(backend, beyond):
     assert_matches(found, case)
 
 
-@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT)
+@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT, words)
 @pytest.mark.parametrize("tolerance", [0.99, 0.5], ids=["all", "most"])
 def test_hardly_anything_or_nothing_is_left(backend, layout, tolerance):
     """Of a sum over nothing all is zero, whatever the values are."""
@@ -134,7 +134,7 @@ def test_equal_bits_where_nothing_is_below(backend, pair):
         assert same_bits(x, exact[name]), name
 
 
-@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT)
+@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT, words)
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_left_out_may_be_anything(backend, layout, number):
     """And what is not shows; without a tolerance everything does."""
@@ -162,7 +162,7 @@ def _any_head(out: Tensor, per_head: int) -> Tensor:
     return out.any(-1).repeat_interleave(per_head, 1)
 
 
-@over("form", lambda backend: FORMS, LEAVES_OUT)
+@over("form", lambda backend: FORMS, LEAVES_OUT, words)
 def test_a_gradient_that_is_left_out_may_be_anything(backend, form):
     """The pull form: what a value's gradient leaves out of the later layers' output gradients."""
     torch.manual_seed(4)
@@ -247,7 +247,7 @@ def sharpen(modules: nn.ModuleList, x: Tensor) -> None:
         layer = getattr(module, "attn", module)
         nn.init.normal_(layer.Wq.weight)
         nn.init.normal_(layer.Wk.weight)
-        layer.Wq.weight.data *= 25
+        layer.Wq.weight.data *= 25 if x.dtype == torch.float64 else 5
     found: list[Tensor] = []
     with ek.use_backend("eager"), torch.no_grad():
         double = copy.deepcopy(modules).to("cpu", torch.float64)
@@ -273,12 +273,31 @@ def stages(backend: Backend) -> list[dict[str, Any]]:
     )
 
 
+def near_by_norm(backend: Backend, modules: nn.ModuleList, x: Tensor) -> Results:
+    """In float32, against float64: single numbers of sharp weights are sums of much larger ones."""
+    modules, x = modules.to(backend.device), leaf(x, backend.device)
+    found = step()(copy.deepcopy(modules), x)
+    cpu = torch.device("cpu")
+    with ek.use_backend("eager"):
+        exact = step()(modules.to(cpu, torch.float64), leaf(x, cpu, torch.float64))
+    assert list(found) == list(exact)
+    together = filters_together(exact)
+    for name, got in filters_together({n: t.cpu().double() for n, t in found.items()}).items():
+        want = together[name].double()
+        error = (got - want).norm()
+        assert error <= 5e-5 * want.norm() + 1e-5, name
+    return found
+
+
 @over("pair", stages, [b for b in LEAVES_OUT if b.has_kernels], ids=words)
 def test_stages(backend, pair):
     (shape, head_dim), depth = pair["size"], 3 if backend.is_slow else 5
     modules, x = make(pair["kind"], shape, depth, head_dim, pair["dtype"], pair["form"])
     sharpen(modules, x)
-    found: Results = check(backend, step(), modules, x)
+    if backend.is_as_exact_as_eager:
+        found = check(backend, step(), modules, x)
+    else:
+        found = near_by_norm(backend, modules, x)
     layer = getattr(modules[0], "attn", modules[0])
     assert (found["weights"] < layer.tolerance).any()
 

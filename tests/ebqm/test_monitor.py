@@ -301,7 +301,9 @@ class TestReport:
 
     def test_as_text(self) -> None:
         network, ebqm = planted(PLANTED)
-        assert str(ebqm.report()).startswith("EBQM at step 0: 0 of 14 layers skipped; entropy, importance")
+        assert str(ebqm.report()).startswith(
+            "EBQM at step 0: 0 of 14 layers skipped; entropy, importance"
+        )
         train(network, ebqm, 20)
         lines = str(ebqm.report()).splitlines()
         assert lines[0].startswith("EBQM at step 20: 3 of 14 layers skipped; entropy, importance")

@@ -172,7 +172,7 @@ def assert_near(
         factor = backend.rounding(dtype) / (torch.finfo(dtype).eps / 2)
         factor = 4 if factor == 1 else INTERPRETED
         exact = {name: x.double() for name, x in exact.items()}
-        found, plain, exact = (_filters_together(results) for results in (found, plain, exact))
+        found, plain, exact = (filters_together(results) for results in (found, plain, exact))
         assert_as_close(*(r.values() for r in (found, plain, exact)), dtype, factor, list(found))
 
 
@@ -190,7 +190,7 @@ def _kind(name: str) -> str:
     return name.replace("d Wq", "d Wq or Wk").replace("d Wk", "d Wq or Wk")
 
 
-def _filters_together(results: Results) -> Results:
+def filters_together(results: Results) -> Results:
     """The gradients of all layers' filters over the channels as one, all else by itself.
 
     Of a filter of size 1 it is one number, which PyTorch's own pieces may happen to have exactly.
