@@ -43,6 +43,27 @@ MAPS = [
 SOME_MAPS = [MAPS[0], MAPS[1], MAPS[6], MAPS[7]]
 
 
+@pytest.fixture(autouse=True)
+def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """What the compiler was told to be constant. The interpreter asks nothing of it; here it has to be true."""
+    from triton.runtime.interpreter import TensorHandle
+
+    found: list[tuple[int, ...]] = []
+    real = TensorHandle.set_attr
+
+    def checked(self: Any, name: str, values: Any) -> None:
+        if name == "tt.constancy":
+            rows, run = (getattr(value, "value", value) for value in values)
+            assert rows == 1
+            runs = self.data.reshape(self.data.shape[0], -1, run)
+            assert (runs == runs[..., :1]).all(), "read at once, by several predicates"
+            found.append((rows, run))
+        real(self, name, values)
+
+    monkeypatch.setattr(TensorHandle, "set_attr", checked)
+    return found
+
+
 def names(maps: Any) -> str:
     shape, heads, maker, dtype = maps
     return f"{'x'.join(map(str, shape))}-{heads}-{maker.__name__}-{str(dtype)[6:]}"
@@ -132,7 +153,8 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("maps", MAPS, ids=names)
-def test_the_sum(maps):
+def test_the_sum(maps, told):
+    shape, _, maker, dtype = maps
     call = make_call(maps)
     below = left_out(call)
     for j, value in enumerate(call.values):
@@ -141,6 +163,8 @@ def test_the_sum(maps):
     assert_near(weights, call.weights.double())  # not left out themselves
     terms = [product(weights[..., j], below[..., j], v) for j, v in enumerate(call.values)]
     assert_near(out, torch.stack(terms).sum(0))
+    unit = 16 // dtype.itemsize
+    assert set(told) == ({(1, unit)} if maker is channels_last and shape[1] % unit == 0 else set())
 
 
 @pytest.mark.parametrize("push", [False, True])
@@ -303,6 +327,23 @@ def test_a_tolerance_that_float32_hardly_holds(tolerance):
     for j, value in enumerate(call.values):
         spoil(value, below[..., j])
     out, _, _ = call.attend(tolerance)
+    # A GPU compares in float32, the interpreter in Python's numbers.
+    with triton_report.recorded() as launches:
+        call.attend(tolerance)
+        call.backward(tolerance, torch.zeros_like(out))
+        left = KERNELS["triton"].contribution(
+            call.q, call.weights, call.weights, torch.zeros_like(out), False, tolerance
+        )
+        KERNELS["triton"].gather([left], 0, call.heads, False, True, True)
+    passed = [
+        dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+        for launch in launches
+        if launch.options.get("LEAVES_OUT")
+    ]
+    assert len(passed) == 3
+    for arguments in passed:
+        (given,) = arguments.get("tolerances", (arguments.get("tolerance"),))
+        assert torch.tensor(given, dtype=torch.float32) > 0
     terms = [product(call.weights[..., j], below[..., j], v) for j, v in enumerate(call.values)]
     assert_near(out, torch.stack(terms).sum(0))
 

@@ -108,21 +108,19 @@ def layer_attention_bwd_dots_kernel(
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
                 if j < depth:
                     products = dout * read[j - first].to(tl.float32)
+                    # Not the value alone is zero: the gradient may be infinite. Which of the two selects spills no
+                    # register is what compiling showed.
+                    if LEAVES_OUT and not (INTERLEAVED and UNIT > 1):
+                        products = tl.where(kept[j - first], products, 0.0)
                     if INTERLEAVED:
-                        if LEAVES_OUT:
-                            sums = tl.sum(products, axis=0, keep_dims=True)
+                        sums = tl.sum(products, axis=0, keep_dims=LEAVES_OUT and UNIT > 1)
+                        if LEAVES_OUT and UNIT > 1:
                             sums = tl.reshape(tl.where(kept[j - first], sums, 0.0), [COLS])
-                        else:
-                            sums = tl.sum(products, axis=0)
                         if FOLD > 1:
                             sums = tl.sum(tl.reshape(sums, [COLS // FOLD, FOLD]), axis=1)
                         at = (number * depth + j) * groups + folded
                     else:
-                        if LEAVES_OUT:
-                            sums = tl.sum(products, axis=1, keep_dims=True)
-                            sums = tl.reshape(tl.where(kept[j - first], sums, 0.0), [ROWS])
-                        else:
-                            sums = tl.sum(products, axis=1)
+                        sums = tl.sum(products, axis=1)
                         at = place.to(tl.int64) * depth + j
                     tl.store(partial_ptr + at, sums, mask=mask_sums)
                     if PUSH:
