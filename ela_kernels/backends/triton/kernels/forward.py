@@ -225,14 +225,16 @@ def layer_attention_fwd_kernel(
     v_offs = offsets(sample, row, column, stride_vb, stride_vr, UNIT)
     w_ptrs = weights_ptr + item.to(tl.int64) * depth
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    for first in tl.static_range(0, T, GROUP):
+    # Element by element, each of a map's reads has predicates: of four maps they spill where weights have a say too.
+    AT_ONCE: tl.constexpr = 2 if LEAVES_OUT and UNIT == 1 else GROUP
+    for first in tl.static_range(0, T, AT_ONCE):
         if first < depth:
             ws = ()
             if LEAVES_OUT:  # before the first value: a weight says whether its value is read
-                for j in tl.static_range(first, min(first + GROUP, T)):
+                for j in tl.static_range(first, min(first + AT_ONCE, T)):
                     w_mask = where_exists(mask_line, j, depth)
                     ws = ws + (tl.load(w_ptrs + j, mask=w_mask, other=0.0),)
-            for j in tl.static_range(first, min(first + GROUP, T)):
+            for j in tl.static_range(first, min(first + AT_ONCE, T)):
                 if LEAVES_OUT:
                     w = ws[j - first]
                     v_ptrs = value_ptrs[j] + v_offs
