@@ -53,6 +53,10 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
+# The least number that float32 has: below it a tolerance would be zero to some kernels, and leave out zeros to others.
+_LEAST_TOLERANCE = 2.0**-149
+
+
 def check_tolerance(tolerance: object) -> float:
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance: got {type(tolerance).__name__}; allowed is a float")
@@ -60,7 +64,7 @@ def check_tolerance(tolerance: object) -> float:
         raise ValueError(
             f"tolerance: got {tolerance}; allowed is a weight from 0 (nothing is left out) to below 1, as 2**-24"
         )
-    return float(tolerance)
+    return max(float(tolerance), _LEAST_TOLERANCE) if tolerance > 0 else 0.0
 
 
 VALUE_ACTS = (None, *get_args(ValueAct))

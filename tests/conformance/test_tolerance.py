@@ -313,6 +313,22 @@ def test_whole_layers_are_served(backend, pair, made):
         assert made == ["layer"] * 2 + ["layer_backward"] * 2
 
 
+@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT, words)
+def test_a_tolerance_that_float32_has_not(backend, layout):
+    """It leaves out what is zero, and nothing else."""
+    case = make_case((2, 6, 4, 5), 3, 2, backend.exact, layout, scale=0.1, dout=layout)
+    case.keys[0][:] = -1e4 * case.q  # in one head of two at least the softmax ends at zero
+    case.scale = 100.0
+    case.tolerance = 1e-60
+    clean = backend.evaluate(case)
+    out = clean["weights"] == 0
+    assert out.any()
+    for j, value in enumerate(case.values):
+        value[out[..., j].repeat_interleave(3, 1)] = torch.inf
+    found = backend.evaluate(case)
+    assert all(same_bits(x, clean[name]) for name, x in found.items())
+
+
 def test_a_tolerance_that_is_none(backend):
     case = make_case()
     for tolerance, error in ((-0.1, ValueError), (1.0, ValueError), (float("nan"), ValueError)):

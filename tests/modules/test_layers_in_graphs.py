@@ -217,9 +217,9 @@ def test_a_skipped_layer_does_not_retrieve(monkeypatch: pytest.MonkeyPatch) -> N
     compiled(maps())
     layer = type(backend).layer
 
-    def counted(self: Any, x: Tensor, filters: Any, *rest: Any) -> Any:
+    def counted(self: Any, x: Tensor, filters: Any, *rest: Any, **options: Any) -> Any:
         retrieved.append(filters.wq is not None)
-        return layer(self, x, filters, *rest)
+        return layer(self, x, filters, *rest, **options)
 
     monkeypatch.setattr(type(backend), "layer", counted)
     model.layers[1].skipped = model.layers[3].skipped = True

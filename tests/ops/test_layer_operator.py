@@ -15,7 +15,9 @@ from ela_kernels.ops.layer_attention.in_graph.call import Call
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
 
-def _call(epilogue: str, active: bool | None = None, kept: bool = False) -> tuple[Any, ...]:
+def _call(
+    epilogue: str, active: bool | None = None, kept: bool = False, tolerance: float = 0.0
+) -> tuple[Any, ...]:
     def vector(*sizes: int) -> Tensor:
         return torch.randn(*sizes, dtype=torch.float64, requires_grad=True)
 
@@ -29,7 +31,7 @@ def _call(epilogue: str, active: bool | None = None, kept: bool = False) -> tupl
         *(*norm, None, torch.rand(2, dtype=torch.float64) if epilogue == "norm" else None, None),
         None if active is None else torch.tensor(active),
         *((o, statistics, torch.tensor(True)) if kept else (None, None, None)),
-        *(2, 0.5, epilogue, 1e-5, False, "cpp"),
+        *(2, 0.5, tolerance, epilogue, 1e-5, False, "cpp"),
     )
     return (*call, True)
 
@@ -43,6 +45,8 @@ def _call(epilogue: str, active: bool | None = None, kept: bool = False) -> tupl
         ("norm", True, True),
         ("norm", False, True),
         ("norm", False),
+        ("none", None, False, 0.3),
+        ("norm", None, False, 0.3),
     ],
 )
 def test_the_operator_keeps_the_rules_of_operators(arguments: Any) -> None:
