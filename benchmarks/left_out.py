@@ -8,6 +8,7 @@ Fashion-MNIST: at their start, after 50 steps, and at the end of 468 steps, to t
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -96,8 +97,7 @@ class Retrievals:
         return below / sum(w.numel() for w in weights)
 
     def double(self) -> Retrievals:
-        other = object.__new__(Retrievals)
-        other.shape = self.shape
+        other = copy.copy(self)
         for name in ("q", "k", "v"):
             leaves = [t.detach().double().requires_grad_() for t in getattr(self, name)]
             setattr(other, name, leaves)

@@ -70,8 +70,9 @@ void layer(const LayerPlan& plan, int64_t x, int64_t wq, int64_t wk, int64_t wv,
   if (query != 0) w = weights_params(shape, attention, key_views, kl);
   std::vector<ColumnView> columns;
   columns.reserve(key_views.size());
-  for (int64_t j = 0; j < depth; ++j)
-    columns.push_back({static_cast<char*>(w.weights) + j * size, depth, attention.tolerance});
+  for (int64_t j = 0; j < depth; ++j) {
+    columns.push_back({static_cast<char*>(w.weights) + j * size, depth, w.tolerance});
+  }
   // Each kernel has memory of its own: samples are at different kernels at the same time.
   const ela::Kernels& k = ela::kernels();
   const int64_t for_taps = 9 * image.channels * size, for_depthwise = k.depthwise_workspace(image) * size,

@@ -118,8 +118,8 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
                      [&](auto streams) { dot_sources<T, decltype(streams)::value>(x, v, at.factor, dv, count, to); });
         });
         for (int64_t j = 0; p.dvalues != nullptr && j < depth; ++j) {
-          if (gradient(j) != nullptr && is_left_out<A>(column(j), head))
-            add_nothing<T>(count, gradient(j), no_residual);
+          if (gradient(j) == nullptr || !is_left_out<A>(column(j), head)) continue;
+          add_nothing<T>(count, gradient(j), no_residual);
         }
       }
     }

@@ -51,7 +51,6 @@ class Request(NamedTuple):
         transformed: whether `torch.func` and its like have to see what is done (`tracing.is_transformed`).
         obstacles: what else stands between this call and any kernel.
         value_dtype: in which the history holds values, where that is not `dtype`.
-        leaves_out: whether retrievals of a small weight are to be left out.
     """
 
     op: str
@@ -62,7 +61,6 @@ class Request(NamedTuple):
     transformed: bool = False
     obstacles: tuple[str, ...] = ()
     value_dtype: torch.dtype | None = None
-    leaves_out: bool = False
 
 
 class Backend(ABC):
@@ -125,7 +123,6 @@ class KernelBackend(Backend):
     softmax and divergence know no tolerance. A NaN is no small weight.
 
     Attributes:
-        leaves_out: whether its kernels know a tolerance above zero.
         value_dtypes: dtypes of layers, and of values that their history holds in another; none if it has no such
             kernels.
         contributes: the class of what :meth:`contribution` makes, which is all that :meth:`gather` and
@@ -133,7 +130,6 @@ class KernelBackend(Backend):
     """
 
     contributes: type[Contribution]
-    leaves_out: ClassVar[bool] = False
     value_dtypes: ClassVar[frozenset[tuple[torch.dtype, torch.dtype]]] = frozenset()
 
     def __init__(self) -> None:
@@ -318,10 +314,6 @@ class KernelBackend(Backend):
         if held is not None and (request.dtype, held) not in self.value_dtypes:
             reasons.append(
                 f"it has no kernels for values held in {held} by layers in {request.dtype}"
-            )
-        if request.leaves_out and not self.leaves_out:
-            reasons.append(
-                "it has no kernels that leave out retrievals of a small weight: it reads them all with tolerance=0"
             )
         if self.max_depth is not None and request.depth > self.max_depth:
             reasons.append(

@@ -112,22 +112,15 @@ def refuse_forced(request: Request, refusal: Refusal) -> None:
     )
 
 
-def kernels_for(
-    op: str, q: Tensor, depth: int, needs_grad: bool = False, tolerance: float = 0.0
-) -> KernelBackend | None:
+def kernels_for(op: str, q: Tensor, depth: int, needs_grad: bool = False) -> KernelBackend | None:
     """:func:`require` of an operation on query `q`."""
-    return require(_request(op, q, depth, needs_grad, tolerance))
+    return require(Request(op, q.device, q.dtype, depth, needs_grad, is_transformed()))
 
 
-def why_eager(op: str, q: Tensor, depth: int, tolerance: float = 0.0) -> Refusal:
+def why_eager(op: str, q: Tensor, depth: int) -> Refusal:
     """The reasons, where :func:`kernels_for` gave None."""
-    found = plan(_request(op, q, depth, False, tolerance))
+    found = plan(Request(op, q.device, q.dtype, depth, False, is_transformed()))
     return found if isinstance(found, Refusal) else Refusal((), None)
-
-
-def _request(op: str, q: Tensor, depth: int, needs_grad: bool, tolerance: float) -> Request:
-    of_tensor = op, q.device, q.dtype, depth, needs_grad, is_transformed()
-    return Request(*of_tensor, leaves_out=tolerance > 0)
 
 
 def backend_status() -> dict[str, str]:

@@ -7,6 +7,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+LEAST_TOLERANCE = 2.0**-149
+"""The least number that float32 has: below it a tolerance would be zero to some kernels, and not to others."""
+
 
 class Saved(NamedTuple):
     """What the attention of one layer leaves to its backward.

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from ela_kernels.modules.ela import ELA
 from ela_kernels.ops.layer_attention.reference import is_left_out
 
+ADDED_LATER = frozenset({"left_out"})
+"""Fields that a state of an earlier version may lack: NaN, then."""
+
 
 class Diagnostics(NamedTuple):
     """One number a layer in each list, NaN where there is none.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.ebqm.decision import Reason
-from ela_kernels.ebqm.diagnostics import Diagnostics
+from ela_kernels.ebqm.diagnostics import ADDED_LATER, Diagnostics
 from ela_kernels.ebqm.report import DecisionRecord
 from ela_kernels.ebqm.settings import Settings
 from ela_kernels.ebqm.stages import plain_name
@@ -113,7 +113,7 @@ def loaded(
 
 def _diagnostics(found: Mapping[str, Any], count: int) -> Diagnostics:
     """Without what a state of an earlier version has not."""
-    unknown = {"left_out": [math.nan] * count}
+    unknown = {name: [math.nan] * count for name in ADDED_LATER}
     return Diagnostics(*([float(x) for x in {**unknown, **found}[n]] for n in Diagnostics._fields))
 
 

@@ -8,7 +8,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.types import ValueAct
+from ela_kernels.backends.types import LEAST_TOLERANCE, ValueAct
 
 ALLOWED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _ALLOWED_NAMES = "float64, float32, bfloat16 or float16"
@@ -53,10 +53,6 @@ def check_scale(scale: object, head_dim: int) -> float:
     return float(scale)
 
 
-# The least number that float32 has: below it a tolerance would be zero to some kernels, and leave out zeros to others.
-_LEAST_TOLERANCE = 2.0**-149
-
-
 def check_tolerance(tolerance: object) -> float:
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
         raise TypeError(f"tolerance: got {type(tolerance).__name__}; allowed is a float")
@@ -64,7 +60,7 @@ def check_tolerance(tolerance: object) -> float:
         raise ValueError(
             f"tolerance: got {tolerance}; allowed is a weight from 0 (nothing is left out) to below 1, as 2**-24"
         )
-    return max(float(tolerance), _LEAST_TOLERANCE) if tolerance > 0 else 0.0
+    return max(float(tolerance), LEAST_TOLERANCE) if tolerance > 0 else 0.0
 
 
 VALUE_ACTS = (None, *get_args(ValueAct))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ela_kernels.ebqm.diagnostics import ADDED_LATER
 from ela_kernels.ebqm.state import EARLIER_RULE
 from ela_kernels.training.finite import first_not_finite
 from ela_kernels.training.logs import COLUMNS
@@ -295,8 +296,8 @@ def _watching(saved: Any, present: Mapping[str, Any], steps: int) -> None:
         _values("ebqm, decisions, reasons", decision.get("reasons"), layers, (str,))
     _mapping("ebqm, diagnostics", saved.get("diagnostics"))
     for name in present["diagnostics"]:
-        if name == "left_out" and name not in saved["diagnostics"]:
-            continue  # of an earlier version
+        if name in ADDED_LATER and name not in saved["diagnostics"]:
+            continue
         _values(f"ebqm, diagnostics, {name}", saved["diagnostics"].get(name), layers, (float,))
 
 

@@ -43,7 +43,6 @@ class CppBackend(KernelBackend):
     ops = ATTENTION_OPS | LIGHT_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = CppContribution
-    leaves_out = True
     value_dtypes = frozenset((torch.float32, half) for half in HALF_DTYPES)
 
     def unavailable_reason(self) -> str | None:

@@ -28,7 +28,6 @@ class CudaBackend(GpuBackend):
 
     name = "cuda"
     max_depth = 256  # that many pointers go by value
-    leaves_out = True
 
     def unavailable_reason(self) -> str | None:
         module = built.extension()

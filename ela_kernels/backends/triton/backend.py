@@ -36,7 +36,6 @@ class TritonBackend(GpuBackend):
     # The loop over the maps is unrolled when Triton compiles: 20 seconds at 128 layers, minutes at 256.
     max_depth = 128
     ops = ATTENTION_OPS | LIGHT_OPS
-    leaves_out = True
     min_capability = (8, 0)
 
     @property

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from ela_kernels.backends.types import LEAST_TOLERANCE
+
 NUM_WARPS = 4
 
 # Elements of a tile: 16 a thread, four 16-byte reads of float32 or two of half precision. Off 16 bytes, elements are
@@ -150,7 +152,7 @@ def encoded(number: int) -> int:
 
 def comparable(tolerance: float) -> float:
     """A tolerance that stays above zero in float32: kernels take zeros for weights that are not there."""
-    return max(tolerance, 2.0**-149) if tolerance > 0 else 0.0
+    return max(tolerance, LEAST_TOLERANCE) if tolerance > 0 else 0.0
 
 
 def block_d(heads: int, depth_bucket: int, head_dim: int) -> int:

@@ -48,7 +48,7 @@ def _forward_op(
     channels_last: bool,
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = kernels_for("layer_attention", q, len(keys), tolerance=tolerance)
+    backend = kernels_for("layer_attention", q, len(keys))
     if backend is None:
         out, weights, kl = layer_attention_reference(
             q, keys, values, heads, scale, prev_weights, channels_last, tolerance
@@ -110,7 +110,7 @@ def _backward_op(
     dprev: Tensor | None
     dkeys: Sequence[Tensor | None]
     dvalues: Sequence[Tensor | None]
-    backend = kernels_for("layer_attention", q, depth, tolerance=tolerance)
+    backend = kernels_for("layer_attention", q, depth)
     if backend is None:
         dq, dkeys, dvalues, dprev = layer_attention_backward_reference(
             q,

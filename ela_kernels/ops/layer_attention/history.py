@@ -167,18 +167,15 @@ class LayerHistory(ReusedRetrievals):
         decided = self._decided_with(snapshot, given, active is not None)
         backend = held = None
         if self._dtype is not None:
-            v, snapshot, held, backend = self._held(
-                q, v, snapshot, caller, decided is None, tolerance
-            )
+            v, snapshot, held, backend = self._held(q, v, snapshot, caller, decided is None)
         if backend is None and decided is None:
-            backend = self._backend(q, snapshot, caller, tolerance)
+            backend = self._backend(q, snapshot, caller)
         if backend is not None:
             q, k, v = resolved(q), resolved(k), resolved(v)
         pairs = self._extended(snapshot.pairs, k, v, held, backend is not None)
         if backend is not None:
             served(caller, "op", backend.name)
-            link = self._link(pairs, heads, scale, channels_last, backend)
-            link = link._replace(tolerance=tolerance) if tolerance else link
+            link = self._link(pairs, heads, scale, channels_last, backend, tolerance)
             out, weights, kl, token = attend_pull(q, k, v, snapshot.token, snapshot.weights, link)
         else:
             keys, values, prev = self._read_by(q, snapshot)
@@ -269,9 +266,7 @@ class LayerHistory(ReusedRetrievals):
         # Not `_replace`, which the compiler of PyTorch 2.8 cannot trace.
         return Decided((*decided.given, given), decided.retrieved, decided.has_divergence)
 
-    def _backend(
-        self, q: Tensor, snapshot: Snapshot, caller: Any, tolerance: float = 0.0
-    ) -> KernelBackend | None:
+    def _backend(self, q: Tensor, snapshot: Snapshot, caller: Any) -> KernelBackend | None:
         """Those that serve this layer; None where the functional op, with its push form, does.
 
         It does so too after a layer that it served: nothing would gather the gradient of that layer's pair. And where
@@ -283,16 +278,10 @@ class LayerHistory(ReusedRetrievals):
         if not pairs.linked or not pairs.are_all(q.dtype):
             refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
             return None
-        return kernels_for("layer_attention", q, len(pairs.keys) + 1, tolerance=tolerance)
+        return kernels_for("layer_attention", q, len(pairs.keys) + 1)
 
     def _held(
-        self,
-        q: Tensor,
-        v: Tensor,
-        snapshot: Snapshot,
-        caller: Any,
-        may_link: bool,
-        tolerance: float = 0.0,
+        self, q: Tensor, v: Tensor, snapshot: Snapshot, caller: Any, may_link: bool
     ) -> tuple[Tensor, Snapshot, torch.dtype | None, KernelBackend | None]:
         """How the value of a layer is held in a history that was given a dtype: `(v, snapshot, held, backend)`.
 
@@ -302,7 +291,6 @@ class LayerHistory(ReusedRetrievals):
         Args:
             q: the layer's query, or its key.
             may_link: whether kernels may be asked.
-            tolerance: of the layer, if it retrieves.
         """
         held = self._held_dtype(q.dtype)
         if held is None:
@@ -311,7 +299,7 @@ class LayerHistory(ReusedRetrievals):
             obstacles = tuple(pair_obstacles(snapshot.pairs, q.dtype, held))
             depth = len(snapshot.pairs.keys) + 1
             of_call = "layer_attention", q.device, q.dtype, depth, False, is_transformed()
-            found = plan(Request(*of_call, obstacles, held, tolerance > 0))
+            found = plan(Request(*of_call, obstacles, held))
             if not isinstance(found, Refusal):
                 return v, snapshot, held, found
             held_as_they_are(caller or self, found)
@@ -338,7 +326,14 @@ class LayerHistory(ReusedRetrievals):
         return snapshot.in_dtype_of(q, autocast, accumulate_dtype(q.dtype))
 
     def _link(
-        self, pairs: Pairs, heads: int, scale: float, channels_last: bool, backend: KernelBackend
+        self,
+        pairs: Pairs,
+        heads: int,
+        scale: float,
+        channels_last: bool,
+        backend: KernelBackend,
+        tolerance: float = 0.0,
     ) -> Link:
         keys, values, path = pairs.keys, pairs.values, pairs.path
-        return Link(path, keys, values, heads, scale, channels_last, backend, self._record)
+        of_pairs = path, keys, values, heads, scale, channels_last
+        return Link(*of_pairs, backend, self._record, tolerance=tolerance)

@@ -122,12 +122,12 @@ def retrieve(
     )
     backend = None
     if not torch.compiler.is_compiling():
-        backend = kernels_for("layer_attention", q, len(key_list), tolerance=tolerance)
+        backend = kernels_for("layer_attention", q, len(key_list))
         if backend is None:
             refused(
                 caller,
                 "op" if caller is None else "push",
-                why_eager("layer_attention", q, len(key_list), tolerance),
+                why_eager("layer_attention", q, len(key_list)),
             )
             served_without_kernels(caller, "eager")
             check_not_freed("q", q)

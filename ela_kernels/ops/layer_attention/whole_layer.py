@@ -60,7 +60,7 @@ class WholeLayers(LayersInGraphs):
             caller: the module that calls.
             tolerance: as of :meth:`attend`.
         """
-        dtype, tolerance = layer_dtype(x), self.tolerance_of(tolerance)
+        dtype = layer_dtype(x)
         held = None if self._dtype is None else self._held_dtype(dtype)
         recomputing = self.recomputing
         pairs = self._place_of(caller, recomputing).pairs
@@ -76,11 +76,11 @@ class WholeLayers(LayersInGraphs):
         ):
             obstacles = (*obstacles, *self._obstacles(x, filters, dtype, held, pairs))
         of_call = op, x.device, dtype, len(pairs.keys) + 1, False, is_transformed()
-        request = Request(*of_call, obstacles, held, tolerance > 0)
+        request = Request(*of_call, obstacles, held)
         found = plan(request)
         if isinstance(found, Refusal):
             return found
-        of_layer = found, filters, dtype, recomputing, held, tolerance
+        of_layer = found, filters, dtype, recomputing, held, self.tolerance_of(tolerance)
         return LayerPlan(*of_layer)  # type: ignore[arg-type]
 
     def _obstacles(

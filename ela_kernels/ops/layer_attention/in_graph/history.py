@@ -43,7 +43,7 @@ class GraphPlan(NamedTuple):
 
 @constant_in_graphs
 def _kernels(
-    setting: str, op: str, device: torch.device, dtype: torch.dtype, depth: int, leaves_out: bool
+    setting: str, op: str, device: torch.device, dtype: torch.dtype, depth: int
 ) -> str | None:
     """The name of the backend that serves a layer when the graph runs; None where PyTorch's pieces do.
 
@@ -52,7 +52,7 @@ def _kernels(
     # An exported program is to run where there may be no kernels, and a transform has to see every operation.
     if is_exporting() or are_transforms_active():
         return None
-    found = plan(Request(op, device, dtype, depth, leaves_out=leaves_out))
+    found = plan(Request(op, device, dtype, depth))
     return None if isinstance(found, Refusal) else found.name
 
 
@@ -81,13 +81,11 @@ class LayersInGraphs(DeferredPairs):
             return refusal_in_a_graph()
         if not pairs.are_all(dtype) or not all_fit(filters, x, dtype):
             return refusal_in_a_graph()
-        tolerance = self.tolerance_of(tolerance)
-        depth = len(pairs.keys) + 1
-        name = _kernels(current_setting(), op, x.device, dtype, depth, tolerance > 0)
+        name = _kernels(current_setting(), op, x.device, dtype, len(pairs.keys) + 1)
         if name is None:
             return refusal_in_a_graph()
         wq, wk, wv = filters
-        return GraphPlan(name, Filters(wq, wk, wv), dtype, tolerance)  # type: ignore[arg-type]
+        return GraphPlan(name, Filters(wq, wk, wv), dtype, self.tolerance_of(tolerance))  # type: ignore[arg-type]
 
     def takes_decision(self, x: Tensor, keeps: bool, takes_batch: bool) -> bool:
         """Whether an operator may be told by a tensor whether a block of `x` retrieves: it is read when the graph runs.
