@@ -18,9 +18,6 @@ from support.pairs import pairs
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from ela_kernels.backends.dispatch import BACKENDS, KERNELS
-
-LEAVES_OUT = [b for b in ALL if b.name == "eager" or KERNELS[b.name].leaves_out]
 
 
 def between(weights: Iterable[Tensor]) -> float:
@@ -65,7 +62,7 @@ def layouts(backend: Backend) -> list[dict[str, Any]]:
     return pairs(factors)
 
 
-@over("pair", layouts, LEAVES_OUT, ids=words)
+@over("pair", layouts, ALL, ids=words)
 def test_layouts_of_maps(backend, pair):
     shape, heads = pair["size"]
     makers, dout = pair["layout"], pair["dout"]
@@ -74,7 +71,7 @@ def test_layouts_of_maps(backend, pair):
     )
 
 
-@over("layout", lambda backend: TOKEN_LAYOUTS, LEAVES_OUT, words)
+@over("layout", lambda backend: TOKEN_LAYOUTS, ALL, words)
 def test_layouts_of_tokens(backend, layout):
     case = make_case((2, 9, 12), 4, 2, backend.exact, layout, dout=layout, channels_last=True)
     check_case(backend, spread(case))
@@ -83,7 +80,7 @@ def test_layouts_of_tokens(backend, layout):
 @over(
     "size",
     lambda backend: [s for s in backend.sizes if s[0][0] * s[1] > 1 and len(s[0]) == 4 and s[0][2]],
-    LEAVES_OUT,
+    ALL,
 )
 @pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
 def test_sizes(backend, size, layout):
@@ -91,13 +88,13 @@ def test_sizes(backend, size, layout):
     check_case(backend, spread(make_case(shape, 6, heads, backend.exact, layout, dout=layout)))
 
 
-@over("depth", lambda backend: [d for d in backend.depths if d > 3], LEAVES_OUT)
+@over("depth", lambda backend: [d for d in backend.depths if d > 3], ALL)
 def test_depths(backend, depth):
     case = make_case((2, 4, 2, 3), depth, 2, backend.exact)
     check_case(backend, spread(case))
 
 
-@over("beyond", lambda backend: backend.beyond, [b for b in LEAVES_OUT if b.beyond], words)
+@over("beyond", lambda backend: backend.beyond, [b for b in ALL if b.beyond], words)
 def test_beyond_what_is_worked_on_at_a_time(backend, beyond):
     shape, heads, layout = beyond
     if shape[0] * heads < 2:
@@ -107,7 +104,7 @@ def test_beyond_what_is_worked_on_at_a_time(backend, beyond):
     assert_matches(found, case)
 
 
-@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT, words)
+@over("layout", lambda backend: [contiguous, channels_last], ALL, words)
 @pytest.mark.parametrize("tolerance", [0.99, 0.5], ids=["all", "most"])
 def test_hardly_anything_or_nothing_is_left(backend, layout, tolerance):
     """Of a sum over nothing all is zero, whatever the values are."""
@@ -122,7 +119,7 @@ def test_hardly_anything_or_nothing_is_left(backend, layout, tolerance):
 @over(
     "pair",
     lambda backend: pairs({"dtype": backend.dtypes, "layout": [contiguous, channels_last]}),
-    LEAVES_OUT,
+    ALL,
     ids=words,
 )
 def test_equal_bits_where_nothing_is_below(backend, pair):
@@ -134,7 +131,7 @@ def test_equal_bits_where_nothing_is_below(backend, pair):
         assert same_bits(x, exact[name]), name
 
 
-@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT, words)
+@over("layout", lambda backend: [contiguous, channels_last], ALL, words)
 @pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_left_out_may_be_anything(backend, layout, number):
     """And what is not shows; without a tolerance everything does."""
@@ -162,7 +159,7 @@ def _any_head(out: Tensor, per_head: int) -> Tensor:
     return out.any(-1).repeat_interleave(per_head, 1)
 
 
-@over("form", lambda backend: FORMS, LEAVES_OUT, words)
+@over("form", lambda backend: FORMS, ALL, words)
 def test_a_gradient_that_is_left_out_may_be_anything(backend, form):
     """The pull form: what a value's gradient leaves out of the later layers' output gradients."""
     torch.manual_seed(4)
@@ -231,7 +228,7 @@ def run_mixed(backend: Backend, depth: int, form: Any) -> list[Tensor]:
 MIXED = (0.0, 0.013, 1e-7, 0.21)
 
 
-@over("form", lambda backend: FORMS, LEAVES_OUT)
+@over("form", lambda backend: FORMS, ALL)
 def test_layers_of_several_tolerances(backend, form):
     depth = 4 if backend.is_slow else 7
     found = run_mixed(backend, depth, form)
@@ -289,7 +286,7 @@ def near_by_norm(backend: Backend, modules: nn.ModuleList, x: Tensor) -> Results
     return found
 
 
-@over("pair", stages, [b for b in LEAVES_OUT if b.has_kernels], ids=words)
+@over("pair", stages, [b for b in ALL if b.has_kernels], ids=words)
 def test_stages(backend, pair):
     (shape, head_dim), depth = pair["size"], 3 if backend.is_slow else 5
     modules, x = make(pair["kind"], shape, depth, head_dim, pair["dtype"], pair["form"])
@@ -302,7 +299,7 @@ def test_stages(backend, pair):
     assert (found["weights"] < layer.tolerance).any()
 
 
-@over("pair", lambda b: pairs({"kind": ["layer", "block"], "form": FORMS}), LEAVES_OUT, ids=words)
+@over("pair", lambda b: pairs({"kind": ["layer", "block"], "form": FORMS}), ALL, ids=words)
 def test_whole_layers_are_served(backend, pair, made):
     modules, x = make(pair["kind"], (2, 12, 4, 5), 2, 3, backend.exact, pair["form"])
     modules, x = modules.to(backend.device), leaf(x, backend.device)
@@ -313,7 +310,7 @@ def test_whole_layers_are_served(backend, pair, made):
         assert made == ["layer"] * 2 + ["layer_backward"] * 2
 
 
-@over("layout", lambda backend: [contiguous, channels_last], LEAVES_OUT, words)
+@over("layout", lambda backend: [contiguous, channels_last], ALL, words)
 def test_a_tolerance_that_float32_has_not(backend, layout):
     """It leaves out what is zero, and nothing else."""
     case = make_case((2, 6, 4, 5), 3, 2, backend.exact, layout, scale=0.1, dout=layout)
@@ -349,10 +346,6 @@ def test_a_tolerance_that_is_none(backend):
             ek.LayerHistory().attend(
                 case.q, case.keys[0], case.values[0], heads=case.heads, tolerance=given
             )
-
-
-def test_every_backend_leaves_out():
-    assert all(b.name == "eager" or KERNELS[b.name].leaves_out for b in BACKENDS.values())
 
 
 def test_evaluate_passes_it_on():

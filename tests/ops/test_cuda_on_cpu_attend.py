@@ -19,6 +19,7 @@ from support.layouts import (
     channels_last_slice,
     contiguous,
 )
+from support.left_out import bits
 from support.oracle import oracle, tolerances
 from torch import Tensor
 from torch.nn.functional import conv1d
@@ -347,10 +348,6 @@ PLANS = {
     "channel-wise": ((2, 40, 9, 9), 3, 40, channels_last),
     "spanning": ((2, 36, 17, 9), 3, 6, channels_last),
 }
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import cuda_on_cpu
 from support.cases import HALF_TYPES, Case, evaluate, make_case
-from support.cuda_on_cpu import launched, off_by
+from support.cuda_on_cpu import SHAPES_OF_INSTANCES, launched, off_by
 from support.layouts import channel_slice, channels_last, contiguous
 from support.oracle import assert_matches
 from torch import Tensor
@@ -255,14 +255,6 @@ def test_a_depth_beyond_the_kernels_is_refused_twice(kernels):
             kl=0,
         )
     assert (weights == 7).all()
-
-
-SHAPES_OF_INSTANCES = [
-    ((1, 16, 4, 4), 2, contiguous),
-    ((1, 16, 4, 4), 2, channels_last),
-    ((1, 16, 4, 4), 16, channels_last),
-    ((1, 9, 3, 3), 3, contiguous),
-]
 
 
 def test_every_instance_runs_and_is_right(kernels):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from support import cuda_on_cpu
 from support.cases import HALF_TYPES, Case, Maker, make_case
-from support.cuda_on_cpu import launched, off_by
+from support.cuda_on_cpu import SHAPES_OF_INSTANCES, launched, off_by
 from support.layouts import channel_slice, channels_last, contiguous
 from support.left_out import (
     NUMBERS,
@@ -510,14 +510,6 @@ def test_what_every_head_leaves_out_is_not_read(channels, layout):
     assert ends_well(lambda: backward(case, weights, 0.25, [True] * 4))
     assert ends_well(lambda: gather_all(left, 1, 2, False))
     assert not ends_well(lambda: attend(case, 0.0))  # that this is seen
-
-
-SHAPES_OF_INSTANCES = [
-    ((1, 16, 4, 4), 2, contiguous),
-    ((1, 16, 4, 4), 2, channels_last),
-    ((1, 16, 4, 4), 16, channels_last),
-    ((1, 9, 3, 3), 3, contiguous),
-]
 
 
 def test_every_instance_runs_and_is_right(kernels):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import cuda_on_cpu
 from support.cases import HALF_TYPES, Maker
-from support.cuda_on_cpu import launched, off_by
+from support.cuda_on_cpu import SHAPES_OF_INSTANCES, launched, off_by
 from support.layouts import channels_last, contiguous
 from support.left_out import NUMBERS, assert_near, assert_same_bits, bits, middle, poison
 from support.oracle import largest
@@ -187,14 +187,6 @@ def test_bits_of_layers_depend_on_no_order_and_no_grid(name, kernels):
         kernels.limit_grid(limit)
         note = f"in order {order} with a limit of {limit}"
         assert_same_bits(run_layer(layer, tolerance), first, note)
-
-
-SHAPES_OF_INSTANCES = [
-    ((1, 16, 4, 4), 2, contiguous),
-    ((1, 16, 4, 4), 2, channels_last),
-    ((1, 16, 4, 4), 16, channels_last),
-    ((1, 9, 3, 3), 3, contiguous),
-]
 
 
 def test_every_instance_runs_and_is_right(kernels):

@@ -226,17 +226,9 @@ class Backend:
         """The largest relative error of a result that is rounded to `dtype`: half an ulp."""
         return torch.finfo(dtype).eps / 2
 
-    def contribution(
-        self,
-        q: Tensor,
-        weights: Tensor,
-        dscores: Tensor,
-        dout: Tensor | None,
-        channels_last: bool,
-        tolerance: float = 0.0,
-    ) -> Any:
-        """What one layer leaves to :meth:`gather`."""
-        return KERNELS[self.name].contribution(q, weights, dscores, dout, channels_last, tolerance)
+    def contribution(self, *left: Any) -> Any:
+        """What one layer leaves to :meth:`gather`; arguments as of `KernelBackend.contribution`."""
+        return KERNELS[self.name].contribution(*left)
 
     def gather(
         self,
@@ -301,11 +293,11 @@ class Cpp(Eager):
         dscores: Tensor,
         dout: Tensor | None,
         channels_last: bool,
-        tolerance: float = 0.0,
+        *options: Any,
     ) -> Any:
         if dout is not None:  # its caller sees to it that the kernels can read it
             dout = in_form(dout, channels_last, is_interleaved(dout, channels_last))
-        return super().contribution(q, weights, dscores, dout, channels_last, tolerance)
+        return super().contribution(q, weights, dscores, dout, channels_last, *options)
 
 
 class CudaOnCpu(Backend):

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 from support.cases import Maker
+from support.layouts import channels_last, contiguous
 from torch import Tensor
 
 # `make asan` starts in another folder, with the package that it built first on the path.
@@ -35,6 +36,14 @@ from build_tools.options import available_memory, core_count, job_count
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.cuda import attention as cuda
 from ela_kernels.backends.cuda.backend import CudaBackend
+
+SHAPES_OF_INSTANCES = [
+    ((1, 16, 4, 4), 2, contiguous),
+    ((1, 16, 4, 4), 2, channels_last),
+    ((1, 16, 4, 4), 16, channels_last),
+    ((1, 9, 3, 3), 3, contiguous),
+]
+"""Shape, heads and layout of maps for which every instance of the attention's kernels runs, at depths of 3 and 33."""
 
 ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = ROOT / "tests" / "native" / "cuda_on_cpu"
