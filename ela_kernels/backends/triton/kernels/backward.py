@@ -107,10 +107,17 @@ def layer_attention_bwd_dots_kernel(
                 read = read + (v,)
             for j in tl.static_range(first, min(first + DOTS_GROUP, T)):
                 if j < depth:
-                    products = dout * read[j - first].to(tl.float32)
-                    # Not the value alone is zero: the gradient may be infinite. Which of the two selects spills no
+                    # Not the value alone is zero: the gradient may be infinite. Which of the three selects spills no
                     # register is what compiling showed.
-                    if LEAVES_OUT and not (INTERLEAVED and UNIT > 1):
+                    d = dout
+                    if LEAVES_OUT and PUSH and not INTERLEAVED:
+                        d = tl.where(kept[j - first], dout, 0.0)
+                    products = d * read[j - first].to(tl.float32)
+                    if (
+                        LEAVES_OUT
+                        and not (PUSH and not INTERLEAVED)
+                        and not (INTERLEAVED and UNIT > 1)
+                    ):
                         products = tl.where(kept[j - first], products, 0.0)
                     if INTERLEAVED:
                         sums = tl.sum(products, axis=0, keep_dims=LEAVES_OUT and UNIT > 1)
@@ -125,7 +132,9 @@ def layer_attention_bwd_dots_kernel(
                     tl.store(partial_ptr + at, sums, mask=mask_sums)
                     if PUSH:
                         if decoded(wanted[j]) != 0:
-                            if LEAVES_OUT:
+                            if LEAVES_OUT and not INTERLEAVED:
+                                dv = ws[j - first] * d
+                            elif LEAVES_OUT:
                                 dv = tl.where(kept[j - first], ws[j - first] * dout, 0.0)
                             else:
                                 w = tl.load(w_ptrs + j, mask=mask_line, other=0.0)
