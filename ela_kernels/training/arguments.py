@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,19 +18,41 @@ from ela_kernels.modules.skipping import SKIP_MODES
 from ela_kernels.training.data import DATA, Task
 from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
 
+# Names of networks for each task, the one that is taken if none is given first.
+USUAL_MODEL = "resnet56"
+TASKS: dict[str, tuple[str, ...]] = {
+    "classification": (USUAL_MODEL, *(name for name in MODELS if name != USUAL_MODEL)),
+    "detection": ("fasterrcnn_small",),
+}
 HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # More threads than that only take memory, and systems refuse some tens of thousands by ending the process.
 _MOST_THREADS = max(1024, os.cpu_count() or 1)
 
 
+class AnyTask(Protocol):
+    """What settings say of the images."""
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def train(self) -> Sized: ...
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ela_kernels train",
-        description="Train a residual network with layer attention. Under torchrun: one process a GPU, or a CPU share.",
+        description="Train a classifier or a detector with layer attention; under torchrun with one process a GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--data", choices=DATA, default="digits", help="digits are bundled with scikit-learn")
+    add("--task", choices=TASKS, default="classification", help="detection needs torchvision")
+    add(
+        "--data",
+        choices=(*DATA, "coco"),
+        default="digits",
+        help="digits are bundled with scikit-learn; coco is for detection",
+    )
     add("--data-dir", type=Path, help="CIFAR's python pickles, or a folder with train/ and val/")
     add(
         "--side",
@@ -38,7 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         help="height and width of the images; by the data if not given",
     )
-    add("--model", choices=tuple(MODELS), default="resnet56")
+    add(
+        "--model",
+        choices=tuple(name for names in TASKS.values() for name in names),
+        help=f"{' and '.join(f'{names[0]} for {task}' for task, names in TASKS.items())} if not given",
+    )
     add("--block", choices=("basic", "bottleneck"), help="of the small networks")
     add("--attention", choices=ATTENTIONS, default="ela")
     add("--unfused", action="store_true", help="mrla as published, concatenating")
@@ -73,11 +99,18 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def check_numbers(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that no other check sees, by name.
+    """Refuse what no other check sees, by name; the usual model where none was given.
 
     Raises:
         ValueError: one does not fit.
     """
+    names = TASKS[arguments.task]
+    if arguments.model is None:
+        arguments.model = names[0]
+    elif arguments.model not in names:
+        raise ValueError(
+            f"model: got {arguments.model!r} for --task {arguments.task}; allowed are {', '.join(names)}"
+        )
     for name, least, most in (
         ("save_every", 1, None),
         ("log_every", 1, None),
@@ -90,7 +123,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
             raise ValueError(f"{name.replace('_', '-')}: got {number}; allowed is an int {allowed}")
 
 
-def make_options(arguments: argparse.Namespace, task: Task) -> Options:
+def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
     kept = [
         "data",
         "side",
@@ -103,6 +136,8 @@ def make_options(arguments: argparse.Namespace, task: Task) -> Options:
         "skip",
         "checkpointing",
     ]
+    if arguments.task != "classification":  # runs of before there was a choice go on without
+        kept.append("task")
     if arguments.history_dtype is not None:  # runs of before there was a choice go on without
         kept.append("history_dtype")
     if arguments.tolerance:

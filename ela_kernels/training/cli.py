@@ -7,13 +7,14 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 from ela_kernels.training.arguments import check_numbers, make_model, make_options, make_parser
 from ela_kernels.training.checkpoint import NAME, load_checkpoint, save_checkpoint
@@ -83,11 +84,7 @@ def _prepare(
         torch.set_num_threads(arguments.threads)
     out: Path = arguments.out
     _check_out(out, arguments.resume)
-    task = load_task(arguments.data, arguments.data_dir, arguments.side)
-    options = make_options(arguments, task)
-    torch.manual_seed(options.seed)
-    model = make_model(arguments, task)
-    trainer = Trainer(model, task, options, device, processes, workers=arguments.workers)
+    trainer = _make_trainer(arguments, device, processes)
     if arguments.resume:
         trainer.load_state_dict(load_checkpoint(out), str(out / NAME))
     if processes.first:
@@ -95,8 +92,29 @@ def _prepare(
     # All processes have looked for a checkpoint before one of them can write any.
     processes.wait()
     _make_folder(out)
-    logs = Logs(out, arguments.tensorboard, trainer.steps) if processes.first else None
+    logs = None
+    if processes.first:
+        columns = trainer.columns, trainer.step_columns
+        logs = Logs(out, arguments.tensorboard, trainer.steps, *columns)
     return trainer, logs
+
+
+def _make_trainer(
+    arguments: argparse.Namespace, device: torch.device, processes: Processes
+) -> Trainer:
+    kind: type[Trainer] = Trainer
+    load: Callable[..., Any] = load_task
+    make: Callable[..., nn.Module] = make_model
+    if arguments.task == "detection":
+        # It needs torchvision, which takes seconds to import.
+        from ela_kernels.training.detection import networks, tasks, trainer
+
+        kind, load, make = trainer.DetectionTrainer, tasks.load_task, networks.make_model
+    task = load(arguments.data, arguments.data_dir, arguments.side)
+    options = make_options(arguments, task)
+    torch.manual_seed(options.seed)
+    model = make(arguments, task)
+    return kind(model, task, options, device, processes, workers=arguments.workers)
 
 
 def _warn_of_dead_norms(trainer: Trainer) -> None:
@@ -204,7 +222,7 @@ def _epochs(trainer: Trainer, logs: Logs | None, arguments: argparse.Namespace) 
     with closing(progress):
         while not trainer.done:
             row = trainer.run_epoch(after_step)
-            progress.epoch(row)
+            progress.epoch(row, trainer.epoch_text(row))
             if logs is not None:
                 logs.write(trainer.history)
             if trainer.done or trainer.epoch % arguments.save_every == 0:
@@ -233,14 +251,11 @@ def _print_result(trainer: Trainer, arguments: argparse.Namespace) -> None:
 
 
 def _print_rows(trainer: Trainer, arguments: argparse.Namespace) -> None:
-    best = max(row["test_accuracy"] for row in trainer.history)
-    last = trainer.history[-1]
     print_table(
         f"{arguments.model}, attention {arguments.attention}, on {arguments.data}",
         ("", "value"),
         [
-            ("test accuracy, last epoch", f"{last['test_accuracy']:.2%}"),
-            ("test accuracy, best epoch", f"{best:.2%}"),
+            *trainer.results(),
             ("training time", f"{trainer.seconds:.1f} s"),
             ("time per step, mean", f"{1000 * trainer.seconds / trainer.steps:.1f} ms"),
             ("layers skipped", str(trainer.layers_skipped)),

@@ -1,4 +1,4 @@
-"""Norms behind which nothing can be learnt."""
+"""Norms behind which nothing can be learnt, or that cannot train on one image."""
 
 from __future__ import annotations
 
@@ -63,3 +63,31 @@ def _dead_channels(module: nn.Module) -> str:
         dead &= shift.detach() <= 0
     count = int(dead.sum())
     return f"{count} of {dead.numel()} channels" if count else ""
+
+
+@torch.no_grad()
+def check_single_image(model: nn.Module, image: Tensor) -> None:
+    """Refuse batches of one image where the network shrinks it to one value a channel: batch norms cannot train on it.
+
+    A pass over one image tells, as maps become smaller in many ways.
+    """
+    single: list[nn.Module] = []
+
+    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            single.append(norm)
+
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
+    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    training = model.training
+    try:
+        model.eval()(image)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    if single:
+        raise ValueError(
+            f"batch-size: got 1 with images of side {image.shape[-1]}, whose last maps are 1x1, where a batch norm has "
+            "a single value a channel; allowed is a batch-size of at least 2, or a larger side"
+        )

@@ -36,8 +36,8 @@ class UnreadableImageError(OSError):
     """A file of the data that Pillow cannot decode, or whose values have no known range; the message says which."""
 
 
-class FolderImages:
-    """Image files, decoded with Pillow when they are read: the shorter side to `side`, then the middle square.
+class Decoder:
+    """Decodes image files with Pillow, to 8 bits of red, green and blue.
 
     Greys of 16 bits, and of floats from 0 to 1, are rounded to 8 bits; other greys of more than 8 bits have no
     range that can be known, and are refused. Of an image with an alpha channel, or with transparent entries of its
@@ -45,29 +45,19 @@ class FolderImages:
     applied, and of several frames the first is taken.
     """
 
-    def __init__(self, paths: list[Path], labels: Tensor, side: int) -> None:
-        self.paths, self.labels, self.side = paths, labels, side
+    def __init__(self) -> None:
         self._pillow = optional("PIL.Image", "reading a folder of images")
         self._numpy = optional("numpy", "reading a folder of images")
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def open(self, path: Path) -> Any:
+        """The image as Pillow has it, of mode RGB.
 
-    def read(self, indices: Tensor) -> Tensor:
-        paths = [self.paths[i] for i in indices.tolist()]
-        # Pillow decodes without holding Python's lock.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            images = torch.stack(list(pool.map(self._decode, paths)))
-        mean, deviation = (
-            torch.tensor(m, device="cpu").view(1, 3, 1, 1)
-            for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
-        )
-        return (images.float() / 255 - mean) / deviation
-
-    def _decode(self, path: Path) -> Tensor:
+        Raises:
+            UnreadableImageError: the file is not there, damaged, or of a kind whose values have no known range.
+        """
         try:
             with self._pillow.open(path) as opened:
-                image = self._rgb(opened)
+                return self._rgb(opened)
         except (
             # Pillow raises all of these for damaged files, depending on the format.
             *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError),
@@ -76,11 +66,13 @@ class FolderImages:
             raise UnreadableImageError(
                 f"data-dir: {path} cannot be read as an image: {error}. Remove it, or save it anew"
             ) from error
-        scale = self.side / min(image.size)
-        width, height = (max(self.side, round(length * scale)) for length in image.size)
-        image = image.resize((width, height), self._pillow.Resampling.BILINEAR)
-        left, top = (width - self.side) // 2, (height - self.side) // 2
-        image = image.crop((left, top, left + self.side, top + self.side))
+
+    def smoothed(self, image: Any, width: int, height: int) -> Any:
+        """`image` in another size."""
+        return image.resize((width, height), self._pillow.Resampling.BILINEAR)
+
+    def as_tensor(self, image: Any) -> Tensor:
+        """`[3, H, W]`, uint8, of one that :meth:`open` gave."""
         return torch.from_numpy(self._numpy.array(image)).permute(2, 0, 1)
 
     def _rgb(self, image: Any) -> Any:
@@ -124,3 +116,34 @@ class FolderImages:
             # Pillow turns these over by itself with 8 bits only.
             scaled = 255.0 - scaled
         return numpy.rint(scaled).astype(numpy.uint8)
+
+
+class FolderImages:
+    """Image files as :class:`Decoder` reads them: the shorter side to `side`, then the middle square."""
+
+    def __init__(self, paths: list[Path], labels: Tensor, side: int) -> None:
+        self.paths, self.labels, self.side = paths, labels, side
+        self._decoder = Decoder()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, indices: Tensor) -> Tensor:
+        paths = [self.paths[i] for i in indices.tolist()]
+        # Pillow decodes without holding Python's lock.
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            images = torch.stack(list(pool.map(self._decode, paths)))
+        mean, deviation = (
+            torch.tensor(m, device="cpu").view(1, 3, 1, 1)
+            for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
+        )
+        return (images.float() / 255 - mean) / deviation
+
+    def _decode(self, path: Path) -> Tensor:
+        image = self._decoder.open(path)
+        scale = self.side / min(image.size)
+        width, height = (max(self.side, round(length * scale)) for length in image.size)
+        image = self._decoder.smoothed(image, width, height)
+        left, top = (width - self.side) // 2, (height - self.side) // 2
+        image = image.crop((left, top, left + self.side, top + self.side))
+        return self._decoder.as_tensor(image)

@@ -37,29 +37,39 @@ class Logs:
         folder: where.
         tensorboard: write its files too.
         done: steps that the run has done already; what an earlier run logged beyond them is dropped.
+        columns: of `log.csv`.
+        step_columns: of `steps.csv`.
     """
 
-    def __init__(self, folder: Path, tensorboard: bool = False, done: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensorboard: bool = False,
+        done: int = 0,
+        columns: Sequence[str] = COLUMNS,
+        step_columns: Sequence[str] = STEP_COLUMNS,
+    ) -> None:
         self.folder = folder
+        self._columns, self._step_columns = tuple(columns), tuple(step_columns)
         self._keep_steps(done)
         self._events = EventFile(folder / "tensorboard", done + 1) if tensorboard else None
 
     def write(self, history: Sequence[dict[str, float]]) -> None:
         """Write all epochs so far; whole each time, so that a resumed run never leaves one twice."""
-        _write_whole(self.folder / "log.csv", COLUMNS, history)
+        _write_whole(self.folder / "log.csv", self._columns, history)
         if self._events is not None and history:
             row = history[-1]
-            self._events.write(int(row["step"]), {name: row[name] for name in COLUMNS[2:]})
+            self._events.write(int(row["step"]), {name: row[name] for name in self._columns[2:]})
 
     def write_step(self, row: Mapping[str, float]) -> None:
-        """Add one row of :data:`STEP_COLUMNS` to `steps.csv`."""
+        """Add one row to `steps.csv`."""
         path = self.folder / "steps.csv"
         if not path.exists():
-            _write_whole(path, STEP_COLUMNS, [])
+            _write_whole(path, self._step_columns, [])
         with named(path), path.open("a", newline="") as file:
-            csv.DictWriter(file, STEP_COLUMNS).writerow(row)
+            csv.DictWriter(file, self._step_columns).writerow(row)
         if self._events is not None:
-            values = {f"steps/{name}": row[name] for name in ("loss", "accuracy")}
+            values = {f"steps/{name}": row[name] for name in ("loss", "accuracy") if name in row}
             self._events.write(int(row["step"]), values)
 
     def _keep_steps(self, done: int) -> None:
@@ -70,14 +80,14 @@ class Logs:
             with path.open(newline="") as file:
                 # A full disk may have cut the last row short.
                 whole = [row for row in csv.DictReader(file) if None not in row.values()]
-            rows = [{name: row[name] for name in STEP_COLUMNS} for row in whole]
+            rows = [{name: row[name] for name in self._step_columns} for row in whole]
             kept = [row for row in rows if int(row["step"]) <= done]
         except (KeyError, ValueError, csv.Error) as error:
             raise ValueError(
                 f"out: {path} is no log of the steps of a run ({type(error).__name__}: {error}); remove it, or give "
                 "another folder"
             ) from error
-        _write_whole(path, STEP_COLUMNS, kept)
+        _write_whole(path, self._step_columns, kept)
 
     def close(self) -> None:
         if self._events is not None:
@@ -153,12 +163,9 @@ class Progress:
         if self._bar is not None:
             self._bar.update()
 
-    def epoch(self, row: Mapping[str, float]) -> None:
-        """Show how an epoch went."""
-        text = (
-            f"epoch {row['epoch']}, test accuracy {row['test_accuracy']:.2%}, "
-            f"{row['layers_skipped']} layers skipped"
-        )
+    def epoch(self, row: Mapping[str, float], text: str) -> None:
+        """Show how an epoch went: its row of the history, and what was reached."""
+        text = f"epoch {row['epoch']}, {text}, {row['layers_skipped']} layers skipped"
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif self._shown:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ela_kernels.ebqm import EBQM
 from ela_kernels.modules import ELA
-from ela_kernels.torch_internals import BATCH_NORM
-from ela_kernels.training.data import Images, Task
-from ela_kernels.training.dead import dead_norms
+from ela_kernels.training.data import Images
+from ela_kernels.training.dead import check_single_image, dead_norms
 from ela_kernels.training.finite import Watch, first_not_finite
+from ela_kernels.training.logs import COLUMNS, STEP_COLUMNS
 from ela_kernels.training.optimizers import make_optimizer, make_schedule
 from ela_kernels.training.options import Options
 from ela_kernels.training.processes import Processes
@@ -39,7 +39,7 @@ class Trainer:
     Args:
         model: gives class scores `[B, classes]` of images. EBQM joins in if it has ELA layers, unless the options leave
             EBQM out.
-        task: the images.
+        task: the images; a :class:`ela_kernels.training.data.Task`.
         options: the settings.
         device: where to train.
         processes: the processes of the run; the model is then wrapped in `DistributedDataParallel`.
@@ -48,10 +48,14 @@ class Trainer:
             same.
     """
 
+    # What a row of the history has, and one of the log of steps.
+    columns: tuple[str, ...] = COLUMNS
+    step_columns: tuple[str, ...] = STEP_COLUMNS
+
     def __init__(
         self,
         model: nn.Module,
-        task: Task,
+        task: Any,
         options: Options,
         device: torch.device | None = None,
         processes: Processes | None = None,
@@ -74,7 +78,7 @@ class Trainer:
                 f"{len(task.train) // self.processes.count}"
             )
         if options.batch_size == 1:
-            _check_norms(self.model, self._place(*_first(task.train))[0])
+            self._check_single_image()
         steps = options.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(self.model, options)
         self.schedule = make_schedule(self.optimizer, options, steps)
@@ -141,19 +145,17 @@ class Trainer:
         train_loss, train_accuracy = self._means(self._totals)
         # Reading the totals waited for the device.
         self._count_time()
-        test_loss, test_accuracy = self.evaluate()
-        self._watch.check_test_loss(test_loss, self.steps)
-        row = {
+        found = {
             "epoch": self.epoch + 1,
             "step": self.steps,
             "lr": lr,
             "train_loss": train_loss,
             "train_accuracy": train_accuracy,
-            "test_loss": test_loss,
-            "test_accuracy": test_accuracy,
+            **self._tested(),
             "seconds": self.seconds,
             "layers_skipped": self.layers_skipped,
         }
+        row = {name: found[name] for name in self.columns}
         self.history.append(row)
         self.epoch, self.batch = self.epoch + 1, 0
         self._totals, self._reported = self._no_totals(), self._no_totals()
@@ -163,7 +165,7 @@ class Trainer:
         """Means over the steps since the last call, or since the epoch began. All processes must call it alike."""
         loss, accuracy = self._means(self._totals - self._reported)
         self._reported = self._totals.clone()
-        return {
+        found = {
             "step": self.steps,
             "epoch": self.epoch + 1,
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -172,6 +174,19 @@ class Trainer:
             "seconds": self.seconds,
             "layers_skipped": self.layers_skipped,
         }
+        return {name: found[name] for name in self.step_columns}
+
+    def results(self) -> list[tuple[str, str]]:
+        """What was reached, to be read: names and values."""
+        best = max(row["test_accuracy"] for row in self.history)
+        return [
+            ("test accuracy, last epoch", f"{self.history[-1]['test_accuracy']:.2%}"),
+            ("test accuracy, best epoch", f"{best:.2%}"),
+        ]
+
+    def epoch_text(self, row: Mapping[str, float]) -> str:
+        """How an epoch went, for the progress bar."""
+        return f"test accuracy {row['test_accuracy']:.2%}"
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
@@ -218,7 +233,7 @@ class Trainer:
 
     def dead_norms(self) -> dict[str, str]:
         """Norms behind which nothing can be learnt, by name: see :func:`ela_kernels.training.dead.dead_norms`."""
-        return dead_norms(self.model, self._place(*_first(self.task.train))[0])
+        return dead_norms(self.model, self._first_images())
 
     def check_finite(self) -> None:
         """To be called before the state is saved: by a loss, a step that ruins the weights shows one step later only.
@@ -261,7 +276,27 @@ class Trainer:
         if self.device.type == "cuda" and "cuda" in state["random"]:
             torch.cuda.set_rng_state(state["random"]["cuda"][self.processes.rank], self.device)
 
-    def _rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tested(self) -> dict[str, float]:
+        """What is measured on the test images after an epoch; names of :attr:`columns`."""
+        loss, accuracy = self.evaluate()
+        self._watch.check_test_loss(loss, self.steps)
+        return {"test_loss": loss, "test_accuracy": accuracy}
+
+    def _first_images(self) -> Any:
+        """A batch of one image, as the model takes it."""
+        return self._place(*_first(self.task.train))[0]
+
+    def _check_single_image(self) -> None:
+        """Refuse batches of one image where the model cannot train on them."""
+        check_single_image(self.model, self._first_images())
+
+    def _loss(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and its part of the epoch's totals: loss, right answers and images."""
+        scores = self.parallel(images)
+        loss = F.cross_entropy(scores, labels)
+        return loss, _totals(scores.detach(), labels)
+
+    def _rest_of_epoch(self) -> Iterator[tuple[Any, Any]]:
         generator = self._generator(_ORDER)
         order = torch.randperm(len(self.task.train), generator=generator, device="cpu")
         batches = range(self.batch, self.steps_per_epoch)
@@ -271,7 +306,7 @@ class Trainer:
             return
         pool = ThreadPoolExecutor(self.workers)
         try:
-            ahead: deque[Future[tuple[Tensor, Tensor]]] = deque()
+            ahead: deque[Future[tuple[Any, Any]]] = deque()
             for batch in batches:
                 ahead.append(pool.submit(self._read, order, batch))
                 if len(ahead) > self.workers:
@@ -281,11 +316,15 @@ class Trainer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _read(self, order: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """This process' share of a batch, varied; the same on whatever thread and in whatever order."""
+    def _part(self, order: Tensor, batch: int) -> Tensor:
+        """Numbers of the images that are this process' share of a batch."""
         size = self.options.batch_size
         start = (batch * self.processes.count + self.processes.rank) * size
-        part = order[start : start + size]
+        return order[start : start + size]
+
+    def _read(self, order: Tensor, batch: int) -> tuple[Any, Any]:
+        """This process' share of a batch, varied; the same on whatever thread and in whatever order."""
+        part = self._part(order, batch)
         images = self.task.train.read(part)
         if self.options.augment:
             images = self.task.augment(images, self._generator(_VARIATION, batch))
@@ -301,11 +340,10 @@ class Trainer:
             seed = ((seed ^ (number + 1)) * 6364136223846793005 + 1442695040888963407) % 2**63
         return torch.Generator().manual_seed(seed)
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
+    def _step(self, images: Any, labels: Any) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            scores = self.parallel(images)
-            loss = F.cross_entropy(scores, labels)
+            loss, totals = self._loss(images, labels)
         self._watch.add(loss)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -315,7 +353,7 @@ class Trainer:
         if self.ebqm is not None:
             # The scale falls where the scaler left the step out; without one it is 1.
             self.ebqm.step(applied=self.scaler.get_scale() >= scale)
-        self._totals += _totals(scores.detach(), labels)
+        self._totals += totals
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
@@ -325,7 +363,7 @@ class Trainer:
     def _to_device(self, images: Images, part: Tensor) -> tuple[Tensor, Tensor]:
         return self._place(images.read(part), images.labels[part])
 
-    def _place(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _place(self, images: Any, labels: Any) -> tuple[Any, Any]:
         return images.to(self.device, memory_format=self._format), labels.to(self.device)
 
     def _no_totals(self) -> Tensor:
@@ -355,31 +393,3 @@ def _totals(scores: Tensor, labels: Tensor) -> Tensor:
 def _first(images: Images) -> tuple[Tensor, Tensor]:
     part = torch.tensor([0], device="cpu")
     return images.read(part), images.labels[part]
-
-
-@torch.no_grad()
-def _check_norms(model: nn.Module, image: Tensor) -> None:
-    """Refuse batches of one image where the network shrinks it to one value a channel: batch norms cannot train on it.
-
-    A pass over one image tells, as maps become smaller in many ways.
-    """
-    single: list[nn.Module] = []
-
-    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if inputs[0].numel() == inputs[0].shape[1]:
-            single.append(norm)
-
-    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
-    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
-    training = model.training
-    try:
-        model.eval()(image)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    if single:
-        raise ValueError(
-            f"batch-size: got 1 with images of side {image.shape[-1]}, whose last maps are 1x1, where a batch norm has "
-            "a single value a channel; allowed is a batch-size of at least 2, or a larger side"
-        )

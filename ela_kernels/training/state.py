@@ -13,7 +13,6 @@ from torch import Tensor
 from ela_kernels.ebqm.diagnostics import ADDED_LATER
 from ela_kernels.ebqm.state import EARLIER_RULE
 from ela_kernels.training.finite import first_not_finite
-from ela_kernels.training.logs import COLUMNS
 from ela_kernels.training.plain import same, shown
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ ENTRIES = (
     *("seconds", "history", "totals", "reported", "random"),
 )
 _LARGEST = 1e100
+# How numbers are called that are at most 1.
+_SHARES = ("accuracy", "precision", "precision_50")
 # What a schedule's state has of the run so far; all else in it follows from the options.
 _PROGRESS = ("last_epoch", "_step_count", "_last_lr")
 _MOMENTS = {"sgd": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
@@ -74,9 +75,9 @@ def _progress(state: Mapping[str, Any], trainer: Trainer) -> None:
             f"history is {shown(history)}; allowed is a list of {epoch}, one an epoch"
         )
     for number, row in enumerate(history, 1):
-        _entries(f"row {number} of history", row, COLUMNS)
+        _entries(f"row {number} of history", row, trainer.columns)
         for name, value in row.items():
-            most = 1.0 if name.endswith("accuracy") else _LARGEST
+            most = 1.0 if name.endswith(_SHARES) else _LARGEST
             _number(f"{name} in row {number} of history", value, most)
         if row["epoch"] != number or row["step"] != number * trainer.steps_per_epoch:
             raise _UnfitError(

@@ -141,7 +141,7 @@ def test_progress_and_table_without_their_libraries(
     for shown in (True, False):
         progress = Progress(10, 0, shown=shown)
         progress.step()
-        progress.epoch({"epoch": 1, "test_accuracy": 0.5, "layers_skipped": 2})
+        progress.epoch({"epoch": 1, "layers_skipped": 2}, "test accuracy 50.00%")
         progress.close()
     print_table("title", ("", "value"), [("accuracy", "98 %"), ("layers", "2")])
     shown_text = capsys.readouterr()

@@ -1,0 +1,81 @@
+"""What there is to detect: digits on canvases, or a folder of COCO's format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ela_kernels.training.data import MissingDataError
+from ela_kernels.training.detection.coco import load_coco
+from ela_kernels.training.detection.scenes import Sample, Scenes
+from ela_kernels.training.images import UnreadableImageError
+
+DATA = ("digits", "coco")
+# Of the digits: scenes for training and for testing.
+TRAIN_SCENES, TEST_SCENES = 2000, 300
+
+
+class Samples(Protocol):
+    """Images with boxes, by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class DetectionTask:
+    """Images for training and testing, names of the classes from label 1 on, and how images are varied."""
+
+    train: Samples
+    test: Samples
+    classes: list[str]
+    augment: Callable[[Sample, torch.Generator], Sample]
+    channels: int = 3
+
+
+def load_task(name: str, folder: Path | None = None, side: int | None = None) -> DetectionTask:
+    """Load one of :data:`DATA`.
+
+    Args:
+        name: `"digits"` (bundled with scikit-learn, on canvases that are made) or `"coco"`.
+        folder: where the data are; not needed for digits.
+        side: not for the data: networks resize images to it.
+
+    Raises:
+        ValueError: unknown name, or a folder that was not given or does not fit.
+        MissingDataError: expected files are not there, or cannot be read.
+    """
+    if name not in DATA:
+        raise ValueError(
+            f"data: got {name!r} for --task detection; allowed are {', '.join(map(repr, DATA))}"
+        )
+    if name == "digits":
+        train, test = Scenes(TRAIN_SCENES), Scenes(TEST_SCENES, train=False)
+        return DetectionTask(train, test, list(train.classes), lambda sample, _: sample)
+    if folder is None:
+        raise ValueError(f"data-dir: got none for {name!r}; allowed is the folder with the data")
+    try:
+        found = load_coco(folder)
+    except (MissingDataError, UnreadableImageError):
+        raise
+    except OSError as error:
+        raise MissingDataError(
+            f"data-dir: {error.filename or folder} cannot be read: {error.strerror or error}; allowed is a folder that "
+            "this user can read"
+        ) from error
+    return DetectionTask(found.train, found.test, found.classes, flip)
+
+
+def flip(sample: Sample, generator: torch.Generator) -> Sample:
+    """Mirrored left to right with probability one half."""
+    if float(torch.rand((), generator=generator, device="cpu")) < 0.5:
+        return sample
+    left, top, right, bottom = sample.boxes.unbind(1)
+    width = sample.image.shape[-1]
+    boxes = torch.stack((width - right, top, width - left, bottom), 1)
+    return sample._replace(image=sample.image.flip(-1), boxes=boxes)
