@@ -61,6 +61,16 @@ class Attached(InFront):
         assert layer is not None
         return stage.follow(self, layer, number, x, out)
 
+    def fused_original_forward(self, *args: Any, **options: Any) -> Any:
+        if self.fused_original.forward is not nn.Sequential.forward:
+            return super().fused_original_forward(*args, **options)
+        # A Sequential would call the layer as one of its own.
+        x = _first(args, options)
+        for name, module in self._modules.items():
+            if name != CHILD and module is not None:
+                x = module(x)
+        return x
+
     def fused_release(self) -> None:
         super().fused_release()
         del self.fused_place
@@ -239,6 +249,15 @@ def _check_block(name: str, block: nn.Module) -> None:
         raise ValueError(
             f"stages: got {name!r}, which has a forward of its own in the instance; allowed are blocks whose class has "
             "their forward, since a layer is put after that"
+        )
+    kind = type(block)
+    is_own_sequential = (
+        isinstance(block, nn.Sequential) and kind.forward is not nn.Sequential.forward
+    )
+    if is_own_sequential or isinstance(block, (nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"stages: got {name!r}, a {kind.__name__}, a container that would take the layer for one of its own "
+            "modules; allowed are blocks with a forward that calls its parts by name, and plain nn.Sequential"
         )
     if hasattr(block, CHILD):
         raise ValueError(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ela_kernels.integrations.attach import attach
+from ela_kernels.integrations.views import Maps
 from ela_kernels.models.blocks import MRLA, MRLALight
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import ELA
@@ -17,6 +20,7 @@ from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 
+M = TypeVar("M", bound=nn.Module)
 Form = Literal["ela", "mrla", "mrla_light"]
 FORMS: tuple[str, ...] = get_args(Form)
 Norm = Literal["batch", "layer", "group", "sync"] | Callable[[int], nn.Module]
@@ -113,6 +117,36 @@ class Options(NamedTuple):
             nn.init.zeros_(weight)
         made: nn.Module = layer
         return made
+
+
+def add_layers(
+    model: M,
+    stages: list[list[str]],
+    dims: dict[str, int],
+    options: Options,
+    every: int | None = None,
+    view: Maps | None = None,
+    history_dtype: torch.dtype | None = None,
+    tolerance: float = 0.0,
+) -> M:
+    """:func:`ela_kernels.integrations.attach` with layers by `options`; `dims`: the channels of each block's maps.
+
+    `drop_path` is that of the last layer, and grows linearly from 0 at the first.
+    """
+    step = 1 if every is None else check_count("every", every)
+    chosen = [name for stage in stages for name in stage[step - 1 :: step]]
+    check_head_dim(options.head_dim, {name: dims[name] for name in chosen} or dims)
+    last = max(len(chosen) - 1, 1)
+    rates = {name: options.drop_path * i / last for i, name in enumerate(chosen)}
+    return attach(
+        model,
+        stages,
+        lambda name: options.layer(dims[name], rates[name]),
+        every=every,
+        view=view,
+        history_dtype=history_dtype,
+        tolerance=tolerance,
+    )
 
 
 def check_head_dim(head_dim: int, dims: dict[str, int]) -> None:

@@ -488,6 +488,32 @@ def test_a_block_that_cannot_have_a_layer_is_refused_by_name():
         attach(model, STAGES, lambda name: layer_of("ela", DIM))
 
 
+@pytest.mark.parametrize(
+    "kind", [nn.ModuleList, type("Own", (nn.Sequential,), {"forward": Block.forward})]
+)
+def test_a_container_that_would_call_the_layer_is_refused_by_name(kind):
+    model = nn.Sequential(kind())
+    with pytest.raises(ValueError, match=r"^stages: got '0', a \w+, a container that would take"):
+        attach(model, [["0"]], lambda name: layer_of("ela", DIM))
+
+
+def test_blocks_that_are_sequentials():
+    torch.manual_seed(3)
+    parts = [[nn.Conv2d(DIM, DIM, 3, padding=1), nn.ReLU()] for _ in range(3)]
+    model = nn.Sequential(*(nn.Sequential(*some, some[0]) for some in parts))
+    attach(model, [list("012")], lambda name: layer_of("ela", DIM))
+    x = torch.randn(2, DIM, 5, 5)
+    expected, history = x, ek.LayerHistory()
+    for (conv, act), block in zip(parts, model, strict=True):
+        expected = block.ela(conv(act(conv(expected))), history)
+    torch.testing.assert_close(model(x), expected)
+    plain = x
+    for conv, act in parts:
+        plain = conv(act(conv(plain)))
+    assert torch.equal(detach(model)(x), plain)
+    assert [len(block) for block in model] == [3, 3, 3]
+
+
 def test_a_second_time_is_refused():
     model = network()
     with pytest.raises(
