@@ -46,6 +46,9 @@ class Attached(InFront):
             out = super().__call__(*args, **options)
             stage.hand_on(out)
             return out
+        except BaseException:
+            stage.give_up()
+            raise
         finally:
             stage.end_call()
 

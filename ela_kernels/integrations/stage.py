@@ -174,6 +174,10 @@ class Stage:
         """The block's call is over, also where it raised: what it was given is not held on to."""
         self._local.given = self._local.made = None
 
+    def give_up(self) -> None:
+        """The pass is over before its end: what it holds is let go of, not kept until the next."""
+        self._local.last = None
+
     def pass_on(self, block: nn.Module, x: object, out: object) -> None:
         """After a block without a layer of its own, between others that have one."""
         if torch.compiler.is_compiling() or not isinstance(out, Tensor):

@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from support import attached_process
 from support.attached_networks import (
     DIM,
     FORMS,
@@ -23,7 +24,7 @@ from support.attached_networks import (
     layer_of,
     network,
 )
-from torch import nn
+from torch import distributed, multiprocessing, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import ela_kernels as ek
@@ -192,6 +193,8 @@ def test_nothing_is_left_when_outputs_are_gone(form, checkpoints):
     model = network(form)
     if checkpoints:
         model.run = checkpointed
+    # What a process does once, imports among it, leaves frames in circles of their own.
+    model(images()).sum().backward()
     seen = []
     hooks = [
         block.register_forward_hook(lambda _m, _i, out: seen.append(weakref.ref(out)))
@@ -214,6 +217,21 @@ def test_nothing_is_left_when_outputs_are_gone(form, checkpoints):
         gc.enable()
         for hook in hooks:
             hook.remove()
+
+
+def test_nothing_is_left_of_a_pass_that_raised():
+    model, seen = network(), []
+
+    def fails(*_):
+        raise MemoryError
+
+    model.first[0].register_forward_hook(lambda _m, _i, out: seen.append(weakref.ref(out)))
+    model.first[1].bn.register_forward_hook(fails)
+    with pytest.raises(MemoryError):
+        model(images())
+    gc.collect()  # of the error's frames
+    assert [ref() for ref in seen] == [None]
+    assert model.first[0].fused_place.stage._local.last is None
 
 
 def test_names_weights_and_classes_stay():
@@ -524,3 +542,12 @@ def test_a_second_time_is_refused():
         detach(3)
     attach(detach(model), STAGES, lambda name: layer_of("mrla", 2 * DIM if "sec" in name else DIM))
     model.double()(images())
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_sharded_and_replicated_networks_have_the_gradients_of_whole_ones(tmp_path):
+    """FSDP exchanges the tensors that a block is given, in a recomputation too."""
+    pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no FSDP2")
+    multiprocessing.spawn(attached_process.run, args=(2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt") == []
