@@ -39,7 +39,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study quick test test-oldest slow gpu-test lint format compdb bench compare tables gpu-bench cuda-report \
+.PHONY: help install demo study quick test test-oldest test-integrations slow gpu-test lint format compdb bench compare tables gpu-bench cuda-report \
   triton-report triton-versions asan tsan clean
 
 help: ## list the targets
@@ -92,6 +92,22 @@ test-oldest: $(OLDEST_INSTALLED) ## run a part of the tests with the oldest PyTo
 	$(OLDEST_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "Python", sys.version)'
 	PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) \
 	  $(sort $(OLDEST_TESTS)) $(PYTEST_ARGS)
+
+# The newest PyTorch that they are tested with, and the libraries whose networks and formats the package takes.
+INTEGRATIONS_VENV ?= .venv-integrations
+INTEGRATIONS_REQUIRES := torch==2.14.1 torchvision==0.29.1 timm torchmetrics pycocotools numpy scipy hypothesis \
+  'pytest>=8' pytest-xdist
+INTEGRATIONS_INSTALLED := $(INTEGRATIONS_VENV)/.installed
+
+$(INTEGRATIONS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m venv $(INTEGRATIONS_VENV)
+	$(INTEGRATIONS_VENV)/bin/python -m pip install --quiet $(INTEGRATIONS_REQUIRES)
+	@touch $@
+
+test-integrations: $(INTEGRATIONS_INSTALLED) ## run the tests with timm and torchvision, which are 3 GB to load
+	$(INTEGRATIONS_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "Python", sys.version)'
+	PYTHONPATH=. $(INTEGRATIONS_VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) \
+	  tests/integrations tests/test_readme.py $(PYTEST_ARGS)
 
 slow: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
@@ -192,6 +208,6 @@ endef
 comma := ,
 
 clean: ## remove what builds and tests leave, and the virtual environment
-	rm -rf build dist *.egg-info $(VENV) $(OLDEST_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f ela_kernels/_C*.so ela_kernels/_build_info.json compile_commands.json
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

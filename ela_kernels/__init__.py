@@ -20,6 +20,7 @@ from ela_kernels.ops.light_layer_attention import light_layer_attention
 from ela_kernels.warming import warmup
 
 if _TYPE_CHECKING:
+    from ela_kernels import integrations as integrations
     from ela_kernels import models as models
 
 __version__ = "0.1.0"
@@ -47,8 +48,8 @@ __all__ = [
     "warmup",
 ]
 
-# The subpackages that are for users. Networks are imported when they are asked for.
-_SUBPACKAGES = ("analysis", "ebqm", "models", "modules")
+# The subpackages that are for users. Networks and what is for them are imported when they are asked for.
+_SUBPACKAGES = ("analysis", "ebqm", "integrations", "models", "modules")
 
 
 def __getattr__(name: str) -> object:

@@ -90,6 +90,10 @@ def test_no_modules_import_each_other() -> None:
         ("ebqm", {"ebqm", "modules", "ops", "backends", "torch_internals"}),
         ("models", {"models", "modules", "ops", "torch_internals"}),
         (
+            "integrations",
+            {"integrations", "models", "conversion", "modules", "ops", "torch_internals"},
+        ),
+        (
             "analysis",
             {"analysis", "ebqm", "modules", "ops", "explaining", "torch_internals", "training"},
         ),

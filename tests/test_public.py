@@ -11,7 +11,7 @@ import pytest
 
 import ela_kernels as ek
 
-SUBPACKAGES = ("analysis", "ebqm", "models", "modules")
+SUBPACKAGES = ("analysis", "ebqm", "integrations", "models", "modules")
 
 
 @pytest.mark.parametrize(

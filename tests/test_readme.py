@@ -16,6 +16,7 @@ PAGES = {
         "CONTRIBUTING.md",
         "docs/architecture.md",
         "docs/dropin.md",
+        "docs/integrations.md",
         "docs/models.md",
         "docs/skipping.md",
     )
@@ -36,6 +37,9 @@ BLOCKS = blocks_of(README)
     ids=lambda b: b.strip().splitlines()[-1][:40],
 )
 def test_a_block_runs(block):
+    for library in ("timm", "torchvision"):
+        if re.search(rf"\b{library}\b", block):
+            pytest.importorskip(library)
     exec(compile(block, "a page", "exec"), {})
 
 

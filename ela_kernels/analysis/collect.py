@@ -107,12 +107,17 @@ class Collector:
             self.batches[-1].setdefault(layer, []).append(kl.detach())
 
     def _stage(self, history: Any, layer: Any) -> int:
-        """A stage is known by the layer that comes first, in whatever history of whatever batch."""
-        found = self._stage_of.get(history)
+        """A stage is known by the layer that comes first, in whatever history of whatever batch.
+
+        A history may go on as another object, which has the same origin.
+        """
+        found = self._stage_of.get(history.origin)
         if found is None:
             first: Hashable = id(layer)
             if layer is None:
                 first = ("unnamed", self._unnamed)
                 self._unnamed += 1
-            found = self._stage_of[history] = self._stages.setdefault(first, len(self._stages))
+            found = self._stage_of[history.origin] = self._stages.setdefault(
+                first, len(self._stages)
+            )
         return found

@@ -67,12 +67,11 @@ class Form(NamedTuple):
     carries: bool = False
 
 
-class Fused(nn.Module):
-    """In front of the class of a converted module; `unfuse` takes it away again."""
+class InFront(nn.Module):
+    """In front of the class that an instance had; `unfuse` takes it away again."""
 
     fused_original: type[nn.Module]
-    fused_mixin: type[Fused]
-    fused_what: str  # for the report
+    fused_mixin: type[InFront]
 
     def fused_original_forward(self, *args: Any, **options: Any) -> Any:
         """As the module was written."""
@@ -90,6 +89,15 @@ class Fused(nn.Module):
 
     def fused_release(self) -> None:
         """Take away what the mixin keeps in the instance."""
+
+
+class Fused(InFront):
+    """In front of the class of a converted module."""
+
+    fused_what: str  # for the report
+
+    def fused_release(self) -> None:
+        super().fused_release()
         del self.fused_what
 
 
@@ -275,10 +283,10 @@ class FusedDecay(Fused):
         del self.fused_layer_name, self.fused_factor
 
 
-_classes: dict[tuple[type[Fused], type[nn.Module]], type[Fused]] = {}
+_classes: dict[tuple[type[InFront], type[nn.Module]], type[InFront]] = {}
 
 
-def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
+def fused_class(mixin: type[InFront], original: type[nn.Module]) -> type[InFront]:
     """The class of `mixin` in front of `original`; the same one at every call."""
     found = _classes.get((mixin, original))
     if found is None:
@@ -288,14 +296,19 @@ def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
     return found
 
 
-def fuse(module: nn.Module, mixin: type[Fused], what: str = "", **kept: Any) -> None:
+def put_in_front(module: nn.Module, mixin: type[InFront], **kept: Any) -> None:
     """Put `mixin` in front of the class of `module`, with what it keeps in the instance."""
     module.__class__ = fused_class(mixin, type(module))
-    for name, value in (("fused_what", what), *kept.items()):
+    for name, value in kept.items():
         object.__setattr__(module, name, value)
 
 
-def names_taken(module: nn.Module, mixin: type[Fused]) -> list[str]:
+def fuse(module: nn.Module, mixin: type[Fused], what: str = "", **kept: Any) -> None:
+    """The same for a converted module."""
+    put_in_front(module, mixin, fused_what=what, **kept)
+
+
+def names_taken(module: nn.Module, mixin: type[InFront]) -> list[str]:
     """Names of the module or its class that the mixin would hide: the module's own code may need them.
 
     The sizes that both have are no matter where they are the same.
@@ -311,13 +324,13 @@ def names_taken(module: nn.Module, mixin: type[Fused]) -> list[str]:
 SIZES = ("dim", "head_dim", "heads", "kernel_size")
 
 
-def unfuse(module: Fused) -> None:
-    """Undo :func:`fuse`."""
+def unfuse(module: InFront) -> None:
+    """Undo :func:`put_in_front`."""
     module.fused_release()
     module.__class__ = module.fused_original  # type: ignore[assignment]
 
 
-def _blank(mixin: type[Fused], original: type[nn.Module]) -> nn.Module:
+def _blank(mixin: type[InFront], original: type[nn.Module]) -> nn.Module:
     """An instance without anything, for a copy or a pickle to fill."""
     kind = fused_class(mixin, original)
     return kind.__new__(kind)

@@ -35,6 +35,22 @@ def _note_graph() -> bool:
     return True
 
 
+_OUTSIDE = -1
+Place = tuple[Snapshot, bool]
+"""What a layer found, and whether there were gradients."""
+
+
+class _ForEverybody(dict[Any, list[Place]]):
+    """One place, whoever asks for it."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self._place = [place]
+
+    def get(self, _: Any, __: Any = None) -> Any:
+        return self._place
+
+
 class Places:
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
@@ -111,6 +127,40 @@ class Places:
             return self
         other = copy(self)
         other._now = other._latest = snapshot
+        return other
+
+    def continued(self) -> Self:
+        """A history that goes on from here by itself, and knows nothing of those who came by; this one stays as it is.
+
+        In a recomputation it goes on from what the last layer left there.
+        """
+        other = copy(self)
+        other._found_by = {}
+        if self.recomputing:
+            other._now = self._latest
+        return other
+
+    @property
+    def place_found(self) -> Place | None:
+        """What the first layer found that came by since the history went on by itself; None in a recomputation.
+
+        None before one came by, too, and in inference mode, after which nothing recomputes.
+        """
+        return next((found[0] for found in self._found_by.values()), None)
+
+    @property
+    def place_left(self) -> Place:
+        """What a layer would find that came by now, with gradients."""
+        return self._now, True
+
+    def recomputed_from(self, place: Place) -> Self:
+        """This history in a recomputation, where the next layer, whichever it is, finds `place`."""
+        other = copy(self)
+        if (
+            not self.recomputing
+        ):  # made in the backward pass that recomputes, and so not known to be in one
+            other._made_in = _OUTSIDE
+        other._found_by = _ForEverybody(place)
         return other
 
     @property

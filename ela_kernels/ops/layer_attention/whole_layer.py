@@ -41,6 +41,11 @@ class WholeLayers(LayersInGraphs):
         self._record = Record()
         self._decided: Decided | None = None
 
+    @property
+    def origin(self) -> object:
+        """What a history and all those that go on from it have in common."""
+        return self._record
+
     def plan_layer(
         self,
         x: Tensor,
