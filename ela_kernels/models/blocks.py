@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -282,6 +282,22 @@ class StageAttention(nn.ModuleList):
         return LayerHistory(dtype=self.history_dtype, tolerance=self.tolerance)
 
 
+def run_block(
+    block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any, copy: bool
+) -> Tensor:
+    """A block, then the layer after it; `history` is what its stage shares, `copy` as of :class:`ELA`'s forward."""
+    given: Any = block(x)
+    if isinstance(given, tuple):  # the shortcut stands for the layer before
+        x, history = given
+    else:
+        x = given
+    if layer is None:
+        return x
+    # Nothing between the blocks changes a map in place that anybody else may have.
+    out: Tensor = layer(x, history, copy=copy) if isinstance(layer, ELA) else layer(x, history)
+    return out
+
+
 def initialise(model: nn.Module, all_maps: bool = False, zero_last_norm: bool = False) -> None:
     """Kaiming initialisation of the residual network's own convolutions; attention layers keep theirs.
 
@@ -308,8 +324,12 @@ def begin_as_identity(stages: nn.ModuleList) -> None:
         for layer in stage:
             assert isinstance(layer.act, nn.Identity)
             assert isinstance(layer.norm, nn.Module)
-            scale = layer.norm.weight
-            assert isinstance(scale, nn.Parameter)
+            scale = getattr(layer.norm, "weight", None)
+            if not isinstance(scale, nn.Parameter):
+                raise ValueError(
+                    f"norm_layer: got one that makes {type(layer.norm).__name__} without a scale, with "
+                    "identity_init=True, which sets it to zero; allowed is a norm with parameters"
+                )
             nn.init.zeros_(scale)
 
 
@@ -322,4 +342,5 @@ __all__ = [
     "StageAttention",
     "begin_as_identity",
     "initialise",
+    "run_block",
 ]
