@@ -15,9 +15,7 @@ def _parser() -> argparse.ArgumentParser:
         "info", help="what is installed, how it was built, and which backends can run"
     )
     info.add_argument("--json", action="store_true", help="print the report as JSON")
-    commands.add_parser(
-        "train", help="train a residual network with layer attention", add_help=False
-    )
+    commands.add_parser("train", help="train a network with layer attention", add_help=False)
     return parser
 
 

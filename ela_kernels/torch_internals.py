@@ -217,6 +217,19 @@ def all_modules(module: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+# `torch.compile`, FSDP1 and checkpoint_wrapper; the same names stand in the keys of state dicts.
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def without_wrappers(module: nn.Module) -> nn.Module:
+    """What stands inside PyTorch's own wrappers, whose forward is that of it. Always."""
+    found: nn.Module | None = module
+    while found is not None:
+        module, children = found, found._modules
+        found = next((children[name] for name in _WRAPPED if children.get(name) is not None), None)
+    return module
+
+
 def remove_hooks(module: nn.Module) -> None:
     """Remove all hooks of a module and of those in it, of which only who made them has the handles. Always."""
     for part in module.modules():

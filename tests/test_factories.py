@@ -27,6 +27,9 @@ ALLOWED = {
     ("modules/light.py", "LightLayerAttention.__init__"): (
         "parameters are made on the default device, as PyTorch's own modules make theirs"
     ),
+    ("models/vit.py", "VisionTransformer.__init__"): (
+        "parameters are made on the default device, as PyTorch's own modules make theirs"
+    ),
 }
 
 

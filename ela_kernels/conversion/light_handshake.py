@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ela_kernels.backends.types import ValueAct
 from ela_kernels.conversion.fused import ActModule, Form, Fused, FusedDecay, FusedGate, fuse
 from ela_kernels.conversion.handshake import MAP, Layer, agree, check_class, check_names
-from ela_kernels.conversion.tokens import FusedTokens, as_map, as_tokens
+from ela_kernels.conversion.tokens import FusedTokens
 from ela_kernels.conversion.trial import (
     DisagreementError,
     close,
@@ -20,6 +20,7 @@ from ela_kernels.conversion.trial import (
     kept_by,
     parameter_names,
 )
+from ela_kernels.modules.tokens import as_map, as_tokens
 from ela_kernels.ops.light_layer_attention import light_layer_attention
 from ela_kernels.ops.light_layer_attention.interface import activated
 

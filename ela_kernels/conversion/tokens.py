@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
 from ela_kernels.conversion.fused import Fused, gate_of
+from ela_kernels.modules.tokens import as_map, as_tokens
 from ela_kernels.torch_internals import part_of
 
 
@@ -61,15 +62,3 @@ def _are_tokens(x: Any, prev_out: Any, dim: int) -> bool:
     if len(shape) != 3 or shape[2] != dim or shape != prev_out.shape or x.dtype != prev_out.dtype:
         return False
     return shape[1] > 1 and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1
-
-
-def as_map(tokens: Tensor) -> Tensor:
-    """`[B, N, C]` as a view `[B, C, H, W]`."""
-    batch, positions, channels = tokens.shape
-    side = math.isqrt(positions)
-    return tokens.view(batch, side, side, channels).permute(0, 3, 1, 2)
-
-
-def as_tokens(maps: Tensor) -> Tensor:
-    """`[B, C, H, W]` as `[B, N, C]`, a view where positions lie one after the other."""
-    return maps.flatten(2).transpose(1, 2)

@@ -1,6 +1,7 @@
 """Networks with layer attention."""
 
 from ela_kernels.models.resnet import ResNet
+from ela_kernels.models.vit import VisionTransformer
 from ela_kernels.models.weights import LoadedWeights, load_weights
 from ela_kernels.models.zoo import (
     MODELS,
@@ -15,6 +16,8 @@ from ela_kernels.models.zoo import (
     resnet56,
     resnet101,
     resnet110,
+    vit_small,
+    vit_tiny,
 )
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "CifarResNet",
     "LoadedWeights",
     "ResNet",
+    "VisionTransformer",
     "build_model",
     "load_weights",
     "resnet18",
@@ -33,6 +37,8 @@ __all__ = [
     "resnet56",
     "resnet101",
     "resnet110",
+    "vit_small",
+    "vit_tiny",
 ]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,14 @@ from ela_kernels.modules import (
     LightLayerAttention,
 )
 from ela_kernels.modules.drop_path import DropPath
+from ela_kernels.modules.norms import normed
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode
+from ela_kernels.modules.tokens import Grid, TakesTokens, joined
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
+NormLayer = Callable[[int], nn.Module]
 Attention = Literal["none", "mrla", "mrla_light", "ela"]
 ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
@@ -112,34 +116,47 @@ def _activation(relu: bool) -> nn.Module:
     return nn.ReLU(inplace=True) if relu else nn.Identity()
 
 
-class MRLA(nn.Module):
-    """`x + drop_path(act(bn(o)))`, o from the base form of layer attention; never skipped.
+class MRLA(TakesTokens, nn.Module):
+    """`x + drop_path(act(norm(o)))`, o from the base form of layer attention; never skipped.
 
-    Parameters and their names are those of :class:`ela_kernels.ELA`, which loads this block's state. `act` is a ReLU,
-    as published, or nothing.
+    Parameters and their names are those of :class:`ela_kernels.ELA`, which loads this block's state, and so are the
+    arguments `norm_layer`, `prefix_tokens` and `grid`. `act` is a ReLU, as published, or nothing.
 
     Source:
         MRLA (arXiv 2302.03985), the block form in a residual network.
     """
 
     def __init__(
-        self, attn: LayerAttention | ConcatLayerAttention, drop_path: float, relu: bool = True
+        self,
+        attn: LayerAttention | ConcatLayerAttention,
+        drop_path: float,
+        relu: bool = True,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        prefix_tokens: int = 0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__()
+        self._take_tokens(prefix_tokens, grid)
         self.attn = attn
-        self.norm = nn.BatchNorm2d(attn.dim)
+        self.norm = norm_layer(attn.dim)
         self.act = _activation(relu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, history: LayerHistory | ConcatHistory) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == 3:
+            first, patches = self._split(x, self.attn.dim)
+            return joined(first, self._run(patches, history))
+        return self._run(x, history)
+
+    def _run(self, x: Tensor, history: LayerHistory | ConcatHistory) -> Tensor:
         if isinstance(history, LayerHistory):
             return residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
-        out: Tensor = x + self.drop_path(self.act(self.norm(self.attn(x, history))))
+        out: Tensor = x + self.drop_path(self.act(normed(self.norm, self.attn(x, history))))
         return out
 
 
-class MRLALight(nn.Module):
-    """`x + drop_path(act(bn(o)))`, o from the light form of layer attention.
+class MRLALight(TakesTokens, nn.Module):
+    """`x + drop_path(act(norm(o)))`, o from the light form of layer attention; other arguments as :class:`MRLA`.
 
     As published there is no `act`, and the o of the layer before is the shortcut of the residual block whose output x
     is. Ours has a ReLU and the o that the layer before gave, for the stage's first layer the map that enters it.
@@ -148,15 +165,32 @@ class MRLALight(nn.Module):
         MRLA (arXiv 2302.03985), the light form.
     """
 
-    def __init__(self, attn: LightLayerAttention, drop_path: float, relu: bool = True) -> None:
+    def __init__(
+        self,
+        attn: LightLayerAttention,
+        drop_path: float,
+        relu: bool = True,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        prefix_tokens: int = 0,
+        grid: Grid | None = None,
+    ) -> None:
         super().__init__()
+        self._take_tokens(prefix_tokens, grid)
         self.attn = attn
-        self.norm = nn.BatchNorm2d(attn.dim)
+        self.norm = norm_layer(attn.dim)
         self.act = _activation(relu)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, previous: PreviousOutput | Tensor) -> Tensor:
         """The block's output; `previous`: the o of the layer before, or what keeps it between the stage's layers."""
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return self._run(x, previous)
+        first, patches = self._split(x, self.attn.dim)
+        if isinstance(previous, Tensor) and previous.dim() == 3:
+            previous = self._split(previous, self.attn.dim)[1]
+        return joined(first, self._run(patches, previous))
+
+    def _run(self, x: Tensor, previous: PreviousOutput | Tensor) -> Tensor:
         kept = previous if isinstance(previous, PreviousOutput) else None
         prev_out = previous if kept is None else kept.find(self, x)
         assert isinstance(prev_out, Tensor)
@@ -185,6 +219,7 @@ class StageAttention(nn.ModuleList):
         takes_shortcut: each layer is given the shortcut of its residual block instead of a history.
         history_dtype: `dtype` of the history.
         tolerance: of the history.
+        norm_layer, prefix_tokens, grid: of each layer, as of :class:`ela_kernels.ELA`.
     """
 
     # Of stages that were pickled before there was a choice.
@@ -204,17 +239,33 @@ class StageAttention(nn.ModuleList):
         takes_shortcut: bool = False,
         history_dtype: torch.dtype | None = None,
         tolerance: float = 0.0,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        prefix_tokens: int = 0,
+        grid: Grid | None = None,
     ) -> None:
         layers: list[nn.Module] = []
         act = nn.ReLU if relu else nn.Identity
         for drop_path in drop_paths:
             if kind == "ela":
-                layers.append(ELA(dim, head_dim, act_layer=act, drop_path=drop_path, skip=skip))
-            elif kind == "mrla_light":
-                layers.append(MRLALight(LightLayerAttention(dim, head_dim), drop_path, relu))
+                layers.append(
+                    ELA(
+                        dim,
+                        head_dim,
+                        norm_layer=norm_layer,
+                        act_layer=act,
+                        drop_path=drop_path,
+                        skip=skip,
+                        prefix_tokens=prefix_tokens,
+                        grid=grid,
+                    )
+                )
+                continue
+            of_block = (drop_path, relu, norm_layer, prefix_tokens, grid)
+            if kind == "mrla_light":
+                layers.append(MRLALight(LightLayerAttention(dim, head_dim), *of_block))
             else:
                 attention = LayerAttention if fused else ConcatLayerAttention
-                layers.append(MRLA(attention(dim, head_dim), drop_path, relu))
+                layers.append(MRLA(attention(dim, head_dim), *of_block))
         super().__init__(layers)
         self.kind, self.fused, self.takes_shortcut = kind, fused, takes_shortcut
         self.history_dtype, self.tolerance = history_dtype, tolerance
@@ -229,6 +280,22 @@ class StageAttention(nn.ModuleList):
         if concatenates:
             return ConcatHistory()
         return LayerHistory(dtype=self.history_dtype, tolerance=self.tolerance)
+
+
+def run_block(
+    block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any, copy: bool
+) -> Tensor:
+    """A block, then the layer after it; `history` is what its stage shares, `copy` as of :class:`ELA`'s forward."""
+    given: Any = block(x)
+    if isinstance(given, tuple):  # the shortcut stands for the layer before
+        x, history = given
+    else:
+        x = given
+    if layer is None:
+        return x
+    # Nothing between the blocks changes a map in place that anybody else may have.
+    out: Tensor = layer(x, history, copy=copy) if isinstance(layer, ELA) else layer(x, history)
+    return out
 
 
 def initialise(model: nn.Module, all_maps: bool = False, zero_last_norm: bool = False) -> None:
@@ -256,8 +323,14 @@ def begin_as_identity(stages: nn.ModuleList) -> None:
         assert isinstance(stage, StageAttention)
         for layer in stage:
             assert isinstance(layer.act, nn.Identity)
-            assert isinstance(layer.norm, nn.BatchNorm2d)
-            nn.init.zeros_(layer.norm.weight)
+            assert isinstance(layer.norm, nn.Module)
+            scale = getattr(layer.norm, "weight", None)
+            if not isinstance(scale, nn.Parameter):
+                raise ValueError(
+                    f"norm_layer: got one that makes {type(layer.norm).__name__} without a scale, with "
+                    "identity_init=True, which sets it to zero; allowed is a norm with parameters"
+                )
+            nn.init.zeros_(scale)
 
 
 __all__ = [
@@ -265,7 +338,9 @@ __all__ = [
     "Attention",
     "BasicBlock",
     "Bottleneck",
+    "NormLayer",
     "StageAttention",
     "begin_as_identity",
     "initialise",
+    "run_block",
 ]

@@ -1,4 +1,4 @@
-"""Checkpoints of residual networks: the tensors that one holds, and their names here."""
+"""Checkpoints of networks: the tensors that one holds, and their names here."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_tensors(given: object) -> dict[str, Tensor]:
     tensors = {name: _checked(name, value) for name, value in given.items()}
     if not tensors:
         raise ValueError(
-            "path_or_state_dict: got one without tensors; allowed is the state dict of a residual network"
+            "path_or_state_dict: got one without tensors; allowed is the state dict of a network"
         )
     while prefix := next((p for p in _PREFIXES if all(n.startswith(p) for n in tensors)), ""):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -115,8 +115,10 @@ def source_of(names: Mapping[str, object]) -> Source:
         return "mrla"
     if any(name.startswith("layer1.") for name in names):
         return "torchvision"
+    if any(name.startswith("patch_embed.") for name in names):
+        return "timm"
     raise ValueError(
-        f"path_or_state_dict: got names as {', '.join(list(names)[:3])}; allowed are those of residual networks of "
+        f"path_or_state_dict: got names as {', '.join(list(names)[:3])}; allowed are those of networks of "
         f"{', '.join(map(repr, SOURCES[1:]))}. Name the source if it is one of them"
     )
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from ela_kernels.models.blocks import MRLA, MRLALight, StageAttention
-from ela_kernels.models.resnet import HEAD_DIM, PUBLISHED_HEAD_DIM, ResNet
+from ela_kernels.models.options import HEAD_DIM
+from ela_kernels.models.resnet import PUBLISHED_HEAD_DIM, ResNet
+from ela_kernels.models.vit import VisionTransformer
 from ela_kernels.modules import ELA
 
 
@@ -47,7 +49,7 @@ def difference_from_published(model: ResNet, light: bool) -> str | None:
     return None
 
 
-def note_on_options(model: ResNet) -> str:
+def note_on_options(model: ResNet | VisionTransformer) -> str:
     """What the model was built with, and no checkpoint says."""
     sizes = sorted({size for _, size in _heads(model)})
     return (
@@ -63,7 +65,7 @@ def _published_sizes(light: bool, stages: int) -> tuple[int, ...]:
     return (PUBLISHED_HEAD_DIM,) if light else (1, HEAD_DIM)
 
 
-def _heads(model: ResNet) -> Iterator[tuple[int, int]]:
+def _heads(model: ResNet | VisionTransformer) -> Iterator[tuple[int, int]]:
     """Channels and head size of every layer."""
     for layer in (layer for stage in model.attentions for layer in stage.children()):
         assert isinstance(layer, (MRLA, MRLALight, ELA))

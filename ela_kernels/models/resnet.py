@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,17 @@ from ela_kernels.models.blocks import (
     StageAttention,
     begin_as_identity,
     initialise,
+    run_block,
+)
+from ela_kernels.models.options import (
+    HEAD_DIM,
+    check_head_dim,
+    check_history_options,
+    check_identity_init,
 )
 from ela_kernels.modules.drop_path import DropPath
-from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
-from ela_kernels.ops.checks import check_tolerance
-from ela_kernels.ops.layer_attention.held import check_history_dtype
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["small", "imagenet", "deep"]
@@ -32,7 +36,6 @@ BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck]] = {
     "basic": BasicBlock,
     "bottleneck": Bottleneck,
 }
-HEAD_DIM = 16
 PUBLISHED_HEAD_DIM = 32  # of the light form, and of bottlenecks for small images
 
 
@@ -133,12 +136,12 @@ class ResNet(nn.Module):
         head_size = HEAD_DIM
         if published and (is_light if stem != "small" else block == "bottleneck"):
             head_size = PUBLISHED_HEAD_DIM
-        head_size = _check_head_dim(
+        head_size = check_head_dim(
             head_dim, head_size, [width * kind.expansion for width in widths], attention
         )
         DropPath(drop_path)  # its checks, before the value is spread over the layers
         check_skip(skip)
-        _check_history_options(history_dtype, tolerance, attention, fused)
+        check_history_options(history_dtype, tolerance, attention, fused)
         if checkpointing and not fused:
             raise ValueError(
                 "checkpointing: got True with fused=False; the concatenating modules cannot be recomputed. Allowed is "
@@ -193,9 +196,9 @@ class ResNet(nn.Module):
                 # What is given away may be changed in place.
                 copy = self.features_only and j == len(stage) - 1
                 if self.checkpointing and torch.is_grad_enabled():
-                    x = checkpoint(_run_block, block, layer, x, history, copy, use_reentrant=False)
+                    x = checkpoint(run_block, block, layer, x, history, copy, use_reentrant=False)
                 else:
-                    x = _run_block(block, layer, x, history, copy)
+                    x = run_block(block, layer, x, history, copy)
             maps.append(x)
         return maps
 
@@ -206,21 +209,6 @@ class ResNet(nn.Module):
             return maps
         scores: Tensor = self.head(maps[-1].mean((2, 3)))
         return scores
-
-
-def _run_block(
-    block: nn.Module, layer: nn.Module | None, x: Tensor, history: Any, copy: bool
-) -> Tensor:
-    given: Any = block(x)
-    if isinstance(given, tuple):  # the shortcut stands for the layer before
-        x, history = given
-    else:
-        x = given
-    if layer is None:
-        return x
-    # Nothing between the blocks changes a map in place that anybody else may have.
-    out: Tensor = layer(x, history, copy=copy) if isinstance(layer, ELA) else layer(x, history)
-    return out
 
 
 def _stem(kind: Stem, in_chans: int, width: int) -> nn.Sequential:
@@ -274,47 +262,8 @@ def _check(
             f"fused: got False with attention={attention!r}; allowed is False with 'mrla' only, which has a published, "
             "concatenating form here"
         )
-    if not isinstance(identity_init, bool):
-        raise TypeError(f"identity_init: got {type(identity_init).__name__}; allowed is a bool")
-    if identity_init and attention == "none":
-        raise ValueError(
-            "identity_init: got True with attention='none', which has no layer to start as the identity; allowed is "
-            "True with another attention"
-        )
-
-
-def _check_history_options(
-    dtype: torch.dtype | None, tolerance: float, attention: str, fused: bool
-) -> None:
-    check_history_dtype(dtype, "history_dtype")
-    check_tolerance(tolerance)
-    if attention in ("mrla", "ela") and fused:
-        return
-    form = "" if fused else " and fused=False"
-    for name, value, is_given in (
-        ("history_dtype", dtype, dtype is not None),
-        ("tolerance", tolerance, tolerance > 0),
-    ):
-        if is_given:
-            raise ValueError(
-                f"{name}: got {value} with attention={attention!r}{form}, which has no LayerHistory; allowed is one "
-                "with 'mrla' and 'ela', fused"
-            )
+    check_identity_init(identity_init, attention)
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_head_dim(
-    head_dim: int | None, default: int, channels: Sequence[int], attention: str
-) -> int:
-    """What was given, or the default. Refused by that: a stage takes the lesser of it and its number of channels."""
-    size = default if head_dim is None else check_count("head_dim", head_dim)
-    if attention != "none" and any(count % min(size, count) for count in channels):
-        got = f"None, which is {default}" if head_dim is None else str(head_dim)
-        raise ValueError(
-            f"head_dim: got {got}, for stages of {', '.join(map(str, channels))} channels; allowed is a divisor of "
-            "each stage's channels, or a number that is larger than they are"
-        )
-    return size

@@ -12,6 +12,7 @@ from torch import Tensor
 from ela_kernels.models.checkpoints import SOURCES, Source, names_here, read_tensors, source_of
 from ela_kernels.models.fidelity import difference_from_published, is_light, note_on_options
 from ela_kernels.models.resnet import ResNet
+from ela_kernels.models.vit import VisionTransformer
 
 _MOST_NAMES = 6  # in a message, of one kind
 
@@ -43,7 +44,7 @@ class LoadedWeights:
 
 
 def load_weights(
-    model: ResNet,
+    model: ResNet | VisionTransformer,
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
     source: Source = "auto",
     strict: bool = True,
@@ -58,11 +59,12 @@ def load_weights(
     something else cannot be told, but for the attention of MRLA.
 
     Args:
-        model: a :class:`ResNet`. Of a wrapped one what is inside, as `model.module`.
+        model: a :class:`ResNet` or :class:`VisionTransformer`. Of a wrapped one what is inside, as `model.module`.
         path_or_state_dict: a file of `torch.save` (`.pth`, `.pt`, `.tar`, `.bin`; read with `weights_only=True`) or
             `.safetensors` (which needs the package safetensors), or what is in one: tensors by name, or a mapping that
             has them under `"state_dict"` or `"model"`. `module.` and `_orig_mod.` before all names are taken off.
-        source: whose names they are. `"torchvision"` and `"timm"`: plain residual networks, which have the same.
+        source: whose names they are. `"torchvision"` and `"timm"`: plain residual networks, which have the same;
+            `"timm"` also plain vision transformers, which are named here as there.
             `"mrla"`: the networks of MRLA with attention, and their copies in DLA and KCLA for small images.
             `"ela_kernels"`: those of this package, from a run of its training program too. `"auto"` looks at the names.
         strict: False loads whatever has its name and shape in the model, and reports the rest.
@@ -85,10 +87,10 @@ def load_weights(
         >>> sorted(report.left)
         ['head.bias', 'head.weight']
     """
-    if not isinstance(model, ResNet):
+    if not isinstance(model, (ResNet, VisionTransformer)):
         raise TypeError(
-            f"model: got {type(model).__name__}; allowed is a ResNet of ela_kernels.models. Of a wrapped one pass what "
-            "is inside, as model.module"
+            f"model: got {type(model).__name__}; allowed is a ResNet or a VisionTransformer of ela_kernels.models. "
+            "Of a wrapped one pass what is inside, as model.module"
         )
     if source not in SOURCES:
         raise ValueError(f"source: got {source!r}; allowed are {', '.join(map(repr, SOURCES))}")
@@ -101,6 +103,11 @@ def load_weights(
         )
     tensors = read_tensors(path_or_state_dict)
     found: Source = source_of(tensors) if source == "auto" else source
+    if isinstance(model, VisionTransformer) and found in ("mrla", "torchvision"):
+        raise ValueError(
+            f"source: got a checkpoint with the names of {found} for a VisionTransformer; allowed are 'timm' and "
+            "'ela_kernels', whose transformers have the names of this one"
+        )
     here = names_here(tensors, found)
     there = {mine: theirs for theirs, mine in here.items()}
     if len(there) < len(here):
@@ -117,6 +124,7 @@ def load_weights(
     if any(name.startswith("attentions.") for name in report.loaded):
         notes.append(note_on_options(model))
         if found == "mrla":
+            assert isinstance(model, ResNet)
             difference = difference_from_published(model, is_light(there))
     problems = _problems(report, there) if strict else []
     if difference is not None and strict:
@@ -151,7 +159,10 @@ _CLASSIFIER = ("head.weight", "head.bias")
 
 
 def _compared(
-    model: ResNet, tensors: dict[str, Tensor], there: dict[str, str], source: Source
+    model: ResNet | VisionTransformer,
+    tensors: dict[str, Tensor],
+    there: dict[str, str],
+    source: Source,
 ) -> LoadedWeights:
     """What would be loaded, and why the rest would not."""
     state = model.state_dict()
@@ -215,6 +226,8 @@ def _advice(report: LoadedWeights) -> str:
     """What the model would have to be built with, where the names tell."""
     if any(name.startswith("conv1.0.") for name in report.left):
         return ", with stem='deep'"
+    if any(name == "pos_embed" for name in report.left):
+        return ", with the img_size and patch_size that it was trained with"
     if any(name.startswith("stem.7.") for name in report.missing):
         return ", with stem='imagenet', or 'small' for small images"
     return ""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ela_kernels.models.resnet import BLOCKS, Block, ResNet
+from ela_kernels.models.vit import VisionTransformer
 
 
 def CifarResNet(  # noqa: N802 - makes a ResNet, and reads as one
@@ -64,6 +65,23 @@ def _imagenet(
     return make
 
 
+def _vit(name: str, dim: int, heads: int) -> Callable[..., VisionTransformer]:
+    def make(num_classes: int = 1000, **options: Any) -> VisionTransformer:
+        return VisionTransformer(dim, 12, heads, num_classes=num_classes, **options)
+
+    make.__name__ = make.__qualname__ = name
+    make.__doc__ = f"""Vision transformer of 12 blocks of {dim} channels, {heads} heads, on patches of 16.
+
+    Args:
+        num_classes: outputs of the classifier.
+        **options: `img_size` and `patch_size` for other images, `attention` and the others, as
+            :class:`VisionTransformer`.
+
+    Source: DeiT (arXiv 2012.12877), table 1, without its token to distil with.
+    """
+    return make
+
+
 _TABLE = "ResNet (arXiv 1512.03385), table 1"
 _BOTTLENECKS = f"{_TABLE}; the stride is in the 3x3 convolution."
 resnet20 = _cifar(20)
@@ -77,8 +95,10 @@ resnet26 = _imagenet(
 resnet34 = _imagenet(34, (3, 4, 6, 3), "basic", f"{_TABLE}.")
 resnet50 = _imagenet(50, (3, 4, 6, 3), "bottleneck", _BOTTLENECKS)
 resnet101 = _imagenet(101, (3, 4, 23, 3), "bottleneck", _BOTTLENECKS)
+vit_tiny = _vit("vit_tiny", 192, 3)
+vit_small = _vit("vit_small", 384, 6)
 
-MODELS: dict[str, Callable[..., ResNet]] = {
+MODELS: dict[str, Callable[..., ResNet | VisionTransformer]] = {
     make.__name__: make
     for make in (
         resnet20,
@@ -90,17 +110,20 @@ MODELS: dict[str, Callable[..., ResNet]] = {
         resnet34,
         resnet50,
         resnet101,
+        vit_tiny,
+        vit_small,
     )
 }
 
 
-def build_model(name: str, **options: Any) -> ResNet:
+def build_model(name: str, **options: Any) -> ResNet | VisionTransformer:
     """A model by name; options as the function of that name.
 
     Args:
         name: `"resnet20"`, `"resnet32"`, `"resnet56"`, `"resnet110"` for 32x32 images; `"resnet18"`, `"resnet26"`,
-            `"resnet34"`, `"resnet50"`, `"resnet101"` for about 224x224.
-        **options: `variant`, `identity_init` and the others.
+            `"resnet34"`, `"resnet50"`, `"resnet101"` for about 224x224, `"vit_tiny"`, `"vit_small"` for 224x224 unless
+            `img_size` and `patch_size` say otherwise.
+        **options: `attention`, `identity_init` and the others.
 
     Raises:
         ValueError: unknown name.

@@ -16,6 +16,7 @@ from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
 from ela_kernels.modules.residual import block_in_graph, residual_block
 from ela_kernels.modules.reuse import end_of_block, reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
+from ela_kernels.modules.tokens import Grid, TakesTokens, is_same_memory, joined
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
 from ela_kernels.torch_internals import has_hooks, is_exporting
@@ -28,7 +29,7 @@ def _take_no_note(_: Tensor | None) -> None:
     """Of a probe that is for somebody who looks on, who is told by the history."""
 
 
-class ELA(ELAState):
+class ELA(TakesTokens, ELAState):
     """Efficient layer attention: a residual retrieval from the stage's history, skipped when it is redundant.
 
     Equivalent PyTorch: `x + drop_path(act(norm(o)))` with `o = LayerAttention(dim)(x, history)`, or when skipped `x`,
@@ -42,7 +43,9 @@ class ELA(ELAState):
         dim: number of channels C.
         head_dim: channels of a head; a divisor of `dim`.
         kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
-        norm_layer: called with `dim`; makes the norm of the retrieval.
+        norm_layer: called with `dim`; makes the norm of the retrieval. The kernels of a whole block know
+            `nn.BatchNorm2d`; with any other, `nn.GroupNorm` say, those of the whole layer serve and PyTorch runs the
+            norm. A `nn.LayerNorm` or `nn.RMSNorm` is one over the channels, `norm(o.movedim(1, -1)).movedim(-1, 1)`.
         act_layer: called without arguments; makes the activation. `nn.ReLU` is made to work in place.
         drop_path: probability of dropping the retrieval for a sample in training, in [0, 1].
         skip: what a skipped layer leaves out. `"reuse"`: it takes the last retrieval before it in the stage in place of
@@ -51,6 +54,13 @@ class ELA(ELAState):
             value still go to the later layers. `"layer"`: it gives none either.
         provides: whether a layer skipped with `"reuse"` still gives its key and value; True if None.
         tolerance: as of :class:`LayerAttention`.
+        prefix_tokens: of inputs that are tokens `[B, N, C]`, how many come before the patches (class and register
+            tokens). They pass by: the output holds them as they came in.
+        grid: height and width in patches of inputs that are tokens; None for a square.
+
+    Tokens after the prefix are viewed as a map, `x.view(B, H, W, C).permute(0, 3, 1, 2)`, which kernels read as it lies
+    in memory, and the output is viewed as tokens again. Without a prefix nothing is copied. With one the output is,
+    once, to stand behind it, and so are gradients.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
@@ -83,8 +93,11 @@ class ELA(ELAState):
         skip: SkipMode = "reuse",
         provides: bool | None = None,
         tolerance: float | None = None,
+        prefix_tokens: int = 0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__(skip, provides)
+        self._take_tokens(prefix_tokens, grid)
         self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size, tolerance)
         self.norm: nn.Module | None = norm_layer(dim)
         self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
@@ -95,11 +108,24 @@ class ELA(ELAState):
         """The block's output, shape and dtype of `x`.
 
         Args:
-            x: feature map `[B, C, H, W]`, in any memory format.
+            x: feature map `[B, C, H, W]`, in any memory format, or tokens `[B, N, C]`.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
             copy: the output is new memory, skipped or not. With False it is a view of `x` where the layer is skipped,
                 which saves the copy, for a caller that changes neither of them in place.
         """
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return self._run(x, history, copy)
+        first, patches = self._split(x, getattr(self.attn, "dim", None))
+        if first is None:
+            return joined(None, self._run(patches, history, copy))
+        # What is joined with the prefix is new memory in any case.
+        out = self._run(patches, history, copy=False)
+        if not copy and is_same_memory(out, patches):
+            return x.view_as(x)
+        return joined(first, out)
+
+    def _run(self, x: Tensor, history: LayerHistory, copy: bool) -> Tensor:
+        """:meth:`forward` of a map."""
         if not isinstance(history, LayerHistory):
             raise TypeError(
                 f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
@@ -256,3 +282,6 @@ class ELA(ELAState):
             return False
         attn.check_beside_parameters(x)
         return True
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._tokens_repr()

@@ -15,6 +15,7 @@ from ela_kernels.modules.query_key_value import (
     ChannelFilter as ChannelFilter,  # pickles find it here
 )
 from ela_kernels.modules.query_key_value import QueryKeyValue, passed_on
+from ela_kernels.modules.tokens import Grid, TakesTokens, joined, joined_with_zeros
 from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
@@ -47,7 +48,7 @@ class Turn(NamedTuple):
     copy: bool = True
 
 
-class LayerAttention(QueryKeyValue):
+class LayerAttention(TakesTokens, QueryKeyValue):
     """Retrieve from the feature maps of all layers of the stage so far.
 
     On the CPU and with Triton query, key, value and retrieval come from one call of the kernels, and so do all
@@ -69,6 +70,13 @@ class LayerAttention(QueryKeyValue):
         kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
         tolerance: retrievals of a smaller weight are left out, and their values not read; see
             :func:`ela_kernels.layer_attention`. That of the history if None.
+        prefix_tokens: of inputs that are tokens `[B, N, C]`, how many come before the patches (class and register
+            tokens). They take no part, and the retrieval has zeros in their places, so that `x + out` passes them by.
+        grid: height and width in patches of inputs that are tokens; None for a square.
+
+    Tokens after the prefix are viewed as a map `[B, C, H, W]`, `x.view(B, H, W, C).permute(0, 3, 1, 2)`, which kernels
+    read as it lies in memory, and the result is viewed as tokens again. Without a prefix nothing is copied. With one
+    the input is not copied either; the result is, once, to stand behind its zeros, and so are gradients.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
@@ -93,21 +101,34 @@ class LayerAttention(QueryKeyValue):
         head_dim: int = 16,
         kernel_size: int | None = None,
         tolerance: float | None = None,
+        prefix_tokens: int = 0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__(dim, head_dim, kernel_size)
         self.tolerance = None if tolerance is None else check_tolerance(tolerance)
+        self._take_tokens(prefix_tokens, grid)
 
     def forward(
         self, x: Tensor, history: History, residual: bool = False, turn: Turn | None = None
     ) -> Tensor:
-        """The aggregation `[B, C, H, W]`; weights and divergence are then in `history`.
+        """The aggregation, of the shape of `x`; weights and divergence are then in `history`.
 
         Args:
-            x: feature map `[B, C, H, W]`, in any memory format.
+            x: feature map `[B, C, H, W]`, in any memory format, or tokens `[B, N, C]`.
             history: the :class:`ela_kernels.LayerHistory` of this stage and forward pass.
             residual: give `x` plus the aggregation, which the kernel of a whole layer adds in the same pass.
             turn: what a layer that can be skipped does instead; where it does not retrieve, `x` is passed on.
         """
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return self._retrieve(x, history, residual, turn)
+        first, patches = self._split(x, self.dim)
+        out = self._retrieve(patches, history, residual, turn)
+        if (residual and turn is None) or (turn is not None and turn.active is None):
+            return joined(first, out)
+        return joined_with_zeros(self.prefix_tokens, out)
+
+    def _retrieve(self, x: Tensor, history: History, residual: bool, turn: Turn | None) -> Tensor:
+        """:meth:`forward` of a map."""
         if turn is not None and turn.active is None:
             return self._pass_on(x, history, turn)
         self.check_input(x)
@@ -173,6 +194,9 @@ class LayerAttention(QueryKeyValue):
         served_without_kernels(self, "pieces")
         k, v = self.key_value(x)
         history.provide(k, v, heads=self.heads, caller=self)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + self._tokens_repr()
 
     def plan_in_graph(
         self, x: Tensor, history: LayerHistory, op: str = "layer"

@@ -9,6 +9,7 @@ from ela_kernels.backends.dispatch import Refusal, refusal_in_a_graph
 from ela_kernels.backends.types import LightFilters, ValueAct
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.query_key_value import QueryKeyValue
+from ela_kernels.modules.tokens import Grid, TakesTokens, joined
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
 from ela_kernels.ops.light_layer_attention.interface import activated, gated
@@ -16,7 +17,7 @@ from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
 
 
-class LightLayerAttention(QueryKeyValue):
+class LightLayerAttention(TakesTokens, QueryKeyValue):
     """Gate this layer's value and let the previous layer's output decay; needs no history.
 
     Where the kernels serve it, one call of theirs makes all of it, and another all gradients.
@@ -33,6 +34,12 @@ class LightLayerAttention(QueryKeyValue):
         kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
         value_act: what the value passes before it is gated: `"gelu"`, `"gelu_tanh"` (`F.gelu(v, approximate="tanh")`),
             or nothing.
+        prefix_tokens: of inputs that are tokens `[B, N, C]`, how many come before the patches (class and register
+            tokens). They take no part, and the output holds those of `x`, as the published vision transformers have it.
+        grid: height and width in patches of inputs that are tokens; None for a square.
+
+    Tokens are viewed as maps and back, as in :class:`LayerAttention`: without a prefix nothing is copied, with one the
+    output is, once.
 
     Raises:
         TypeError, ValueError: arguments that do not fit, each named.
@@ -49,8 +56,11 @@ class LightLayerAttention(QueryKeyValue):
         head_dim: int = 32,
         kernel_size: int | None = None,
         value_act: ValueAct | None = None,
+        prefix_tokens: int = 0,
+        grid: Grid | None = None,
     ) -> None:
         super().__init__(dim, head_dim, kernel_size)
+        self._take_tokens(prefix_tokens, grid)
         self.value_act = checks.check_value_act(value_act)
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))
 
@@ -86,10 +96,10 @@ class LightLayerAttention(QueryKeyValue):
         return found if isinstance(found, Refusal) else LightPlan(found, of_light)
 
     def forward(self, x: Tensor, prev_out: Tensor, decay: Tensor | None = None) -> Tensor:
-        """The output `[B, C, H, W]`.
+        """The output, of the shape of `x`.
 
         Args:
-            x: feature map `[B, C, H, W]`.
+            x: feature map `[B, C, H, W]`, or tokens `[B, N, C]`.
             prev_out: output of the layer before; the stage's input for its first layer. Shape of `x`. Of another dtype
                 than `x` outside of autocast, the wider of the two is that of the output.
             decay: the factor `[C, 1, 1]` in the place of `lambda_t`, of a layer that has none of its own.
@@ -97,6 +107,19 @@ class LightLayerAttention(QueryKeyValue):
         Raises:
             ValueError: a backend with kernels is forced and cannot serve the layer; the message holds every reason.
         """
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return self._gate(x, prev_out, decay)
+        first, patches = self._split(x, self.dim)
+        if isinstance(prev_out, Tensor) and prev_out.dim() == 3:
+            if prev_out.shape != x.shape:
+                raise ValueError(
+                    f"prev_out: got shape {list(prev_out.shape)}; allowed is that of x, {list(x.shape)}"
+                )
+            prev_out = self._split(prev_out, self.dim)[1]
+        return joined(first, self._gate(patches, prev_out, decay))
+
+    def _gate(self, x: Tensor, prev_out: Tensor, decay: Tensor | None) -> Tensor:
+        """:meth:`forward` of maps."""
         self.check_input(x)
         why = None
         if isinstance(prev_out, Tensor):
@@ -132,5 +155,5 @@ class LightLayerAttention(QueryKeyValue):
         return gated(q, k, v, prev_out, decay, self.heads, why=why)
 
     def extra_repr(self) -> str:
-        sizes = super().extra_repr()
+        sizes = super().extra_repr() + self._tokens_repr()
         return sizes if self.value_act is None else f"{sizes}, value_act={self.value_act!r}"

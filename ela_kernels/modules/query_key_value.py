@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.memory import PLAIN_TENSORS, check_not_freed
 from ela_kernels.backends.types import Filters
+from ela_kernels.modules.tokens import TakesTokens
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.torch_internals import has_hooks, is_plain_convolution, own_weight, tracing_state
@@ -131,16 +132,21 @@ class QueryKeyValue(nn.Module):
         if not isinstance(x, Tensor):
             tracing = isinstance(x, torch.fx.Proxy)
             raise TypeError(
-                f"x: got {type(x).__name__}; allowed is a torch.Tensor [B, C, H, W]"
+                f"x: got {type(x).__name__}; allowed is a torch.Tensor {self._inputs('C')}"
                 + (f". torch.fx.symbolic_trace hands over none: {_EXPORT}" if tracing else "")
             )
         if x.is_nested or x.layout != torch.strided:
             checks.check_tensor("x", x)
         if x.dim() != 4 or x.shape[1] != self.dim:
             raise ValueError(
-                f"x: got shape {list(x.shape)}; allowed is [B, {self.dim}, H, W], as this layer was made with "
+                f"x: got shape {list(x.shape)}; allowed is {self._inputs(str(self.dim))}, as this layer was made with "
                 f"dim={self.dim}"
             )
+
+    def _inputs(self, dim: str) -> str:
+        """What the layer takes, for a message."""
+        tokens = f" or [B, N, {dim}] (tokens)" if isinstance(self, TakesTokens) else ""
+        return f"[B, {dim}, H, W]{tokens}"
 
     def check_beside_parameters(self, x: Tensor) -> None:
         """Refuse `x` of another dtype or on another device than the parameters: what no kernel of a whole layer serves.

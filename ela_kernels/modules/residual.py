@@ -15,6 +15,7 @@ from ela_kernels.explaining import refused, served
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
+from ela_kernels.modules.norms import normed, without_sharing
 from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
@@ -71,7 +72,7 @@ def residual_block(
     if keeps or not is_plain:
         history.keep(o)
         o = without_sharing(norm, o)
-    out: Tensor = x + drop_path(act(norm(o)))
+    out: Tensor = x + drop_path(act(normed(norm, o)))
     return out
 
 
@@ -106,15 +107,6 @@ def block_in_graph(
     return history.attend_in_graph(
         x, plan, heads=attn.heads, epilogue=epilogue, caller=attn, keeps=keeps, active=active
     )
-
-
-# Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
-_GIVE_NEW_MEMORY = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
-
-
-def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:
-    """`o` for a norm, which leaves `o` itself as it is."""
-    return o if type(norm) in _GIVE_NEW_MEMORY else o.clone()
 
 
 def light_residual_block(
@@ -155,7 +147,7 @@ def light_residual_block(
         refused(attn, "block", plan, tells=plan.forced is None)
     o = attn(x, prev_out) if decay is None else attn(x, prev_out, decay)
     # It goes on to the next layer, so neither norm nor activation may change it in place.
-    out: Tensor = x + drop_path(act(norm(o)))
+    out: Tensor = x + drop_path(act(normed(norm, o)))
     return out, o
 
 

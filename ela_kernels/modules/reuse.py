@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ela_kernels.backends.dispatch import Refusal, refusal_by
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
+from ela_kernels.modules.norms import normed, without_sharing
 from ela_kernels.modules.query_key_value import as_before_wrappers
 from ela_kernels.modules.residual import (
     epilogue_of,
@@ -18,7 +18,6 @@ from ela_kernels.modules.residual import (
     module_obstacles,
     norm_obstacles,
     takes_batch,
-    without_sharing,
 )
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan
@@ -100,12 +99,12 @@ def end_of_block(
     """
     o = without_sharing(norm, o)
     if applies is None:
-        out: Tensor = x + drop_path(act(norm(o)))
+        out: Tensor = x + drop_path(act(normed(norm, o)))
         return out
     # The norm works on copies of its running statistics.
     buffers = dict(norm.named_buffers())
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
-    out = x + drop_path(act(functional_call(norm, copies, (o,))))
+    out = x + drop_path(act(normed(norm, o, copies)))
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(torch.where(applies, copies[name], buffer))

@@ -15,7 +15,7 @@ from ela_kernels.ebqm.settings import REMOVED
 from ela_kernels.models import MODELS, build_model
 from ela_kernels.models.blocks import ATTENTIONS
 from ela_kernels.modules.skipping import SKIP_MODES
-from ela_kernels.training.data import DATA, Task
+from ela_kernels.training.data import DATA, SIDES, Task
 from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
 
 # Names of networks for each task, the one that is taken if none is given first.
@@ -24,6 +24,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "classification": (USUAL_MODEL, *(name for name in MODELS if name != USUAL_MODEL)),
     "detection": ("fasterrcnn_small",),
 }
+_OF_BLOCKS = ("resnet20", "resnet32", "resnet56", "resnet110")
+# In height and width of the images of a vision transformer, where no size of the patches is given.
+_LEAST_PATCHES = 7
 HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # More threads than that only take memory, and systems refuse some tens of thousands by ending the process.
 _MOST_THREADS = max(1024, os.cpu_count() or 1)
@@ -66,6 +69,11 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"{' and '.join(f'{names[0]} for {task}' for task, names in TASKS.items())} if not given",
     )
     add("--block", choices=("basic", "bottleneck"), help="of the small networks")
+    add(
+        "--patch-size",
+        type=int,
+        help="of vision transformers; if not given, up to 16 with at least 7 patches a side",
+    )
     add("--attention", choices=ATTENTIONS, default="ela")
     add("--unfused", action="store_true", help="mrla as published, concatenating")
     add("--head-dim", type=int, help="channels of a head")
@@ -140,6 +148,8 @@ def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
         kept.append("task")
     if arguments.history_dtype is not None:  # runs of before there was a choice go on without
         kept.append("history_dtype")
+    if arguments.patch_size is not None:
+        kept.append("patch_size")
     if arguments.tolerance:
         kept.append("tolerance")
     return Options(
@@ -204,7 +214,6 @@ def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
         "num_classes": len(task.classes),
         "in_chans": task.channels,
         "attention": arguments.attention,
-        "fused": not arguments.unfused,
         "head_dim": arguments.head_dim,
         "drop_path": arguments.drop_path,
         "skip": arguments.skip,
@@ -212,10 +221,31 @@ def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
         "history_dtype": HELD.get(arguments.history_dtype),
         "tolerance": arguments.tolerance,
     }
+    if arguments.model.startswith("vit_"):
+        return build_model(arguments.model, **options, **_of_transformer(arguments))
+    if arguments.patch_size is not None:
+        raise ValueError(
+            f"patch-size: got {arguments.patch_size} for {arguments.model}; allowed with vision transformers only"
+        )
+    options["fused"] = not arguments.unfused
     if arguments.block is not None:
-        if arguments.model in ("resnet50", "resnet101"):
+        if arguments.model not in _OF_BLOCKS:
             raise ValueError(
                 f"block: got {arguments.block!r} for {arguments.model}; allowed with resnet20/32/56/110 only"
             )
         options["block"] = arguments.block
     return build_model(arguments.model, **options)
+
+
+def _of_transformer(arguments: argparse.Namespace) -> dict[str, int]:
+    for name, is_given in (("block", arguments.block is not None), ("unfused", arguments.unfused)):
+        if is_given:
+            raise ValueError(
+                f"{name}: got --{name} for {arguments.model}, which has no such thing; allowed with residual networks"
+            )
+    side = SIDES[arguments.data] if arguments.side is None else arguments.side
+    patch = arguments.patch_size
+    if patch is None:
+        fitting = [n for n in (16, 8, 4, 2, 1) if side % n == 0 and side // n >= _LEAST_PATCHES]
+        patch = fitting[0] if fitting else 1
+    return {"img_size": side, "patch_size": patch}

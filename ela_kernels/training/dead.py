@@ -24,7 +24,7 @@ def dead_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
     found = {module: channels for module in model.modules() if (channels := _dead_channels(module))}
     if not found:
         return {}
-    # Whose output it is; the tensors themselves, since the address of one that is gone is used again.
+    # Whose output it is; the tensors too, since the address of one that is gone is used again.
     outputs: list[tuple[Tensor, nn.Module]] = []
     dead: set[nn.Module] = set()
 
@@ -32,7 +32,9 @@ def dead_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
         outputs.append((output, norm))
 
     def before_relu(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        dead.update(norm for output, norm in outputs if output is inputs[0])
+        # By their memory: of a norm over the channels a view comes here.
+        where = inputs[0].data_ptr()
+        dead.update(norm for output, norm in outputs if output.data_ptr() == where)
 
     hooks = [norm.register_forward_hook(after_norm) for norm in found]
     hooks += [

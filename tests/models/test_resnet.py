@@ -67,7 +67,8 @@ def test_attention_adds_its_parameters_and_no_others(kind):
 def test_shapes_of_all_models(name, attention):
     with torch.device("meta"):
         model = build_model(name, num_classes=7, attention=attention)
-        side = 64 if name in ("resnet50", "resnet101") else 32
+        sides = {"resnet50": 64, "resnet101": 64, "vit_tiny": 224, "vit_small": 224}
+        side = sides.get(name, 32)
         scores = model(torch.randn(2, 3, side, side))
     assert scores.shape == (2, 7)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ela_kernels as ek
 from ela_kernels.__main__ import main
-from ela_kernels.models import CifarResNet
+from ela_kernels.models import CifarResNet, VisionTransformer
 from ela_kernels.training import cli
 from ela_kernels.training.dead import dead_norms
 
@@ -37,6 +37,17 @@ def test_the_norm_of_a_retrieval(attention: str) -> None:
     if attention != "mrla_light":  # which hands what it retrieves on to the next layer
         assert not model.attentions[0][1].norm.weight.grad.any()
         assert not model.attentions[0][1].attn.Wv.weight.grad.any()
+
+
+@pytest.mark.parametrize("make", [nn.LayerNorm, lambda dim: nn.GroupNorm(2, dim)])
+def test_another_norm_of_a_retrieval(make: Callable[[int], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        8, 3, 2, img_size=8, patch_size=4, in_chans=1, attention="ela", norm_layer=make, head_dim=8
+    )
+    assert dead_norms(model, IMAGE) == {}
+    nn.init.zeros_(model.attentions[0][1].norm.weight)
+    assert dead_norms(model, IMAGE) == {"attentions.0.1.norm": "8 of 8 channels"}
 
 
 @pytest.mark.parametrize(
