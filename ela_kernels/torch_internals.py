@@ -143,6 +143,14 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def is_exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export(..., dynamo=True)` is under way.
+
+    The public name loads the exporter, which takes seconds, and is needless where nobody has loaded it. Always.
+    """
+    return is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def without_compiling() -> Any:
     """A context in which compiled functions and modules run as they are written.
 

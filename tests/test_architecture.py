@@ -93,6 +93,7 @@ def test_no_modules_import_each_other() -> None:
             "analysis",
             {"analysis", "ebqm", "modules", "ops", "explaining", "torch_internals", "training"},
         ),
+        ("integrations", {"integrations", "ebqm", "modules", "ops"}),
     ],
 )
 def test_folders_import_what_is_below_them(folder: str, may_import: set[str]) -> None:

@@ -108,13 +108,14 @@ def block_in_graph(
     )
 
 
-# Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
-_GIVE_NEW_MEMORY = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+# Norms that give new memory, and change their buffers in training alone. After any other an activation in place might
+# change what later blocks take over as well.
+KNOWN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
 
 
 def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:
     """`o` for a norm, which leaves `o` itself as it is."""
-    return o if type(norm) in _GIVE_NEW_MEMORY else o.clone()
+    return o if type(norm) in KNOWN_NORMS else o.clone()
 
 
 def light_residual_block(
