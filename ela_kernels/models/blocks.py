@@ -18,6 +18,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 Attention = Literal["none", "mrla", "mrla_light", "ela"]
@@ -133,6 +134,8 @@ class MRLA(nn.Module):
 
     def forward(self, x: Tensor, history: LayerHistory | ConcatHistory) -> Tensor:
         if isinstance(history, LayerHistory):
+            if type(x) is not Tensor and is_traced(x):
+                return traced_call(self, x, history)
             return residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
         out: Tensor = x + self.drop_path(self.act(self.norm(self.attn(x, history))))
         return out
@@ -157,6 +160,8 @@ class MRLALight(nn.Module):
 
     def forward(self, x: Tensor, previous: PreviousOutput | Tensor) -> Tensor:
         """The block's output; `previous`: the o of the layer before, or what keeps it between the stage's layers."""
+        if type(x) is not Tensor and is_traced(x):
+            return traced_call(self, x, previous)
         kept = previous if isinstance(previous, PreviousOutput) else None
         prev_out = previous if kept is None else kept.find(self, x)
         assert isinstance(prev_out, Tensor)

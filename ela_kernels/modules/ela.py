@@ -18,6 +18,7 @@ from ela_kernels.modules.reuse import end_of_block, reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.torch_internals import has_hooks, is_exporting
 
 # Micro-batches of one step whose divergence is kept: a bound for a model that trains on without EBQM.step().
@@ -100,6 +101,8 @@ class ELA(ELAState):
             copy: the output is new memory, skipped or not. With False it is a view of `x` where the layer is skipped,
                 which saves the copy, for a caller that changes neither of them in place.
         """
+        if type(x) is not Tensor and is_traced(x):
+            return traced_call(self, x, history, copy=copy)
         if not isinstance(history, LayerHistory):
             raise TypeError(
                 f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"

@@ -19,6 +19,7 @@ from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 
 
 class History(Protocol):
@@ -108,6 +109,8 @@ class LayerAttention(QueryKeyValue):
             residual: give `x` plus the aggregation, which the kernel of a whole layer adds in the same pass.
             turn: what a layer that can be skipped does instead; where it does not retrieve, `x` is passed on.
         """
+        if type(x) is not Tensor and is_traced(x) and turn is None:
+            return traced_call(self, x, history, residual=residual)
         if turn is not None and turn.active is None:
             return self._pass_on(x, history, turn)
         self.check_input(x)

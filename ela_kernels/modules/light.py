@@ -11,6 +11,7 @@ from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.ops.light_layer_attention.interface import activated, gated
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
@@ -97,6 +98,8 @@ class LightLayerAttention(QueryKeyValue):
         Raises:
             ValueError: a backend with kernels is forced and cannot serve the layer; the message holds every reason.
         """
+        if type(x) is not Tensor and is_traced(x):
+            return traced_call(self, x, prev_out, decay)
         self.check_input(x)
         why = None
         if isinstance(prev_out, Tensor):
