@@ -211,6 +211,23 @@ def constant_in_graphs(function: _Constant) -> _Constant:
     return function
 
 
+def runs_as_written(function: _Constant) -> _Constant:
+    """A function that the compiler leaves alone, and what it calls, where it comes upon it in a call that it skipped.
+
+    It skips a compiled model while a dispatch mode looks on, and goes on skipping what ran then; what did not, it takes
+    for functions to compile by themselves. `torch.compiler.disable` imports the compiler where it is applied. Always;
+    without it such a model fails in the compiler.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skips, strategy = (
+        getattr(frames, "_FrameAction", None),
+        getattr(frames, "_FrameExecStrategy", None),
+    )
+    if skips is not None and strategy is not None:
+        frames.set_code_exec_strategy(function.__code__, strategy(skips.SKIP, skips.SKIP))
+    return function
+
+
 def all_modules(module: nn.Module) -> list[nn.Module]:
     """What `module.modules()` gives, in a third of the time. Always."""
     found: dict[nn.Module, None] = {}
