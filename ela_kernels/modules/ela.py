@@ -16,6 +16,7 @@ from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
 from ela_kernels.modules.residual import block_in_graph, residual_block
 from ela_kernels.modules.reuse import end_of_block, reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
+from ela_kernels.modules.tied import expects_all_parameters, tied
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
 from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
@@ -127,7 +128,8 @@ class ELA(ELAState):
             if self.pruned or not self.decides_as_data():
                 if self.skipped:
                     gives = self.attn is not None and self.provides
-                    return self._pass(x, history, watched and self.probe_next, copy)
+                    out = self._pass(x, history, watched and self.probe_next, copy)
+                    return tied(out, self.attn, self.norm) if expects_all_parameters() else out
                 attn, norm = self.attn, self.norm
                 if attn is None or norm is None:
                     raise RuntimeError(
