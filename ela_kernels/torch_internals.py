@@ -143,6 +143,14 @@ def is_exporting() -> bool:
     return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
+def is_exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export(..., dynamo=True)` is under way.
+
+    The public name loads the exporter, which takes seconds, and is needless where nobody has loaded it. Always.
+    """
+    return is_exporting() and "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
 def without_compiling() -> Any:
     """A context in which compiled functions and modules run as they are written.
 
@@ -200,6 +208,23 @@ def constant_in_graphs(function: _Constant) -> _Constant:
     Without the mark the function is traced. Always.
     """
     setattr(function, "_dynamo_marked_constant", True)  # noqa: B010 - mypy
+    return function
+
+
+def runs_as_written(function: _Constant) -> _Constant:
+    """A function that the compiler leaves alone, and what it calls, where it comes upon it in a call that it skipped.
+
+    It skips a compiled model while a dispatch mode looks on, and goes on skipping what ran then; what did not, it takes
+    for functions to compile by themselves. `torch.compiler.disable` imports the compiler where it is applied. Always;
+    without it such a model fails in the compiler.
+    """
+    frames = torch._C._dynamo.eval_frame
+    skips, strategy = (
+        getattr(frames, "_FrameAction", None),
+        getattr(frames, "_FrameExecStrategy", None),
+    )
+    if skips is not None and strategy is not None:
+        frames.set_code_exec_strategy(function.__code__, strategy(skips.SKIP, skips.SKIP))
     return function
 
 

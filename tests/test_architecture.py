@@ -91,7 +91,7 @@ def test_no_modules_import_each_other() -> None:
         ("models", {"models", "modules", "ops", "torch_internals"}),
         (
             "integrations",
-            {"integrations", "models", "conversion", "modules", "ops", "torch_internals"},
+            {"integrations", "models", "conversion", "ebqm", "modules", "ops", "torch_internals"},
         ),
         (
             "analysis",

@@ -3,6 +3,7 @@
 from ela_kernels.ebqm.beta import BetaFit, fit_beta, score
 from ela_kernels.ebqm.decision import Candidate, Reason, Rules, Verdict, decide
 from ela_kernels.ebqm.monitor import EBQM
+from ela_kernels.ebqm.optimizers import idle_parameters, spare_skipped
 from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
 
@@ -18,8 +19,10 @@ __all__ = [
     "Verdict",
     "decide",
     "fit_beta",
+    "idle_parameters",
     "prune",
     "score",
+    "spare_skipped",
 ]
 
 

@@ -54,9 +54,10 @@ class EBQM:
 
     Only training passes count: in train mode and with gradients. Statistics stay on the device and come to the host
     at a decision only. Under `torch.distributed` they are averaged there over the processes, so that all decide alike;
-    every process must then call :meth:`step` as often. A skipped layer's parameters get no gradient:
-    `DistributedDataParallel` needs `find_unused_parameters=True` and no `static_graph=True`, which is refused, and with
-    `zero_grad(set_to_none=False)` an optimizer goes on moving them by momentum and weight decay.
+    every process must then call :meth:`step` as often. `DistributedDataParallel` needs no option for it
+    (`static_graph=True` is refused). A skipped layer's query, say, gets no gradient, or one of zeros: under that
+    wrapper, in compiled graphs, and with `zero_grad(set_to_none=False)`. An optimizer goes on moving it then by
+    momentum and weight decay, unless :func:`ela_kernels.ebqm.spare_skipped` tells it not to.
 
     Decisions are in the layers' buffers `decision`, so that moving averages, broadcasts and checkpoints of the model
     carry them. In a compiled graph (`torch.compile`) they are data: none costs a compilation, and a skipped retrieval

@@ -21,6 +21,7 @@ from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.modules.tokens import Grid, TakesTokens, joined
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 NormLayer = Callable[[int], nn.Module]
@@ -150,6 +151,8 @@ class MRLA(TakesTokens, nn.Module):
 
     def _run(self, x: Tensor, history: LayerHistory | ConcatHistory) -> Tensor:
         if isinstance(history, LayerHistory):
+            if type(x) is not Tensor and is_traced(x):
+                return traced_call(self, x, history)
             return residual_block(self.attn, self.norm, self.act, self.drop_path, x, history)
         out: Tensor = x + self.drop_path(self.act(normed(self.norm, self.attn(x, history))))
         return out
@@ -191,6 +194,8 @@ class MRLALight(TakesTokens, nn.Module):
         return joined(first, self._run(patches, previous))
 
     def _run(self, x: Tensor, previous: PreviousOutput | Tensor) -> Tensor:
+        if type(x) is not Tensor and is_traced(x):
+            return traced_call(self, x, previous)
         kept = previous if isinstance(previous, PreviousOutput) else None
         prev_out = previous if kept is None else kept.find(self, x)
         assert isinstance(prev_out, Tensor)

@@ -16,9 +16,11 @@ from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
 from ela_kernels.modules.residual import block_in_graph, residual_block
 from ela_kernels.modules.reuse import end_of_block, reused_block
 from ela_kernels.modules.skipping import MODES, SkipMode
+from ela_kernels.modules.tied import expects_all_parameters, tied
 from ela_kernels.modules.tokens import Grid, TakesTokens, is_same_memory, joined
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.torch_internals import has_hooks, is_exporting
 
 # Micro-batches of one step whose divergence is kept: a bound for a model that trains on without EBQM.step().
@@ -126,6 +128,8 @@ class ELA(TakesTokens, ELAState):
 
     def _run(self, x: Tensor, history: LayerHistory, copy: bool) -> Tensor:
         """:meth:`forward` of a map."""
+        if type(x) is not Tensor and is_traced(x):
+            return traced_call(self, x, history, copy=copy)
         if not isinstance(history, LayerHistory):
             raise TypeError(
                 f"history: got {type(history).__name__}; allowed is the LayerHistory of this stage and forward pass"
@@ -150,7 +154,8 @@ class ELA(TakesTokens, ELAState):
             if self.pruned or not self.decides_as_data():
                 if self.skipped:
                     gives = self.attn is not None and self.provides
-                    return self._pass(x, history, watched and self.probe_next, copy)
+                    out = self._pass(x, history, watched and self.probe_next, copy)
+                    return tied(out, self.attn, self.norm) if expects_all_parameters() else out
                 attn, norm = self.attn, self.norm
                 if attn is None or norm is None:
                     raise RuntimeError(

@@ -20,6 +20,7 @@ from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 
 
 class History(Protocol):
@@ -129,6 +130,8 @@ class LayerAttention(TakesTokens, QueryKeyValue):
 
     def _retrieve(self, x: Tensor, history: History, residual: bool, turn: Turn | None) -> Tensor:
         """:meth:`forward` of a map."""
+        if type(x) is not Tensor and is_traced(x) and turn is None:
+            return traced_call(self, x, history, residual=residual)
         if turn is not None and turn.active is None:
             return self._pass_on(x, history, turn)
         self.check_input(x)

@@ -12,6 +12,7 @@ from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.modules.tokens import Grid, TakesTokens, joined
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
+from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.ops.light_layer_attention.interface import activated, gated
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
@@ -120,6 +121,8 @@ class LightLayerAttention(TakesTokens, QueryKeyValue):
 
     def _gate(self, x: Tensor, prev_out: Tensor, decay: Tensor | None) -> Tensor:
         """:meth:`forward` of maps."""
+        if type(x) is not Tensor and is_traced(x):
+            return traced_call(self, x, prev_out, decay)
         self.check_input(x)
         why = None
         if isinstance(prev_out, Tensor):

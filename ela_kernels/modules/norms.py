@@ -12,8 +12,9 @@ from ela_kernels.torch_internals import without_wrappers
 
 # Norms over the last dimensions: of a map those are width and height, and the channels are meant.
 _OVER_LAST = (nn.LayerNorm, nn.RMSNorm)
-# Norms that give new memory. After any other an activation in place might change what later blocks take over as well.
-_GIVE_NEW_MEMORY = (
+# Norms that give new memory, and change their buffers in training alone. After any other an activation in place might
+# change what later blocks take over as well.
+KNOWN_NORMS = (
     nn.BatchNorm2d,
     nn.SyncBatchNorm,
     nn.InstanceNorm2d,
@@ -58,4 +59,4 @@ def _is_over_channels(norm: nn.Module, o: Tensor) -> bool:
 
 def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:
     """`o` for a norm, which leaves `o` itself as it is."""
-    return o if type(norm) in _GIVE_NEW_MEMORY else o.clone()
+    return o if type(norm) in KNOWN_NORMS else o.clone()

@@ -95,6 +95,6 @@ def refuse_static_graph() -> None:
 
 STATIC_GRAPH = (
     "static_graph: got DistributedDataParallel(static_graph=True) around ELA layers that EBQM watches; allowed is "
-    "static_graph=False with find_unused_parameters=True, since which parameters get a gradient changes with its "
+    "static_graph=False, the default, since which parameters get a gradient changes with its "
     "decisions. After ela_kernels.prune() and EBQM.detach() nothing changes any more"
 )

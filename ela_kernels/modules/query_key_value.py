@@ -16,6 +16,9 @@ from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import fits_layer_dtype, layer_dtype
 from ela_kernels.torch_internals import has_hooks, is_plain_convolution, own_weight, tracing_state
 
+_NO_LEAF = (
+    "this layer is no leaf of its trace (tracer_kwargs={'leaf_modules': [...]} of torchvision)"
+)
 _EXPORT = "use torch.export.export, or torch.jit.trace of the whole model"
 
 
@@ -133,7 +136,7 @@ class QueryKeyValue(nn.Module):
             tracing = isinstance(x, torch.fx.Proxy)
             raise TypeError(
                 f"x: got {type(x).__name__}; allowed is a torch.Tensor {self._inputs('C')}"
-                + (f". torch.fx.symbolic_trace hands over none: {_EXPORT}" if tracing else "")
+                + (f". torch.fx hands over none, and {_NO_LEAF}: {_EXPORT}" if tracing else "")
             )
         if x.is_nested or x.layout != torch.strided:
             checks.check_tensor("x", x)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ela_kernels.backends.dispatch import Refusal, refusal_by
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
-from ela_kernels.modules.norms import normed, without_sharing
+from ela_kernels.modules.norms import KNOWN_NORMS, normed, without_sharing
 from ela_kernels.modules.query_key_value import as_before_wrappers
 from ela_kernels.modules.residual import (
     epilogue_of,
@@ -101,13 +101,16 @@ def end_of_block(
     if applies is None:
         out: Tensor = x + drop_path(act(normed(norm, o)))
         return out
+    if not norm.training and type(norm) in KNOWN_NORMS:
+        return torch.where(applies, x + drop_path(act(normed(norm, o))), x)
     # The norm works on copies of its running statistics.
     buffers = dict(norm.named_buffers())
     copies = {name: buffer.clone() for name, buffer in buffers.items()}
     out = x + drop_path(act(normed(norm, o, copies)))
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(torch.where(applies, copies[name], buffer))
+    for name, buffer in buffers.items():
+        # Not in a context without gradients: `torch.export.load` refuses one that gives nothing.
+        before = buffer.detach()
+        before.copy_(torch.where(applies, copies[name].detach(), before))
     return torch.where(applies, out, x)
 
 

@@ -88,11 +88,9 @@ class Trainer:
         self.ebqm = EBQM(model, **options.ebqm_arguments(steps)) if watched else None
         self.parallel: nn.Module = self.model
         if self.processes.count > 1:
-            # A skipped layer's parameters get no gradient, and which layers these are changes.
             self.parallel = nn.parallel.DistributedDataParallel(
                 self.model,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                find_unused_parameters=has_ela,
             )
         self.epoch = 0
         self.batch = 0  # steps done in this epoch

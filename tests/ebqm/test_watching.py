@@ -355,13 +355,13 @@ class TestStaticGraph:
         try:
             network = Network((3,))
             static = nn.parallel.DistributedDataParallel(network, static_graph=True)
-            with pytest.raises(ValueError, match=r"^static_graph: got .*find_unused_parameters"):
+            with pytest.raises(ValueError, match=r"^static_graph: got .*static_graph=False"):
                 ek.EBQM(static)
             ek.EBQM(network)
             with pytest.raises(ValueError, match=r"^static_graph: got "):
                 static(batch())
             assert observations.STATIC_GRAPH.startswith("static_graph")
-            usual = nn.parallel.DistributedDataParallel(Network((3,)), find_unused_parameters=True)
+            usual = nn.parallel.DistributedDataParallel(Network((3,)))
             ebqm = ek.EBQM(usual)
             for skip in (False, True, False):
                 usual.module.layers[1].skipped = skip

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.ela_models import Network, batch, plant, skipped
+from support.ela_models import CHANNELS, Network, batch, plant, skipped
 from torch import nn
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 import ela_kernels as ek
+from ela_kernels import models
 
 
 @pytest.fixture(autouse=True)
@@ -187,3 +189,66 @@ def test_layers_compiled_one_by_one_beside_others_that_are_not() -> None:
             for y, m in ((first, network), (second, twin))
         ]
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("backend", "steps"),
+    [("aot_eager", 60), pytest.param("inductor", 200, marks=pytest.mark.slow)],
+)
+def test_a_network_in_training_compiles_once_for_each_mode(backend: str, steps: int) -> None:
+    """Steps with an optimizer, decisions of EBQM and by hand, and validation in between, with no way out."""
+    options: dict[str, Any] = {"attention": "ela", "stem": "small", "head_dim": 8}
+    model = models.ResNet((4, 3), (8, 16), "basic", 10, **options)
+    layers = [m for m in model.modules() if isinstance(m, ek.ELA)]
+    ebqm = ek.EBQM(model, warmup=5, interval=5, probe_interval=5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    patterns = set()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step in range(steps):
+            if step % 20 == 10:
+                layer = layers[step // 20 % 7]
+                layer.skipped = not layer.skipped
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(compiled(x), labels).backward()
+            optimizer.step()
+            ebqm.step()
+            patterns.add(tuple(layer.skipped for layer in layers))
+            if step % 30 == 29:
+                model.eval()
+                with torch.no_grad():
+                    torch.testing.assert_close(compiled(x), model(x), rtol=1e-3, atol=1e-3)
+                model.train()
+    assert len(patterns) > 3
+    # In the graph, skipped or not, a layer is seen at every step.
+    rows = ebqm.report().layers
+    assert all(
+        len(row.over_time) == steps // 5 and row.divergence >= 0 for row in rows if row.place
+    )
+    # Training, and evaluation without gradients.
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("layer", ["attention", "block", "light"])
+def test_a_model_that_was_compiled_runs_after_a_mode_looked_on(layer: str) -> None:
+    """The compiler skips then what it saw running, and comes upon what it did not by itself."""
+    light = layer == "light"
+    kinds = {"attention": ek.LayerAttention, "block": ek.ELA, "light": ek.LightLayerAttention}
+    layers = nn.ModuleList(kinds[layer](CHANNELS, 8) for _ in range(3))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        history = ek.LayerHistory()
+        for each in layers:
+            x = x + each(x, x if light else history)
+        return x
+
+    compiled, x = torch.compile(run, backend="aot_eager"), batch().requires_grad_()
+    with FlopCounterMode(display=False):
+        compiled(x)
+    for _ in range(2):
+        out, want = compiled(x), run(x)
+        torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+        (got,), (expected,) = (torch.autograd.grad(o.sum(), x) for o in (out, want))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

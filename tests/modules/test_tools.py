@@ -43,7 +43,6 @@ MODELS = [lambda: Network((3,)), Base, Light]
 @pytest.mark.parametrize(
     ("tool", "error", "message"),
     [
-        (torch.fx.symbolic_trace, TypeError, r"^x: got Proxy; .*torch\.export\.export"),
         (
             torch.jit.script,
             NotImplementedError,

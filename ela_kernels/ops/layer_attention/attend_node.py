@@ -21,6 +21,7 @@ from ela_kernels.ops.layer_attention.record import (
     with_own_memory,
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.torch_internals import runs_as_written
 
 
 def _gather(ctx: Any, need_key: bool, need_value: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -123,6 +124,7 @@ class _Provide(torch.autograd.Function):
         return dk, dv, token_gradient(ctx, ctx.token), None
 
 
+@runs_as_written
 def attend_pull(
     q: Tensor, k: Tensor, v: Tensor, token: Tensor | None, prev_weights: Tensor | None, link: Link
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -134,6 +136,7 @@ def attend_pull(
     return out, weights, kl, own if own.requires_grad else token
 
 
+@runs_as_written
 def provide_pull(k: Tensor, v: Tensor, token: Tensor | None, link: Link) -> Tensor | None:
     """The token after a layer that gives its pair and retrieves nothing."""
     if not torch.is_grad_enabled():

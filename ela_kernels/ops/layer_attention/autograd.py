@@ -24,6 +24,7 @@ from ela_kernels.ops.layer_attention.reference import (
     layer_attention_reference,
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.torch_internals import constant_in_graphs, is_exporting_to_onnx
 
 library = torch.library.Library("ela_kernels", "FRAGMENT")
 """What all operators of this package are registered with."""
@@ -273,6 +274,12 @@ class _LayerAttention(torch.autograd.Function):
         return (g.dq, g.dprev, None, None, None, None, None, *g.dkeys, *g.dvalues)
 
 
+@constant_in_graphs
+def _runs_elsewhere() -> bool:
+    """Whether a graph is made for a runtime that knows no operators of this package."""
+    return is_exporting_to_onnx()
+
+
 def layer_attention_autograd(
     q: Tensor,
     keys: Sequence[Tensor],
@@ -285,6 +292,10 @@ def layer_attention_autograd(
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` of a backend's kernels, differentiable; of what the operator chooses where there is none."""
+    if backend is None and _runs_elsewhere():
+        return layer_attention_reference(
+            q, keys, values, heads, scale, prev_weights, channels_last, tolerance
+        )
     if backend is None or needs_dispatcher(q):
         out, weights, kl = torch.ops.ela_kernels.layer_attention(
             q, list(keys), list(values), heads, scale, prev_weights, channels_last, tolerance

@@ -13,6 +13,7 @@ from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.held import check_history_dtype
 from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
+from ela_kernels.ops.layer_attention.traced import Traced, no_numbers
 from ela_kernels.torch_internals import constant_in_graphs
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _ForEverybody(dict[Any, list[Place]]):
         return self._place
 
 
-class Places:
+class Places(Traced):
     """The snapshot that each layer of a history extends, and those that layers found, for their recomputation."""
 
     def __init__(
@@ -102,6 +103,17 @@ class Places:
         history._now = history._latest = Snapshot.of(keys, values, heads)
         history.held = (keys, values)
         return history
+
+    def _new_arguments(self) -> dict[str, Any]:
+        return {"repeats": self._repeats, "dtype": self._dtype, "tolerance": self._tolerance}
+
+    def _begin_trace(self) -> None:
+        if self._now.position or self._now.pairs.keys:
+            raise TypeError(
+                "history: got one that holds pairs already, in a model that torch.fx traces; allowed is a "
+                "LayerHistory() that the traced forward makes"
+            )
+        self._now = self._latest = no_numbers()
 
     def _held_dtype(self, dtype: torch.dtype) -> torch.dtype | None:
         """In which the value of a layer in `dtype` is held, None for as it is: nothing is gained by as many bytes."""

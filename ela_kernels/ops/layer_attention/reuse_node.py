@@ -43,6 +43,7 @@ from ela_kernels.ops.layer_attention.record import (
     token_gradient,
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.torch_internals import runs_as_written
 
 
 def _block(x: Tensor, reused: Retrieved, epilogue: NormAct, backend: KernelBackend) -> Tensor:
@@ -160,6 +161,7 @@ def _block_and_pair(
     return r.out, r.mean, r.k, r.v
 
 
+@runs_as_written
 def reuse_pull(x: Tensor, reused: Retrieved, epilogue: NormAct, backend: KernelBackend) -> Tensor:
     """The block's output, of a layer that gives no pair."""
     x = readable(x)
@@ -170,6 +172,7 @@ def reuse_pull(x: Tensor, reused: Retrieved, epilogue: NormAct, backend: KernelB
     return out
 
 
+@runs_as_written
 def reuse_and_provide_pull(
     x: Tensor,
     filters: Filters,

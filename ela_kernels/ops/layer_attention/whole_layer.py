@@ -29,6 +29,7 @@ from ela_kernels.ops.layer_attention.plan import (
 )
 from ela_kernels.ops.layer_attention.record import Link, Record
 from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
+from ela_kernels.torch_internals import runs_as_written
 
 
 class WholeLayers(LayersInGraphs):
@@ -104,6 +105,7 @@ class WholeLayers(LayersInGraphs):
             found.append(f"{type(self).__name__} has an attend or provide of its own")
         return found + filter_obstacles(filters, x, dtype)
 
+    @runs_as_written
     def attend_layer(
         self,
         x: Tensor,
@@ -181,6 +183,7 @@ class WholeLayers(LayersInGraphs):
         )
         return snapshot, heads, link
 
+    @runs_as_written
     def provide_layer(self, x: Tensor, plan: LayerPlan, *, heads: int, caller: Any = None) -> None:
         """Make key and value from `x` and append them, without retrieving; arguments as in :meth:`attend_layer`."""
         x, filters = as_autocast(x, plan.filters._replace(wq=None))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.ops.layer_attention.places import graph_task
+from ela_kernels.ops.layer_attention.traced import Traced
 
 
-class PreviousOutput:
+class PreviousOutput(Traced):
     """What a light layer needs of the one before: its output, or the stage's input for the first."""
 
     def __init__(self) -> None:

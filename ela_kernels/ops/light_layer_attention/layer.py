@@ -25,6 +25,7 @@ from ela_kernels.ops.layer_attention.layer_node import in_dtype_of
 from ela_kernels.ops.layer_attention.opaque import opaque
 from ela_kernels.ops.layer_attention.record import in_form_of
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.torch_internals import runs_as_written
 
 
 def _refuse_second_derivative() -> None:
@@ -140,6 +141,7 @@ def _as_read(x: Tensor, filters: LightFilters, prev: Tensor) -> tuple[Tensor, Li
     )
 
 
+@runs_as_written
 def light_layer(
     backend: KernelBackend,
     x: Tensor,

@@ -18,6 +18,7 @@ from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
 from ela_kernels.ops.layer_attention.decided import Decided, decided_after
 from ela_kernels.ops.layer_attention.deferral import DeferredPairs
+from ela_kernels.ops.layer_attention.in_graph import flops as flops  # what their products count
 from ela_kernels.ops.layer_attention.in_graph import operator as operator  # registers them
 from ela_kernels.ops.layer_attention.in_graph.call import FORMULA
 from ela_kernels.ops.layer_attention.plan import all_fit

@@ -1,0 +1,85 @@
+"""Parameters of skipped layers, which an optimizer is to leave as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ela_kernels.modules import ELA
+from ela_kernels.torch_internals import all_modules, own_child
+
+
+def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `model` that take no part in a training pass, since their layers are skipped.
+
+    Of a layer that is skipped the query, whatever the mode; the norm, but with `skip="reuse"`; key and value, where the
+    layer gives no pair, or where nobody who read it in the passes before retrieves now. What another module or layer
+    has too is left out.
+    """
+    idle: dict[nn.Parameter, None] = {}
+    used: dict[nn.Parameter, int] = {}
+    modules = all_modules(model)
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            used[parameter] = used.get(parameter, -1) + 1
+    for layer in modules:
+        if isinstance(layer, ELA):
+            for parameter, is_idle in _parts(layer):
+                if is_idle:
+                    idle[parameter] = None
+                else:
+                    used[parameter] = used.get(parameter, 0) + 1
+    return [parameter for parameter in idle if not used.get(parameter, 0)]
+
+
+def _parts(layer: ELA) -> Iterator[tuple[nn.Parameter, bool]]:
+    """The parameters of a layer's attention and norm, and whether each is idle."""
+    is_skipped, attn, readers = layer.skipped, layer.attn, layer.readers
+    gives = layer.provides and not (readers.learnt and not readers.retrieve())
+    if attn is not None:
+        query = own_child(attn, "Wq")
+        of_query = set() if query is None else set(query.parameters())
+        for parameter in attn.parameters():
+            yield parameter, is_skipped and (not gives or parameter in of_query)
+    if layer.norm is not None:
+        for parameter in layer.norm.parameters():
+            yield parameter, is_skipped and layer.skip != "reuse"
+
+
+def spare_skipped(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+    """Have an optimizer leave the idle parameters of skipped layers as they are, and their moments too.
+
+    Without a gradient (`.grad` None) an optimizer passes by. But skipped layers have gradients of zeros under
+    `DistributedDataParallel`, in compiled graphs and after `zero_grad(set_to_none=False)`, and then momentum and weight
+    decay go on moving them. Equivalent PyTorch, before each step::
+
+        for parameter in idle_parameters(model):
+            parameter.grad = None
+
+    Args:
+        optimizer: any optimizer of `torch.optim`, or one with its hooks.
+        model: the model that it trains, or a wrapper around it.
+
+    Returns:
+        A handle, whose `remove()` ends it.
+
+    Source:
+        Our definition: a layer that is skipped comes back as it was.
+
+    Example:
+        >>> import torch, ela_kernels as ek
+        >>> from ela_kernels.ebqm import spare_skipped
+        >>> model = ek.ELA(32)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> handle = spare_skipped(optimizer, model)
+    """
+
+    def forget(*_: Any) -> None:
+        for parameter in idle_parameters(model):
+            parameter.grad = None
+
+    return optimizer.register_step_pre_hook(forget)
