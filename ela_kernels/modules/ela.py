@@ -46,8 +46,9 @@ class ELA(TakesTokens, ELAState):
         head_dim: channels of a head; a divisor of `dim`.
         kernel_size: odd size of the filters over the channel axis; `int(|log2(C) + 1| / 2)`, made odd, if None.
         norm_layer: called with `dim`; makes the norm of the retrieval. The kernels of a whole block know
-            `nn.BatchNorm2d`; with any other, `nn.GroupNorm` say, those of the whole layer serve and PyTorch runs the
-            norm. A `nn.LayerNorm` or `nn.RMSNorm` is one over the channels, `norm(o.movedim(1, -1)).movedim(-1, 1)`.
+            `nn.BatchNorm2d`, and the `FrozenBatchNorm2d` of torchvision and detectron2; with any other, `nn.GroupNorm`
+            say, those of the whole layer serve and PyTorch runs the norm. A `nn.LayerNorm` or `nn.RMSNorm` is one over
+            the channels, `norm(o.movedim(1, -1)).movedim(-1, 1)`.
         act_layer: called without arguments; makes the activation. `nn.ReLU` is made to work in place.
         drop_path: probability of dropping the retrieval for a sample in training, in [0, 1].
         skip: what a skipped layer leaves out. `"reuse"`: it takes the last retrieval before it in the stage in place of

@@ -23,6 +23,35 @@ KNOWN_NORMS = (
 )
 
 
+# Batch norms whose statistics, scale and shift are buffers that no mode and no optimizer changes: known by name, since
+# what they compute is known, and their libraries need not be there. In both `x * s + (bias - running_mean * s)` with
+# `s = weight * (running_var + eps).rsqrt()`.
+_FROZEN = frozenset(
+    {
+        ("torchvision.ops.misc", "FrozenBatchNorm2d"),
+        ("detectron2.layers.batch_norm", "FrozenBatchNorm2d"),
+    }
+)
+
+
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether a norm is the frozen batch norm of torchvision or detectron2 itself, no subclass."""
+    kind = type(norm)
+    return (kind.__module__, kind.__qualname__) in _FROZEN
+
+
+def is_batch_norm(norm: nn.Module) -> bool:
+    """Whether a norm has a scale, a shift and statistics for each channel, as the kernels of a block know them."""
+    return isinstance(norm, nn.BatchNorm2d) or is_frozen(norm)
+
+
+def takes_batch(norm: Any) -> bool:
+    """Whether a batch norm takes the statistics of the batch, as `nn.BatchNorm2d` decides it; a frozen one never."""
+    if is_frozen(norm):
+        return False
+    return bool(norm.training or (norm.running_mean is None and norm.running_var is None))
+
+
 def normed(norm: nn.Module, o: Tensor, buffers: dict[str, Tensor] | None = None) -> Tensor:
     """`norm` of a map `[B, C, H, W]`, with other buffers than its own where some are given.
 

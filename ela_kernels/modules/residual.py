@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,13 @@ from ela_kernels.explaining import refused, served
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
-from ela_kernels.modules.norms import normed, without_sharing
+from ela_kernels.modules.norms import (
+    is_batch_norm,
+    is_frozen,
+    normed,
+    takes_batch,
+    without_sharing,
+)
 from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
@@ -94,9 +101,8 @@ def block_in_graph(
     if _obstacles(attn, LayerAttention, norm, act, drop_path, x, samples) != ():
         return None
     assert isinstance(attn, LayerAttention)
-    assert isinstance(norm, nn.BatchNorm2d)
     # The cumulative mean of a norm without momentum is a number that would have to be read when the graph runs.
-    if norm.training and norm.momentum is None:
+    if isinstance(norm, nn.BatchNorm2d) and norm.training and norm.momentum is None:
         return None
     if active is not None and not history.takes_decision(x, keeps, takes_batch(norm)):
         return None
@@ -172,7 +178,7 @@ def _obstacles(
         attn.check_input(x)  # not before hooks on it have seen it
     elif not isinstance(x, Tensor) or x.dim() != 4:
         return None
-    if isinstance(norm, nn.BatchNorm2d):
+    if is_batch_norm(norm):
         found += norm_obstacles(norm, x)
     return tuple(found)
 
@@ -195,7 +201,7 @@ def module_obstacles(
     found = []
     called = [m for m in (attn, norm, act, drop_path) if m is not None]
     of_norm, of_act, of_drop_path = type(norm), type(act), type(drop_path)
-    if of_norm is not nn.BatchNorm2d:
+    if of_norm is not nn.BatchNorm2d and not is_frozen(norm):
         found.append(f"norm is {of_norm.__name__}, and the kernels know BatchNorm2d")
     if of_act is not nn.ReLU and of_act is not nn.Identity:
         found.append(f"act is {of_act.__name__}, and the kernels know ReLU and Identity")
@@ -211,13 +217,14 @@ def module_obstacles(
     return found
 
 
-def norm_obstacles(norm: nn.BatchNorm2d, x: Tensor) -> list[str]:
+def norm_obstacles(norm: Any, x: Tensor) -> list[str]:
     """Why the kernels do not serve this norm on `x`; where they do not, PyTorch's own may have something to say.
 
     They add to `x` in one dtype, which under autocast need not be that of `x`.
     """
     found = []
-    if norm.num_features != x.shape[1] or (norm.weight is None) != (norm.bias is None):
+    features = x.shape[1] if is_frozen(norm) else norm.num_features
+    if features != x.shape[1] or (norm.weight is None) != (norm.bias is None):
         found.append("norm is for another number of channels, or has one parameter of two")
     if x.dtype != layer_dtype(x):
         found.append(f"x is {x.dtype}, and autocast computes the layer in {layer_dtype(x)}")
@@ -231,7 +238,7 @@ def norm_obstacles(norm: nn.BatchNorm2d, x: Tensor) -> list[str]:
     return found
 
 
-def has_usual_parameters(norm: nn.BatchNorm2d, x: Tensor) -> bool:
+def has_usual_parameters(norm: Any, x: Tensor) -> bool:
     """Whether parameters and running statistics are plain ones of a shape and dtype that PyTorch takes with `x`."""
     given = [
         t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None
@@ -239,17 +246,13 @@ def has_usual_parameters(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     if (norm.running_mean is None) != (norm.running_var is None) or not norm.eps > 0:
         return False
     dtype = given[0].dtype if given else x.dtype
-    if dtype != x.dtype and (dtype, x.dtype) not in MIXED:
+    # PyTorch's own gives the dtype of x, a frozen one that of the product with its scale.
+    if dtype != x.dtype and (is_frozen(norm) or (dtype, x.dtype) not in MIXED):
         return False
     return all(
         t.dtype == dtype and t.shape == (x.shape[1],) and t.device == x.device and is_plain(t)
         for t in given
     )
-
-
-def takes_batch(norm: nn.BatchNorm2d) -> bool:
-    """Whether a norm takes the statistics of the batch, as `nn.BatchNorm2d` decides it."""
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def _mask(drop_path: nn.Module, x: Tensor) -> Tensor | None:
@@ -263,9 +266,8 @@ def _mask(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     return None if mask is ones else mask
 
 
-def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: nn.Module, x: Tensor) -> NormAct:
+def epilogue_of(norm: Any, act: nn.Module, drop_path: nn.Module, x: Tensor) -> NormAct:
     """What follows the retrieval, and keeps the norm's running statistics as `nn.BatchNorm2d` keeps them."""
-    assert isinstance(norm, nn.BatchNorm2d)
     statistics = None
     if not takes_batch(norm):
         assert norm.running_mean is not None
@@ -274,7 +276,7 @@ def epilogue_of(norm: nn.Module, act: nn.Module, drop_path: nn.Module, x: Tensor
             accumulate_dtype(x.dtype)
         )
     mask, track = _mask(drop_path, x), None
-    if norm.training and norm.track_running_stats:
+    if not is_frozen(norm) and norm.training and norm.track_running_stats:
         track = partial(_track, norm, x.numel() // x.shape[1])
     return NormAct(
         norm.weight,

@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from ela_kernels.backends.dispatch import Refusal, refusal_by
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
-from ela_kernels.modules.norms import KNOWN_NORMS, normed, without_sharing
+from ela_kernels.modules.norms import (
+    KNOWN_NORMS,
+    is_batch_norm,
+    normed,
+    takes_batch,
+    without_sharing,
+)
 from ela_kernels.modules.query_key_value import as_before_wrappers
 from ela_kernels.modules.residual import (
     epilogue_of,
     kind_of,
     module_obstacles,
     norm_obstacles,
-    takes_batch,
 )
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.plan import LayerPlan
@@ -127,7 +132,7 @@ def _plan(
     """A `LayerPlan` where `attn` gives a pair, kernels where nothing does, or why there are none."""
     obstacles = module_obstacles(attn, norm, act, drop_path, samples)
     takes = False
-    if isinstance(norm, nn.BatchNorm2d):
+    if is_batch_norm(norm):
         obstacles += norm_obstacles(norm, x)
         takes = takes_batch(norm)
     obstacles += reuse_obstacles(x, kept, takes)
