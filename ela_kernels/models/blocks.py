@@ -190,6 +190,10 @@ class MRLALight(TakesTokens, nn.Module):
             return self._run(x, previous)
         first, patches = self._split(x, self.attn.dim)
         if isinstance(previous, Tensor) and previous.dim() == 3:
+            if previous.shape != x.shape:
+                raise ValueError(
+                    f"previous: got shape {list(previous.shape)}; allowed is that of x, {list(x.shape)}"
+                )
             previous = self._split(previous, self.attn.dim)[1]
         return joined(first, self._run(patches, previous))
 

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import ela_kernels as ek
 from ela_kernels.__main__ import main
 from ela_kernels.models import VisionTransformer, build_model, load_weights, vit_small, vit_tiny
+from ela_kernels.models.blocks import MRLALight, StageAttention
 from ela_kernels.training.arguments import make_model, make_parser
 
 ATTENTIONS = ["none", "mrla", "mrla_light", "ela"]
@@ -331,3 +332,30 @@ def test_patches_that_the_training_program_takes(side: int, patch: int) -> None:
     assert isinstance(model, VisionTransformer)
     assert model.grid == (side // patch, side // patch)
     assert model.attentions[0].kind == "mrla_light"
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.LayerNorm])
+@pytest.mark.parametrize("kind", ["mrla", "concatenating", "mrla_light", "ela"])
+def test_a_stage_on_tokens_is_the_stage_on_maps(kind: Any, norm: Any, backend: str) -> None:
+    fused, name = kind != "concatenating", "mrla" if kind == "concatenating" else kind
+    arguments = (name, 16, [0.0] * 3, 8, fused, "reuse")
+    ours = StageAttention(*arguments, norm_layer=norm, prefix_tokens=2, grid=(3, 4))
+    theirs = StageAttention(*arguments, norm_layer=norm)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 14, 16)
+    got, want = x, x[:, 2:].unflatten(1, (3, 4)).permute(0, 3, 1, 2)
+    histories = ours.new_history(), theirs.new_history()
+    for a, b in zip(ours, theirs, strict=True):
+        got, want = a(got, histories[0]), b(want, histories[1])
+    assert torch.equal(got[:, :2], x[:, :2])
+    # The same numbers in another order of sums: the concatenating form copies the map.
+    torch.testing.assert_close(got[:, 2:], want.flatten(2).transpose(1, 2))
+
+
+def test_what_stands_for_the_layer_before_may_be_tokens() -> None:
+    block = MRLALight(ek.LightLayerAttention(16, 8), 0.0, prefix_tokens=2, grid=(3, 4)).eval()
+    x, before = torch.randn(2, 2, 14, 16)
+    want = block(x, before[:, 2:].unflatten(1, (3, 4)).permute(0, 3, 1, 2))
+    assert torch.equal(block(x, before), want)
+    with pytest.raises(ValueError, match=r"^previous: got shape \[2, 13, 16\]; allowed is that of"):
+        block(x, before[:, :13])
