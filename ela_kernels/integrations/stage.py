@@ -276,7 +276,7 @@ class Stage:
         if graph_task() != -1:
             return (
                 f"{name}: got a map in a backward pass that does not carry the history of its stage, as with reentrant "
-                f"checkpointing; {_REENTRANT}"
+                f"checkpointing, and where hooks give a checkpoint other tensors than it saved; {_REENTRANT}"
             )
         return (
             f"{name}: got a map that does not carry the history of its stage, and {before} did not run just before it; "

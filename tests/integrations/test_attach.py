@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import ela_kernels as ek
 from ela_kernels.integrations import attach, detach
 from ela_kernels.integrations.attach import Attached
+from ela_kernels.integrations.views import ChannelsLast, Tokens
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 
 def same(a, b):
@@ -397,6 +399,96 @@ def test_a_layer_after_every_nth_block(every):
         same(out, expected)
         same(gradients(model, out.square().sum()), gradients(other, expected.square().sum()))
     assert len(detach(model).state_dict()) == len(Network().state_dict())
+
+
+@pytest.mark.parametrize("form", ["ela", "mrla"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_options_of_the_history(form, recompute):
+    model = network(form, tolerance=0.45, history_dtype=torch.bfloat16)
+    other = copy.deepcopy(model)
+    if recompute:
+        model.run = checkpointed
+    out = model(images())
+    expected = by_hand(other, images(), tolerance=0.45, dtype=torch.bfloat16)
+    same(out, expected)
+    same(gradients(model, out.square().sum()), gradients(other, expected.square().sum()))
+    for options in ({"tolerance": 0.45}, {"dtype": torch.bfloat16}):
+        assert not torch.allclose(by_hand(other, images(), **options), expected)
+
+
+class Mixing(nn.Module):
+    """A block of maps `[B, H, W, C]`, or of tokens `[B, N, C]`, of which each is worked on by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("prefix", [None, 0, 2])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_tokens_and_maps_in_another_order(form, prefix, recompute):
+    """`prefix`: tokens before those of the map; None for maps `[B, H, W, C]`."""
+    torch.manual_seed(3)
+    model = nn.ModuleList(Mixing() for _ in range(3)).double()
+    view = ChannelsLast() if prefix is None else Tokens((4, 3), prefix)
+    attach(model, [list("012")], lambda name: layer_of(form, DIM), view=view)
+    other = copy.deepcopy(model)
+    shape = (2, 4, 3, DIM) if prefix is None else (2, 12 + prefix, DIM)
+    x = y = torch.randn(shape, dtype=torch.float64)
+    history = PreviousOutput() if form == "mrla_light" else ek.LayerHistory()
+    for i, (block, alike) in enumerate(zip(model, other, strict=True)):
+        options = {"scale": 1.0 + i}  # what else a block is called with
+        if recompute:
+            x = checkpoint(block, x, use_reentrant=False, **options)
+        else:
+            x = block(x, **options)
+        y = Mixing.forward(alike, y, **options)
+        first, rest = y[:, :prefix], y if prefix is None else y[:, prefix:]
+        maps = rest.reshape(2, 4, 3, DIM).movedim(-1, 1).contiguous()
+        rest = alike.ela(maps, history).movedim(1, -1)
+        y = rest if prefix is None else torch.cat((first, rest.reshape(2, 12, DIM)), 1)
+    same(x, y)
+    same(gradients(model, x.square().sum()), gradients(other, y.square().sum()))
+
+
+def test_what_is_no_map_is_refused_by_name():
+    def refused(view, x, block=None):
+        model = nn.Sequential(nn.Identity() if block is None else block)
+        attach(model, [["0"]], lambda name: layer_of("ela", DIM), view=view)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            model(x)
+        return str(caught.value)
+
+    x = torch.randn(1, DIM, 4, 3)
+    assert refused(None, x[0]).startswith(
+        "0: got an output of shape [8, 4, 3]; allowed is [B, C, H,"
+    )
+    assert refused(ChannelsLast(), x[0]).endswith("allowed is [B, H, W, C]")
+    assert refused(Tokens("square"), x).endswith("allowed is [B, N, C]")
+    assert refused(Tokens((2, 3)), x[0]).startswith(
+        "0: got 4 tokens of a map, beside 0 others; allo"
+    )
+    assert refused(Tokens("square", 2), x[0]).startswith(
+        "0: got 2 tokens of a map, beside 2 others,"
+    )
+    assert refused(Tokens("square", 9), x[0]).startswith("0: got -5 tokens")
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    assert refused(None, x, Two()).startswith(
+        "0: got an output that is a tuple; allowed is a torch.T"
+    )
+    for grid in ("round", (3,), (3, 0), 3):
+        with pytest.raises(ValueError, match=r"^grid: got .*; allowed are 'square' and \(H, W\)"):
+            Tokens(grid)
+    with pytest.raises(ValueError, match=r"^prefix: got -1"):
+        Tokens("square", -1)
 
 
 def test_a_block_without_a_layer_between_others_passes_the_history_on():
