@@ -218,10 +218,12 @@ class Stage:
         if passed is not None and not recomputing:
             passed.found = history.place_found
         if index + 1 < len(self.names):
-            left = Passed(self, history.continued(), index + 1, x_map.shape)
-            self._check_position(index, left.history.position - 1)
             if recomputing:
-                left.found = left.history.place_left
+                history = history.continued()
+            left = Passed(self, history, index + 1, x_map.shape)
+            self._check_position(index, history.position - 1)
+            if recomputing:
+                left.found = history.place_left
             else:
                 self._local.last = left
             setattr(given, _ATTRIBUTE, left)
@@ -262,10 +264,10 @@ class Stage:
         passes take turns block by block.
         """
         found = self._received(block, x)
-        if found is None and not _recomputes():
-            last = self._local.last
-            if last is not None and last.found is None and last.made_in == graph_task():
-                found = last
+        last = self._local.last
+        # Not in a recomputation, where the last block that ran forwards may be that of any pass.
+        if found is None and last is not None and last.made_in == graph_task():
+            found = last
         if found is None:
             raise RuntimeError(self._lost(index))
         self._check_position(index, found.position)

@@ -132,9 +132,17 @@ def test_a_graph_that_is_retained():
     same(first, second)
 
 
-def test_ebqm_counts_a_recomputed_layer_once():
+@pytest.mark.parametrize("stages", [True, False])
+def test_ebqm_counts_a_recomputed_layer_once(stages):
+    """Blocks are recomputed one by one, or stage by stage, with the beginning of each history."""
     model, other = network(), network()
-    model.run = checkpointed
+    if stages:
+        for stage in (model.first, model.second):
+            run = stage.forward
+            stage.forward = lambda x, run=run: checkpoint(run, x, use_reentrant=False)
+        model.forward = lambda x: model.head(model.second(model.first(model.stem(x))).mean((2, 3)))
+    else:
+        model.run = checkpointed
     monitors = [ek.EBQM(m, warmup=1) for m in (model, other)]
     for m in (model, other):
         m(images()).square().sum().backward()
@@ -186,6 +194,39 @@ def test_skipped_layers(skip, recompute):
                 value.backward()
                 grads.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
             same(*grads)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_reader_that_nobody_knew_of(recompute):
+    """Keys and values that were not made are made when a layer reads them all the same, which is then recomputed."""
+    model = network()
+    first = [block.ela for block in model.first]
+    last = model.first[2]
+    for layer in first:
+        layer.skip, layer.skipped = "retrieval", True
+    for _ in range(2):
+        model(images()).sum().backward()
+    other = copy.deepcopy(model)
+
+    def wake(block, _):
+        block.ela.skipped = False
+
+    last.register_forward_pre_hook(wake)
+    other.first[2].ela.skipped = False
+    if recompute:
+        model.run = lambda block, x: checkpointed(block, x) if block is last else block(x)
+    out, expected = model(images()), by_hand(other, images())
+    same(out, expected)
+    loss = out.square().sum(), expected.square().sum()
+    model.zero_grad()
+    other.zero_grad()
+    for value in loss:
+        value.backward()
+    found = [
+        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, other)
+    ]
+    assert "first.0.ela.attn.Wv.weight" in found[0]
+    same(*found)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -340,6 +381,22 @@ def test_nobody_takes_the_history_of_another_pass(form):
     model.run = lambda block, x: checkpoint(lambda y: block(y.clone()), x, use_reentrant=False)
     with pytest.raises(RuntimeError, match="got a map in a backward pass that does not carry"):
         model(images()).sum().backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_recomputation_does_not_take_the_history_of_a_pass_after_it(form):
+    model = network(form)
+    lost = model.first[1]
+    model.run = lambda block, x: (
+        checkpoint(lambda y: block(y.clone()), x, use_reentrant=False)
+        if block is lost
+        else block(x)
+    )
+    out = model(images())
+    with torch.no_grad():
+        model.first[0](model.stem(images(seed=1)))  # the last block that ran fits
+    with pytest.raises(RuntimeError, match=r"^first\.1: got a map in a backward pass"):
+        out.sum().backward()
 
 
 def test_blocks_out_of_order_and_missing():
