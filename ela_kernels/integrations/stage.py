@@ -88,12 +88,11 @@ class Passed:
         found: what the next layer found in it, for a recomputation; None before that layer ran.
     """
 
-    __slots__ = ("found", "history", "made_in", "position", "shape", "stage")
+    __slots__ = ("found", "history", "position", "shape", "stage")
 
     def __init__(self, stage: Stage, history: Any, position: int, shape: torch.Size) -> None:
         self.stage, self.history, self.position, self.shape = stage, history, position, shape
         self.found: Any = None
-        self.made_in = graph_task()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copied or saved tensor carries nothing: as a set, which `torch.load` admits."""
@@ -264,10 +263,9 @@ class Stage:
         passes take turns block by block.
         """
         found = self._received(block, x)
-        last = self._local.last
-        # Not in a recomputation, where the last block that ran forwards may be that of any pass.
-        if found is None and last is not None and last.made_in == graph_task():
-            found = last
+        if found is None:
+            # In a recomputation it is of another pass, and refused there: its next layer has not run.
+            found = self._local.last
         if found is None:
             raise RuntimeError(self._lost(index))
         self._check_position(index, found.position)
