@@ -286,6 +286,7 @@ def test_names_weights_and_classes_stay():
     assert missing
     assert all(".ela." in name for name in missing)
     assert isinstance(model.first[0], Block)
+    assert type(model.first[0]).__name__ == "AttachedBlock"
     detach(model)
     assert type(model.first[0]) is Block
     assert list(model.state_dict()) == list(plain.state_dict())
