@@ -72,6 +72,7 @@ class InFront(nn.Module):
 
     fused_original: type[nn.Module]
     fused_mixin: type[InFront]
+    fused_prefix = "Fused"  # of the class's name
 
     def fused_original_forward(self, *args: Any, **options: Any) -> Any:
         """As the module was written."""
@@ -291,7 +292,7 @@ def fused_class(mixin: type[InFront], original: type[nn.Module]) -> type[InFront
     found = _classes.get((mixin, original))
     if found is None:
         body = {"fused_mixin": mixin, "fused_original": original, "__module__": original.__module__}
-        found = type(f"Fused{original.__name__}", (mixin, original), body)
+        found = type(f"{mixin.fused_prefix}{original.__name__}", (mixin, original), body)
         found = _classes.setdefault((mixin, original), found)
     return found
 

@@ -35,6 +35,7 @@ class Attached(InFront):
     """In front of the class of a block: the block as it was written, and its layer after it."""
 
     fused_place: Place
+    fused_prefix = "Attached"
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         # Hooks exchange tensors (those of FSDP do), and with them what they carry: looked at before and after.

@@ -88,12 +88,11 @@ class Passed:
         found: what the next layer found in it, for a recomputation; None before that layer ran.
     """
 
-    __slots__ = ("found", "history", "made_in", "position", "shape", "stage")
+    __slots__ = ("found", "history", "position", "shape", "stage")
 
     def __init__(self, stage: Stage, history: Any, position: int, shape: torch.Size) -> None:
         self.stage, self.history, self.position, self.shape = stage, history, position, shape
         self.found: Any = None
-        self.made_in = graph_task()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copied or saved tensor carries nothing: as a set, which `torch.load` admits."""
@@ -218,10 +217,12 @@ class Stage:
         if passed is not None and not recomputing:
             passed.found = history.place_found
         if index + 1 < len(self.names):
-            left = Passed(self, history.continued(), index + 1, x_map.shape)
-            self._check_position(index, left.history.position - 1)
             if recomputing:
-                left.found = left.history.place_left
+                history = history.continued()
+            left = Passed(self, history, index + 1, x_map.shape)
+            self._check_position(index, history.position - 1)
+            if recomputing:
+                left.found = history.place_left
             else:
                 self._local.last = left
             setattr(given, _ATTRIBUTE, left)
@@ -262,10 +263,9 @@ class Stage:
         passes take turns block by block.
         """
         found = self._received(block, x)
-        if found is None and not _recomputes():
-            last = self._local.last
-            if last is not None and last.found is None and last.made_in == graph_task():
-                found = last
+        if found is None:
+            # In a recomputation it is of another pass, and refused there: its next layer has not run.
+            found = self._local.last
         if found is None:
             raise RuntimeError(self._lost(index))
         self._check_position(index, found.position)
@@ -276,7 +276,7 @@ class Stage:
         if graph_task() != -1:
             return (
                 f"{name}: got a map in a backward pass that does not carry the history of its stage, as with reentrant "
-                f"checkpointing; {_REENTRANT}"
+                f"checkpointing, and where hooks give a checkpoint other tensors than it saved; {_REENTRANT}"
             )
         return (
             f"{name}: got a map that does not carry the history of its stage, and {before} did not run just before it; "

@@ -30,6 +30,8 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 import ela_kernels as ek
 from ela_kernels.integrations import attach, detach
 from ela_kernels.integrations.attach import Attached
+from ela_kernels.integrations.views import ChannelsLast, Tokens
+from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 
 def same(a, b):
@@ -130,9 +132,17 @@ def test_a_graph_that_is_retained():
     same(first, second)
 
 
-def test_ebqm_counts_a_recomputed_layer_once():
+@pytest.mark.parametrize("stages", [True, False])
+def test_ebqm_counts_a_recomputed_layer_once(stages):
+    """Blocks are recomputed one by one, or stage by stage, with the beginning of each history."""
     model, other = network(), network()
-    model.run = checkpointed
+    if stages:
+        for stage in (model.first, model.second):
+            run = stage.forward
+            stage.forward = lambda x, run=run: checkpoint(run, x, use_reentrant=False)
+        model.forward = lambda x: model.head(model.second(model.first(model.stem(x))).mean((2, 3)))
+    else:
+        model.run = checkpointed
     monitors = [ek.EBQM(m, warmup=1) for m in (model, other)]
     for m in (model, other):
         m(images()).square().sum().backward()
@@ -184,6 +194,39 @@ def test_skipped_layers(skip, recompute):
                 value.backward()
                 grads.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
             same(*grads)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_reader_that_nobody_knew_of(recompute):
+    """Keys and values that were not made are made when a layer reads them all the same, which is then recomputed."""
+    model = network()
+    first = [block.ela for block in model.first]
+    last = model.first[2]
+    for layer in first:
+        layer.skip, layer.skipped = "retrieval", True
+    for _ in range(2):
+        model(images()).sum().backward()
+    other = copy.deepcopy(model)
+
+    def wake(block, _):
+        block.ela.skipped = False
+
+    last.register_forward_pre_hook(wake)
+    other.first[2].ela.skipped = False
+    if recompute:
+        model.run = lambda block, x: checkpointed(block, x) if block is last else block(x)
+    out, expected = model(images()), by_hand(other, images())
+    same(out, expected)
+    loss = out.square().sum(), expected.square().sum()
+    model.zero_grad()
+    other.zero_grad()
+    for value in loss:
+        value.backward()
+    found = [
+        {n: p.grad for n, p in m.named_parameters() if p.grad is not None} for m in (model, other)
+    ]
+    assert "first.0.ela.attn.Wv.weight" in found[0]
+    same(*found)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -243,6 +286,7 @@ def test_names_weights_and_classes_stay():
     assert missing
     assert all(".ela." in name for name in missing)
     assert isinstance(model.first[0], Block)
+    assert type(model.first[0]).__name__ == "AttachedBlock"
     detach(model)
     assert type(model.first[0]) is Block
     assert list(model.state_dict()) == list(plain.state_dict())
@@ -340,6 +384,22 @@ def test_nobody_takes_the_history_of_another_pass(form):
         model(images()).sum().backward()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_recomputation_does_not_take_the_history_of_a_pass_after_it(form):
+    model = network(form)
+    lost = model.first[1]
+    model.run = lambda block, x: (
+        checkpoint(lambda y: block(y.clone()), x, use_reentrant=False)
+        if block is lost
+        else block(x)
+    )
+    out = model(images())
+    with torch.no_grad():
+        model.first[0](model.stem(images(seed=1)))  # the last block that ran fits
+    with pytest.raises(RuntimeError, match=r"^first\.1: got a map in a backward pass"):
+        out.sum().backward()
+
+
 def test_blocks_out_of_order_and_missing():
     model = network()
     x = model.first[0](model.stem(images()))
@@ -397,6 +457,96 @@ def test_a_layer_after_every_nth_block(every):
         same(out, expected)
         same(gradients(model, out.square().sum()), gradients(other, expected.square().sum()))
     assert len(detach(model).state_dict()) == len(Network().state_dict())
+
+
+@pytest.mark.parametrize("form", ["ela", "mrla"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_options_of_the_history(form, recompute):
+    model = network(form, tolerance=0.45, history_dtype=torch.bfloat16)
+    other = copy.deepcopy(model)
+    if recompute:
+        model.run = checkpointed
+    out = model(images())
+    expected = by_hand(other, images(), tolerance=0.45, dtype=torch.bfloat16)
+    same(out, expected)
+    same(gradients(model, out.square().sum()), gradients(other, expected.square().sum()))
+    for options in ({"tolerance": 0.45}, {"dtype": torch.bfloat16}):
+        assert not torch.allclose(by_hand(other, images(), **options), expected)
+
+
+class Mixing(nn.Module):
+    """A block of maps `[B, H, W, C]`, or of tokens `[B, N, C]`, of which each is worked on by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+
+    def forward(self, x, scale=1.0):
+        return x + scale * torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("prefix", [None, 0, 2])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_tokens_and_maps_in_another_order(form, prefix, recompute):
+    """`prefix`: tokens before those of the map; None for maps `[B, H, W, C]`."""
+    torch.manual_seed(3)
+    model = nn.ModuleList(Mixing() for _ in range(3)).double()
+    view = ChannelsLast() if prefix is None else Tokens((4, 3), prefix)
+    attach(model, [list("012")], lambda name: layer_of(form, DIM), view=view)
+    other = copy.deepcopy(model)
+    shape = (2, 4, 3, DIM) if prefix is None else (2, 12 + prefix, DIM)
+    x = y = torch.randn(shape, dtype=torch.float64)
+    history = PreviousOutput() if form == "mrla_light" else ek.LayerHistory()
+    for i, (block, alike) in enumerate(zip(model, other, strict=True)):
+        options = {"scale": 1.0 + i}  # what else a block is called with
+        if recompute:
+            x = checkpoint(block, x, use_reentrant=False, **options)
+        else:
+            x = block(x, **options)
+        y = Mixing.forward(alike, y, **options)
+        first, rest = y[:, :prefix], y if prefix is None else y[:, prefix:]
+        maps = rest.reshape(2, 4, 3, DIM).movedim(-1, 1).contiguous()
+        rest = alike.ela(maps, history).movedim(1, -1)
+        y = rest if prefix is None else torch.cat((first, rest.reshape(2, 12, DIM)), 1)
+    same(x, y)
+    same(gradients(model, x.square().sum()), gradients(other, y.square().sum()))
+
+
+def test_what_is_no_map_is_refused_by_name():
+    def refused(view, x, block=None):
+        model = nn.Sequential(nn.Identity() if block is None else block)
+        attach(model, [["0"]], lambda name: layer_of("ela", DIM), view=view)
+        with pytest.raises((TypeError, ValueError)) as caught:
+            model(x)
+        return str(caught.value)
+
+    x = torch.randn(1, DIM, 4, 3)
+    assert refused(None, x[0]).startswith(
+        "0: got an output of shape [8, 4, 3]; allowed is [B, C, H,"
+    )
+    assert refused(ChannelsLast(), x[0]).endswith("allowed is [B, H, W, C]")
+    assert refused(Tokens("square"), x).endswith("allowed is [B, N, C]")
+    assert refused(Tokens((2, 3)), x[0]).startswith(
+        "0: got 4 tokens of a map, beside 0 others; allo"
+    )
+    assert refused(Tokens("square", 2), x[0]).startswith(
+        "0: got 2 tokens of a map, beside 2 others,"
+    )
+    assert refused(Tokens("square", 9), x[0]).startswith("0: got -5 tokens")
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    assert refused(None, x, Two()).startswith(
+        "0: got an output that is a tuple; allowed is a torch.T"
+    )
+    for grid in ("round", (3,), (3, 0), 3):
+        with pytest.raises(ValueError, match=r"^grid: got .*; allowed are 'square' and \(H, W\)"):
+            Tokens(grid)
+    with pytest.raises(ValueError, match=r"^prefix: got -1"):
+        Tokens("square", -1)
 
 
 def test_a_block_without_a_layer_between_others_passes_the_history_on():

@@ -397,6 +397,13 @@ def test_models_that_do_not_fit_are_refused_by_name():
         add_layer_attention(dropping)
 
 
+def test_a_registered_model_takes_what_the_plain_one_takes():
+    model = timm.create_model("resnet50_mrla.a1_in1k", features_only=True, out_indices=(1, 2))
+    assert model.pretrained_cfg["tag"] == "a1_in1k"
+    assert [y.shape[1] for y in model(torch.randn(1, 3, 64, 64))] == [256, 512]
+    assert list(attached_blocks(model))[-1] == "layer2.3"
+
+
 def test_a_grid_that_changes_has_to_be_named():
     model = plain("vit", dynamic_img_size=True)
     with pytest.raises(

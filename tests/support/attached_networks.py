@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,12 +76,12 @@ def network(form: str = "ela", **options: object) -> Network:
     return model.double()
 
 
-def by_hand(model: Network, x: Tensor) -> Tensor:
+def by_hand(model: Network, x: Tensor, **options: Any) -> Tensor:
     """The forward with an explicit history, of the blocks as they were written and the layers after them."""
     x = model.stem(x)
     for stage in (model.first, model.second):
         light = any(isinstance(m, MRLALight) for m in stage.modules())
-        history = PreviousOutput() if light else ek.LayerHistory()
+        history = PreviousOutput() if light else ek.LayerHistory(**options)
         for block in stage:
             x = Block.forward(block, x)
             if hasattr(block, "ela"):
