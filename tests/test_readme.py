@@ -15,7 +15,9 @@ PAGES = {
         "README.md",
         "CONTRIBUTING.md",
         "docs/architecture.md",
+        "docs/distributed.md",
         "docs/dropin.md",
+        "docs/export.md",
         "docs/models.md",
         "docs/skipping.md",
     )
