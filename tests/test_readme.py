@@ -15,8 +15,10 @@ PAGES = {
         "README.md",
         "CONTRIBUTING.md",
         "docs/architecture.md",
+        "docs/distributed.md",
         "docs/dropin.md",
         "docs/integrations.md",
+        "docs/export.md",
         "docs/models.md",
         "docs/skipping.md",
     )

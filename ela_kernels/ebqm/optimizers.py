@@ -23,6 +23,8 @@ def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
     idle: dict[nn.Parameter, None] = {}
     used: dict[nn.Parameter, int] = {}
     modules = all_modules(model)
+    if not any(isinstance(module, ELA) and module.skipped for module in modules):
+        return []
     for module in modules:
         for parameter in module.parameters(recurse=False):
             used[parameter] = used.get(parameter, -1) + 1

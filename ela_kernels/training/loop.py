@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ela_kernels.ebqm import EBQM
+from ela_kernels.ebqm import EBQM, spare_skipped
 from ela_kernels.modules import ELA
 from ela_kernels.training.data import Images
 from ela_kernels.training.dead import check_single_image, dead_norms
@@ -84,6 +84,8 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, options, steps)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         has_ela = any(isinstance(m, ELA) for m in model.modules())
+        if has_ela:
+            spare_skipped(self.optimizer, self.model)
         watched = has_ela and options.ebqm is not None
         self.ebqm = EBQM(model, **options.ebqm_arguments(steps)) if watched else None
         self.parallel: nn.Module = self.model

@@ -12,6 +12,7 @@ import torch
 
 from ela_kernels.__main__ import main
 from ela_kernels.models import CifarResNet
+from ela_kernels.modules import ELA
 from ela_kernels.training.checkpoint import NAME
 from ela_kernels.training.data import Task, load_task
 from ela_kernels.training.loop import Interrupted, Trainer
@@ -320,3 +321,17 @@ def test_a_run_of_the_earlier_rule_goes_on(state: dict[str, Any], digits: Task) 
         make(digits).load_state_dict(changed(saved, ("ebqm", "since"), [1, 2, 99]))
     with pytest.raises(ValueError, match="skipped has other layers than the model"):
         make(digits).load_state_dict(changed(saved, ("ebqm", "skipped"), [False] * 3))
+
+
+def test_a_skipped_layer_is_not_moved_by_momentum_and_decay(digits: Task) -> None:
+    """As several processes would: each hands over gradients of zeros."""
+    made = make(digits)
+    layer = next(m for m in made.model.modules() if isinstance(m, ELA))
+    layer.skipped = True
+    query, key = layer.attn.Wq.weight, layer.attn.Wk.weight
+    before = query.detach().clone(), key.detach().clone()
+    for parameter in made.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made.optimizer.step()
+    assert torch.equal(query, before[0])
+    assert not torch.equal(key, before[1])
