@@ -95,7 +95,8 @@ test-oldest: $(OLDEST_INSTALLED) ## run a part of the tests with the oldest PyTo
 
 # The newest PyTorch that they are tested with, and the libraries whose networks and formats the package takes.
 INTEGRATIONS_VENV ?= .venv-integrations
-INTEGRATIONS_REQUIRES := torch==2.14.1 torchvision==0.29.1 timm torchmetrics pycocotools numpy scipy hypothesis \
+INTEGRATIONS_REQUIRES := torch==2.14.1 torchvision==0.29.1 timm torchmetrics pycocotools onnx onnxscript onnxruntime \
+  lightning transformers accelerate scikit-learn pillow tqdm rich tensorboard matplotlib numpy scipy hypothesis \
   'pytest>=8' pytest-xdist
 INTEGRATIONS_INSTALLED := $(INTEGRATIONS_VENV)/.installed
 
