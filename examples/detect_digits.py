@@ -40,7 +40,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 NETWORKS = {"none": "plain residual", "mrla": "MRLA, fused", "ela": "ELA, fused, EBQM"}
-TRAIN, TEST, EPOCHS, BATCH = 800, 200, 5, 4
+TRAIN, TEST, EPOCHS, BATCH = 800, 200, 3, 4
 SHOWN = 4  # canvases in the picture
 SURE = 0.5  # the least score of a box that is drawn
 
