@@ -22,7 +22,7 @@ from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
 USUAL_MODEL = "resnet56"
 TASKS: dict[str, tuple[str, ...]] = {
     "classification": (USUAL_MODEL, *(name for name in MODELS if name != USUAL_MODEL)),
-    "detection": ("fasterrcnn_small",),
+    "detection": ("fasterrcnn_small", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
 }
 _OF_BLOCKS = ("resnet20", "resnet32", "resnet56", "resnet110")
 # In height and width of the images of a vision transformer, where no size of the patches is given.
@@ -74,6 +74,9 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         help="of vision transformers; if not given, up to 16 with at least 7 patches a side",
     )
+    add(
+        "--pretrained", action="store_true", help="detectors: torchvision's weights of the backbone"
+    )
     add("--attention", choices=ATTENTIONS, default="ela")
     add("--unfused", action="store_true", help="mrla as published, concatenating")
     add("--head-dim", type=int, help="channels of a head")
@@ -112,6 +115,10 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: one does not fit.
     """
+    if arguments.pretrained and arguments.task != "detection":
+        raise ValueError(
+            "pretrained: got it with --task classification; allowed is it with --task detection"
+        )
     names = TASKS[arguments.task]
     if arguments.model is None:
         arguments.model = names[0]
@@ -145,7 +152,7 @@ def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
         "checkpointing",
     ]
     if arguments.task != "classification":  # runs of before there was a choice go on without
-        kept.append("task")
+        kept += ["task", "pretrained"]
     if arguments.history_dtype is not None:  # runs of before there was a choice go on without
         kept.append("history_dtype")
     if arguments.patch_size is not None:

@@ -12,7 +12,8 @@ import torch
 
 from ela_kernels import ELA, explain
 from ela_kernels.__main__ import main
-from ela_kernels.training.detection.networks import fasterrcnn_small
+from ela_kernels.training.arguments import check_numbers, make_options, make_parser
+from ela_kernels.training.detection.networks import fasterrcnn_small, make_model
 from ela_kernels.training.detection.scenes import Sample, Scenes
 from ela_kernels.training.detection.tasks import DetectionTask, load_task
 from ela_kernels.training.detection.trainer import DetectionTrainer
@@ -162,6 +163,23 @@ def test_the_program_on_a_folder_of_cocos_format(
     assert "resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("attention", ["none", "mrla", "mrla_light", "ela"])
+@pytest.mark.parametrize("model", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+def test_detectors_of_torchvision(tmp_path: Path, model: str, attention: str) -> None:
+    """Made as the program makes them; one step of each changes what is to be trained."""
+    command = ["--task", "detection", "--model", model, "--attention", attention]
+    command += ["--side", "48", "--batch-size", "2", "--epochs", "1", "--out", str(tmp_path)]
+    arguments = make_parser().parse_args(command)
+    check_numbers(arguments)
+    task = small_task(2, 1)
+    run = DetectionTrainer(make_model(arguments, task), task, make_options(arguments, task))
+    has_layers = any("ela" in name for name, _ in run.model.named_parameters())
+    assert has_layers == (attention != "none")
+    row = run.run_epoch()
+    assert row["train_loss"] > 0
+    assert all(p.grad is not None for n, p in run.model.named_parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -176,6 +194,9 @@ def test_the_program_on_a_folder_of_cocos_format(
         (["--data", "coco"], "data-dir: got none for 'coco'"),
         (["--block", "basic"], "block: got 'basic' for --task detection"),
         (["--head-dim", "24"], "head_dim: got 24"),
+        (["--pretrained"], "pretrained: got it with fasterrcnn_small"),
+        (["--model", "retinanet_resnet50_fpn", "--unfused"], "unfused: got it with retinanet"),
+        (["--model", "retinanet_resnet50_fpn", "--head-dim", "24"], "head_dim: got 24"),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -94,6 +94,39 @@ def make_model(arguments: argparse.Namespace, task: DetectionTask) -> nn.Module:
         raise ValueError(
             f"block: got {arguments.block!r} for --task detection; allowed is none, since each detector has its own"
         )
+    if arguments.model == "fasterrcnn_small":
+        return _small(arguments, task)
+    for name, value in (("unfused", arguments.unfused), ("checkpointing", arguments.checkpointing)):
+        if value:
+            raise ValueError(
+                f"{name}: got it with {arguments.model}; allowed is it with fasterrcnn_small"
+            )
+    make = getattr(optional("ela_kernels.integrations.torchvision", *_NEEDED), arguments.model)
+    options: dict[str, Any] = {} if arguments.pretrained else {"weights_backbone": None}
+    if arguments.attention != "none":
+        options |= {
+            "drop_path": arguments.drop_path,
+            "history_dtype": HELD.get(arguments.history_dtype),
+            "tolerance": arguments.tolerance,
+        }
+        if arguments.head_dim is not None:
+            options["head_dim"] = arguments.head_dim
+        if arguments.attention == "ela":
+            options["skip"] = arguments.skip
+    if arguments.side is not None:
+        options |= {"min_size": arguments.side, "max_size": 2 * arguments.side}
+    network: nn.Module = make(
+        num_classes=len(task.classes) + 1, attention=arguments.attention, **options
+    )
+    return network
+
+
+def _small(arguments: argparse.Namespace, task: DetectionTask) -> nn.Module:
+    if arguments.pretrained:
+        raise ValueError(
+            "pretrained: got it with fasterrcnn_small, for which there are no weights; allowed is it with "
+            "fasterrcnn_resnet50_fpn and retinanet_resnet50_fpn"
+        )
     options: dict[str, Any] = {
         "attention": arguments.attention,
         "fused": not arguments.unfused,
