@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
+
+from ela_kernels.modules.tokens import as_map, joined
 
 Grid = tuple[int, int] | Literal["square"]
 
@@ -64,13 +65,10 @@ class Tokens(Maps):
         if not isinstance(out, Tensor) or out.dim() != 3:
             raise _refused(out, name, self.what)
         height, width = self._grid(out.shape[1] - self.prefix, name)
-        tokens = out[:, self.prefix :] if self.prefix else out
-        maps: Tensor = tokens.unflatten(1, (height, width))
-        return maps.permute(0, 3, 1, 2)
+        return as_map(out[:, self.prefix :] if self.prefix else out, (height, width))
 
     def back(self, result: Tensor, out: Tensor) -> Tensor:
-        tokens = result.permute(0, 2, 3, 1).flatten(1, 2)
-        return torch.cat((out[:, : self.prefix], tokens), 1) if self.prefix else tokens
+        return joined(out[:, : self.prefix] if self.prefix else None, result)
 
     def _grid(self, count: int, name: str) -> tuple[int, int]:
         if not isinstance(self.grid, str):

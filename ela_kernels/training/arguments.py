@@ -216,10 +216,9 @@ def _ebqm_arguments(pairs: Sequence[str]) -> dict[str, float]:
     return arguments
 
 
-def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
-    options: dict[str, Any] = {
-        "num_classes": len(task.classes),
-        "in_chans": task.channels,
+def of_layers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of layer attention, which all networks of this package take."""
+    return {
         "attention": arguments.attention,
         "head_dim": arguments.head_dim,
         "drop_path": arguments.drop_path,
@@ -228,6 +227,11 @@ def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
         "history_dtype": HELD.get(arguments.history_dtype),
         "tolerance": arguments.tolerance,
     }
+
+
+def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
+    options: dict[str, Any] = {"num_classes": len(task.classes), "in_chans": task.channels}
+    options |= of_layers(arguments)
     if arguments.model.startswith("vit_"):
         return build_model(arguments.model, **options, **_of_transformer(arguments))
     if arguments.patch_size is not None:

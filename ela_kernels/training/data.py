@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,8 +75,19 @@ def load_task(name: str, folder: Path | None = None, side: int | None = None) ->
         ValueError: unknown name, a folder that was not given, or a side that does not fit.
         MissingDataError: expected files are not there, or cannot be read.
     """
-    try:
+    with naming(folder):
         return _task(name, folder, side)
+
+
+@contextlib.contextmanager
+def naming(folder: Path | None) -> Iterator[None]:
+    """Say which file of the data, or which folder, the system would not read.
+
+    Raises:
+        MissingDataError: one could not be read.
+    """
+    try:
+        yield
     except (MissingDataError, UnreadableImageError):
         raise
     except OSError as error:

@@ -194,6 +194,12 @@ def test_detectors_of_torchvision(tmp_path: Path, model: str, attention: str) ->
         (["--data", "coco"], "data-dir: got none for 'coco'"),
         (["--block", "basic"], "block: got 'basic' for --task detection"),
         (["--head-dim", "24"], "head_dim: got 24"),
+        (["--patch-size", "4"], "patch-size: got 4 for --task detection"),
+        (["--attention", "none", "--tolerance", "0.001"], "tolerance: got 0.001"),
+        (
+            ["--model", "fasterrcnn_resnet50_fpn", "--attention", "none", "--tolerance", "0.001"],
+            "tolerance: got",
+        ),
         (["--pretrained"], "pretrained: got it with fasterrcnn_small"),
         (["--model", "retinanet_resnet50_fpn", "--unfused"], "unfused: got it with retinanet"),
         (["--model", "retinanet_resnet50_fpn", "--head-dim", "24"], "head_dim: got 24"),

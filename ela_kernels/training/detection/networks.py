@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ela_kernels.models import ResNet
-from ela_kernels.training.arguments import HELD
+from ela_kernels.training.arguments import of_layers
 from ela_kernels.training.detection.tasks import DetectionTask
 from ela_kernels.training.optional import optional
 
@@ -90,10 +90,11 @@ def make_model(arguments: argparse.Namespace, task: DetectionTask) -> nn.Module:
     Raises:
         ValueError: an argument is for classifiers alone.
     """
-    if arguments.block is not None:
-        raise ValueError(
-            f"block: got {arguments.block!r} for --task detection; allowed is none, since each detector has its own"
-        )
+    for name, given in (("block", arguments.block), ("patch-size", arguments.patch_size)):
+        if given is not None:
+            raise ValueError(
+                f"{name}: got {given!r} for --task detection; allowed is none, since each detector has its own"
+            )
     if arguments.model == "fasterrcnn_small":
         return _small(arguments, task)
     for name, value in (("unfused", arguments.unfused), ("checkpointing", arguments.checkpointing)):
@@ -103,18 +104,14 @@ def make_model(arguments: argparse.Namespace, task: DetectionTask) -> nn.Module:
             )
     make = getattr(optional("ela_kernels.integrations.torchvision", *_NEEDED), arguments.model)
     options: dict[str, Any] = {} if arguments.pretrained else {"weights_backbone": None}
-    if arguments.attention != "none":
-        options |= {
-            "drop_path": arguments.drop_path,
-            "history_dtype": HELD.get(arguments.history_dtype),
-            "tolerance": arguments.tolerance,
-        }
-        if arguments.head_dim is not None:
-            options["head_dim"] = arguments.head_dim
-        if arguments.attention == "ela":
-            options["skip"] = arguments.skip
-    if arguments.side is not None:
-        options |= {"min_size": arguments.side, "max_size": 2 * arguments.side}
+    # What was not asked for is left to the function, which refuses what is not for its attention.
+    of_layer = of_layers(arguments)
+    for name in ("head_dim", "drop_path", "history_dtype", "tolerance"):
+        if of_layer[name]:
+            options[name] = of_layer[name]
+    if arguments.attention == "ela":
+        options["skip"] = arguments.skip
+    options |= _size(arguments)
     network: nn.Module = make(
         num_classes=len(task.classes) + 1, attention=arguments.attention, **options
     )
@@ -127,16 +124,11 @@ def _small(arguments: argparse.Namespace, task: DetectionTask) -> nn.Module:
             "pretrained: got it with fasterrcnn_small, for which there are no weights; allowed is it with "
             "fasterrcnn_resnet50_fpn and retinanet_resnet50_fpn"
         )
-    options: dict[str, Any] = {
-        "attention": arguments.attention,
-        "fused": not arguments.unfused,
-        "head_dim": arguments.head_dim,
-        "drop_path": arguments.drop_path,
-        "skip": arguments.skip,
-        "checkpointing": arguments.checkpointing,
-        "history_dtype": HELD.get(arguments.history_dtype),
-        "tolerance": arguments.tolerance,
-    }
-    if arguments.side is not None:
-        options |= {"min_size": arguments.side, "max_size": 2 * arguments.side}
+    options = {**of_layers(arguments), **_size(arguments), "fused": not arguments.unfused}
     return fasterrcnn_small(len(task.classes) + 1, **options)
+
+
+def _size(arguments: argparse.Namespace) -> dict[str, int]:
+    """The sides that images are resized to, where one was given."""
+    side = arguments.side
+    return {} if side is None else {"min_size": side, "max_size": 2 * side}

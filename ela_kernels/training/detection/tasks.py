@@ -9,10 +9,9 @@ from typing import Protocol
 
 import torch
 
-from ela_kernels.training.data import MissingDataError
+from ela_kernels.training.data import naming
 from ela_kernels.training.detection.coco import load_coco
 from ela_kernels.training.detection.scenes import Sample, Scenes
-from ela_kernels.training.images import UnreadableImageError
 
 DATA = ("digits", "coco")
 # Of the digits: scenes for training and for testing.
@@ -59,15 +58,8 @@ def load_task(name: str, folder: Path | None = None, side: int | None = None) ->
         return DetectionTask(train, test, list(train.classes), lambda sample, _: sample)
     if folder is None:
         raise ValueError(f"data-dir: got none for {name!r}; allowed is the folder with the data")
-    try:
+    with naming(folder):
         found = load_coco(folder)
-    except (MissingDataError, UnreadableImageError):
-        raise
-    except OSError as error:
-        raise MissingDataError(
-            f"data-dir: {error.filename or folder} cannot be read: {error.strerror or error}; allowed is a folder that "
-            "this user can read"
-        ) from error
     return DetectionTask(found.train, found.test, found.classes, flip)
 
 
