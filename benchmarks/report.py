@@ -10,7 +10,7 @@ from benchmarks.blocks import OURS
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
-from benchmarks.report_left_out import left_out_lines
+from benchmarks.report_left_out import left_out_lines, left_out_network_lines
 from benchmarks.report_networks import (
     compiled_table,
     compiled_targets,
@@ -178,6 +178,9 @@ def text_report(results: Results) -> str:
     if results.get("left_out"):
         what = "Retrievals with a tolerance: what is left out, and how much faster (kept malloc)"
         lines += [what, "", *left_out_lines(results["left_out"]), ""]
+    if results.get("left_out_networks"):
+        what = "Whole networks with a tolerance, as they are initialised:"
+        lines += [what, "", *left_out_network_lines(results["left_out_networks"]), ""]
     if results["overhead"]:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [

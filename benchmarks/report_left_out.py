@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.shapes import parse_shape
-from benchmarks.tables import Results, table
+from benchmarks.tables import Results, table, time_cell
 
 PHASES = {"training": "a step", "inference": "inference"}
 
@@ -30,4 +30,20 @@ def left_out_lines(found: Results) -> Iterator[str]:
     head = ["stage", "maps", "weights", *(f"left out at {name}" for name in names)]
     for phase in PHASES.values():
         head += [f"{phase}, ms", *(f"times faster at {name}" for name in names)]
+    yield from table(head, rows)
+
+
+def left_out_network_lines(found: Results) -> Iterator[str]:
+    """A row for each network and tolerance."""
+    rows = []
+    for network, measured in found.items():
+        for name, share in measured["left_out"].items():
+            cells = [network if name == "0" else "", name, f"{100 * share:.0f} %"]
+            for phase in PHASES:
+                cells.append(time_cell(measured[phase]["ms"][name]))
+                cells.append(f"{measured[phase]['times_faster'][name]['of_medians']:.2f}")
+            rows.append(cells)
+    head = ["network", "tolerance", "left out"]
+    for phase in PHASES.values():
+        head += [f"{phase}, ms", "times faster"]
     yield from table(head, rows)

@@ -42,6 +42,7 @@ FULL_ROUNDS = {
     "left_out": 9,
     "overhead": 400,
     "networks": 11,
+    "left_out_networks": 11,
     "converted": 7,
     "compiled": 9,
 }
@@ -56,12 +57,20 @@ QUICK_ROUNDS = {
     "left_out": 3,
     "overhead": 60,
     "networks": 3,
+    "left_out_networks": 3,
     "converted": 3,
     "compiled": 3,
 }
 # Parts that --quick and --smoke leave out: whole networks take minutes, except small ones, and float64 takes long.
 LEFT_OUT = {
-    "quick": ("history_dtype", "left_out", "networks", "converted", "compiled"),
+    "quick": (
+        "history_dtype",
+        "left_out",
+        "networks",
+        "left_out_networks",
+        "converted",
+        "compiled",
+    ),
     "smoke": ("compiled",),
     "full": (),
 }

@@ -22,6 +22,7 @@ from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.history_dtype import measure_history_dtype
 from benchmarks.layer_floor import measure_layer_floor
 from benchmarks.left_out import measure_left_out
+from benchmarks.left_out_network import measure_left_out_networks
 from benchmarks.light import measure_light
 from benchmarks.memory import measure_memory
 from benchmarks.networks import measure_networks
@@ -41,11 +42,12 @@ PARTS = (
     "memory",
     "overhead",
     "networks",
+    "left_out_networks",
     "converted",
     "compiled",
 )
 # Whose numbers do not depend on the shape.
-ONCE = ("overhead", "networks", "converted", "compiled")
+ONCE = ("overhead", "networks", "left_out_networks", "converted", "compiled")
 
 
 def measure(
@@ -57,6 +59,8 @@ def measure(
         return with_contenders[part](shape, contenders, rounds[part])
     if part == "networks":
         return measure_networks(rounds[part], small)
+    if part == "left_out_networks":
+        return measure_left_out_networks(rounds[part], small)
     if part == "converted":
         return measure_converted(rounds[part], small)
     if part == "compiled":

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import ela_kernels as ek
+from benchmarks import left_out_network
 from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import KEPT, MALLOC_SETTINGS, process_environment
 from benchmarks.history_dtype import HeldBlocks, measure_history_dtype
 from benchmarks.layer_floor import BLOCK_PHASES, StageOfLayers, check_layers
 from benchmarks.left_out import Retrievals, measure_left_out
+from benchmarks.left_out_network import measure_left_out_networks
 from benchmarks.limits import limits
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
@@ -311,6 +313,21 @@ def test_what_is_left_out_is_measured_and_reported() -> None:
     for text in (text_report(results), "\n".join(TABLES["left_out"](results))):
         assert "as after 50 steps" in text
         assert f"{100 * shares[1]['1e-3']:.0f} %" in text
+
+
+def test_networks_that_leave_out_are_measured_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure_left_out_networks(1, small=True)
+    (name,) = found
+    assert name == "resnet20, 4 at 16x16"
+    assert list(found[name]["left_out"]) == ["0", "2^-24", "1e-3"]
+    assert found[name]["left_out"]["0"] == found[name]["apart"]["0"] == 0
+    results = results_of("left_out_networks", found)
+    for text in (text_report(results), "\n".join(TABLES["left_out_networks"](results))):
+        assert "2^-24" in text
+        assert name in text
+    monkeypatch.setitem(left_out_network.TOLERANCES, "1e-3", 0.9)
+    with pytest.raises(WrongResultError, match=r"tolerance 1e-3: scores are .* from those without"):
+        measure_left_out_networks(1, small=True)
 
 
 @pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")

@@ -107,6 +107,21 @@ class TestDigitsDemo:
         assert skipped == results["runs"]["ela"]["layers_skipped"]
 
 
+def test_the_detection_example_leaves_what_it_says(tmp_path: Path) -> None:
+    for library in ("sklearn", "matplotlib", "rich", "tqdm", "torchvision", "torchmetrics"):
+        pytest.importorskip(library)
+    example = str(EXAMPLES / "detect_digits.py")
+    out = run_example(example, "--quick", "--threads", "1", "--out", "here", cwd=tmp_path)
+    for title in ("plain residual", "MRLA, fused", "ELA, fused, EBQM"):
+        assert title in out
+    results = json.loads((tmp_path / "here" / "results.json").read_text())
+    for run in results["runs"].values():
+        assert len(run["history"]) == 1
+        assert 0 <= run["history"][0]["test_precision"] <= 1
+    assert "layer" in (tmp_path / "here" / "ebqm.txt").read_text()
+    assert (tmp_path / "here" / "detections.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_demo_refuses_no_epochs(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     demo = str(EXAMPLES / "digits_demo.py")

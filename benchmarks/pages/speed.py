@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from benchmarks.converted import CONVERTED, ORIGINAL
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.measure import fastest_baseline
-from benchmarks.report_left_out import left_out_lines
+from benchmarks.report_left_out import left_out_lines, left_out_network_lines
 from benchmarks.report_networks import compiled_lines
 from benchmarks.shapes import parse_shape
 from benchmarks.tables import Results, table
@@ -125,6 +125,13 @@ def history_dtype(results: Results) -> Iterator[str]:
     yield from table(head, rows)
 
 
+def left_out_networks(results: Results) -> Iterator[str]:
+    """Whole networks with a tolerance."""
+    yield _machine(results)
+    yield ""
+    yield from left_out_network_lines(results["left_out_networks"])
+
+
 def left_out(results: Results) -> Iterator[str]:
     """What a tolerance leaves out, and how much faster that is."""
     yield _machine(results)
@@ -141,6 +148,7 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "converted": converted,
     "history_dtype": history_dtype,
     "left_out": left_out,
+    "left_out_networks": left_out_networks,
 }
 
 
