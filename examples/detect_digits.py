@@ -171,7 +171,7 @@ def draw(runs: dict[str, DetectionTrainer], samples: list[Sample], path: Path) -
                 )
                 axes.text(x0, y0 - 2, Scenes.classes[int(label) - 1], color=colour, fontsize=9)
         axes_of_row[0].set_ylabel(title, fontsize=10)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=72)
     plt.close(figure)
 
 
