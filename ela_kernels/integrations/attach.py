@@ -93,6 +93,7 @@ def attach(
     view: Maps | None = None,
     history_dtype: torch.dtype | None = None,
     tolerance: float = 0.0,
+    operations_between: bool = False,
 ) -> M:
     """Put a layer of layer attention after the blocks of a network, in place; the layers of a stage share a history.
 
@@ -115,6 +116,9 @@ def attach(
         view: what blocks give: `Maps()` for `[B, C, H, W]` (if None), `ChannelsLast()` for `[B, H, W, C]`, and
             `Tokens(grid, prefix)` for `[B, prefix + H * W, C]`, all of `ela_kernels.integrations.views`.
         history_dtype, tolerance: `dtype` and `tolerance` of the :class:`ela_kernels.LayerHistory` of each stage.
+        operations_between: operations stand between the blocks of a stage (an activation, say), and what they give does
+            not carry the history. That of the last block which ran in the thread is then taken where the place fits:
+            right as long as every pass goes through all blocks of a stage, and none takes turns with another.
 
     Returns:
         `model`.
@@ -141,6 +145,10 @@ def attach(
     step = 1 if every is None else check_count("every", every)
     check_history_dtype(history_dtype, "history_dtype")
     check_tolerance(tolerance)
+    if not isinstance(operations_between, bool):
+        raise TypeError(
+            f"operations_between: got {type(operations_between).__name__}; allowed is a bool"
+        )
     if not callable(make_layer):
         raise TypeError(
             f"make_layer: got {type(make_layer).__name__}; allowed is a function of a block's name"
@@ -161,7 +169,14 @@ def attach(
                 "history_dtype, tolerance: got one for layers of the light form, which have no LayerHistory; allowed "
                 "are None and 0"
             )
-        stage = Stage(chosen, Maps() if view is None else view, is_light, history_dtype, tolerance)
+        stage = Stage(
+            chosen,
+            Maps() if view is None else view,
+            is_light,
+            history_dtype,
+            tolerance,
+            operations_between,
+        )
         first, last = names.index(chosen[0]), names.index(chosen[-1])
         for name in names[first : last + 1]:
             number = chosen.index(name) if name in layers else None

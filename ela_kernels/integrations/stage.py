@@ -105,7 +105,8 @@ class _InThread(threading.local):
     Attributes:
         given: a block that is called, and what its input carries.
         made: what the block that is called hands on.
-        last: what the last block handed on; None after the last of the stage.
+        last: where operations stand between the blocks, what the last block handed on; None after the last of the
+            stage.
         in_graph: while a graph is compiled, where tensors carry no attributes: the history, how many layers came by,
             and the shape of the maps.
     """
@@ -124,7 +125,11 @@ class Stage:
         view: how a map is found in a block's output.
         is_light: whether the layers are of the light form.
         history_dtype, tolerance: of the :class:`ela_kernels.LayerHistory`.
+        operations_between: whether operations stand between the blocks.
     """
+
+    # Of stages that were pickled before there was a choice.
+    operations_between = False
 
     def __init__(
         self,
@@ -133,9 +138,11 @@ class Stage:
         is_light: bool,
         history_dtype: torch.dtype | None = None,
         tolerance: float = 0.0,
+        operations_between: bool = False,
     ) -> None:
         self.names, self.view, self.is_light = names, view, is_light
         self.history_dtype, self.tolerance = history_dtype, tolerance
+        self.operations_between = operations_between
         self._local = _InThread()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,7 +230,7 @@ class Stage:
             self._check_position(index, history.position - 1)
             if recomputing:
                 left.found = history.place_left
-            else:
+            elif self.operations_between:
                 self._local.last = left
             setattr(given, _ATTRIBUTE, left)
             self._local.made = left
@@ -258,12 +265,11 @@ class Stage:
     def _passed(self, block: nn.Module, index: int, x: object) -> Passed:
         """The history that a block goes on with.
 
-        Where its input carries none, another tensor object took the place of the one that the block before it gave. In
-        a forward pass it is then that of the last block that ran in this thread, which cannot be another's unless two
-        passes take turns block by block.
+        Where its input carries none, and operations may stand between the blocks, it is that of the last block that ran
+        in this thread: another's where a pass ended before its stage did, or two take turns block by block.
         """
         found = self._received(block, x)
-        if found is None:
+        if found is None and self.operations_between:
             # In a recomputation it is of another pass, and refused there: its next layer has not run.
             found = self._local.last
         if found is None:
@@ -278,9 +284,16 @@ class Stage:
                 f"{name}: got a map in a backward pass that does not carry the history of its stage, as with reentrant "
                 f"checkpointing, and where hooks give a checkpoint other tensors than it saved; {_REENTRANT}"
             )
+        if self.operations_between:
+            return (
+                f"{name}: got a map that does not carry the history of its stage, and {before} did not run just before "
+                "it; allowed is a pass through all blocks of a stage in their order. Attach layers to the blocks that "
+                "run"
+            )
         return (
-            f"{name}: got a map that does not carry the history of its stage, and {before} did not run just before it; "
-            "allowed is a pass through all blocks of a stage in their order. Attach layers to the blocks that run"
+            f"{name}: got a map that does not carry the history of its stage; allowed is the very tensor that {before} "
+            "gave, in a pass through all blocks of a stage in their order. Where an operation stands between the "
+            "blocks, attach with operations_between=True; compile the whole model or stage, not single blocks"
         )
 
     def _check_position(self, index: int, position: int) -> None:

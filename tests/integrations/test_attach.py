@@ -354,8 +354,12 @@ def test_hooks_that_exchange_tensors():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_something_stands_between_the_blocks(form):
-    """It gives another tensor, which carries nothing: the history of the thread's last block serves."""
-    model = network(form)
+    """It gives a tensor that carries nothing: the history of the thread's last block serves, if that is said."""
+    strict = network(form)
+    strict.run = lambda block, x: block(x.clone())
+    with pytest.raises(RuntimeError, match=r"first\.1: got a map that.*operations_between=True"):
+        strict(images())
+    model = network(form, operations_between=True)
     model.run = lambda block, x: block(x.clone())
     other = copy.deepcopy(model)
     out, expected = model(images()), by_hand(other, images())
@@ -364,8 +368,9 @@ def test_something_stands_between_the_blocks(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nobody_takes_the_history_of_another_pass(form):
-    model = network(form)
+@pytest.mark.parametrize("operations_between", [True, False])
+def test_nobody_takes_the_history_of_another_pass(form, operations_between):
+    model = network(form, operations_between=operations_between)
     x, y = model.stem(images(2, 1)), model.stem(images(2, 2))
     mine = model.first[0](x).clone()
     model.first[1](model.first[0](y))
@@ -380,13 +385,13 @@ def test_nobody_takes_the_history_of_another_pass(form):
         model.second[2](torch.randn(2, 2 * DIM, 4, 4, dtype=torch.float64))
     # A recomputation whose block is given another tensor, and would take what is there in its place.
     model.run = lambda block, x: checkpoint(lambda y: block(y.clone()), x, use_reentrant=False)
-    with pytest.raises(RuntimeError, match="got a map in a backward pass that does not carry"):
+    with pytest.raises(RuntimeError, match=r"got a map (in a backward pass )?that does not carry"):
         model(images()).sum().backward()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_recomputation_does_not_take_the_history_of_a_pass_after_it(form):
-    model = network(form)
+    model = network(form, operations_between=True)
     lost = model.first[1]
     model.run = lambda block, x: (
         checkpoint(lambda y: block(y.clone()), x, use_reentrant=False)
@@ -398,6 +403,32 @@ def test_a_recomputation_does_not_take_the_history_of_a_pass_after_it(form):
         model.first[0](model.stem(images(seed=1)))  # the last block that ran fits
     with pytest.raises(RuntimeError, match=r"^first\.1: got a map in a backward pass"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_pass_that_stopped_in_a_stage_leaves_nothing_behind(form):
+    """For the next pass, in which a block is left out, or which is of another network that has the block."""
+    model = network(form).eval()
+    with torch.no_grad():
+        x = model.first[0](model.stem(images()))
+        seen = weakref.ref(x._ela_kernels_passed.history)
+        for other in (torch.randn_like(x), x.clone(), x + 0):
+            with pytest.raises(RuntimeError, match=r"^first\.1: got a map that does not carry"):
+                model.first[1](other)
+        del x
+    gc.collect()
+    assert seen() is None
+
+
+def test_blocks_that_are_compiled_one_by_one_are_refused():
+    model = network().eval()
+    for i, block in enumerate(model.first):
+        model.first[i] = torch.compile(block, backend="aot_eager")
+    with pytest.raises(
+        RuntimeError, match=r"compile the whole model or stage, not|blocks before it"
+    ):
+        model(images())
+    torch._dynamo.reset()
 
 
 def test_blocks_out_of_order_and_missing():
