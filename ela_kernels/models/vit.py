@@ -27,6 +27,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 from ela_kernels.modules.tokens import as_tokens
+from ela_kernels.ops.layer_attention.traced import is_traced
 
 _EPS = 1e-6  # of all norms of a transformer
 
@@ -251,18 +252,10 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens behind the last norm, `[B, 1 + N, C]`; the class token is the first."""
-        allowed = self.in_chans, *self.img_size
-        if not isinstance(images, Tensor):
-            raise TypeError(
-                f"images: got {type(images).__name__}; allowed is a torch.Tensor [B, {', '.join(map(str, allowed))}]"
-            )
-        if images.dim() != 4 or images.shape[1:] != allowed:
-            raise ValueError(
-                f"images: got shape {list(images.shape)}; allowed is [B, {', '.join(map(str, allowed))}], as the model "
-                "was made. Resize the images, or make it with their img_size and in_chans"
-            )
+        if not is_traced(images):
+            self._check(images)
         x = self.patch_embed(images)
-        x = torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1) + self.pos_embed
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
         stage = self.attentions[0] if len(self.attentions) else None
         history = stage.new_history() if isinstance(stage, StageAttention) else None
         for i, block in enumerate(self.blocks):
@@ -275,6 +268,18 @@ class VisionTransformer(nn.Module):
                 x = run_block(block, layer, x, history, False)
         out: Tensor = self.norm(x)
         return out
+
+    def _check(self, images: object) -> None:
+        allowed = self.in_chans, *self.img_size
+        if not isinstance(images, Tensor):
+            raise TypeError(
+                f"images: got {type(images).__name__}; allowed is a torch.Tensor [B, {', '.join(map(str, allowed))}]"
+            )
+        if images.dim() != 4 or images.shape[1:] != allowed:
+            raise ValueError(
+                f"images: got shape {list(images.shape)}; allowed is [B, {', '.join(map(str, allowed))}], as the model "
+                "was made. Resize the images, or make it with their img_size and in_chans"
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Class scores, of the class token."""

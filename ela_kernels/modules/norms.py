@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -56,7 +57,7 @@ def normed(norm: nn.Module, o: Tensor, buffers: dict[str, Tensor] | None = None)
     """`norm` of a map `[B, C, H, W]`, with other buffers than its own where some are given.
 
     A `nn.LayerNorm` or `nn.RMSNorm` of one dimension is one over the channels, `norm(o.movedim(1, -1)).movedim(-1, 1)`.
-    Subclasses with a forward of their own know maps themselves, and are called with them as they are.
+    So is one of another library that works on the last dimension; what knows maps is called with them as they are.
 
     Raises:
         ValueError: such a norm is for another number of channels.
@@ -72,18 +73,51 @@ def _is_over_channels(norm: nn.Module, o: Tensor) -> bool:
     if type(norm) is nn.BatchNorm2d:  # what most are
         return False
     inner = without_wrappers(norm)
-    if not any(isinstance(inner, kind) and runs_as(inner, kind) for kind in _OVER_LAST):
-        return False
-    shape = inner.normalized_shape
-    assert isinstance(shape, tuple)
-    if len(shape) > 1:
+    shape = getattr(inner, "normalized_shape", None)
+    if not isinstance(shape, (tuple, list)) or len(shape) != 1:
         return False  # over height and width, and perhaps the channels: as PyTorch takes it
+    is_known = any(isinstance(inner, kind) and runs_as(inner, kind) for kind in _OVER_LAST)
+    if not is_known and not _takes_last(inner, int(shape[0]), o):
+        return False
     if shape[0] != o.shape[1]:
         raise ValueError(
             f"norm: got {type(inner).__name__} over {shape[0]} numbers for maps {list(o.shape)}; allowed is one over "
             f"the {o.shape[1]} channels, as norm_layer={type(inner).__name__} makes it"
         )
     return True
+
+
+# Of norms of other libraries with a forward of their own: whether they work on the last dimension, as those of tokens
+# do, or on the channels of a map. A map that is as wide as it has channels would not tell.
+_LAST: dict[type[nn.Module], bool] = {}
+
+
+def _takes_last(norm: nn.Module, channels: int, o: Tensor) -> bool:
+    kind = type(norm)
+    if kind not in _LAST:
+        if torch.compiler.is_compiling():
+            if o.shape[-1] != channels:
+                return False  # it says itself what it is
+            raise ValueError(
+                f"norm: got {kind.__name__} in a graph that is compiled, for maps {list(o.shape)} that are as wide as "
+                "they have channels; allowed is it after a first pass without torch.compile, which tells over what it "
+                "is"
+            )
+        _LAST[kind] = _refuses_maps(norm, channels)
+    return _LAST[kind]
+
+
+@torch.no_grad()
+def _refuses_maps(norm: nn.Module, channels: int) -> bool:
+    """Whether a norm does not work on a map of another width than it has channels."""
+    like = next(norm.parameters(), torch.zeros((), device="cpu"))
+    width = 1 if channels > 1 else 2
+    probe = torch.zeros((1, channels, 1, width), device=like.device, dtype=like.dtype)
+    try:
+        out = norm.forward(probe)
+    except Exception:  # a library's own
+        return True
+    return not isinstance(out, Tensor) or out.shape != probe.shape
 
 
 def without_sharing(norm: nn.Module, o: Tensor) -> Tensor:

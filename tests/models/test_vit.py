@@ -359,3 +359,26 @@ def test_what_stands_for_the_layer_before_may_be_tokens() -> None:
     assert torch.equal(block(x, before), want)
     with pytest.raises(ValueError, match=r"^previous: got shape \[2, 13, 16\]; allowed is that of"):
         block(x, before[:, :13])
+
+
+@pytest.mark.parametrize("attention", ["none", "mrla", "mrla_light", "ela"])
+def test_exported_with_a_batch_of_any_size(attention: str) -> None:
+    model = VisionTransformer(
+        32, 4, 2, img_size=32, patch_size=8, num_classes=3, attention=attention, head_dim=16
+    ).eval()
+    sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    program = torch.export.export(model, (torch.randn(2, 3, 32, 32),), dynamic_shapes=sizes)
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["none", "mrla", "mrla_light", "ela"])
+def test_traced_by_fx(attention: str) -> None:
+    model = VisionTransformer(
+        32, 4, 2, img_size=32, patch_size=8, num_classes=3, attention=attention, head_dim=16
+    ).eval()
+    traced = torch.fx.symbolic_trace(model)
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-4)
