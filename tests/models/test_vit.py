@@ -359,3 +359,12 @@ def test_what_stands_for_the_layer_before_may_be_tokens() -> None:
     assert torch.equal(block(x, before), want)
     with pytest.raises(ValueError, match=r"^previous: got shape \[2, 13, 16\]; allowed is that of"):
         block(x, before[:, :13])
+
+
+@pytest.mark.parametrize("norm", ["batch", nn.BatchNorm2d(16), lambda dim: dim])
+@pytest.mark.parametrize("kind", ["ela", "mrla", "mrla_light"])
+def test_a_norm_that_is_none_is_refused_by_name(kind: Any, norm: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^norm_layer: got .*; allowed is a class or function .*number of ch"
+    ):
+        StageAttention(kind, 16, [0.0], 8, True, "reuse", norm_layer=norm)
