@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -51,7 +52,8 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-class NormMaker(NamedTuple):
+@dataclass(frozen=True)
+class NormMaker:
     """Makes norms of a number of channels, and knows which argument asked for it."""
 
     argument: str
