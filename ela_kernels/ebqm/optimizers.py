@@ -69,6 +69,10 @@ def spare_skipped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removab
     Returns:
         A handle, whose `remove()` ends it.
 
+    Raises:
+        TypeError: `optimizer` has no hooks before its steps, or `model` is no module.
+        ValueError: `model` has no :class:`ela_kernels.ELA` in it.
+
     Source:
         Our definition: a layer that is skipped comes back as it was.
 
@@ -79,6 +83,23 @@ def spare_skipped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removab
         >>> optimizer = torch.optim.AdamW(model.parameters())
         >>> handle = spare_skipped(optimizer, model)
     """
+    if isinstance(optimizer, type) or not callable(
+        getattr(optimizer, "register_step_pre_hook", None)
+    ):
+        got = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+        raise TypeError(
+            f"optimizer: got {got}; allowed is a torch.optim.Optimizer, or one with its register_step_pre_hook. Give "
+            "the optimizer before the model"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: got {type(model).__name__}; allowed is a torch.nn.Module. Give the model that the optimizer trains"
+        )
+    if not any(isinstance(module, ELA) for module in all_modules(model)):
+        raise ValueError(
+            f"model: got {type(model).__name__} without an ELA layer, so that there is nothing to spare; allowed is a "
+            "model with some. Leave the call out, or give the model that has them"
+        )
 
     def forget(*_: Any) -> None:
         for parameter in idle_parameters(model):

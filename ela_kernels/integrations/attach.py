@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -149,10 +151,8 @@ def attach(
         raise TypeError(
             f"operations_between: got {type(operations_between).__name__}; allowed is a bool"
         )
-    if not callable(make_layer):
-        raise TypeError(
-            f"make_layer: got {type(make_layer).__name__}; allowed is a function of a block's name"
-        )
+    _check_maker(make_layer)
+    _check_view(view)
     planned: list[tuple[nn.Module, Place, nn.Module | None]] = []
     for names in stages:
         chosen = tuple(names)[step - 1 :: step]
@@ -302,6 +302,47 @@ def _refuse_nested(blocks: dict[str, nn.Module]) -> None:
                     f"stages: got {name!r}, which is inside of {around!r}; allowed are blocks that stand beside each "
                     "other"
                 )
+
+
+def _check_maker(make_layer: object) -> None:
+    allowed = (
+        "allowed is a function that is called with a block's name and returns its layer. Give lambda name: "
+        "ela_kernels.ELA(dim), with the channels of that block"
+    )
+    if isinstance(make_layer, nn.Module):
+        raise TypeError(
+            f"make_layer: got a layer, {type(make_layer).__name__}, where each block has one of its own; {allowed}"
+        )
+    if not callable(make_layer):
+        raise TypeError(f"make_layer: got {type(make_layer).__name__}; {allowed}")
+    # A class of ours, its options given or not, would take the name for its first argument.
+    maker: Any = make_layer.func if isinstance(make_layer, partial) else make_layer
+    ours = (kind.__init__ for kind in (ELA, MRLA, MRLALight))
+    if isinstance(maker, type) and any(maker.__init__ is init for init in ours):  # type: ignore[misc]
+        raise TypeError(
+            f"make_layer: got the class {maker.__name__}, which takes no name; {allowed}"
+        )
+    try:
+        signature = inspect.signature(make_layer)
+    except ValueError:  # of what is written in C
+        return
+    try:
+        signature.bind("name")
+    except TypeError:
+        raise TypeError(
+            f"make_layer: got one that takes {signature}, and not one argument; {allowed}"
+        ) from None
+
+
+def _check_view(view: object) -> None:
+    if view is None or isinstance(view, Maps):
+        return
+    is_class = isinstance(view, type) and issubclass(view, Maps)
+    got = f"the class {view.__name__}" if is_class else type(view).__name__  # type: ignore[attr-defined]
+    raise TypeError(
+        f"view: got {got}; allowed is None or an object of ela_kernels.integrations.views. Give Maps(), "
+        "ChannelsLast() or Tokens(grid, prefix)"
+    )
 
 
 def _checked_layer(layer: object, name: str, block: nn.Module) -> nn.Module:

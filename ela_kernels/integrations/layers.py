@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import gcd
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
@@ -17,6 +18,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
+from ela_kernels.modules.parts import made_part
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 
@@ -50,12 +52,35 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+@dataclass(frozen=True)
+class NormMaker:
+    """Makes norms of a number of channels, and knows which argument asked for it."""
+
+    argument: str
+    make: Callable[[int], nn.Module]
+
+    @classmethod
+    def checked(cls, argument: str, norm: object) -> NormMaker:
+        """Of one of :data:`NORMS` or a function, or an error that names the argument."""
+        if isinstance(norm, str) and norm in NORMS:
+            return cls(argument, NORMS[norm])
+        if isinstance(norm, (str, nn.Module)) or not callable(norm):
+            raise ValueError(
+                f"{argument}: got {norm!r}; allowed are {', '.join(map(repr, NORMS))}, and a function of the channels "
+                "that makes a norm"
+            )
+        return cls(argument, norm)
+
+    def __call__(self, dim: int) -> nn.Module:
+        return made_part(self.argument, self.make, dim)
+
+
 class Options(NamedTuple):
     """Of the layers of a model; see :func:`ela_kernels.integrations.timm.add_layer_attention`."""
 
     form: Form
     head_dim: int
-    norm: Callable[[int], nn.Module]
+    norm: NormMaker
     drop_path: float
     skip: SkipMode
     identity_init: bool
@@ -74,17 +99,17 @@ class Options(NamedTuple):
         if form not in FORMS:
             raise ValueError(f"form: got {form!r}; allowed are {', '.join(map(repr, FORMS))}")
         check_count("head_dim", head_dim)
-        if isinstance(norm, str) and norm in NORMS:
-            norm = NORMS[norm]
-        elif isinstance(norm, str) or not callable(norm):
-            raise ValueError(
-                f"norm: got {norm!r}; allowed are {', '.join(map(repr, NORMS))}, and a function of the channels that "
-                "makes a norm"
-            )
+        maker = norm if isinstance(norm, NormMaker) else NormMaker.checked("norm", norm)
         DropPath(drop_path)
         if not isinstance(identity_init, bool):
             raise TypeError(f"identity_init: got {type(identity_init).__name__}; allowed is a bool")
-        return cls(form, head_dim, norm, drop_path, check_skip(skip), identity_init)  # type: ignore[arg-type]
+        mode = check_skip("reuse" if skip is None else skip)
+        if skip is not None and form != "ela":
+            raise ValueError(
+                f"skip: got {skip!r} with form={form!r}, whose layers cannot be skipped; allowed is None. Leave it "
+                "out, or take form='ela'"
+            )
+        return cls(form, head_dim, maker, drop_path, mode, identity_init)  # type: ignore[arg-type]
 
     def layer(self, dim: int, drop_path: float) -> nn.Module:
         """A layer for maps of `dim` channels."""
@@ -110,8 +135,8 @@ class Options(NamedTuple):
             weight = getattr(layer.norm, "weight", None)
             if not isinstance(weight, nn.Parameter):
                 raise ValueError(
-                    f"norm: got one that gives a {type(layer.norm).__name__} without a parameter `weight`, with "
-                    "identity_init=True; allowed is one with such a scale, which starts at zero, or "
+                    f"{self.norm.argument}: got one that gives a {type(layer.norm).__name__} without a parameter "
+                    "`weight`, with identity_init=True; allowed is one with such a scale, which starts at zero, or "
                     "identity_init=False"
                 )
             nn.init.zeros_(weight)

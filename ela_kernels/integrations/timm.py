@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -73,7 +74,7 @@ def add_layer_attention(
     head_dim: int = HEAD_DIM,
     norm: Norm | None = None,
     drop_path: float = 0.0,
-    skip: SkipMode = "reuse",
+    skip: SkipMode | None = None,
     tolerance: float = 0.0,
     history_dtype: torch.dtype | None = None,
     identity_init: bool = True,
@@ -101,7 +102,7 @@ def add_layer_attention(
             `"batch"` alone, and otherwise all of it but norm, activation and sum.
         drop_path: probability of dropping a retrieval in training: of the last layer, growing linearly from 0 at the
             first.
-        skip: as of :class:`ela_kernels.ELA`.
+        skip: as of :class:`ela_kernels.ELA`, `"reuse"` if None; for `form="ela"` alone.
         tolerance, history_dtype: `tolerance` and `dtype` of the :class:`ela_kernels.LayerHistory` of each stage.
         identity_init: the scale of each norm starts at zero, and there is no activation after it, so that the network
             gives at first what it gave without. False: a ReLU after the norm, as published.
@@ -243,14 +244,41 @@ def _usual_norm(blocks: Any) -> Norm:
     return "group" if any(isinstance(m, nn.GroupNorm) for m in modules) else "layer"
 
 
+_OPTIONS = tuple(
+    name
+    for name, found in inspect.signature(add_layer_attention).parameters.items()
+    if found.kind is found.KEYWORD_ONLY
+)
+
+
+def _checked_options(layer_attention: object, model: str) -> dict[str, Any]:
+    """The options of a model's layers, or an error that names the one that is none."""
+    if layer_attention is None:
+        return {}
+    allowed = f"allowed is a dict of options of the layers: {', '.join(_OPTIONS)}"
+    if not isinstance(layer_attention, dict):
+        raise TypeError(
+            f"layer_attention: got {layer_attention!r}; {allowed}. The form of the layers is in the model's name, "
+            f"{model}"
+        )
+    unknown = [name for name in layer_attention if name not in _OPTIONS]
+    if unknown:
+        raise ValueError(
+            f"layer_attention: got {unknown[0]!r} in it; {allowed}. The form of the layers is in the model's name, "
+            f"{model}"
+        )
+    return layer_attention
+
+
 def _model(base: str, form: Form) -> Callable[..., nn.Module]:
     name = f"{base}_{form}"
 
     def create(
         pretrained: bool = False, layer_attention: dict[str, Any] | None = None, **options: Any
     ) -> nn.Module:
+        given = _checked_options(layer_attention, name)
         model: nn.Module = timm.create_model(base, pretrained=pretrained, **options)
-        add_layer_attention(model, form, **(layer_attention or {}))
+        add_layer_attention(model, form, **given)
         config = getattr(model, "pretrained_cfg", None)
         if config:
             # Of this model, so that what is saved with it is loaded into one like it.

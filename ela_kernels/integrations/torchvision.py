@@ -16,6 +16,7 @@ from ela_kernels.integrations.torchvision_backbones import (
     BackboneNorm,
     add_layer_attention,
     resnet_fpn_backbone,
+    verified_weights,
 )
 
 _resnet = needed("torchvision.models.resnet", "detection")
@@ -54,8 +55,10 @@ def _detector(
     **of_backbone: Any,
 ) -> nn.Module:
     """A detector as torchvision makes it, around a backbone of ours; `kind`: the class of its weights."""
-    weights = kind.verify(asked.weights)
-    of_network = _resnet.ResNet50_Weights.verify(asked.weights_backbone)
+    weights = verified_weights("weights", kind, asked.weights)
+    of_network = verified_weights(
+        "weights_backbone", _resnet.ResNet50_Weights, asked.weights_backbone
+    )
     classes, trainable = asked.num_classes, asked.trainable_backbone_layers
     if weights is not None:
         of_network = None

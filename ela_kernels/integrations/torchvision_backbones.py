@@ -9,12 +9,21 @@ import torch
 from torch import nn
 
 from ela_kernels.integrations.attach import refuse_attached
-from ela_kernels.integrations.layers import FORMS, Form, Norm, Options, add_layers, group_norm
+from ela_kernels.integrations.layers import (
+    FORMS,
+    Form,
+    Norm,
+    NormMaker,
+    Options,
+    add_layers,
+    group_norm,
+)
 from ela_kernels.integrations.optional import needed
 from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.torch_internals import BATCH_NORM
 
 _resnet = needed("torchvision.models.resnet", "detection")
+_models = needed("torchvision.models", "detection")
 _fpn = needed("torchvision.models.detection.backbone_utils", "detection")
 _pyramid = needed("torchvision.ops.feature_pyramid_network", "detection")
 FROZEN_NORM: type[nn.Module] = needed("torchvision.ops", "detection").FrozenBatchNorm2d
@@ -43,7 +52,7 @@ def add_layer_attention(
     head_dim: int = 16,
     norm: Norm | None = None,
     drop_path: float = 0.0,
-    skip: SkipMode = "reuse",
+    skip: SkipMode | None = None,
     tolerance: float = 0.0,
     history_dtype: torch.dtype | None = None,
     identity_init: bool = True,
@@ -163,10 +172,13 @@ def resnet_fpn_backbone(
             "weights: got some with norm='group'; allowed is None, since torchvision's are of batch norms. Take "
             "norm='frozen'"
         )
-    network = _network(backbone_name, weights, _NORMS[norm], progress)
     _check_attention(attention, options)
+    of_layers = options.pop("attention_norm", None)
+    if of_layers is not None:
+        of_layers = NormMaker.checked("attention_norm", of_layers)
+    network = _network(backbone_name, weights, _NORMS[norm], progress)
     if attention != "none":
-        add_layer_attention(network, attention, norm=options.pop("attention_norm", None), **options)
+        add_layer_attention(network, attention, norm=of_layers, **options)
     _freeze(network, trainable_layers)
     returned = _check_returned(returned_layers)
     first: Any = network.inplanes // 8
@@ -186,7 +198,20 @@ def _network(name: str, weights: Any, norm: Callable[..., nn.Module], progress: 
     if not callable(make) or isinstance(make, type):
         allowed = [n for n in _resnet.__all__ if n.islower()]
         raise ValueError(f"backbone_name: got {name!r}; allowed are {', '.join(allowed)}")
+    if not isinstance(weights, bool):  # which torchvision still takes, with a warning
+        weights = verified_weights("weights", _models.get_model_weights(name), weights)
     return make(weights=weights, progress=progress, norm_layer=norm)
+
+
+def verified_weights(argument: str, kind: Any, weights: object) -> Any:
+    """Weights of torchvision's class `kind`, by their name too, or an error that names the argument."""
+    try:
+        return kind.verify(weights)
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{argument}: got {weights!r}; allowed are None and {', '.join(map(repr, kind.__members__))} (of "
+            f"torchvision's {kind.__name__}). Give None for no weights"
+        ) from None
 
 
 def _check_attention(attention: object, options: dict[str, Any]) -> None:

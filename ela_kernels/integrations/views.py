@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import torch
+import torch.fx
 from torch import Tensor
 
 from ela_kernels.modules.tokens import as_map, joined
@@ -96,6 +98,12 @@ def _is_count(value: object) -> bool:
 def _refused(out: object, name: str, what: str) -> TypeError | ValueError:
     if isinstance(out, Tensor):
         return ValueError(f"{name}: got an output of shape {list(out.shape)}; allowed is {what}")
+    if isinstance(out, torch.fx.Proxy):
+        return TypeError(
+            f"{name}: got an output that is a torch.fx.Proxy; allowed is a torch.Tensor {what}. torch.fx cannot trace "
+            "into blocks with attached layers, whose history travels with the tensors: use torch.export.export(model, "
+            "...), or ela_kernels.integrations.detach(model) first"
+        )
     return TypeError(
         f"{name}: got an output that is a {type(out).__name__}; allowed is a torch.Tensor {what}"
     )

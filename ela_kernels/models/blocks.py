@@ -17,6 +17,7 @@ from ela_kernels.modules import (
 )
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.norms import normed
+from ela_kernels.modules.parts import made_part
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.modules.tokens import Grid, TakesTokens, joined
@@ -139,7 +140,7 @@ class MRLA(TakesTokens, nn.Module):
         super().__init__()
         self._take_tokens(prefix_tokens, grid)
         self.attn = attn
-        self.norm = norm_layer(attn.dim)
+        self.norm = made_part("norm_layer", norm_layer, attn.dim)
         self.act = _activation(relu)
         self.drop_path = DropPath(drop_path)
 
@@ -180,7 +181,7 @@ class MRLALight(TakesTokens, nn.Module):
         super().__init__()
         self._take_tokens(prefix_tokens, grid)
         self.attn = attn
-        self.norm = norm_layer(attn.dim)
+        self.norm = made_part("norm_layer", norm_layer, attn.dim)
         self.act = _activation(relu)
         self.drop_path = DropPath(drop_path)
 

@@ -12,6 +12,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela_state import ELAState
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.observations import outside_of_transforms, refuse_static_graph
+from ela_kernels.modules.parts import made_part
 from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
 from ela_kernels.modules.residual import block_in_graph, residual_block
 from ela_kernels.modules.reuse import end_of_block, reused_block
@@ -102,8 +103,9 @@ class ELA(TakesTokens, ELAState):
         super().__init__(skip, provides)
         self._take_tokens(prefix_tokens, grid)
         self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size, tolerance)
-        self.norm: nn.Module | None = norm_layer(dim)
-        self.act = nn.ReLU(inplace=True) if act_layer is nn.ReLU else act_layer()
+        self.norm: nn.Module | None = made_part("norm_layer", norm_layer, dim)
+        is_relu = act_layer is nn.ReLU
+        self.act = nn.ReLU(inplace=True) if is_relu else made_part("act_layer", act_layer)
         self.drop_path = DropPath(drop_path)
         self._begin()
 

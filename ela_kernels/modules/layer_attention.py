@@ -58,7 +58,9 @@ class LayerAttention(TakesTokens, QueryKeyValue):
     Equivalent PyTorch, with `keys` and `values` two growing lists of the stage::
 
         y = x.mean((2, 3)).unsqueeze(1)                                  # [B, 1, C]
-        q, k, v = Wq(y).squeeze(1), Wk(y).squeeze(1), Wv(x)
+        q = F.conv1d(y, Wq.weight, padding=Wq.padding).squeeze(1)
+        k = F.conv1d(y, Wk.weight, padding=Wk.padding).squeeze(1)
+        v = Wv(x)
         keys.append(k), values.append(v)
         out = ek.layer_attention(q, keys, values, heads=dim // head_dim).out
 

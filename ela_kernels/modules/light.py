@@ -26,7 +26,9 @@ class LightLayerAttention(TakesTokens, QueryKeyValue):
     Equivalent PyTorch::
 
         y = x.mean((2, 3)).unsqueeze(1)                                  # [B, 1, C]
-        q, k, v = Wq(y).squeeze(1), Wk(y).squeeze(1), Wv(x)              # and F.gelu(v) with `value_act`
+        q = F.conv1d(y, Wq.weight, padding=Wq.padding).squeeze(1)
+        k = F.conv1d(y, Wk.weight, padding=Wk.padding).squeeze(1)
+        v = Wv(x)                                                        # F.gelu(Wv(x)) with `value_act`
         out = ek.light_layer_attention(q, k, v, prev_out, lambda_t, heads=dim // head_dim)
 
     Args:

@@ -118,6 +118,25 @@ def test_it_ends_when_it_is_told_to() -> None:
     assert not torch.equal(before, network.layers[1].attn.Wq.weight)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "model", "error", "sentence"),
+    [
+        ("x", Network((2,)), TypeError, "optimizer: got str; allowed is a torch.optim.Optimizer"),
+        (torch.optim.SGD, Network((2,)), TypeError, "optimizer: got SGD; allowed is a torch.optim"),
+        (None, "x", TypeError, "model: got str; allowed is a torch.nn.Module"),
+        (None, None, TypeError, "model: got NoneType; allowed is a torch.nn.Module"),
+        (None, nn.Linear(2, 2), ValueError, "model: got Linear without an ELA layer, so that ther"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    optimizer: Any, model: Any, error: type[Exception], sentence: str
+) -> None:
+    of_another = OPTIMIZERS["sgd"]([nn.Parameter(torch.zeros(2))])
+    with pytest.raises(error) as caught:
+        spare_skipped(of_another if optimizer is None else optimizer, model)
+    assert str(caught.value).startswith(sentence)
+
+
 def test_synchronised_norms() -> None:
     """In training they want a GPU; what a layer does with them is the same."""
     network, x = Network((4,)), batch()

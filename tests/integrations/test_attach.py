@@ -8,6 +8,7 @@ import io
 import pickle
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ import ela_kernels as ek
 from ela_kernels.integrations import attach, detach
 from ela_kernels.integrations.attach import Attached
 from ela_kernels.integrations.views import ChannelsLast, Tokens
+from ela_kernels.models.blocks import MRLA
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 
 
@@ -658,7 +660,25 @@ def test_explain_analyze_ebqm_and_prune_find_the_layers():
         ({"every": 4}, "every: got 4, for stages of at most 3 blocks; allowed is an int of 1 to 3"),
         ({"every": 1.5}, "every: got float"),
         ({"make_layer": lambda name: nn.Identity()}, "make_layer: got Identity for first.0"),
-        ({"make_layer": None}, "make_layer: got NoneType"),
+        (
+            {"make_layer": None},
+            "make_layer: got NoneType; allowed is a function that is called with",
+        ),
+        ({"make_layer": ek.ELA(8, 8)}, "make_layer: got a layer, ELA, where each block has one of"),
+        (
+            {"make_layer": ek.ELA},
+            "make_layer: got the class ELA, which takes no name; allowed is a",
+        ),
+        ({"make_layer": MRLA}, "make_layer: got the class MRLA, which takes no name; allowed is a"),
+        ({"make_layer": partial(ek.ELA, head_dim=8)}, "make_layer: got the class ELA, which takes"),
+        ({"make_layer": lambda: ek.ELA(DIM)}, "make_layer: got one that takes (), and not one ar"),
+        ({"make_layer": lambda a, b: ek.ELA(DIM)}, "make_layer: got one that takes (a, b), and no"),
+        (
+            {"view": "tokens"},
+            "view: got str; allowed is None or an object of ela_kernels.integrations.",
+        ),
+        ({"view": ChannelsLast}, "view: got the class ChannelsLast; allowed is None or an object"),
+        ({"view": ek.ELA}, "view: got type; allowed is None or an object"),
         ({"tolerance": 2.0}, "tolerance: got 2.0"),
         ({"history_dtype": torch.int64}, "history_dtype: got torch.int64"),
         (
@@ -674,6 +694,24 @@ def test_what_does_not_fit_is_refused_by_name(options, sentence):
         attach(model, **given)
     assert str(caught.value).startswith(sentence)
     assert not any(isinstance(m, (Attached, ek.ELA)) for m in model.modules())
+
+
+def test_what_takes_a_name_may_be_a_class_of_the_callers():
+    class Own(ek.ELA):
+        def __init__(self, name: str) -> None:
+            super().__init__(DIM, 8)
+
+    model = attach(Network(), STAGES[:1], Own)
+    assert type(model.first[0].ela) is Own
+    attach(detach(model), STAGES[:1], partial(lambda dim, name: ek.ELA(dim, 8), DIM))
+    assert type(model.first[0].ela) is ek.ELA
+
+
+def test_torch_fx_is_told_the_other_way():
+    with pytest.raises(
+        TypeError, match=r"^first\.0: got .*fx\.Proxy; allowed .*torch\.export\.export"
+    ):
+        torch.fx.symbolic_trace(network())
 
 
 def test_a_block_that_cannot_have_a_layer_is_refused_by_name():

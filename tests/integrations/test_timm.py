@@ -363,6 +363,10 @@ def test_registered_models(name, tmp_path):
         ("vit", {"grid": (3, 0)}, "grid: got (3, 0)"),
         ("resnet", {"drop_path": 2.0}, "drop_path: got 2.0"),
         ("resnet", {"skip": "all"}, "skip: got 'all'"),
+        ("resnet", {"skip": "layer", "form": "mrla"}, "skip: got 'layer' with form='mrla', whose"),
+        ("resnet", {"skip": "reuse", "form": "mrla_light"}, "skip: got 'reuse' with form='mrla_l"),
+        ("resnet", {"norm": torch.nn.BatchNorm2d(8)}, "norm: got BatchNorm2d(8, "),
+        ("resnet", {"norm": lambda dim: "batch"}, "norm: got one that gives str; allowed is a"),
         ("resnet", {"identity_init": 1}, "identity_init: got int"),
         (
             "resnet",
@@ -380,6 +384,33 @@ def test_what_does_not_fit_is_refused_by_name(kind, options, sentence):
     assert list(model.state_dict()) == names
     assert not attached_blocks(model)
     assert model.training
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "sentence"),
+    [
+        (
+            "ela",
+            TypeError,
+            "layer_attention: got 'ela'; allowed is a dict of options of the layers: e",
+        ),
+        (
+            {"skp": 1},
+            ValueError,
+            "layer_attention: got 'skp' in it; allowed is a dict of options of t",
+        ),
+        (
+            {"form": "mrla"},
+            ValueError,
+            "layer_attention: got 'form' in it; allowed is a dict of opti",
+        ),
+    ],
+)
+def test_options_of_a_named_model_are_refused_by_name(given, error, sentence):
+    with pytest.raises(error) as caught:
+        timm.create_model("resnet50_ela", layer_attention=given)
+    assert str(caught.value).startswith(sentence)
+    assert "every, head_dim, norm, drop_path, skip, tolerance, history_dtype" in str(caught.value)
 
 
 def test_models_that_do_not_fit_are_refused_by_name():

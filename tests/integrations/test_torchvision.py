@@ -229,12 +229,49 @@ def test_a_detector_without_attention_is_torchvisions():
             "head_dim: got 7, which does not divide the 64 channels of layer1.0; allowed",
         ),
         ({"every": 3}, "every: got 3, for stages of at most 2 blocks"),
-        ({"attention_norm": "none"}, "norm: got 'none'"),
+        ({"attention_norm": "none"}, "attention_norm: got 'none'; allowed are 'batch', 'layer'"),
+        (
+            {"attention_norm": "frozen"},
+            "attention_norm: got 'frozen'; allowed are 'batch', 'layer'",
+        ),
+        ({"attention_norm": lambda dim: dim}, "attention_norm: got one that gives int; allowed is"),
+        (
+            {"attention_norm": torch.nn.InstanceNorm2d},
+            "attention_norm: got one that gives a InstanceNorm2d without a parameter `weight`",
+        ),
+        (
+            {"weights": "DEFAULTT"},
+            "weights: got 'DEFAULTT'; allowed are None and 'IMAGENET1K_V1', ",
+        ),
+        ({"weights": 3}, "weights: got 3; allowed are None and 'IMAGENET1K_V1', "),
+        (
+            {"attention": "mrla", "skip": "layer"},
+            "skip: got 'layer' with form='mrla', whose layers",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(options, sentence):
     with pytest.raises((TypeError, ValueError)) as caught:
         ours.resnet_fpn_backbone(**{"backbone_name": "resnet18", **options})
+    assert str(caught.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weights": "DEFAULTT"}, "weights: got 'DEFAULTT'; allowed are None and 'COCO_V1', "),
+        ({"weights": object}, "weights: got <class 'object'>; allowed are None and 'COCO_V1', "),
+        (
+            {"weights_backbone": "x"},
+            "weights_backbone: got 'x'; allowed are None and 'IMAGENET1K_V1', 'IMAGENET1K_V2', 'DEF",
+        ),
+        ({"attention_norm": "frozen"}, "attention_norm: got 'frozen'; allowed are 'batch', 'lay"),
+    ],
+)
+@pytest.mark.parametrize("name", ["fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
+def test_what_does_not_fit_in_a_detector_is_refused_by_name(name, options, sentence):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        getattr(ours, name)(**{"weights_backbone": None, **options})
     assert str(caught.value).startswith(sentence)
 
 

@@ -382,3 +382,12 @@ def test_traced_by_fx(attention: str) -> None:
     for batch in (1, 5):
         images = torch.randn(batch, 3, 32, 32)
         torch.testing.assert_close(traced(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["batch", nn.BatchNorm2d(16), lambda dim: dim])
+@pytest.mark.parametrize("kind", ["ela", "mrla", "mrla_light"])
+def test_a_norm_that_is_none_is_refused_by_name(kind: Any, norm: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^norm_layer: got .*; allowed is a class or function .*number of ch"
+    ):
+        StageAttention(kind, 16, [0.0], 8, True, "reuse", norm_layer=norm)

@@ -322,6 +322,12 @@ class TestStateDict:
         ({"drop_path": float("nan")}, ValueError, "drop_path"),
         ({"drop_path": "0.1"}, TypeError, "drop_path"),
         ({"head_dim": 7}, ValueError, "head_dim"),
+        ({"norm_layer": "batch"}, TypeError, "norm_layer"),
+        ({"norm_layer": nn.BatchNorm2d(CHANNELS)}, TypeError, "norm_layer"),
+        ({"norm_layer": lambda dim: dim}, TypeError, "norm_layer"),
+        ({"act_layer": "relu"}, TypeError, "act_layer"),
+        ({"act_layer": nn.ReLU()}, TypeError, "act_layer"),
+        ({"act_layer": lambda: torch.relu}, TypeError, "act_layer"),
     ],
 )
 def test_refusals(arguments: dict[str, Any], error: type[Exception], name: str) -> None:

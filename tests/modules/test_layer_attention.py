@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import textwrap
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -218,3 +222,31 @@ def test_something_else_than_a_history_is_refused(cls, history) -> None:
 def test_the_concatenating_form_refuses_another_history() -> None:
     with pytest.raises(TypeError, match="history: got LayerHistory; allowed is a ConcatHistory"):
         ConcatLayerAttention(32)(torch.randn(1, 32, 4, 4), ek.LayerHistory())
+
+
+def documented(layer: nn.Module, **names: Any) -> Tensor:
+    """What the lines under "Equivalent PyTorch" in the docstring of a layer's class give, with the layer's parts."""
+    text = inspect.getdoc(type(layer)) or ""
+    lines = text.split("Equivalent PyTorch", 1)[1].split("::\n\n", 1)[1].split("\n")
+    end = next(i for i, line in enumerate(lines) if line and not line.startswith("    "))
+    parts = dict(layer.named_children()) | dict(layer.named_parameters(recurse=False))
+    parts |= {name: getattr(layer, name) for name in ("dim", "head_dim")}
+    found: dict[str, Any] = {"ek": ek, "F": F, **parts, **names}
+    exec(textwrap.dedent("\n".join(lines[:end])), found)
+    out: Tensor = found["out"]
+    return out
+
+
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_the_documented_equivalent_gives_the_layers_numbers(size: int) -> None:
+    torch.manual_seed(0)
+    layers = [ek.LayerAttention(32, 8, size) for _ in range(3)]
+    history, keys, values = ek.LayerHistory(), [], []
+    for layer in layers:
+        x = torch.randn(2, 32, 5, 6)
+        expected = documented(layer, x=x, keys=keys, values=values)
+        torch.testing.assert_close(layer(x, history), expected, **FEW_ROUNDINGS)
+    light = ek.LightLayerAttention(32, 8, size)
+    x, prev_out = torch.randn(2, 2, 32, 5, 6)
+    expected = documented(light, x=x, prev_out=prev_out)
+    torch.testing.assert_close(light(x, prev_out), expected, **FEW_ROUNDINGS)

@@ -167,6 +167,11 @@ def test_annotation_files_that_are_none(tmp_path: Path, content: Any, said: str)
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data-dir: got none for 'coco'"):
         load_task("coco")
+    for side in (-1, 0, 31, 4097):
+        with pytest.raises(
+            ValueError, match=rf"^side: got {side} .*allowed is an int from 32 to 4"
+        ):
+            load_task("digits", side=side)
     with pytest.raises(
         MissingDataError, match=r"nowhere is not there, or no folder\. Expected are"
     ):

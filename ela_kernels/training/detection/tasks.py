@@ -16,6 +16,8 @@ from ela_kernels.training.detection.scenes import Sample, Scenes
 DATA = ("digits", "coco")
 # Of the digits: scenes for training and for testing.
 TRAIN_SCENES, TEST_SCENES = 2000, 300
+# The shorter side of what networks resize images to; of a smaller one the last maps are a position or two.
+LEAST_SIDE, LARGEST_SIDE = 32, 4096
 
 
 class Samples(Protocol):
@@ -43,15 +45,20 @@ def load_task(name: str, folder: Path | None = None, side: int | None = None) ->
     Args:
         name: `"digits"` (bundled with scikit-learn, on canvases that are made) or `"coco"`.
         folder: where the data are; not needed for digits.
-        side: not for the data: networks resize images to it.
+        side: not for the data: networks resize images so that the shorter side has it; 32 to 4096.
 
     Raises:
-        ValueError: unknown name, or a folder that was not given or does not fit.
+        ValueError: unknown name, a side that does not fit, or a folder that was not given or does not fit.
         MissingDataError: expected files are not there, or cannot be read.
     """
     if name not in DATA:
         raise ValueError(
             f"data: got {name!r} for --task detection; allowed are {', '.join(map(repr, DATA))}"
+        )
+    if side is not None and not LEAST_SIDE <= side <= LARGEST_SIDE:
+        raise ValueError(
+            f"side: got {side} for --task detection; allowed is an int from {LEAST_SIDE} to {LARGEST_SIDE}, to which "
+            "the shorter side of images is resized. Leave it out for the size that the detector has"
         )
     if name == "digits":
         train, test = Scenes(TRAIN_SCENES), Scenes(TEST_SCENES, train=False)
