@@ -327,8 +327,12 @@ class Trainer:
         part = self._part(order, batch)
         images = self.task.train.read(part)
         if self.options.augment:
-            images = self.task.augment(images, self._generator(_VARIATION, batch))
+            images = self.task.augment(images, self._variation(batch))
         return images, self.task.train.labels[part]
+
+    def _variation(self, batch: int) -> torch.Generator:
+        """What the images of a batch are varied by, in this process."""
+        return self._generator(_VARIATION, batch)
 
     def _generator(self, purpose: int, batch: int = 0) -> torch.Generator:
         # The order is common to the processes, the variation each one's own.

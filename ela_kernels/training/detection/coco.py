@@ -158,7 +158,7 @@ def _read(path: Path) -> _Annotations:
             "[x, y, width, height] in pixels, with a width and height above 0, of an image and a category that are "
             "listed. Mend or remove them"
         )
-    if not any(not is_crowd for *_, is_crowd in rows):
+    if all(is_crowd for *_, is_crowd in rows):
         raise ValueError(
             f"data-dir: {path} has no box at all; allowed is one with boxes. Images without any may be among the others"
         )

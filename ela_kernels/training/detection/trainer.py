@@ -108,7 +108,7 @@ class DetectionTrainer(Trainer):
     def _read(self, order: Tensor, batch: int) -> tuple[Any, Any]:
         samples = [self.task.train[number] for number in self._part(order, batch).tolist()]
         if self.options.augment:
-            generator = self._generator(1, batch)
+            generator = self._variation(batch)
             samples = [self.task.augment(sample, generator) for sample in samples]
         images = [sample.image for sample in samples]
         return images, [{"boxes": s.boxes, "labels": s.labels} for s in samples]
