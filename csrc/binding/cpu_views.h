@@ -186,19 +186,22 @@ class Scratch {
   char* next_;
 };
 
-// What follows a retrieval in a block (see NormParams): addresses of 0 leave out `also`, and gamma to dbeta.
+// What follows a retrieval in a block (see NormParams): addresses of 0 leave out `also`, gamma to dbeta, and `running`,
+// which is of mean, variance and the count of batches.
 struct Norm {
   View o, x, out, also;
   int64_t mean, variance, gamma, beta, mask, dgamma, dbeta;
-  double eps;
-  bool relu;
+  View running;
+  double eps, factor;
+  bool relu, narrow, narrow_running;
 
   template <class Visit>
   void fields(Visit visit) {
     visit("o", o), visit("x", x), visit("out", out), visit("also", also);
     visit("mean", mean), visit("variance", variance), visit("gamma", gamma), visit("beta", beta), visit("mask", mask);
-    visit("dgamma", dgamma), visit("dbeta", dbeta);
-    visit("eps", eps), visit("relu", relu);
+    visit("dgamma", dgamma), visit("dbeta", dbeta), visit("running", running);
+    visit("eps", eps), visit("factor", factor);
+    visit("relu", relu), visit("narrow", narrow), visit("narrow_running", narrow_running);
   }
 };
 
@@ -214,12 +217,20 @@ inline NormParams norm_params(const ImageShape& image, const std::optional<Norm>
   const int64_t elements = image.batch * image.channels * image.positions();
   for (const View* view : {&n.o, &n.x, &n.out}) present((*view)[0], elements, "maps of the norm");
   present(n.mean, image.channels, "mean of the norm"), present(n.variance, image.channels, "variance of the norm");
+  require((n.running[0] == 0) == (n.running[1] == 0), "running: mean and variance, or neither");
+  require(n.running[0] == 0 || image.batch * image.positions() != 1, "running: no variance of one element");
   char* partials = static_cast<char*>(scratch.take(norm_bytes(image, given, size)));
   void* factors = partials + (kernels().norm_workspace(image) - 4 * image.channels) * size;
-  return {
-      image,           map(n.o),        map(n.x),   map(n.out), address(n.mean),  address(n.variance), address(n.gamma),
-      address(n.beta), address(n.mask), n.eps,      n.relu,     batch_statistics, address(n.dgamma),   address(n.dbeta),
-      partials,        factors,         map(n.also)};
+  NormParams p = {};
+  p.shape = image, p.o = map(n.o), p.x = map(n.x), p.out = map(n.out), p.also = map(n.also);
+  p.mean = address(n.mean), p.variance = address(n.variance);
+  p.gamma = address(n.gamma), p.beta = address(n.beta), p.mask = address(n.mask);
+  p.dgamma = address(n.dgamma), p.dbeta = address(n.dbeta), p.narrow = n.narrow;
+  p.eps = n.eps, p.relu = n.relu, p.batch_statistics = batch_statistics;
+  p.partials = partials, p.factors = factors;
+  p.running = {address(n.running[0]), address(n.running[1]), static_cast<int64_t*>(address(n.running[2])), n.factor,
+               n.narrow_running};
+  return p;
 }
 
 }  // namespace ela::binding

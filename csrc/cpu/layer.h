@@ -191,6 +191,7 @@ void layer_kernel(const LayerParams& p, int threads) {
   if (!p.wants_statistics) return;
   join_statistics<T>(p.statistics);
   if (!p.is_block) return;
+  track_statistics<T>(p.norm);
   prepare_norm<T>(p.norm);
   norm_kernel<T>(p.norm, threads);
 }

@@ -132,6 +132,7 @@ void light_layer_kernel(const LightParams& p, int threads) {
   if (!wants_statistics) return;
   join_statistics<T>(statistics);
   if (!p.is_block) return;
+  track_statistics<T>(p.norm);
   prepare_norm<T>(p.norm);
   norm_kernel<T>(p.norm, threads);
 }

@@ -130,6 +130,40 @@ void join_statistics(const StatisticsParams& p) {
   }
 }
 
+// Something of a channel, which may be in the type of the maps.
+template <class T>
+inline Acc<T> load_of_channel(bool narrow, const void* from, int64_t c) {
+  return narrow ? load_one<T>(from, c) : static_cast<const Acc<T>*>(from)[c];
+}
+template <class T>
+inline void store_of_channel(bool narrow, void* to, int64_t c, Acc<T> x) {
+  if (narrow) {
+    store_one<T>(to, c, x);
+  } else {
+    static_cast<Acc<T>*>(to)[c] = x;
+  }
+}
+
+// Takes the statistics of a batch into the running ones.
+template <class T>
+void track_statistics(const NormParams& p) {
+  using A = Acc<T>;
+  const RunningParams& r = p.running;
+  if (r.batches != nullptr) ++*r.batches;
+  if (r.mean == nullptr) return;
+  const double count = static_cast<double>(p.shape.batch * p.shape.positions());
+  const A kept = static_cast<A>(1 - r.factor);
+  const auto move = [&](void* running, const void* found, double factor) {
+    const A by = static_cast<A>(factor);
+    for (int64_t c = 0; c < p.shape.channels; ++c) {
+      const A moved = load_of_channel<T>(r.narrow, running, c) * kept + by * static_cast<const A*>(found)[c];
+      store_of_channel<T>(r.narrow, running, c, moved);
+    }
+  };
+  move(r.mean, p.mean, r.factor);
+  move(r.variance, p.variance, r.factor * count / (count - 1));
+}
+
 // scale and shift of every channel, [2, C].
 template <class T>
 void prepare_norm(const NormParams& p) {
@@ -138,8 +172,8 @@ void prepare_norm(const NormParams& p) {
   A* shift = scale + p.shape.channels;
   for (int64_t c = 0; c < p.shape.channels; ++c) {
     const double inverse = 1 / sqrt(static_cast<const A*>(p.variance)[c] + p.eps);
-    const double gamma = p.gamma == nullptr ? 1 : static_cast<const A*>(p.gamma)[c];
-    const double beta = p.beta == nullptr ? 0 : static_cast<const A*>(p.beta)[c];
+    const double gamma = p.gamma == nullptr ? 1 : load_of_channel<T>(p.narrow, p.gamma, c);
+    const double beta = p.beta == nullptr ? 0 : load_of_channel<T>(p.narrow, p.beta, c);
     scale[c] = static_cast<A>(gamma * inverse);
     shift[c] = static_cast<A>(beta - gamma * inverse * static_cast<const A*>(p.mean)[c]);
   }
@@ -275,8 +309,8 @@ void join_norm_sums(const NormParams& p) {
       product += products[i * s.channels + c];
     }
     const double inverse = 1 / sqrt(static_cast<const A*>(p.variance)[c] + p.eps);
-    if (p.dgamma != nullptr) static_cast<A*>(p.dgamma)[c] = static_cast<A>(product * inverse);
-    if (p.dbeta != nullptr) static_cast<A*>(p.dbeta)[c] = static_cast<A>(sum);
+    if (p.dgamma != nullptr) store_of_channel<T>(p.narrow, p.dgamma, c, static_cast<A>(product * inverse));
+    if (p.dbeta != nullptr) store_of_channel<T>(p.narrow, p.dbeta, c, static_cast<A>(sum));
     // With batch statistics mean and variance move as well; with given ones they do not.
     const double by_value = p.batch_statistics ? scale[c] * product * inverse * inverse / count : 0;
     slope[c] = static_cast<A>(by_value);

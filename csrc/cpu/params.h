@@ -127,9 +127,18 @@ struct StatisticsParams {
   void *mean, *variance;
 };
 
+// What a norm keeps of the statistics that it takes: running <- (1 - factor) * running + factor * found, the variance
+// unbiased, and one more batch counted.
+struct RunningParams {
+  void *mean, *variance;  // [C]; null where nothing is kept
+  int64_t* batches;       // or null
+  double factor;
+  bool narrow;  // in the type of the maps, not in the accumulation type
+};
+
 // out = x + mask[b] * act(norm(o)), or its backward: then x holds the gradient of out, and out takes that of o, with
 // what arrives at o from elsewhere, `also`, added.
-// All that belongs to a channel or a sample is in the accumulation type.
+// All that belongs to a channel or a sample is in the accumulation type, but for what is narrow.
 struct NormParams {
   ImageShape shape;
   MapView o, x, out;
@@ -139,9 +148,11 @@ struct NormParams {
   double eps;
   bool relu, batch_statistics;
   void *dgamma, *dbeta;  // [C] or null
+  bool narrow;           // gamma and beta, and their gradients, in the type of the maps
   void* partials;        // norm_workspace() accumulation elements, the factors at their end
   void* factors;         // [4, C]
   MapView also;          // backward; data may be null
+  RunningParams running;
 };
 
 // A layer's forward: value, mean, query and key from its input, then attention. `retrieves` false: no query, no

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -64,6 +64,31 @@ class Residual(NamedTuple):
     """What follows the retrieval `o` of a layer: `x + o`."""
 
 
+class Running(NamedTuple):
+    """What a norm keeps of the statistics that it takes, changed in place.
+
+    `mean <- (1 - factor) * mean + factor * found`, and so the variance with the unbiased one; `batches` is counted up.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    batches: Tensor | None
+    factor: float
+
+
+class Track(Protocol):
+    """Takes the statistics `[2, C]` of a batch into those that a norm keeps.
+
+    Attributes:
+        running: what a kernel may change instead of a call; None where it may not.
+    """
+
+    @property
+    def running(self) -> Running | None: ...
+
+    def __call__(self, statistics: Tensor, applies: Tensor | None = None) -> None: ...
+
+
 class NormAct(NamedTuple):
     """What follows the retrieval `o` in a residual block: `x + mask * act(norm(o))`.
 
@@ -73,8 +98,8 @@ class NormAct(NamedTuple):
         mask: a factor for each sample `[B]`, or None.
         eps: of the norm.
         relu: whether the activation is a ReLU, or nothing.
-        track: is given the statistics that were taken: inside the node, since a checkpoint that recomputes it may stop
-            right there.
+        track: is given the statistics that were taken, unless a kernel has done its work: inside the node, since a
+            checkpoint that recomputes it may stop right there.
     """
 
     gamma: Tensor | None
@@ -83,7 +108,7 @@ class NormAct(NamedTuple):
     mask: Tensor | None
     eps: float
     relu: bool
-    track: Callable[..., None] | None = None
+    track: Track | None = None
 
 
 class Retrieved(NamedTuple):
@@ -116,6 +141,7 @@ class LayerForward(NamedTuple):
         weights, kl: of its attention.
         retrieved: with a norm, what was normed, if it was to be kept; None otherwise.
         statistics: with a norm, mean and biased variance `[2, C]` that it normed with.
+        tracked: whether the norm's running statistics are moved on already.
     """
 
     mean: Tensor
@@ -127,6 +153,7 @@ class LayerForward(NamedTuple):
     kl: Tensor | None = None
     retrieved: Tensor | None = None
     statistics: Tensor | None = None
+    tracked: bool = False
 
 
 class SavedLayer(NamedTuple):
@@ -223,6 +250,7 @@ class LightForward(NamedTuple):
         factors: the gates as the backend's backward reads them.
         statistics: with a norm, mean and biased variance `[2, C]` that it normed with.
         block: with a norm, `x + mask * act(norm(out))`.
+        tracked: as of :class:`LayerForward`.
     """
 
     out: Tensor
@@ -233,6 +261,7 @@ class LightForward(NamedTuple):
     factors: Tensor
     statistics: Tensor | None = None
     block: Tensor | None = None
+    tracked: bool = False
 
 
 class SavedLightLayer(NamedTuple):

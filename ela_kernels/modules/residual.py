@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.tracing import is_plain
-from ela_kernels.backends.types import NormAct
+from ela_kernels.backends.types import NormAct, Running
 from ela_kernels.explaining import refused, served
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.layer_attention import LayerAttention
@@ -277,7 +276,7 @@ def epilogue_of(norm: Any, act: nn.Module, drop_path: nn.Module, x: Tensor) -> N
         )
     mask, track = _mask(drop_path, x), None
     if not is_frozen(norm) and norm.training and norm.track_running_stats:
-        track = partial(_track, norm, x.numel() // x.shape[1])
+        track = _Track(norm, x.numel() // x.shape[1])
     return NormAct(
         norm.weight,
         norm.bias,
@@ -287,6 +286,30 @@ def epilogue_of(norm: Any, act: nn.Module, drop_path: nn.Module, x: Tensor) -> N
         isinstance(act, nn.ReLU),
         track,
     )
+
+
+class _Track:
+    """Takes the statistics of a batch, of `count` numbers a channel, into those of a norm."""
+
+    __slots__ = ("_count", "_norm")
+
+    def __init__(self, norm: nn.BatchNorm2d, count: int) -> None:
+        self._norm, self._count = norm, count
+
+    @property
+    def running(self) -> Running | None:
+        """None also for a cumulative mean, whose factor is the count of batches, and with no number to correct by."""
+        buffers: dict[str, Any] = (
+            self._norm._buffers
+        )  # not the norm's own names, which take ten times as long
+        mean, variance = buffers["running_mean"], buffers["running_var"]
+        momentum = self._norm.momentum
+        if mean is None or variance is None or momentum is None or self._count < 2:
+            return None
+        return Running(mean, variance, buffers["num_batches_tracked"], momentum)
+
+    def __call__(self, statistics: Tensor, applies: Tensor | None = None) -> None:
+        _track(self._norm, self._count, statistics, applies)
 
 
 @torch.no_grad()

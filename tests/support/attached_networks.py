@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.integrations import attach
@@ -100,3 +101,15 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == len(list(model.parameters()))
     return found
+
+
+def same(a: Any, b: Any) -> None:
+    """Equal numbers, of tensors or of what holds them."""
+    # float64, a few additions in another order: 1e-11 relative to numbers near 1 is far above their rounding, and far
+    # below what a missing layer would change.
+    torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def checkpointed(block: nn.Module, x: Any) -> Any:
+    """How a network calls a block that is recomputed in the backward."""
+    return checkpoint(block, x, use_reentrant=False)

@@ -209,9 +209,11 @@ def layer(
             plan.norm_sizes,
             statistics,
             epilogue,
+            x.dtype,
             o=o_view,
             x=plan.map_view(x)[0],
             out=(block.data_ptr(), *plan.made),
+            tracks=measured is not None,
         )
     key_table, value_table = plan.tables(with_one_more(keys, k), with_one_more(values, v))
     extension = compiled()
@@ -245,12 +247,12 @@ def layer(
         norm=None if norm is None else norm.arguments,
         threads=thread_count(plan.elements * depth),
     )
+    tracked = norm is not None and norm.tracks
     del key_table, value_table, norm, kept_o
     if block is None:
         return LayerForward(mean, q, k, v, out, weights, kl)
-    return LayerForward(
-        mean, q, k, v, block, weights, kl, out if keeps_retrieved else None, statistics
-    )
+    retrieved = out if keeps_retrieved else None
+    return LayerForward(mean, q, k, v, block, weights, kl, retrieved, statistics, tracked)
 
 
 def layer_backward(

@@ -98,7 +98,16 @@ def light_layer(
             statistics = measured = torch.empty((2, x.shape[1]), dtype=accumulate, device="cpu")
         block, block_view = new_map(x, flat, False)
         x_view = _view(x, sizes[4], "x")
-        norm = norm_call(sizes, statistics, epilogue, o=out_view, x=x_view, out=block_view)
+        norm = norm_call(
+            sizes,
+            statistics,
+            epilogue,
+            x.dtype,
+            o=out_view,
+            x=x_view,
+            out=block_view,
+            tracks=measured is not None,
+        )
     workspace = _workspace(sizes, wk.numel(), threads, accumulate)
     extension = compiled()
     layer = extension.light(
@@ -131,7 +140,9 @@ def light_layer(
         workspace=address(workspace),
         threads=threads,
     )
-    return LightForward(out, mean, q, k, v if keeps else None, factors, statistics, block)
+    tracked = norm is not None and norm.tracks
+    kept_v = v if keeps else None
+    return LightForward(out, mean, q, k, kept_v, factors, statistics, block, tracked)
 
 
 def light_layer_backward(

@@ -92,7 +92,7 @@ def gradients(ctx: Any, saved: SavedLayer, arrived: Arrived, needs: LayerNeeds) 
 
 
 def _tracked(r: LayerForward, epilogue: Epilogue | None) -> LayerForward:
-    if type(epilogue) is NormAct and epilogue.track is not None:
+    if type(epilogue) is NormAct and epilogue.track is not None and not r.tracked:
         assert r.statistics is not None
         epilogue.track(r.statistics)
     return r

@@ -119,7 +119,7 @@ def _run(
     keeps: bool,
 ) -> LightForward:
     r = backend.light_layer(x, filters, prev, heads, scale, epilogue, value_act, keeps)
-    if epilogue is not None and epilogue.track is not None:
+    if epilogue is not None and epilogue.track is not None and not r.tracked:
         assert r.statistics is not None
         epilogue.track(r.statistics)
     return r
