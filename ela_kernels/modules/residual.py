@@ -22,14 +22,14 @@ from ela_kernels.modules.norms import (
     takes_batch,
     without_sharing,
 )
-from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
+from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.ops.autocast import layer_dtype
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan
-from ela_kernels.torch_internals import has_hooks
+from ela_kernels.torch_internals import has_hooks, own_buffer, tensors_of_norm
 
 # Dtypes of a norm and of its input: beside half precision it may stay in float32.
 MIXED = ((torch.float32, torch.bfloat16), (torch.float32, torch.float16))
@@ -209,7 +209,7 @@ def module_obstacles(
     found += [
         f"{type(module).__name__} has a forward of its own"
         for module in called
-        if not runs_as(module, type(module))
+        if "forward" in module.__dict__
     ]
     if has_hooks(*called):
         found.append("attn, norm, act or drop_path has hooks, or all modules have")
@@ -222,35 +222,35 @@ def norm_obstacles(norm: Any, x: Tensor) -> list[str]:
     They add to `x` in one dtype, which under autocast need not be that of `x`.
     """
     found = []
-    features = x.shape[1] if is_frozen(norm) else norm.num_features
-    if features != x.shape[1] or (norm.weight is None) != (norm.bias is None):
+    of_norm, shape, dtype = tensors_of_norm(norm), x.shape, layer_dtype(x)
+    channels = shape[1]
+    features = channels if is_frozen(norm) else norm.num_features
+    if features != channels or (of_norm[0] is None) != (of_norm[1] is None):
         found.append("norm is for another number of channels, or has one parameter of two")
-    if x.dtype != layer_dtype(x):
-        found.append(f"x is {x.dtype}, and autocast computes the layer in {layer_dtype(x)}")
-    if not has_usual_parameters(norm, x):
+    if x.dtype != dtype:
+        found.append(f"x is {x.dtype}, and autocast computes the layer in {dtype}")
+    if not has_usual_parameters(norm, x, of_norm):
         found.append(
             "norm's parameters or statistics are not plain ones that fit x in dtype and device"
         )
     # One number a channel has no variance.
-    if x.shape[0] * x.shape[2] * x.shape[3] <= 1 and takes_batch(norm):
+    if shape[0] * shape[2] * shape[3] <= 1 and takes_batch(norm):
         found.append("one number a channel has no variance")
     return found
 
 
-def has_usual_parameters(norm: Any, x: Tensor) -> bool:
+def has_usual_parameters(norm: Any, x: Tensor, of_norm: tuple[Tensor | None, ...]) -> bool:
     """Whether parameters and running statistics are plain ones of a shape and dtype that PyTorch takes with `x`."""
-    given = [
-        t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None
-    ]
-    if (norm.running_mean is None) != (norm.running_var is None) or not norm.eps > 0:
+    given = [t for t in of_norm if t is not None]
+    if (of_norm[2] is None) != (of_norm[3] is None) or not norm.eps > 0:
         return False
     dtype = given[0].dtype if given else x.dtype
     # PyTorch's own gives the dtype of x, a frozen one that of the product with its scale.
     if dtype != x.dtype and (is_frozen(norm) or (dtype, x.dtype) not in MIXED):
         return False
+    shape, device = (x.shape[1],), x.device
     return all(
-        t.dtype == dtype and t.shape == (x.shape[1],) and t.device == x.device and is_plain(t)
-        for t in given
+        t.dtype == dtype and t.shape == shape and t.device == device and is_plain(t) for t in given
     )
 
 
@@ -268,18 +268,15 @@ def _mask(drop_path: nn.Module, x: Tensor) -> Tensor | None:
 def epilogue_of(norm: Any, act: nn.Module, drop_path: nn.Module, x: Tensor) -> NormAct:
     """What follows the retrieval, and keeps the norm's running statistics as `nn.BatchNorm2d` keeps them."""
     statistics = None
+    gamma, beta, mean, variance = tensors_of_norm(norm)
     if not takes_batch(norm):
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        statistics = torch.stack((norm.running_mean, norm.running_var)).to(
-            accumulate_dtype(x.dtype)
-        )
+        statistics = torch.stack((mean, variance)).to(accumulate_dtype(x.dtype))
     mask, track = _mask(drop_path, x), None
     if not is_frozen(norm) and norm.training and norm.track_running_stats:
         track = _Track(norm, x.numel() // x.shape[1])
     return NormAct(
-        norm.weight,
-        norm.bias,
+        gamma,
+        beta,
         statistics,
         None if mask is None else mask.view(-1),
         norm.eps,
@@ -299,14 +296,11 @@ class _Track:
     @property
     def running(self) -> Running | None:
         """None also for a cumulative mean, whose factor is the count of batches, and with no number to correct by."""
-        buffers: dict[str, Any] = (
-            self._norm._buffers
-        )  # not the norm's own names, which take ten times as long
-        mean, variance = buffers["running_mean"], buffers["running_var"]
+        _, _, mean, variance = tensors_of_norm(self._norm)
         momentum = self._norm.momentum
         if mean is None or variance is None or momentum is None or self._count < 2:
             return None
-        return Running(mean, variance, buffers["num_batches_tracked"], momentum)
+        return Running(mean, variance, own_buffer(self._norm, "num_batches_tracked"), momentum)
 
     def __call__(self, statistics: Tensor, applies: Tensor | None = None) -> None:
         _track(self._norm, self._count, statistics, applies)
