@@ -12,17 +12,16 @@ template <class T>
 inline void gather_planes(const GatherConvolveParams& p, int64_t b, int64_t c, int64_t length, Acc<T>* planes) {
   using A = Acc<T>;
   const int64_t head = b * p.heads + c / (p.shape.channels / p.heads);
-  const T* const no_residual = nullptr;
   for (int64_t offset = 0; offset < length; offset += kChunk) {
     const int64_t count = length - offset < kChunk ? length - offset : kChunk;
     A* const to = planes + offset;
     const auto add = [&](const Streams<A>& at, bool is_first, bool is_last) {
       const T* source[kStreams];
       for (int i = 0; i < at.count; ++i) source[i] = planar_at<T>(p.maps[at.source[i]], b, c, offset);
-      add_some<T>(at.count, to, source, at.factor, count, is_first, is_last ? to : nullptr, no_residual);
+      add_some<T>(at.count, to, source, at.factor, count, is_first, Stored<T, A>{is_last ? to : nullptr, nullptr});
     };
     const auto column = [&](int64_t j) { return p.columns[j]; };
-    if (!for_retained<A>(p.sources, column, head, add)) add_nothing<T>(count, to, no_residual);
+    if (!for_retained<A>(p.sources, column, head, add)) add_nothing<T>(count, to, static_cast<const T*>(nullptr));
   }
 }
 

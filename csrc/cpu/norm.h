@@ -196,17 +196,32 @@ inline Vec<T> end_of(Vec<T> o, Vec<T> x, Factor scale, Factor shift, Acc<T> mask
   return x + mask * (has_relu ? relu<T>(z) : z);
 }
 
+// The end of a block in a plane, from some element of it on.
+template <class T>
+struct PlaneEnd {
+  static constexpr bool kEndsBlock = true;
+  const T* x;
+  T* out;
+  Acc<T> scale, shift, mask;
+  bool has_relu;
+  PlaneEnd(const NormParams& p, int64_t b, int64_t c, int64_t offset)
+      : x(planar_at<T>(p.x, b, c, offset)),
+        out(const_cast<T*>(planar_at<T>(p.out, b, c, offset))),
+        scale(static_cast<const Acc<T>*>(p.factors)[c]),
+        shift(static_cast<const Acc<T>*>(p.factors)[p.shape.channels + c]),
+        mask(mask_of<T>(p, b)),
+        has_relu(p.relu) {}
+  template <class At>
+  Vec<T> of(Vec<T> o, At at) const {
+    return end_of<T>(o, at.load(x), scale, shift, mask, has_relu);
+  }
+};
+
 // The end of a block, of `count` elements of a plane from `offset` on.
 template <class T>
 inline void end_plane(const NormParams& p, int64_t b, int64_t c, int64_t offset, int64_t count, const T* o) {
-  using A = Acc<T>;
-  const T* x = planar_at<T>(p.x, b, c, offset);
-  T* out = const_cast<T*>(planar_at<T>(p.out, b, c, offset));
-  const A* factors = static_cast<const A*>(p.factors);
-  const A scale = factors[c], shift = factors[p.shape.channels + c], mask = mask_of<T>(p, b);
-  const bool has_relu = p.relu;
-  map_any_order<T>(count, out,
-                   [=](auto at) { return end_of<T>(at.load(o), at.load(x), scale, shift, mask, has_relu); });
+  const PlaneEnd<T> end(p, b, c, offset);
+  map_any_order<T>(count, end.out, [=](auto at) { return end.of(at.load(o), at); });
 }
 
 // The same of `count` channels of a position, from channel `c` on.

@@ -285,6 +285,20 @@ template <>
 struct Memory<double> : CopiedParts<double> {};
 #endif
 
+// `x`, a number on its own: of a * b + c * d the compiler may round either product and add the other to it in one
+// instruction, and takes the one here and the other there. Of settled(a * b) + c * d it rounds the first.
+template <class V>
+inline V settled(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // The sum of all lanes, by halving: fewer roundings than one lane after the other.
 template <class A, int kBytes>
 struct Lanes {
