@@ -45,7 +45,7 @@ class _Bare(torch.autograd.Function):
 
 
 def measure_overhead(rounds: int, shape: StageShape = OVERHEAD_STAGE) -> dict[str, Any]:
-    """Microseconds a layer, forward and backward: the op with a history, a whole module, PyTorch alone."""
+    """Microseconds a layer, forward and backward: the op with a history, a layer, a residual block, PyTorch alone."""
     torch.manual_seed(0)
     size = (shape.batch, shape.channels, shape.size, shape.size)
     x = torch.randn(size, requires_grad=True)
@@ -59,8 +59,10 @@ def measure_overhead(rounds: int, shape: StageShape = OVERHEAD_STAGE) -> dict[st
     ]
     douts = [torch.randn(size) for _ in range(shape.depth)]
     layers = [ek.LayerAttention(shape.channels, shape.head_dim) for _ in range(shape.depth)]
+    blocks = [ek.ELA(shape.channels, shape.head_dim) for _ in range(shape.depth)]
     inputs = [tensor for triple in triples for tensor in triple]
     parameters = [p for layer in layers for p in layer.parameters()]
+    of_blocks = [p for block in blocks for p in block.parameters()]
 
     def op() -> list[Tensor]:
         history = ek.LayerHistory()
@@ -69,6 +71,10 @@ def measure_overhead(rounds: int, shape: StageShape = OVERHEAD_STAGE) -> dict[st
     def module() -> list[Tensor]:
         history = ek.LayerHistory()
         return [layer(x, history) for layer in layers]
+
+    def residual_block() -> list[Tensor]:
+        history = ek.LayerHistory()
+        return [block(x, history) for block in blocks]
 
     row, weights = torch.randn(size[:2]), torch.randn(size[0], shape.heads, 1)
 
@@ -85,6 +91,7 @@ def measure_overhead(rounds: int, shape: StageShape = OVERHEAD_STAGE) -> dict[st
         "bare": _microseconds_a_layer(bare, [x, *parameters], douts, rounds),
         "op": _microseconds_a_layer(op, inputs, douts, rounds),
         "module": _microseconds_a_layer(module, [x, *parameters], douts, rounds),
+        "block": _microseconds_a_layer(residual_block, [x, *of_blocks], douts, rounds),
     }
 
 

@@ -185,7 +185,8 @@ def text_report(results: Results) -> str:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [
             [name, *(f"{results['overhead'][name][p]['median']:.0f}" for p in _PASSES)]
-            for name in ("op", "module", "bare")
+            for name in ("op", "module", "block", "bare")
+            if name in results["overhead"]
         ]
         lines += [*table(["", *_PASSES], rows), ""]
     found = limits(results)
