@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import distributed
 
-from ela_kernels.training.optional import MissingLibraryError
+from ela_kernels.optional import MissingLibraryError
 
 
 class NotFiniteError(ArithmeticError):
@@ -21,6 +21,10 @@ def sentence(error: BaseException) -> str | None:
         )
     if isinstance(error, (OSError, MissingLibraryError, NotFiniteError)):
         return str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return f"a process that reads images ended: {_first_line(error)}; try fewer --workers, or --workers 0"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"the network could not be compiled: {_first_line(error)}; leave out --compile"
     if _is_of_processes(error):
         return f"the processes of the run lost each other: {_first_line(error)}; see what the others say, and resume"
     return None

@@ -12,13 +12,14 @@ import torch
 
 from ela_kernels import ELA, explain
 from ela_kernels.__main__ import main
-from ela_kernels.training.arguments import check_numbers, make_options, make_parser
+from ela_kernels.training.arguments import check_numbers, make_options
 from ela_kernels.training.detection.networks import fasterrcnn_small, make_model
 from ela_kernels.training.detection.scenes import Sample, Scenes
 from ela_kernels.training.detection.tasks import DetectionTask, load_task
 from ela_kernels.training.detection.trainer import DetectionTrainer
 from ela_kernels.training.loop import Interrupted
 from ela_kernels.training.options import Options
+from ela_kernels.training.parser import make_parser
 
 for library in ("sklearn", "torchvision", "torchmetrics", "pycocotools", "PIL"):
     pytest.importorskip(library)
