@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ela_kernels.ebqm import EBQM, spare_skipped
 from ela_kernels.modules import ELA
 from ela_kernels.training.average import Average
-from ela_kernels.training.dead import check_single_image, dead_norms
+from ela_kernels.training.dead import check_single_image, dead_norms, run_once
 from ela_kernels.training.finite import Watch, first_not_finite
 from ela_kernels.training.logs import STEP_COLUMNS, columns_of
 from ela_kernels.training.optimizers import make_optimizer, make_schedule
@@ -108,6 +108,9 @@ class Trainer:
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
             )
         if compiled:
+            if has_ela:
+                # Graphs take no note of who reads whose pair, and a run that goes on would know less of it.
+                run_once(self.model, self._first_images())
             self.parallel = torch.compile(self.parallel)  # type: ignore[assignment]
         self._read = mixed(task.read, options.recipe, len(task.classes))
         place = self.processes.rank, self.processes.count

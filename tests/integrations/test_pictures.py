@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.image_files import publish, write_cifar10, write_cifar100, write_folder
 
+from benchmarks.study.data import load
 from ela_kernels.training.data import MissingDataError, UnreadableImageError, load_task
 from ela_kernels.training.reading import Part, batches
 from ela_kernels.training.recipe import AUTO_AUGMENT, Recipe, mixed
@@ -123,6 +124,25 @@ class TestCifar:
         # 20 draws of 162 places: that they are fewer than 10 different ones has a probability below 1e-9.
         assert len(places) >= 10
         assert {mirrored for *_, mirrored in places} == {False, True}
+
+
+def test_the_study_reads_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in memory; what is wrong is told by the name of its own option."""
+    images, labels = cifar10(tmp_path, monkeypatch)
+    task = load("cifar10", tmp_path)
+    assert task.train.labels.tolist() == labels[:20]
+    pixels = torch.from_numpy(images[:20]).view(-1, 3, 32, 32).float()
+    mean, deviation = (f((0, 2, 3)).view(3, 1, 1) for f in (pixels.mean, pixels.std))
+    got = task.train.read(torch.tensor([5]))[0]
+    torch.testing.assert_close(got, (pixels[5] - mean) / deviation)
+    with pytest.raises(MissingDataError, match=r"^root: train, test, meta not found in"):
+        load("cifar100", tmp_path)
+    (tmp_path / CIFAR10 / "data_batch_2").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ValueError, match=r"^root: .*data_batch_2 is damaged, or another file"):
+        load("cifar10", tmp_path)
+    write_cifar100(tmp_path)
+    publish(tmp_path, monkeypatch)
+    assert len(load("cifar100", tmp_path).classes) == 100
 
 
 def _flipped(image: torch.Tensor, mirrored: bool) -> torch.Tensor:

@@ -28,6 +28,7 @@ needs_distributed = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 # EBQM decides at the 4th step and at every second after it, and skips as much as it may.
 EAGER_EBQM = "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 smoothing=0.5"
+RECIPE = "--label-smoothing 0.1 --model-ema --schedule cosine --lr-warmup-epochs 1 --workers 1"
 DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EAGER_EBQM}"
 
 
@@ -211,9 +212,10 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_distributed
-def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["", RECIPE])
+def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path, recipe: str) -> None:
     stopped = str(ROOT / "tests" / "support" / "stopped_process.py")
-    more = f"{DIGITS} --epochs 2 --batch-size 178".split()
+    more = f"{DIGITS} --epochs 2 --batch-size 178 {recipe}".split()
     whole, parts = (("--out", str(tmp_path / name), *more) for name in ("whole", "parts"))
     done = torchrun("-m", "ela_kernels", "train", *whole)
     assert done.returncode == 0, done.stderr
