@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ela_kernels.modules import ELA
+from ela_kernels.training.options import Options
 from ela_kernels.training.recipe import Recipe
 
 
@@ -51,14 +52,14 @@ class Average:
 
     Args:
         model: whose. The average begins with its weights.
-        recipe: says the decay, and in which steps the average takes in the weights.
-        images: of a step, in all processes together.
-        epochs: of the run.
+        options: of the run, whose recipe says the decay, and in which steps the average takes in the weights.
+        processes: of the run.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, images: int, epochs: int) -> None:
-        self._source, self._recipe = model, recipe
-        self.model = make_average(model, decay_of(recipe, images, epochs))
+    def __init__(self, model: nn.Module, options: Options, processes: int = 1) -> None:
+        self._source, self._recipe = model, options.recipe
+        images = options.batch_size * processes
+        self.model = make_average(model, decay_of(options.recipe, images, options.epochs))
 
     @torch.no_grad()
     def step(self, steps: int, epoch: int) -> None:

@@ -91,11 +91,8 @@ class Trainer:
         self.schedule = make_schedule(self.optimizer, options, steps, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
         # Before EBQM watches the layers: it watches those that train.
-        images = options.batch_size * self.processes.count
-        averaged = options.recipe.model_ema
-        self.average = (
-            Average(self.model, options.recipe, images, options.epochs) if averaged else None
-        )
+        averaged, count = options.recipe.model_ema, self.processes.count
+        self.average = Average(self.model, options, count) if averaged else None
         has_ela = any(isinstance(m, ELA) for m in model.modules())
         if has_ela:
             spare_skipped(self.optimizer, self.model)

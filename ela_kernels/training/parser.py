@@ -27,6 +27,9 @@ HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 FROM_OUT = Path()
 
 
+_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+
+
 class Parser(argparse.ArgumentParser):
     """As :class:`argparse.ArgumentParser`; it knows its options by name, for files that hold them.
 
@@ -46,6 +49,8 @@ class Parser(argparse.ArgumentParser):
             text, default = arguments.pop("help", ""), arguments.get("default")
             if default is not None and not isinstance(default, bool) and default != FROM_OUT:
                 text = f"{text} ({default})" if text else f"({default})"
+            if "metavar" not in arguments and arguments.get("type") in _METAVARS:
+                arguments["metavar"] = _METAVARS[arguments["type"]]
             action = add_argument(*names, **arguments)
             # Set here, since some releases of Python add the default to a switch's help by themselves.
             action.help = text
@@ -62,6 +67,7 @@ def _switch(default: bool = False) -> dict[str, Any]:
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m ela_kernels train",
+        usage="%(prog)s [options]",
         description="Train a classifier or a detector with layer attention; under torchrun with one process a GPU.",
         epilog="What stands in brackets is taken if nothing is given.",
     )
@@ -100,7 +106,12 @@ def make_parser() -> Parser:
     add("--attention", choices=ATTENTIONS, default="ela")
     add("--unfused", help="mrla as published, concatenating", **_switch())
     add("--head-dim", type=int, help="channels of a head")
-    add("--drop-path", type=float, default=0.0, help="probability that a sample's is dropped")
+    add(
+        "--drop-path",
+        type=float,
+        default=0.0,
+        help="probability that a sample's retrieval is left out",
+    )
     add("--history-dtype", choices=HELD, help="round and hold values of earlier layers so")
     add("--tolerance", type=float, default=0.0, help="leave out retrievals of a smaller weight")
     add("--checkpointing", help="recompute blocks in the backward pass", **_switch())

@@ -117,7 +117,7 @@ def test_an_average_is_what_its_formula_says() -> None:
     """Parameters and statistics are averaged, counters and flags copied, decisions followed."""
     net = Net()
     recipe = Recipe(model_ema=True, model_ema_decay=0.75, model_ema_steps=1)
-    average = Average(net, recipe, images=2, epochs=2)
+    average = Average(net, Options(batch_size=2, epochs=2, recipe=recipe))
     expected = None
     for step in range(60):
         with torch.no_grad():
@@ -142,7 +142,7 @@ def test_an_average_is_what_its_formula_says() -> None:
 def test_updates_come_every_so_many_steps_and_begin_anew_after_the_warm_up() -> None:
     net = torch.nn.Linear(1, 1, bias=False)
     recipe = Recipe(model_ema=True, model_ema_decay=0.5, model_ema_steps=3, lr_warmup_epochs=1)
-    average = Average(net, recipe, images=1, epochs=3)
+    average = Average(net, Options(batch_size=1, epochs=3, schedule="cosine", recipe=recipe))
     found = []
     for step in range(12):
         with torch.no_grad():
