@@ -25,7 +25,6 @@ from ela_kernels.training.failures import NotFiniteError, sentence
 from ela_kernels.training.files import UnwritableFileError
 from ela_kernels.training.logs import Logs, Progress, print_table
 from ela_kernels.training.loop import Interrupted, Trainer
-from ela_kernels.training.parser import FROM_OUT
 from ela_kernels.training.processes import Processes, choose_device, join_processes
 
 
@@ -115,7 +114,7 @@ def _begin(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> int:
     """Print what a checkpoint reaches on the test images."""
     _begin(arguments)
-    asked = arguments.out if arguments.evaluate == FROM_OUT else arguments.evaluate
+    asked: Path = arguments.out if arguments.evaluate is True else arguments.evaluate
     folder, name = (asked.parent, asked.name) if asked.is_file() else (asked, NAME)
     state = load_checkpoint(folder, name=name, argument="evaluate")
     arguments.model_ema = "average" in state

@@ -23,8 +23,6 @@ TASKS: dict[str, tuple[str, ...]] = {
     "detection": ("fasterrcnn_small", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
 }
 HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-# Stands for the folder of --out where --evaluate has no path.
-FROM_OUT = Path()
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
@@ -47,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
         def add(*names: str, **arguments: Any) -> None:
             text, default = arguments.pop("help", ""), arguments.get("default")
-            if default is not None and not isinstance(default, bool) and default != FROM_OUT:
+            if default is not None and not isinstance(default, bool):
                 text = f"{text} ({default})" if text else f"({default})"
             if "metavar" not in arguments and arguments.get("type") in _METAVARS:
                 arguments["metavar"] = _METAVARS[arguments["type"]]
@@ -174,7 +172,7 @@ def make_parser() -> Parser:
         "--evaluate",
         type=Path,
         nargs="?",
-        const=FROM_OUT,
+        const=True,
         metavar="PATH",
         help="test the checkpoint in --out, or another, and train nothing",
     )

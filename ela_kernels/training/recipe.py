@@ -96,13 +96,9 @@ class Recipe:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """What is not as in a run without a recipe; what depends on another option, with that one only."""
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {
-            name: value
-            for name, value in found.items()
-            if value != type(self).__dataclass_fields__[name].default
-        }
+        """What is not as in a run without a recipe."""
+        found = ((f, getattr(self, f.name)) for f in fields(self))
+        return {f.name: value for f, value in found if value != f.default}
 
 
 def mixed(read: Read, recipe: Recipe, classes: int) -> Read:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,12 @@ import torch
 from support.program import said, train
 
 from ela_kernels.training import cli, processes
-from ela_kernels.training.data import load_task
+from ela_kernels.training.data import Task, load_task
 from ela_kernels.training.failures import is_out_of_memory, sentence
 from ela_kernels.training.loop import Trainer
 from ela_kernels.training.options import Options
 from ela_kernels.training.processes import choose_device, join_processes
+from ela_kernels.training.reading import Part
 
 pytest.importorskip("sklearn")
 
@@ -185,6 +188,53 @@ def test_a_process_that_is_gone(
     monkeypatch.setattr(Trainer, "_step", gone)
     assert train(tmp_path, "--epochs 1") == 1
     assert said(capsys).startswith("error: the processes of the run lost each other: [gloo")
+
+
+def test_a_process_that_reads_images_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Task.read
+
+    def gone(task: Task, part: Part) -> Any:
+        if part.seed is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(task, part)
+
+    monkeypatch.setattr(Task, "read", gone)
+    assert train(tmp_path, "--epochs 1 --workers 1") == 1
+    sentence = said(capsys)
+    assert sentence.startswith("error: a process that reads images ended: DataLoader worker (pid")
+    assert "; try fewer --workers" in sentence
+
+
+def test_a_bug_in_what_reads_images_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(task: Task, part: Part) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Task, "read", wrong)
+    # What a worker's error is told as.
+    for workers in (0, 1):
+        monkeypatch.setattr(Trainer, "dead_norms", lambda trainer: {})
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            train(tmp_path / str(workers), f"--epochs 1 --workers {workers}")
+
+
+def test_a_network_that_cannot_be_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=broken))
+    assert train(tmp_path, "--epochs 1 --compile") == 1
+    sentence = said(capsys)
+    assert sentence.startswith("error: the network could not be compiled: ")
+    assert "no compiler here" in sentence
+    assert "; leave out --compile" in sentence
 
 
 def test_what_torchrun_sets_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

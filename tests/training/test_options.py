@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import pickle
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from ela_kernels.training.data import Task, load_task
 from ela_kernels.training.logs import STEP_COLUMNS, Logs, Progress, print_table
 from ela_kernels.training.loop import Trainer
 from ela_kernels.training.options import Options
+from ela_kernels.training.reading import Part
 
 pytest.importorskip("sklearn")
 
@@ -57,6 +59,14 @@ def test_batches_read_ahead_are_the_same(digits: Task) -> None:
     assert count == 1437 // 200
     # What the model draws, drop path say, is the same with and without processes.
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_what_reads_can_be_sent_to_another_process(digits: Task) -> None:
+    """As systems do that do not fork."""
+    part = Part(torch.arange(5), seed=3)
+    other = pickle.loads(pickle.dumps(digits.read))
+    for found, expected in zip(other(part), digits.read(part), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_channels_last_reaches_model_and_images(digits: Task) -> None:

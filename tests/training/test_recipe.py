@@ -401,7 +401,6 @@ def test_evaluate_tells_what_the_run_told_and_writes_nothing(
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     row = load_checkpoint(out)["history"][-1]
     capsys.readouterr()
-    monkeypatch.chdir(tmp_path)
     short = "--side 8 --batch-size 240 --model resnet20"
     (out / "checkpoint.pt").rename(tmp_path / "other.pt")
     assert train(tmp_path / "none", f"{short} --evaluate {tmp_path / 'other.pt'}") == 0
@@ -411,7 +410,9 @@ def test_evaluate_tells_what_the_run_told_and_writes_nothing(
         ["--out", str(out), *short.split(), "--evaluate"],
         ["--out", str(tmp_path / "none"), *short.split(), "--evaluate", str(out)],
         ["--config", str(out / "config.json"), "--evaluate"],
+        ["--out", str(tmp_path / "none"), *short.split(), "--evaluate", "."],
     ):
+        monkeypatch.chdir(out if command[-1] == "." else tmp_path)
         assert main(["train", *command]) == 0
         shown.append(capsys.readouterr().out)
     for text in shown:
