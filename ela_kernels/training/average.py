@@ -70,10 +70,9 @@ class Average:
         for averaged, layer in zip(
             self.model.module.modules(), self._source.modules(), strict=True
         ):
-            if not (isinstance(layer, ELA) and isinstance(averaged, ELA)):
-                continue
-            if averaged.skipped != layer.skipped:
-                averaged.skipped = layer.skipped
+            if isinstance(layer, ELA) and isinstance(averaged, ELA):
+                # On the device, where looking at one would wait for it.
+                averaged.decision.copy_(layer.decision)
         if epoch < self._recipe.lr_warmup_epochs:
             # The next one begins anew: what the weights were while the rate rose is of no use.
             self.model.n_averaged.zero_()

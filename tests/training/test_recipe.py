@@ -136,6 +136,7 @@ def test_an_average_is_what_its_formula_says() -> None:
         assert copy_.norm.num_batches_tracked == 7 * step
         assert bool(copy_.flag) == (step % 3 == 0)
         assert copy_.layer.skipped == (step % 4 == 0)
+        assert torch.equal(copy_.layer.decision, net.layer.decision)
     assert not copy_.training
 
 
