@@ -161,6 +161,15 @@ def without_compiling() -> Any:
     return torch.compiler.set_stance("force_eager")
 
 
+def is_of_compiler(error: BaseException) -> bool:
+    """Whether an error is one of the compiler's own, by the modules of its class.
+
+    The public names are those of a few of its errors, and load the compiler. Without such modules an error is told as
+    it is. Always.
+    """
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+
+
 # --- Modules: what may be passed by, because calling it would run no more than its parameters say.
 
 

@@ -21,6 +21,7 @@ PAGES = {
         "docs/export.md",
         "docs/models.md",
         "docs/skipping.md",
+        "docs/training.md",
     )
 }
 README = PAGES["README.md"]

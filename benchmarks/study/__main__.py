@@ -30,7 +30,7 @@ from benchmarks.study.settings import DATA, ORDERS, Settings
 from benchmarks.study.steps import DEPTHS, measure_all, time_table
 from benchmarks.study.tables import accuracy_tables, decision_tables
 from benchmarks.study.variants import GROUPS, VARIANTS
-from ela_kernels.training.optional import MissingLibraryError
+from ela_kernels.optional import MissingLibraryError
 from ela_kernels.training.processes import choose_device
 
 # Of ints in a row: far more than anybody trains.

@@ -20,6 +20,7 @@ from ela_kernels.training.data import (
     TensorImages,
     crop_and_flip,
     load_task,
+    naming,
 )
 
 # Where Debian's package dataset-fashion-mnist has it.
@@ -56,7 +57,8 @@ def load(name: str, root: Path | None = None) -> Task:
     if root is None:
         raise ValueError(f"root: got none for {name!r}; allowed is the folder with the data")
     try:
-        return load_task(name, root)
+        with naming(root):
+            return _cifar(name, root)
     except MissingDataError as error:
         raise MissingDataError(_by_our_name(error)) from error
     except ValueError as error:
@@ -65,6 +67,26 @@ def load(name: str, root: Path | None = None) -> Task:
 
 def _by_our_name(error: Exception) -> str:
     return str(error).replace("data-dir:", "root:")
+
+
+def _cifar(name: str, folder: Path) -> Task:
+    """All in memory, and varied a batch at a time, as the other data are."""
+    # It needs torchvision, which takes seconds to import.
+    from ela_kernels.training.pictures import load_cifar
+
+    parts = load_cifar(folder, name)
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    moments = _moments(images[0])
+    train, test = (TensorImages(i, n, *moments) for i, n in zip(images, labels, strict=True))
+    return Task(train, test, list(parts[0].classes), 3, crop_and_flip)
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel."""
+    deviation, mean = torch.std_mean(images.float(), (0, 2, 3))
+    # A channel of one value everywhere is 0 then, rather than NaN.
+    return mean, torch.where(deviation > 0, deviation, 1.0)
 
 
 def _fashion(folder: Path) -> Task:

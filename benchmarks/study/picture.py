@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.study.records import Record
 from benchmarks.study.tables import Group, accuracy, groups, mean_of, seconds
 from benchmarks.study.variants import VARIANTS
-from ela_kernels.training.optional import optional
+from ela_kernels.optional import optional
 
 # By who chooses what is skipped, and the variants without skipping.
 _MARKERS = {None: "o", "ebqm": "D", "random": "x", "last": "v"}

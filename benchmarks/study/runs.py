@@ -15,8 +15,8 @@ from benchmarks.study.data import Batches
 from benchmarks.study.records import Record, Records
 from benchmarks.study.settings import Settings
 from benchmarks.study.training import Run
+from ela_kernels.optional import optional
 from ela_kernels.training.data import Task
-from ela_kernels.training.optional import optional
 
 
 def run_all(

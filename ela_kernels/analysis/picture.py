@@ -6,7 +6,7 @@ import math
 import os
 from typing import TYPE_CHECKING, Any
 
-from ela_kernels.training.optional import optional
+from ela_kernels.optional import optional
 
 if TYPE_CHECKING:
     from ela_kernels.analysis.report import Analysis, LayerAnalysis

@@ -11,15 +11,18 @@ from torch import nn
 
 from ela_kernels.integrations.attach import refuse_attached
 from ela_kernels.integrations.layers import Form, Norm, Options, add_layers
-from ela_kernels.integrations.optional import needed
 from ela_kernels.integrations.trial import Ran, trial
 from ela_kernels.integrations.views import ChannelsLast, Grid, Maps, Tokens
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode
+from ela_kernels.optional import optional
 from ela_kernels.torch_internals import BATCH_NORM
 
-timm = needed("timm", "timm")
-_models = needed("timm.models", "timm")
+# What timm is needed for, and the extra that brings it.
+_NEEDED = ("ela_kernels.integrations.timm", "timm")
+
+timm = optional("timm", *_NEEDED)
+_models = optional("timm.models", *_NEEDED)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,7 +50,7 @@ FAMILIES = (
 
 def _classes(table: dict[str, tuple[str, ...]]) -> tuple[type[nn.Module], ...]:
     """Those that this version of timm has."""
-    modules = {name: needed(f"timm.models.{name}", "timm") for name in table}
+    modules = {name: optional(f"timm.models.{name}", *_NEEDED) for name in table}
     found = (getattr(modules[m], name, None) for m, names in table.items() for name in names)
     return tuple(kind for kind in found if kind is not None)
 
@@ -63,7 +66,7 @@ _KINDS = tuple(
     Kind(_classes(table), view)
     for table, view in ((_MAPS, Maps), (_CHANNELS_LAST, ChannelsLast), (_TOKENS, Tokens))
 )
-_VIT: type[nn.Module] = needed("timm.models.vision_transformer", "timm").VisionTransformer
+_VIT: type[nn.Module] = optional("timm.models.vision_transformer", *_NEEDED).VisionTransformer
 
 
 def add_layer_attention(

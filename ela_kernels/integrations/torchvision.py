@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ela_kernels.integrations.optional import needed
 from ela_kernels.integrations.torchvision_backbones import (
     FROZEN_NORM,
     OUT_CHANNELS,
@@ -18,10 +17,14 @@ from ela_kernels.integrations.torchvision_backbones import (
     resnet_fpn_backbone,
     verified_weights,
 )
+from ela_kernels.optional import optional
 
-_resnet = needed("torchvision.models.resnet", "detection")
-_detection = needed("torchvision.models.detection", "detection")
-_pyramid = needed("torchvision.ops.feature_pyramid_network", "detection")
+# What torchvision is needed for, and the extra that brings it.
+_NEEDED = ("ela_kernels.integrations.torchvision", "detection")
+
+_resnet = optional("torchvision.models.resnet", *_NEEDED)
+_detection = optional("torchvision.models.detection", *_NEEDED)
+_pyramid = optional("torchvision.ops.feature_pyramid_network", *_NEEDED)
 
 _OF_LAYERS = (
     "head_dim",

@@ -18,15 +18,18 @@ from ela_kernels.integrations.layers import (
     add_layers,
     group_norm,
 )
-from ela_kernels.integrations.optional import needed
 from ela_kernels.modules.skipping import SkipMode
+from ela_kernels.optional import optional
 from ela_kernels.torch_internals import BATCH_NORM
 
-_resnet = needed("torchvision.models.resnet", "detection")
-_models = needed("torchvision.models", "detection")
-_fpn = needed("torchvision.models.detection.backbone_utils", "detection")
-_pyramid = needed("torchvision.ops.feature_pyramid_network", "detection")
-FROZEN_NORM: type[nn.Module] = needed("torchvision.ops", "detection").FrozenBatchNorm2d
+# What torchvision is needed for, and the extra that brings it.
+_NEEDED = ("ela_kernels.integrations.torchvision", "detection")
+
+_resnet = optional("torchvision.models.resnet", *_NEEDED)
+_models = optional("torchvision.models", *_NEEDED)
+_fpn = optional("torchvision.models.detection.backbone_utils", *_NEEDED)
+_pyramid = optional("torchvision.ops.feature_pyramid_network", *_NEEDED)
+FROZEN_NORM: type[nn.Module] = optional("torchvision.ops", *_NEEDED).FrozenBatchNorm2d
 
 M = TypeVar("M", bound=nn.Module)
 Attention = Literal["none", "ela", "mrla", "mrla_light"]

@@ -1,35 +1,31 @@
-"""The arguments of the training program, and what they make."""
+"""What the options of the training program make, and which of them go together."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from collections.abc import Sequence, Sized
-from pathlib import Path
+from dataclasses import fields
 from typing import Any, Protocol
 
-import torch
 from torch import nn
 
 from ela_kernels.ebqm.settings import REMOVED
-from ela_kernels.models import MODELS, build_model
-from ela_kernels.models.blocks import ATTENTIONS
-from ela_kernels.modules.skipping import SKIP_MODES
-from ela_kernels.training.data import DATA, SIDES, Task
-from ela_kernels.training.options import AMP, OPTIMIZERS, SCHEDULES, Options
+from ela_kernels.models import build_model
+from ela_kernels.training.data import SIDES, ClassTask
+from ela_kernels.training.options import Options
+from ela_kernels.training.parser import HELD, TASKS
+from ela_kernels.training.recipe import Recipe
 
-# Names of networks for each task, the one that is taken if none is given first.
-USUAL_MODEL = "resnet56"
-TASKS: dict[str, tuple[str, ...]] = {
-    "classification": (USUAL_MODEL, *(name for name in MODELS if name != USUAL_MODEL)),
-    "detection": ("fasterrcnn_small", "fasterrcnn_resnet50_fpn", "retinanet_resnet50_fpn"),
-}
 _OF_BLOCKS = ("resnet20", "resnet32", "resnet56", "resnet110")
 # In height and width of the images of a vision transformer, where no size of the patches is given.
 _LEAST_PATCHES = 7
-HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # More threads than that only take memory, and systems refuse some tens of thousands by ending the process.
 _MOST_THREADS = max(1024, os.cpu_count() or 1)
+
+
+# Of the recipe what is for classifiers alone, besides the variation of images.
+_OF_CLASSIFIERS = ("label_smoothing", "model_ema", "compile")
 
 
 class AnyTask(Protocol):
@@ -42,73 +38,6 @@ class AnyTask(Protocol):
     def train(self) -> Sized: ...
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ela_kernels train",
-        description="Train a classifier or a detector with layer attention; under torchrun with one process a GPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--task", choices=TASKS, default="classification", help="detection needs torchvision")
-    add(
-        "--data",
-        choices=(*DATA, "coco"),
-        default="digits",
-        help="digits are bundled with scikit-learn; coco is for detection",
-    )
-    add("--data-dir", type=Path, help="CIFAR's python pickles, or a folder with train/ and val/")
-    add(
-        "--side",
-        "--image-size",
-        type=int,
-        help="height and width of the images; by the data if not given",
-    )
-    add(
-        "--model",
-        choices=tuple(name for names in TASKS.values() for name in names),
-        help=f"{' and '.join(f'{names[0]} for {task}' for task, names in TASKS.items())} if not given",
-    )
-    add("--block", choices=("basic", "bottleneck"), help="of the small networks")
-    add(
-        "--patch-size",
-        type=int,
-        help="of vision transformers; if not given, up to 16 with at least 7 patches a side",
-    )
-    add(
-        "--pretrained", action="store_true", help="detectors: torchvision's weights of the backbone"
-    )
-    add("--attention", choices=ATTENTIONS, default="ela")
-    add("--unfused", action="store_true", help="mrla as published, concatenating")
-    add("--head-dim", type=int, help="channels of a head")
-    add("--drop-path", type=float, default=0.0)
-    add("--skip", choices=SKIP_MODES, default="reuse", help="what is left out")
-    add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
-    add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
-    add("--history-dtype", choices=HELD, help="round and hold values of earlier layers so")
-    add("--tolerance", type=float, default=0.0, help="leave out retrievals of a smaller weight")
-    add("--checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    add("--epochs", type=int, default=30)
-    add("--batch-size", type=int, default=64, help="images of a step, in each process")
-    add("--lr", type=float, default=0.03)
-    add("--optimizer", choices=OPTIMIZERS, default="sgd")
-    add("--schedule", choices=SCHEDULES, default="one-cycle")
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--no-augment", action="store_true", help="leave the training images as they are")
-    add("--amp", choices=AMP, default="off")
-    add("--channels-last", action="store_true", help="memory format of the model and its images")
-    add("--workers", type=int, default=0, help="threads that read the next batches ahead")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/train"), help="folder for checkpoint and logs")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints")
-    add("--log-every", type=int, metavar="STEPS", help="also log means of so many, in steps.csv")
-    add("--tensorboard", action="store_true", help="logs for TensorBoard besides log.csv")
-    add("--threads", type=int, help="CPU threads; PyTorch's choice if not given")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    return parser
-
-
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Refuse what no other check sees, by name; the usual model where none was given.
 
@@ -119,6 +48,9 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "pretrained: got it with --task classification; allowed is it with --task detection"
         )
+    if arguments.resume and arguments.evaluate is not None:
+        raise ValueError("evaluate: got both --evaluate and --resume; allowed is one of them")
+    make_recipe(arguments)
     names = TASKS[arguments.task]
     if arguments.model is None:
         arguments.model = names[0]
@@ -136,6 +68,36 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         if number is not None and (number < least or (most is not None and number > most)):
             allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
             raise ValueError(f"{name.replace('_', '-')}: got {number}; allowed is an int {allowed}")
+
+
+def make_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the arguments describe.
+
+    Raises:
+        ValueError: one does not fit, or would do nothing.
+    """
+    given = {
+        f.name: value for f in fields(Recipe) if (value := getattr(arguments, f.name)) is not None
+    }
+    for name, of, is_used in (
+        ("ra_magnitude", "--auto-augment ra", arguments.auto_augment == "ra"),
+        ("model_ema_decay", "--model-ema", arguments.model_ema),
+        ("model_ema_steps", "--model-ema", arguments.model_ema),
+        ("lr_warmup_decay", "--lr-warmup-epochs", arguments.lr_warmup_epochs != 0),
+    ):
+        if name in given and not is_used:
+            raise ValueError(
+                f"{_flag(name)}: got {given[name]} without {of}; allowed is it with that"
+            )
+    recipe = Recipe(**given)
+    if arguments.task == "detection":
+        for name in (*recipe.of_images, *_OF_CLASSIFIERS):
+            if getattr(arguments, name):
+                raise ValueError(
+                    f"{_flag(name)}: got {getattr(arguments, name)!r} with --task detection; allowed is it with --task "
+                    "classification"
+                )
+    return recipe
 
 
 def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
@@ -159,6 +121,10 @@ def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
         kept.append("patch_size")
     if arguments.tolerance:
         kept.append("tolerance")
+    of_data: dict[str, Any] = {"classes": len(task.classes), "images": len(task.train)}
+    if arguments.data in ("cifar10", "cifar100", "folder"):
+        # Runs of before torchvision read these cannot go on: they had other images.
+        of_data["reading"] = "torchvision"
     return Options(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
@@ -169,14 +135,14 @@ def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
         weight_decay=arguments.weight_decay,
         amp=arguments.amp,
         seed=arguments.seed,
-        augment=not arguments.no_augment,
+        augment=arguments.augment,
         channels_last=arguments.channels_last,
         ebqm=_ebqm_options(arguments),
         task={
             **{name: getattr(arguments, name) for name in kept},
-            "classes": len(task.classes),
-            "images": len(task.train),
+            **of_data,
         },
+        recipe=make_recipe(arguments),
     )
 
 
@@ -229,7 +195,7 @@ def of_layers(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_model(arguments: argparse.Namespace, task: Task) -> nn.Module:
+def make_model(arguments: argparse.Namespace, task: ClassTask) -> nn.Module:
     options: dict[str, Any] = {"num_classes": len(task.classes), "in_chans": task.channels}
     options |= of_layers(arguments)
     if arguments.model.startswith("vit_"):
@@ -260,3 +226,7 @@ def _of_transformer(arguments: argparse.Namespace) -> dict[str, int]:
         fitting = [n for n in (16, 8, 4, 2, 1) if side % n == 0 and side // n >= _LEAST_PATCHES]
         patch = fitting[0] if fitting else 1
     return {"img_size": side, "patch_size": patch}
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

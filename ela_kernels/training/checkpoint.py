@@ -44,40 +44,53 @@ def save_checkpoint(state: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def load_checkpoint(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read `folder/checkpoint.pt`; nothing in the file is executed, and nothing damaged is taken for whole.
+def load_checkpoint(
+    folder: Path,
+    device: torch.device | str = "cpu",
+    name: str = NAME,
+    argument: str = "resume",
+) -> dict[str, Any]:
+    """Read a checkpoint, `folder/checkpoint.pt` unless another is named.
+
+    Nothing in the file is executed, and nothing damaged is taken for whole.
+
+    Args:
+        folder: where it is.
+        device: where its tensors are put.
+        name: of the file.
+        argument: of the command, that asks for it; errors name it.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: the file is another one, damaged, or cannot be read.
     """
-    path = folder / NAME
+    path = folder / name
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
-            f"resume: {path} not found. Train without --resume first, or give the --out of that run"
+            f"{argument}: {path} not found. Train without --resume first, or give the --out of that run"
         ) from None
     except OSError as error:
         raise ValueError(
-            f"resume: {path} cannot be read: {error.strerror or error}; {_ADVICE}"
+            f"{argument}: {path} cannot be read: {error.strerror or error}; {_ADVICE}"
         ) from error
-    state = _decoded(content, path, device)
+    state = _decoded(content, path, device, argument)
     if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
         raise ValueError(
-            f"resume: {path} is no checkpoint of this program, without the options of a run; {_ADVICE}"
+            f"{argument}: {path} is no checkpoint of this program, without the options of a run; {_ADVICE}"
         )
     version = state.pop("version", VERSION)
     if type(version) is not int or version != VERSION:
         got = version if type(version) is int else type(version).__name__
         raise ValueError(
-            f"resume: {path} was written by another release of this program, in version {got}; this one reads version "
-            f"{VERSION}. Resume with that release, or train into another folder"
+            f"{argument}: {path} was written by another release of this program, in version {got}; this one reads "
+            f"version {VERSION}. Resume with that release, or train into another folder"
         )
     return state
 
 
-def _decoded(content: bytes, path: Path, device: torch.device | str) -> object:
+def _decoded(content: bytes, path: Path, device: torch.device | str, argument: str) -> object:
     reason = _damage(content)
     if reason is None:
         try:
@@ -88,7 +101,7 @@ def _decoded(content: bytes, path: Path, device: torch.device | str) -> object:
                 raise
             reason = f"PyTorch finds no plain values and tensors in it ({type(error).__name__})"
     raise ValueError(
-        f"resume: {path} is no checkpoint of this program or a damaged one: {reason}; {_ADVICE}"
+        f"{argument}: {path} is no checkpoint of this program or a damaged one: {reason}; {_ADVICE}"
     )
 
 

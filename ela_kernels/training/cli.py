@@ -16,30 +16,37 @@ from typing import Any
 import torch
 from torch import nn
 
-from ela_kernels.training.arguments import check_numbers, make_model, make_options, make_parser
+from ela_kernels.optional import MissingLibraryError
+from ela_kernels.training import config
+from ela_kernels.training.arguments import check_numbers, make_model, make_options, make_recipe
 from ela_kernels.training.checkpoint import NAME, load_checkpoint, save_checkpoint
 from ela_kernels.training.data import load_task
 from ela_kernels.training.failures import NotFiniteError, sentence
 from ela_kernels.training.files import UnwritableFileError
 from ela_kernels.training.logs import Logs, Progress, print_table
 from ela_kernels.training.loop import Interrupted, Trainer
-from ela_kernels.training.optional import MissingLibraryError
 from ela_kernels.training.processes import Processes, choose_device, join_processes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the arguments say.
+    """Train, or evaluate, as the arguments say.
 
     Returns:
         Exit status: 0 when done, 1 for something that fails in the middle of the run (a file, memory, a loss that is
         not finite), 2 for arguments or data that do not fit, 130 or 143 when stopped by a signal.
     """
-    arguments = make_parser().parse_args(argv)
+    try:
+        arguments = config.parse(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     processes = Processes()
     try:
         try:
             device = choose_device(arguments.device)
             processes = join_processes(device)
+            if arguments.evaluate is not None:
+                return _evaluate(arguments, device, processes)
             trainer, logs = _prepare(arguments, device, processes)
         except UnwritableFileError:
             raise
@@ -79,9 +86,7 @@ def _prepare(
     arguments: argparse.Namespace, device: torch.device, processes: Processes
 ) -> tuple[Trainer, Logs | None]:
     """The run as it starts or goes on, and its logs in the first process. Everything that can be refused is, here."""
-    check_numbers(arguments)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+    _begin(arguments)
     out: Path = arguments.out
     _check_out(out, arguments.resume)
     trainer = _make_trainer(arguments, device, processes)
@@ -96,7 +101,32 @@ def _prepare(
     if processes.first:
         columns = trainer.columns, trainer.step_columns
         logs = Logs(out, arguments.tensorboard, trainer.steps, *columns)
+        config.write_config(arguments, out)
     return trainer, logs
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    check_numbers(arguments)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+
+
+def _evaluate(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> int:
+    """Print what a checkpoint reaches on the test images."""
+    _begin(arguments)
+    asked: Path = arguments.out if arguments.evaluate is True else arguments.evaluate
+    folder, name = (asked.parent, asked.name) if asked.is_file() else (asked, NAME)
+    state = load_checkpoint(folder, name=name, argument="evaluate")
+    arguments.model_ema = "average" in state
+    trainer = _make_trainer(arguments, device, processes)
+    trainer.load_weights(state, str(folder / name))
+    head, *rows = trainer.evaluation()
+    if processes.first:
+        size = "" if arguments.side is None else f" of side {arguments.side}"
+        title = f"{folder / name}, on {arguments.data}, {len(trainer.task.test)} test images{size}"
+        print_table(title, head, rows)
+    processes.wait()
+    return 0
 
 
 def _make_trainer(
@@ -110,11 +140,14 @@ def _make_trainer(
         from ela_kernels.training.detection import networks, tasks, trainer
 
         kind, load, make = trainer.DetectionTrainer, tasks.load_task, networks.make_model
-    task = load(arguments.data, arguments.data_dir, arguments.side)
+    recipe = make_recipe(arguments)
+    more = () if arguments.task == "detection" else (recipe,)
+    task = load(arguments.data, arguments.data_dir, arguments.side, *more)
     options = make_options(arguments, task)
     torch.manual_seed(options.seed)
     model = make(arguments, task)
-    return kind(model, task, options, device, processes, workers=arguments.workers)
+    ahead = {"workers": arguments.workers, "compiled": arguments.compile}
+    return kind(model, task, options, device, processes, **ahead)
 
 
 def _warn_of_dead_norms(trainer: Trainer) -> None:

@@ -40,13 +40,11 @@ def dead_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
     hooks += [
         m.register_forward_pre_hook(before_relu) for m in model.modules() if type(m) is nn.ReLU
     ]
-    training = model.training
     try:
         # Kernels would run a whole block without calling its modules.
-        with torch.no_grad(), use_backend("eager"):
-            model.eval()(image)
+        with use_backend("eager"):
+            run_once(model, image)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     names = {module: name for name, module in model.named_modules()}
@@ -68,6 +66,15 @@ def _dead_channels(module: nn.Module) -> str:
 
 
 @torch.no_grad()
+def run_once(model: nn.Module, images: Any) -> None:
+    """Run a network in evaluation mode, for what is seen on the way, and leave it in its own."""
+    training = model.training
+    try:
+        model.eval()(images)
+    finally:
+        model.train(training)
+
+
 def check_single_image(model: nn.Module, image: Tensor) -> None:
     """Refuse batches of one image where the network shrinks it to one value a channel: batch norms cannot train on it.
 
@@ -81,11 +88,9 @@ def check_single_image(model: nn.Module, image: Tensor) -> None:
 
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
-    training = model.training
     try:
-        model.eval()(image)
+        run_once(model, image)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
     if single:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import distributed
 
-from ela_kernels.training.optional import MissingLibraryError
+from ela_kernels.optional import MissingLibraryError
+from ela_kernels.torch_internals import is_of_compiler
 
 
 class NotFiniteError(ArithmeticError):
@@ -21,6 +22,10 @@ def sentence(error: BaseException) -> str | None:
         )
     if isinstance(error, (OSError, MissingLibraryError, NotFiniteError)):
         return str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):
+        return f"a process that reads images ended: {_first_line(error)}; try fewer --workers, or --workers 0"
+    if is_of_compiler(error):
+        return f"the network could not be compiled: {_first_line(error)}; leave out --compile"
     if _is_of_processes(error):
         return f"the processes of the run lost each other: {_first_line(error)}; see what the others say, and resume"
     return None
@@ -57,6 +62,9 @@ def _is_of_processes(error: BaseException) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """PyTorch's messages have many lines, of which the first says what it is."""
-    line = (str(error).strip().splitlines() or [""])[0].rstrip(". ")
+    """PyTorch's messages have many lines, of which the first says what it is, or that the next one does."""
+    line, *more = str(error).strip().splitlines() or [""]
+    if line.endswith(":") and more:
+        line = f"{line} {more[0]}"
+    line = line.rstrip(". ")
     return line[:200] or type(error).__name__

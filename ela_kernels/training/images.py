@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ela_kernels.training.optional import optional
+from ela_kernels.optional import optional
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-# Channel means and deviations that networks for natural images are usually trained with (ImageNet's).
-_NATURAL_MEAN, _NATURAL_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Modes of one channel with more than 8 bits: Pillow's own conversion would cut their values off at 255.
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -46,10 +41,14 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._pillow = optional("PIL.Image", "reading a folder of images")
-        self._numpy = optional("numpy", "reading a folder of images")
+        self._pillow = optional("PIL.Image", "reading image files")
+        self._numpy = optional("numpy", "reading image files")
 
-    def open(self, path: Path) -> Any:
+    def __reduce__(self) -> tuple[type[Decoder], tuple[()]]:
+        # The libraries are modules, which cannot be sent to a worker process.
+        return Decoder, ()
+
+    def open(self, path: Path | str) -> Any:
         """The image as Pillow has it, of mode RGB.
 
         Raises:
@@ -66,10 +65,6 @@ class Decoder:
             raise UnreadableImageError(
                 f"data-dir: {path} cannot be read as an image: {error}. Remove it, or save it anew"
             ) from error
-
-    def smoothed(self, image: Any, width: int, height: int) -> Any:
-        """`image` in another size."""
-        return image.resize((width, height), self._pillow.Resampling.BILINEAR)
 
     def as_tensor(self, image: Any) -> Tensor:
         """`[3, H, W]`, uint8, of one that :meth:`open` gave."""
@@ -116,34 +111,3 @@ class Decoder:
             # Pillow turns these over by itself with 8 bits only.
             scaled = 255.0 - scaled
         return numpy.rint(scaled).astype(numpy.uint8)
-
-
-class FolderImages:
-    """Image files as :class:`Decoder` reads them: the shorter side to `side`, then the middle square."""
-
-    def __init__(self, paths: list[Path], labels: Tensor, side: int) -> None:
-        self.paths, self.labels, self.side = paths, labels, side
-        self._decoder = Decoder()
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, indices: Tensor) -> Tensor:
-        paths = [self.paths[i] for i in indices.tolist()]
-        # Pillow decodes without holding Python's lock.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            images = torch.stack(list(pool.map(self._decode, paths)))
-        mean, deviation = (
-            torch.tensor(m, device="cpu").view(1, 3, 1, 1)
-            for m in (_NATURAL_MEAN, _NATURAL_DEVIATION)
-        )
-        return (images.float() / 255 - mean) / deviation
-
-    def _decode(self, path: Path) -> Tensor:
-        image = self._decoder.open(path)
-        scale = self.side / min(image.size)
-        width, height = (max(self.side, round(length * scale)) for length in image.size)
-        image = self._decoder.smoothed(image, width, height)
-        left, top = (width - self.side) // 2, (height - self.side) // 2
-        image = image.crop((left, top, left + self.side, top + self.side))
-        return self._decoder.as_tensor(image)

@@ -13,21 +13,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ela_kernels.optional import MissingLibraryError, optional
 from ela_kernels.training.files import named, write_whole
-from ela_kernels.training.optional import MissingLibraryError, optional
 
-COLUMNS = (
-    "epoch",
-    "step",
-    "lr",
-    "train_loss",
-    "train_accuracy",
-    "test_loss",
-    "test_accuracy",
-    "seconds",
-    "layers_skipped",
-)
+COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+# Rows of runs that an earlier release began have none.
+ADDED_LATER = ("test_accuracy_5",)
+LAST_COLUMNS = ("seconds", "layers_skipped")
 STEP_COLUMNS = ("step", "epoch", "lr", "loss", "accuracy", "seconds", "layers_skipped")
+
+
+def columns_of(has_top: bool, averaged: bool) -> tuple[str, ...]:
+    """Of the log of a classifier's epochs.
+
+    Args:
+        has_top: whether there is a share of images whose class is among the five likeliest.
+        averaged: whether there is an average of the weights.
+    """
+    average = ("ema_loss", "ema_accuracy", "ema_accuracy_5")
+    return (
+        *COLUMNS,
+        *(ADDED_LATER if has_top else ()),
+        *((average if has_top else average[:2]) if averaged else ()),
+        *LAST_COLUMNS,
+    )
 
 
 class Logs:
@@ -46,7 +55,7 @@ class Logs:
         folder: Path,
         tensorboard: bool = False,
         done: int = 0,
-        columns: Sequence[str] = COLUMNS,
+        columns: Sequence[str] = (*COLUMNS, *LAST_COLUMNS),
         step_columns: Sequence[str] = STEP_COLUMNS,
     ) -> None:
         self.folder = folder
@@ -59,7 +68,8 @@ class Logs:
         _write_whole(self.folder / "log.csv", self._columns, history)
         if self._events is not None and history:
             row = history[-1]
-            self._events.write(int(row["step"]), {name: row[name] for name in self._columns[2:]})
+            values = {name: row[name] for name in self._columns[2:] if name in row}
+            self._events.write(int(row["step"]), values)
 
     def write_step(self, row: Mapping[str, float]) -> None:
         """Add one row to `steps.csv`."""

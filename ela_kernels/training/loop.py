@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +13,26 @@ from torch import Tensor, nn
 
 from ela_kernels.ebqm import EBQM, spare_skipped
 from ela_kernels.modules import ELA
-from ela_kernels.training.data import Images
-from ela_kernels.training.dead import check_single_image, dead_norms
+from ela_kernels.training.average import Average
+from ela_kernels.training.dead import check_single_image, dead_norms, run_once
 from ela_kernels.training.finite import Watch, first_not_finite
-from ela_kernels.training.logs import COLUMNS, STEP_COLUMNS
+from ela_kernels.training.logs import STEP_COLUMNS, columns_of
 from ela_kernels.training.optimizers import make_optimizer, make_schedule
 from ela_kernels.training.options import Options
 from ela_kernels.training.processes import Processes
-from ela_kernels.training.state import check_state
+from ela_kernels.training.reading import Part, Shares, batches
+from ela_kernels.training.recipe import mixed
+from ela_kernels.training.scoring import (
+    TOP,
+    Scores,
+    evaluation_of,
+    results_of,
+    right_among_five,
+    totals,
+)
+from ela_kernels.training.state import check_state, check_weights
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# One seed for each purpose and epoch: the order and the variation of images do not depend on where a run was resumed.
-_ORDER, _VARIATION = 0, 1
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -39,17 +45,17 @@ class Trainer:
     Args:
         model: gives class scores `[B, classes]` of images. EBQM joins in if it has ELA layers, unless the options leave
             EBQM out.
-        task: the images; a :class:`ela_kernels.training.data.Task`.
+        task: the images; a :class:`ela_kernels.training.data.ClassTask`.
         options: the settings.
         device: where to train.
         processes: the processes of the run; the model is then wrapped in `DistributedDataParallel`.
         stopping: asked between steps; the run stops with :class:`Interrupted` once it gives something other than 0.
-        workers: threads that read the next batches ahead; with 0 a batch is read when it is needed. The images are the
-            same.
+        workers: processes that read the next batches ahead; with 0 a batch is read when it is needed. The images are
+            the same.
+        compiled: train the model as `torch.compile` has it. It is evaluated, and saved, as it is.
     """
 
-    # What a row of the history has, and one of the log of steps.
-    columns: tuple[str, ...] = COLUMNS
+    # What a row of the log of steps has.
     step_columns: tuple[str, ...] = STEP_COLUMNS
 
     def __init__(
@@ -61,6 +67,7 @@ class Trainer:
         processes: Processes | None = None,
         stopping: Callable[[], int] = lambda: 0,
         workers: int = 0,
+        compiled: bool = False,
     ) -> None:
         self.device = torch.device("cpu") if device is None else device
         self.processes = Processes() if processes is None else processes
@@ -81,8 +88,11 @@ class Trainer:
             self._check_single_image()
         steps = options.epochs * self.steps_per_epoch
         self.optimizer = make_optimizer(self.model, options)
-        self.schedule = make_schedule(self.optimizer, options, steps)
+        self.schedule = make_schedule(self.optimizer, options, steps, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp == "fp16")
+        # Before EBQM watches the layers: it watches those that train.
+        averaged, count = options.recipe.model_ema, self.processes.count
+        self.average = Average(self.model, options, count) if averaged else None
         has_ela = any(isinstance(m, ELA) for m in model.modules())
         if has_ela:
             spare_skipped(self.optimizer, self.model)
@@ -94,6 +104,14 @@ class Trainer:
                 self.model,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
             )
+        if compiled:
+            if has_ela:
+                # Graphs take no note of who reads whose pair, and a run that goes on would know less of it.
+                run_once(self.model, self._first_images())
+            self.parallel = torch.compile(self.parallel)  # type: ignore[assignment]
+        self._read = mixed(task.read, options.recipe, len(task.classes))
+        place = self.processes.rank, self.processes.count
+        self._shares = Shares(options.seed, options.batch_size, *place, options.augment)
         self.epoch = 0
         self.batch = 0  # steps done in this epoch
         self.seconds = 0.0  # of training, reading the images included and evaluation not
@@ -104,6 +122,11 @@ class Trainer:
         self._watch = Watch(options, self.processes, self.device)
         if self.processes.rank:
             torch.manual_seed(options.seed + self.processes.rank)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a row of the history has."""
+        return columns_of(self._has_top, self.average is not None)
 
     @property
     def steps(self) -> int:
@@ -178,42 +201,50 @@ class Trainer:
 
     def results(self) -> list[tuple[str, str]]:
         """What was reached, to be read: names and values."""
-        best = max(row["test_accuracy"] for row in self.history)
-        return [
-            ("test accuracy, last epoch", f"{self.history[-1]['test_accuracy']:.2%}"),
-            ("test accuracy, best epoch", f"{best:.2%}"),
-        ]
+        return results_of(self.history)
 
     def epoch_text(self, row: Mapping[str, float]) -> str:
         """How an epoch went, for the progress bar."""
         return f"test accuracy {row['test_accuracy']:.2%}"
 
+    def evaluate(self) -> Any:
+        """Mean loss and accuracies on the test images."""
+        return self._scores(self.model)
+
+    def evaluation(self) -> list[Sequence[str]]:
+        """What the model, and its average where there is one, reach on the test images: a table's head and rows."""
+        found = {"model": self.evaluate()}
+        if self.average is not None:
+            found["average"] = self._scores(self.average.model)
+        return evaluation_of(found, self._has_top)
+
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy on the test images."""
-        self.model.eval()
-        self.processes.copy_first(self.model.buffers())
-        totals = self._no_totals()
-        first, last, step = self.processes.rank, len(self.task.test), self.processes.count
-        indices = torch.arange(first, last, step, device="cpu")
-        for part in indices.split(self.options.batch_size):
-            images, labels = self._to_device(self.task.test, part)
+    def _scores(self, model: nn.Module) -> Scores:
+        training = model.training
+        model.eval()
+        self.processes.copy_first(model.buffers())
+        # Losses, right answers, images; right answers among the five likeliest.
+        found = torch.zeros(4, dtype=torch.float64, device=self.device)
+        parts = self._shares.of_tests(len(self.task.test))
+        for images, labels in batches(self.task.read, parts, self.workers):
+            images, labels = self._place(images, labels)
             with self._autocast():
-                scores = self.model(images)
-            totals += _totals(scores, labels)
+                scores = model(images)
+            found[:3] += totals(scores, labels)
+            found[3] += right_among_five(scores, labels)
             if self.processes.count == 1:
                 # Shares may differ by one batch, and a flag can only be agreed on by all.
                 self._stop_if_asked()
-        self.model.train()
-        return self._means(totals)
+        model.train(training)
+        loss, right, seen, among_five = self.processes.total(found).tolist()
+        top = among_five / seen if self._has_top else float("nan")
+        return Scores(loss / seen, right / seen, top)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on. With several processes all of them must call this."""
         if self.ebqm is not None:
             self.ebqm.synchronize()
-        random = {"cpu": self.processes.gather(torch.get_rng_state())}
-        if self.device.type == "cuda":
-            random["cuda"] = self.processes.gather(torch.cuda.get_rng_state(self.device))
+        averaged = {} if self.average is None else {"average": self.average.model.state_dict()}
         return {
             "options": self.options.as_dict(),
             "processes": self.processes.count,
@@ -228,7 +259,8 @@ class Trainer:
             "history": self.history,
             "totals": self.processes.total(self._totals).cpu(),
             "reported": self.processes.total(self._reported).cpu(),
-            "random": random,
+            "random": self.processes.random_states(self.device),
+            **averaged,
         }
 
     def dead_norms(self) -> dict[str, str]:
@@ -257,7 +289,7 @@ class Trainer:
                 all; nothing is changed then.
         """
         check_state(state, self, source)
-        self.model.load_state_dict(state["model"])
+        self._load_weights(state)
         self.optimizer.load_state_dict(state["optimizer"])
         # Nothing else of it, as PyTorch would set any attribute.
         known = self.schedule.state_dict()
@@ -272,19 +304,41 @@ class Trainer:
         if self.processes.first:
             self._totals += state["totals"].to(self.device)
             self._reported += state["reported"].to(self.device)
-        torch.set_rng_state(state["random"]["cpu"][self.processes.rank])
-        if self.device.type == "cuda" and "cuda" in state["random"]:
-            torch.cuda.set_rng_state(state["random"]["cuda"][self.processes.rank], self.device)
+        self.processes.set_random_states(state["random"], self.device)
+
+    def load_weights(self, state: Mapping[str, Any], source: str = "the checkpoint") -> None:
+        """Take the model, and its average where it has one, of :meth:`state_dict` of a run of the same network.
+
+        Raises:
+            ValueError: it is of another network, or no state at all; nothing is changed then.
+        """
+        check_weights(state, self, source)
+        self._load_weights(state)
+
+    def _load_weights(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.model.load_state_dict(state["average"])
+
+    @property
+    def _has_top(self) -> bool:
+        """Whether there are enough classes that some are not among the five likeliest."""
+        return len(self.task.classes) > TOP
 
     def _tested(self) -> dict[str, float]:
         """What is measured on the test images after an epoch; names of :attr:`columns`."""
-        loss, accuracy = self.evaluate()
-        self._watch.check_test_loss(loss, self.steps)
-        return {"test_loss": loss, "test_accuracy": accuracy}
+        found: Scores = self.evaluate()
+        self._watch.check_test_loss(found.loss, self.steps)
+        rows = found.by_name("test")
+        if self.average is not None:
+            averaged = self._scores(self.average.model)
+            self._watch.check_test_loss(averaged.loss, self.steps)
+            rows |= averaged.by_name("ema")
+        return rows
 
     def _first_images(self) -> Any:
         """A batch of one image, as the model takes it."""
-        return self._place(*_first(self.task.train))[0]
+        return self._place(*self.task.read(Part(torch.tensor([0], device="cpu"))))[0]
 
     def _check_single_image(self) -> None:
         """Refuse batches of one image where the model cannot train on them."""
@@ -293,61 +347,20 @@ class Trainer:
     def _loss(self, images: Any, labels: Any) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and its part of the epoch's totals: loss, right answers and images."""
         scores = self.parallel(images)
-        loss = F.cross_entropy(scores, labels)
-        return loss, _totals(scores.detach(), labels)
+        smoothing = self.options.recipe.label_smoothing
+        loss = F.cross_entropy(scores, labels, label_smoothing=smoothing)
+        return loss, totals(scores.detach(), labels, smoothing)
 
     def _rest_of_epoch(self) -> Iterator[tuple[Any, Any]]:
-        generator = self._generator(_ORDER)
-        order = torch.randperm(len(self.task.train), generator=generator, device="cpu")
-        batches = range(self.batch, self.steps_per_epoch)
-        if self.workers == 0:
-            for batch in batches:
-                yield self._place(*self._read(order, batch))
-            return
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            ahead: deque[Future[tuple[Any, Any]]] = deque()
-            for batch in batches:
-                ahead.append(pool.submit(self._read, order, batch))
-                if len(ahead) > self.workers:
-                    yield self._place(*ahead.popleft().result())
-            while ahead:
-                yield self._place(*ahead.popleft().result())
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _part(self, order: Tensor, batch: int) -> Tensor:
-        """Numbers of the images that are this process' share of a batch."""
-        size = self.options.batch_size
-        start = (batch * self.processes.count + self.processes.rank) * size
-        return order[start : start + size]
-
-    def _read(self, order: Tensor, batch: int) -> tuple[Any, Any]:
-        """This process' share of a batch, varied; the same on whatever thread and in whatever order."""
-        part = self._part(order, batch)
-        images = self.task.train.read(part)
-        if self.options.augment:
-            images = self.task.augment(images, self._variation(batch))
-        return images, self.task.train.labels[part]
-
-    def _variation(self, batch: int) -> torch.Generator:
-        """What the images of a batch are varied by, in this process."""
-        return self._generator(_VARIATION, batch)
-
-    def _generator(self, purpose: int, batch: int = 0) -> torch.Generator:
-        # The order is common to the processes, the variation each one's own.
-        rank = self.processes.rank if purpose == _VARIATION else 0
-        numbers = (self.options.seed, purpose, self.epoch, batch, rank)
-        seed = 0
-        for number in numbers:
-            # Knuth's multiplier mixes them, so that no two of these tuples meet in practice.
-            seed = ((seed ^ (number + 1)) * 6364136223846793005 + 1442695040888963407) % 2**63
-        return torch.Generator().manual_seed(seed)
+        images, steps = len(self.task.train), self.steps_per_epoch
+        parts = self._shares.of_epoch(images, self.epoch, self.batch, steps)
+        for found in batches(self._read, parts, self.workers):
+            yield self._place(*found)
 
     def _step(self, images: Any, labels: Any) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss, totals = self._loss(images, labels)
+            loss, found = self._loss(images, labels)
         self._watch.add(loss)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
@@ -357,15 +370,14 @@ class Trainer:
         if self.ebqm is not None:
             # The scale falls where the scaler left the step out; without one it is 1.
             self.ebqm.step(applied=self.scaler.get_scale() >= scale)
-        self._totals += totals
+        if self.average is not None:
+            self.average.step(self.steps, self.epoch)
+        self._totals += found
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.options.amp])
-
-    def _to_device(self, images: Images, part: Tensor) -> tuple[Tensor, Tensor]:
-        return self._place(images.read(part), images.labels[part])
 
     def _place(self, images: Any, labels: Any) -> tuple[Any, Any]:
         return images.to(self.device, memory_format=self._format), labels.to(self.device)
@@ -384,16 +396,3 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         if self.processes.any(self.stopping()):
             raise Interrupted
-
-
-def _totals(scores: Tensor, labels: Tensor) -> Tensor:
-    """Sum of losses, number of right answers, number of images."""
-    scores = scores.float()
-    loss = F.cross_entropy(scores, labels, reduction="sum").double()
-    right = (scores.argmax(1) == labels).sum().double()
-    return torch.stack((loss, right, torch.full_like(loss, len(labels))))
-
-
-def _first(images: Images) -> tuple[Tensor, Tensor]:
-    part = torch.tensor([0], device="cpu")
-    return images.read(part), images.labels[part]

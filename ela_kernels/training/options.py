@@ -8,6 +8,7 @@ from typing import Any
 
 from ela_kernels.ebqm.settings import REMOVED
 from ela_kernels.training.plain import same, shown
+from ela_kernels.training.recipe import Recipe
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("one-cycle", "cosine", "constant")
@@ -16,6 +17,8 @@ MOST = 10**9
 # Of rates: ten times as much is still a number in float32, which an optimizer makes of it.
 LARGEST = 1e36
 AMP = ("off", "bf16", "fp16")
+# What of `task` is of the training alone: the same weights can be tested with another.
+_OF_TRAINING = ("images", "drop_path", "checkpointing", "reading")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Options:
         ebqm: arguments of :class:`ela_kernels.EBQM`; what is not given follows from the length of the run. None: no
             EBQM, every layer retrieves.
         task: what else the run must agree in to be resumed, data and model by name.
+        recipe: what it does beside the plain form.
     """
 
     epochs: int = 30
@@ -50,6 +54,7 @@ class Options:
     channels_last: bool = False
     ebqm: dict[str, float] | None = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
+    recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
@@ -75,9 +80,36 @@ class Options:
                 raise ValueError(
                     f"{name}: got {getattr(self, name)!r}; allowed are {', '.join(map(repr, allowed))}"
                 )
+        self._check_recipe()
+
+    def _check_recipe(self) -> None:
+        """Refuse what of the recipe does not go with the rest."""
+        recipe = self.recipe
+        if recipe.lr_warmup_epochs and self.schedule == "one-cycle":
+            raise ValueError(
+                f"lr-warmup-epochs: got {recipe.lr_warmup_epochs} with schedule 'one-cycle', which begins with a "
+                "warm-up of its own; allowed with 'cosine' and 'constant'"
+            )
+        if recipe.lr_warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"lr-warmup-epochs: got {recipe.lr_warmup_epochs} with epochs {self.epochs}; allowed is an int from 0 "
+                f"to {self.epochs - 1}"
+            )
+        for name in recipe.of_images:
+            if not self.augment:
+                raise ValueError(
+                    f"{_flag(name)}: got {getattr(recipe, name)!r} with --no-augment; allowed is one of them"
+                )
+        if recipe.mixes and self.batch_size == 1:
+            raise ValueError(
+                f"batch-size: got 1 with {_flag(recipe.of_images[-1])}, which mixes images of a batch; allowed is at "
+                "least 2"
+            )
 
     def as_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """By name; of the recipe what is not the default, so that runs of before there was one go on."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "recipe"}
+        return {**plain, **self.recipe.as_dict()}
 
     def ebqm_arguments(self, steps: int) -> dict[str, Any]:
         """Arguments of EBQM for a run of so many steps: a fifth of them to warm up, then some thirty decisions."""
@@ -91,23 +123,43 @@ class Options:
             **(self.ebqm or {}),
         }
 
+    def check_same_network(self, saved: Mapping[str, Any], source: str) -> None:
+        """Refuse weights of another network, or for other images. How they were trained may differ."""
+        theirs = saved.get("task")
+        # A convolutional network can be tested with images of another size, but not by oversight.
+        given = self.task.get("side") is not None
+        left_out = (*_OF_TRAINING, "side") if given else _OF_TRAINING
+        mine, theirs = (
+            _flat({k: v for k, v in task.items() if k not in left_out})
+            for task in (self.task, theirs if isinstance(theirs, Mapping) else {})
+        )
+        advice = "Give the same ones; the config.json of that run has them"
+        _refuse_others("evaluate", mine, theirs, source, advice)
+
     def check_same(self, saved: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Refuse to go on with a run that had other settings."""
         mine, theirs = _flat(self.as_dict()), _flat(_without_removed(saved))
-        absent = object()  # not even equal to None
-        names = dict.fromkeys((*mine, *theirs))
-        differing = [n for n in names if not same(theirs.get(n, absent), mine.get(n, absent))]
-        if differing:
-            raise ValueError(
-                f"resume: {source} was made with other settings: "
-                + ", ".join(
-                    f"{n}={shown(theirs[n]) if n in theirs else 'missing'} "
-                    f"(now {shown(mine[n]) if n in mine else 'missing'})"
-                    for n in differing[:6]
-                )
-                + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
-                + ". Give the same ones, or train into another folder"
+        advice = "Give the same ones, or train into another folder"
+        _refuse_others("resume", mine, theirs, source, advice)
+
+
+def _refuse_others(
+    argument: str, mine: Mapping[str, Any], theirs: Mapping[str, Any], source: str, advice: str
+) -> None:
+    absent = object()  # not even equal to None
+    names = dict.fromkeys((*mine, *theirs))
+    differing = [n for n in names if not same(theirs.get(n, absent), mine.get(n, absent))]
+    if differing:
+        raise ValueError(
+            f"{argument}: {source} was made with other settings: "
+            + ", ".join(
+                f"{n}={shown(theirs[n]) if n in theirs else 'missing'} "
+                f"(now {shown(mine[n]) if n in mine else 'missing'})"
+                for n in differing[:6]
             )
+            + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")
+            + f". {advice}"
+        )
 
 
 def _without_removed(options: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,21 @@ class Processes:
         values = [torch.empty_like(value) for _ in range(self.count)]
         distributed.all_gather(values, value, group=self.hosts)
         return values
+
+    def random_states(self, device: torch.device) -> dict[str, list[Tensor]]:
+        """Where the generators of all processes stand, on the CPU and on a GPU."""
+        states = {"cpu": self.gather(torch.get_rng_state())}
+        if device.type == "cuda":
+            states["cuda"] = self.gather(torch.cuda.get_rng_state(device))
+        return states
+
+    def set_random_states(
+        self, states: Mapping[str, Sequence[Tensor]], device: torch.device
+    ) -> None:
+        """Have this process' generators go on from :meth:`random_states`."""
+        torch.set_rng_state(states["cpu"][self.rank])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"][self.rank], device)
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the first one's values, such as running statistics, which are each one's own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import torch
 
 from ela_kernels import ELA, explain
 from ela_kernels.__main__ import main
-from ela_kernels.training.arguments import check_numbers, make_options, make_parser
+from ela_kernels.training.arguments import check_numbers, make_options
+from ela_kernels.training.checkpoint import load_checkpoint
 from ela_kernels.training.detection.networks import fasterrcnn_small, make_model
 from ela_kernels.training.detection.scenes import Sample, Scenes
 from ela_kernels.training.detection.tasks import DetectionTask, load_task
 from ela_kernels.training.detection.trainer import DetectionTrainer
 from ela_kernels.training.loop import Interrupted
 from ela_kernels.training.options import Options
+from ela_kernels.training.parser import make_parser
+from ela_kernels.training.reading import Part, batches
 
 for library in ("sklearn", "torchvision", "torchmetrics", "pycocotools", "PIL"):
     pytest.importorskip(library)
@@ -83,6 +87,23 @@ def test_a_run_that_is_interrupted_goes_on_to_the_same_bits() -> None:
             assert second.history[1][name] == rows[1][name], name
     for name, value in straight.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("data", ["digits", "coco"])
+def test_images_read_ahead_are_the_same(tmp_path: Path, data: str) -> None:
+    """In processes that got what reads them as bytes too, as on systems that do not fork."""
+    folder = coco_folder(tmp_path) if data == "coco" else None
+    task = load_task(data, folder)
+    parts = [Part(torch.arange(3), seed=i) for i in range(2)]
+    for found in (
+        list(batches(task.read, parts, workers=2)),
+        [pickle.loads(pickle.dumps(task.read))(part) for part in parts],
+    ):
+        for part, (images, targets) in zip(parts, found, strict=True):
+            expected, boxes = task.read(part)
+            assert all(torch.equal(a, b) for a, b in zip(images, expected, strict=True))
+            for target, other in zip(targets, boxes, strict=True):
+                assert all(torch.equal(target[name], other[name]) for name in other)
 
 
 def test_perfect_boxes_have_a_precision_of_one() -> None:
@@ -159,6 +180,15 @@ def test_the_program_on_a_folder_of_cocos_format(
     assert len(log) == 3
     assert len((out / "steps.csv").read_text().splitlines()) == 5
     assert main([*command, "--resume"]) == 0
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert main([*command, "--evaluate", "--workers", "1"]) == 0
+    row = load_checkpoint(out)["history"][-1]
+    shown = capsys.readouterr().out
+    assert "mean average precision" in shown
+    assert f"{row['test_precision']:.3f}" in shown
+    assert f"{row['test_precision_50']:.3f}" in shown
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
     assert main([*command[:-1], "2", "--resume", "--seed", "1"]) == 2
     assert "resume" in capsys.readouterr().err
 

@@ -18,7 +18,8 @@ import ela_kernels as ek
 from ela_kernels.__main__ import main
 from ela_kernels.models import VisionTransformer, build_model, load_weights, vit_small, vit_tiny
 from ela_kernels.models.blocks import MRLALight, StageAttention
-from ela_kernels.training.arguments import make_model, make_parser
+from ela_kernels.training.arguments import make_model
+from ela_kernels.training.parser import make_parser
 
 ATTENTIONS = ["none", "mrla", "mrla_light", "ela"]
 LAYERS = ["mrla", "mrla_light", "ela"]

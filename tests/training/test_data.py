@@ -1,21 +1,19 @@
-"""Where images come from: the bundled digits, CIFAR's files, folders; and what is said when they are not there."""
+"""Where images come from: the bundled digits; and what is said of others when they, or libraries, are not there."""
 
 from __future__ import annotations
 
-import os
-import pickle
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from support.image_files import write_cifar10, write_cifar100, write_folder
 
-from ela_kernels.training import data, optional
-from ela_kernels.training.data import MissingDataError, crop, crop_only, flip, load_task
+from ela_kernels import optional
+from ela_kernels.training import data
+from ela_kernels.training.data import crop, crop_only, flip, load_task
+from ela_kernels.training.recipe import Recipe
 
 pytest.importorskip("sklearn")
-Image = pytest.importorskip("PIL.Image")
 
 
 def test_digits_are_split_by_class_and_always_alike() -> None:
@@ -39,86 +37,6 @@ def test_no_test_digit_is_trained_on() -> None:
     train, test = (p.read(torch.arange(len(p))).flatten(1) for p in (task.train, task.test))
     # Some people write the same digit twice; the split of this data set has no such pair across its parts.
     assert torch.cdist(test, train).min() > 0
-
-
-def test_cifar10_from_its_files(tmp_path: Path) -> None:
-    images, labels = write_cifar10(tmp_path / "cifar-10-batches-py", each=4)
-    task = load_task("cifar10", tmp_path)
-    assert (len(task.train), len(task.test), task.channels) == (20, 4, 3)
-    assert task.classes[3] == "class 3"
-    assert task.train.labels.tolist() == labels[:20]
-    got = task.train.read(torch.tensor([7]))[0]
-    pixels = torch.from_numpy(images[:20]).view(-1, 3, 32, 32).float()
-    mean, deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-    expected = (pixels[7] - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
-    torch.testing.assert_close(got, expected)
-
-
-def test_cifar100_takes_the_fine_labels(tmp_path: Path) -> None:
-    write_cifar100(tmp_path)
-    task = load_task("cifar100", tmp_path)
-    assert len(task.classes) == 100
-    assert task.train.labels.tolist() == [99, 0, 1, 2]
-
-
-def test_cifar_says_which_files_are_missing(tmp_path: Path) -> None:
-    write_cifar10(tmp_path / "cifar-10-batches-py", each=1)
-    (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
-    with pytest.raises(MissingDataError, match=r"data_batch_3 not found in .*cifar-10-batches-py"):
-        load_task("cifar10", tmp_path)
-    with pytest.raises(MissingDataError, match="train, test, meta not found"):
-        load_task("cifar100", tmp_path)
-
-
-class _Command:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> object:
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_pickle_cannot_run_anything(tmp_path: Path) -> None:
-    folder = tmp_path / "cifar-10-batches-py"
-    write_cifar10(folder, each=1)
-    (folder / "batches.meta").write_bytes(pickle.dumps(_Command(tmp_path / "made")))
-    with pytest.raises(ValueError, match=r"mkdir in the file; allowed are numpy arrays"):
-        load_task("cifar10", tmp_path)
-    assert not (tmp_path / "made").exists()
-
-
-def test_a_folder_of_images(tmp_path: Path) -> None:
-    write_folder(tmp_path, train=3, val=2)
-    task = load_task("folder", tmp_path, side=24)
-    assert task.classes == ["dark", "light"]
-    assert task.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    images = task.train.read(torch.tensor([0, 5]))
-    assert images.shape == (2, 3, 24, 24)
-    # Values 40 and 200 of 255 in red, by ImageNet's mean and deviation.
-    for image, value in zip(images, (40, 200), strict=True):
-        torch.testing.assert_close(image[0], torch.full((24, 24), (value / 255 - 0.485) / 0.229))
-
-
-def test_a_folder_keeps_proportions_and_takes_the_middle(tmp_path: Path) -> None:
-    write_folder(tmp_path, train=1, val=1)
-    pixels = np.zeros((40, 120, 3), np.uint8)
-    pixels[:, 40:80] = 255
-    Image.fromarray(pixels).save(tmp_path / "train" / "dark" / "0.png")
-    image = load_task("folder", tmp_path, side=40).train.read(torch.tensor([0]))[0]
-    torch.testing.assert_close(image[0], torch.full((40, 40), (1 - 0.485) / 0.229))
-
-
-def test_a_folder_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(MissingDataError, match=r"train not found. Expected are .*/train/CLASS"):
-        load_task("folder", tmp_path)
-    write_folder(tmp_path, train=1, val=1)
-    for path in (tmp_path / "val").rglob("*.png"):
-        path.unlink()
-    with pytest.raises(MissingDataError, match=r"no image found under .*val"):
-        load_task("folder", tmp_path)
-    (tmp_path / "val" / "other").mkdir()
-    with pytest.raises(ValueError, match="the classes other are in"):
-        load_task("folder", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -180,3 +98,26 @@ def test_a_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> N
         optional.MissingLibraryError, match=r"sklearn.*pip install 'ela-kernels\[train\]'"
     ):
         data.load_task("digits")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "folder"])
+def test_without_torchvision_its_data_name_the_extra(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "ela_kernels.training.pictures", raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(
+        optional.MissingLibraryError,
+        match=r"^reading CIFAR and folders of images needs torchvision, .*'ela-kernels\[vision\]'",
+    ):
+        load_task(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe(auto_augment="ra"), Recipe(auto_augment="augmix"), Recipe(random_erase=0.1)]
+)
+def test_digits_are_varied_in_no_other_way(recipe: Recipe) -> None:
+    (name,) = recipe.of_pictures
+    said = f"^{name.replace('_', '-')}: got .* with --data digits, .*; allowed with cifar10, cifar1"
+    with pytest.raises(ValueError, match=said):
+        load_task("digits", recipe=recipe)

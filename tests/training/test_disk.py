@@ -11,6 +11,7 @@ import pytest
 from support.disk import largest_file
 from support.program import SMALL, after_step, said, train
 
+from ela_kernels.training import config
 from ela_kernels.training.checkpoint import NAME, load_checkpoint
 from ela_kernels.training.loop import Trainer
 
@@ -27,11 +28,20 @@ ROOT = Path(__file__).resolve().parents[2]
         (150, "", "log.csv"),
         (300, "--tensorboard --log-every 1", "tensorboard/events"),
         (60_000, "", NAME),
+        (60, "", "config.json"),
     ],
 )
 def test_a_file_for_which_there_is_no_room(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], room: int, more: str, file: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    more: str,
+    file: str,
 ) -> None:
+    if file != "config.json":
+        # It is the first file, and larger than the first rows of the others.
+        monkeypatch.setattr(config, "write_config", lambda arguments, out: None)
     if "--tensorboard" in more:
         pytest.importorskip("tensorboard")
     with largest_file(room):
@@ -59,7 +69,7 @@ def test_the_checkpoint_before_a_full_disk_is_named_and_whole(
     assert message.startswith(f"error: {tmp_path / NAME} could not be written: File too large; the")
     assert message.endswith(f"saved before, {tmp_path / NAME}, is whole")
     assert load_checkpoint(tmp_path)["epoch"] == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == [NAME, "log.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [NAME, "config.json", "log.csv"]
     monkeypatch.undo()
     assert train(tmp_path, "--epochs 2 --resume") == 0
 

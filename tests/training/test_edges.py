@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.image_files import write_cifar100, write_folder
 from support.program import said, train
 
 from ela_kernels.training import cli, processes
-from ela_kernels.training.data import load_task
+from ela_kernels.training.data import Task, load_task
 from ela_kernels.training.failures import is_out_of_memory, sentence
 from ela_kernels.training.loop import Trainer
 from ela_kernels.training.options import Options
 from ela_kernels.training.processes import choose_device, join_processes
+from ela_kernels.training.reading import Part
 
-for library in ("sklearn", "PIL"):
-    pytest.importorskip(library)
+pytest.importorskip("sklearn")
 
 
 @pytest.mark.parametrize(
@@ -115,43 +116,6 @@ def test_a_log_of_another_kind_is_refused(
         assert "steps.csv is no log of the steps of a run" in said(capsys)
 
 
-def test_data_that_are_no_folder_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("text")
-    assert train(tmp_path / "out", "--data folder", "--data-dir", tmp_path / "file") == 2
-    assert said(capsys).startswith(f"error: data-dir: {tmp_path / 'file' / 'train'} not found")
-    write_folder(tmp_path, train=1, val=1)
-
-    def denied(path: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", denied)
-    assert train(tmp_path / "out", "--data folder", "--data-dir", tmp_path) == 2
-    expected = f"error: data-dir: {tmp_path / 'train'} cannot be read: Permission denied; allowed"
-    assert said(capsys).startswith(expected)
-
-
-def test_a_channel_of_one_value_is_no_nan(tmp_path: Path) -> None:
-    write_cifar100(tmp_path)
-    assert torch.equal(
-        load_task("cifar100", tmp_path).train.read(torch.tensor([0])), torch.zeros(1, 3, 32, 32)
-    )
-
-
-@pytest.mark.parametrize("attention", ["none", "ela", "mrla_light"])
-def test_a_single_value_a_channel_is_refused_beforehand(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], attention: str
-) -> None:
-    write_folder(tmp_path, train=1, val=1)
-    more = f"--data folder --batch-size 1 --model resnet50 --attention {attention} --epochs 1"
-    for side in (8, 32):
-        assert train(tmp_path / "out", f"{more} --side {side}", "--data-dir", tmp_path) == 2
-        expected = f"error: batch-size: got 1 with images of side {side}, whose last maps are 1x1"
-        assert said(capsys).startswith(expected)
-    assert train(tmp_path / "out", f"{more} --side 33", "--data-dir", tmp_path) == 0
-
-
 def test_a_look_at_the_norms_changes_nothing() -> None:
     task = load_task("digits", side=8)
     model = torch.nn.Sequential(
@@ -224,6 +188,53 @@ def test_a_process_that_is_gone(
     monkeypatch.setattr(Trainer, "_step", gone)
     assert train(tmp_path, "--epochs 1") == 1
     assert said(capsys).startswith("error: the processes of the run lost each other: [gloo")
+
+
+def test_a_process_that_reads_images_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Task.read
+
+    def gone(task: Task, part: Part) -> Any:
+        if part.seed is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(task, part)
+
+    monkeypatch.setattr(Task, "read", gone)
+    assert train(tmp_path, "--epochs 1 --workers 1") == 1
+    sentence = said(capsys)
+    assert sentence.startswith("error: a process that reads images ended: DataLoader worker (pid")
+    assert "; try fewer --workers" in sentence
+
+
+def test_a_bug_in_what_reads_images_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(task: Task, part: Part) -> Any:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Task, "read", wrong)
+    # What a worker's error is told as.
+    for workers in (0, 1):
+        monkeypatch.setattr(Trainer, "dead_norms", lambda trainer: {})
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            train(tmp_path / str(workers), f"--epochs 1 --workers {workers}")
+
+
+def test_a_network_that_cannot_be_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ = torch.compile
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend=broken))
+    assert train(tmp_path, "--epochs 1 --compile") == 1
+    sentence = said(capsys)
+    assert sentence.startswith("error: the network could not be compiled: ")
+    assert "no compiler here" in sentence
+    assert "; leave out --compile" in sentence
 
 
 def test_what_torchrun_sets_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

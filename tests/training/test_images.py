@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from ela_kernels.training.data import FolderImages, UnreadableImageError
+from ela_kernels.training.images import Decoder, UnreadableImageError
 
 Image = pytest.importorskip("PIL.Image")
 ImageCms = pytest.importorskip("PIL.ImageCms")
@@ -24,10 +24,9 @@ SIXTEEN = np.rint(RAMP * 65535).astype(np.uint16)
 
 
 def read(path: Path) -> torch.Tensor:
-    """Red, green and blue from 0 to 1, as they were before they were normalised."""
-    image = FolderImages([path], torch.zeros(1), SIDE).read(torch.tensor([0]))[0]
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    return image * torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1) + mean
+    """Red, green and blue from 0 to 1."""
+    decoder = Decoder()
+    return decoder.as_tensor(decoder.open(path)).float() / 255
 
 
 def grey(array: np.ndarray = EIGHT) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import signal
@@ -14,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.image_files import write_cifar10, write_folder
+from support.program import assert_same, read_log, without_times
 
 from ela_kernels.__main__ import main
 from ela_kernels.training.checkpoint import load_checkpoint, save_checkpoint
-from ela_kernels.training.logs import COLUMNS
+from ela_kernels.training.logs import columns_of
 
-for library in ("sklearn", "PIL", "tqdm", "rich"):
+for library in ("sklearn", "tqdm", "rich"):
     pytest.importorskip(library)
 
 needs_distributed = pytest.mark.skipif(
@@ -29,52 +28,19 @@ needs_distributed = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 # EBQM decides at the 4th step and at every second after it, and skips as much as it may.
 EAGER_EBQM = "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 smoothing=0.5"
+RECIPE = "--label-smoothing 0.1 --model-ema --schedule cosine --lr-warmup-epochs 1 --workers 1"
 DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EAGER_EBQM}"
 
 
-def train(out: Path, more: str = DIGITS, data: Path | None = None) -> int:
+def train(out: Path, more: str = DIGITS) -> int:
     """Run the program; `more` is split at blanks, which paths may have."""
-    where = [] if data is None else ["--data-dir", str(data)]
-    return main(["train", "--out", str(out), *where, *more.split()])
-
-
-def read_log(out: Path, name: str = "log.csv") -> list[dict[str, str]]:
-    with (out / name).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    """Equal to the bit, in whatever containers."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype, where
-        assert torch.equal(a.nan_to_num(nan=7e7), b.nan_to_num(nan=7e7)), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, (first, second) in enumerate(zip(a, b, strict=True)):
-            assert_same(first, second, f"{where}[{i}]")
-    elif isinstance(a, float):
-        assert a == b or (math.isnan(a) and math.isnan(b)), where
-    else:
-        assert a == b, where
-
-
-def without_times(state: dict[str, Any]) -> dict[str, Any]:
-    state = {k: v for k, v in state.items() if k != "seconds"}
-    state["history"] = [
-        {k: v for k, v in row.items() if k != "seconds"} for row in state["history"]
-    ]
-    return state
+    return main(["train", "--out", str(out), *more.split()])
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path, f"{DIGITS} --epochs 2 --tensorboard") == 0
     rows = read_log(tmp_path)
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0]) == list(columns_of(has_top=True, averaged=False))
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
     assert int(rows[1]["layers_skipped"]) > 0
     # A random guess among ten classes has a loss of log 10.
@@ -83,22 +49,6 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "test accuracy, last epoch" in shown
     assert "first layer of its stage" in shown
     assert list((tmp_path / "tensorboard").iterdir())
-
-
-def test_cifar(tmp_path: Path) -> None:
-    write_cifar10(tmp_path / "cifar-10-batches-py", each=4)
-    more = "--model resnet20 --attention mrla --unfused --epochs 1 --batch-size 10 --threads 1"
-    more += " --amp bf16 --optimizer adamw --schedule cosine"
-    assert train(tmp_path / "out", f"--data cifar10 {more}", tmp_path) == 0
-    assert read_log(tmp_path / "out")[0]["step"] == "2"
-
-
-def test_folder(tmp_path: Path) -> None:
-    write_folder(tmp_path, train=12, val=4)
-    more = "--side 16 --model resnet20 --attention mrla_light --epochs 4 --batch-size 8 --threads 1"
-    assert train(tmp_path / "out", f"--data folder {more}", tmp_path) == 0
-    # Dark and light images: anything that learns tells them apart in training.
-    assert float(read_log(tmp_path / "out")[-1]["train_accuracy"]) > 0.7
 
 
 def test_resume_is_exact_in_the_middle_of_an_epoch(
@@ -173,8 +123,6 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: int, status: int) 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--data cifar10 --data-dir", "data_batch_1, data_batch_2"),
-        ("--data folder --data-dir", "train/CLASS"),
         ("--data cifar100", "data-dir: got none"),
         (f"{DIGITS} --resume", "checkpoint.pt not found"),
         ("--epochs 0", "epochs: got 0"),
@@ -196,8 +144,7 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: int, status: int) 
 def test_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
-    command = more.removesuffix(" --data-dir")
-    assert train(tmp_path / "out", command, None if command == more else tmp_path) == 2
+    assert train(tmp_path / "out", more) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -265,9 +212,10 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_distributed
-def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["", RECIPE])
+def test_two_processes_resume_in_the_middle_of_an_epoch(tmp_path: Path, recipe: str) -> None:
     stopped = str(ROOT / "tests" / "support" / "stopped_process.py")
-    more = f"{DIGITS} --epochs 2 --batch-size 178".split()
+    more = f"{DIGITS} --epochs 2 --batch-size 178 {recipe}".split()
     whole, parts = (("--out", str(tmp_path / name), *more) for name in ("whole", "parts"))
     done = torchrun("-m", "ela_kernels", "train", *whole)
     assert done.returncode == 0, done.stderr

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ela_kernels.models import ResNet
+from ela_kernels.optional import optional
 from ela_kernels.training.arguments import of_layers
 from ela_kernels.training.detection.tasks import DetectionTask
-from ela_kernels.training.optional import optional
 
 # What a library is needed for, and the extra that brings it.
 _NEEDED = ("--task detection", "detection")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ela_kernels.training.optional import optional
+from ela_kernels.optional import optional
 
 CLASSES = tuple(str(i) for i in range(10))
 # Sides of canvases and of digits, in pixels.

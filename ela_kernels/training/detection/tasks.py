@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from ela_kernels.training.data import naming
 from ela_kernels.training.detection.coco import load_coco
 from ela_kernels.training.detection.scenes import Sample, Scenes
+from ela_kernels.training.reading import Part
 
 DATA = ("digits", "coco")
 # Of the digits: scenes for training and for testing.
@@ -38,6 +40,16 @@ class DetectionTask:
     augment: Callable[[Sample, torch.Generator], Sample]
     channels: int = 3
 
+    def read(self, part: Part) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Images of a part, and their boxes and labels."""
+        source = self.test if part.testing else self.train
+        samples = [source[number] for number in part.numbers.tolist()]
+        if part.seed is not None:
+            generator = torch.Generator().manual_seed(part.seed)
+            samples = [self.augment(sample, generator) for sample in samples]
+        targets = [{"boxes": s.boxes, "labels": s.labels} for s in samples]
+        return [sample.image for sample in samples], targets
+
 
 def load_task(name: str, folder: Path | None = None, side: int | None = None) -> DetectionTask:
     """Load one of :data:`DATA`.
@@ -62,12 +74,17 @@ def load_task(name: str, folder: Path | None = None, side: int | None = None) ->
         )
     if name == "digits":
         train, test = Scenes(TRAIN_SCENES), Scenes(TEST_SCENES, train=False)
-        return DetectionTask(train, test, list(train.classes), lambda sample, _: sample)
+        return DetectionTask(train, test, list(train.classes), as_it_is)
     if folder is None:
         raise ValueError(f"data-dir: got none for {name!r}; allowed is the folder with the data")
     with naming(folder):
         found = load_coco(folder)
     return DetectionTask(found.train, found.test, found.classes, flip)
+
+
+def as_it_is(sample: Sample, generator: torch.Generator) -> Sample:
+    """Without variation, as scenes are varied enough."""
+    return sample
 
 
 def flip(sample: Sample, generator: torch.Generator) -> Sample:

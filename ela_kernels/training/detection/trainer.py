@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ela_kernels.optional import optional
 from ela_kernels.training.detection.scenes import Sample
 from ela_kernels.training.loop import Trainer
-from ela_kernels.training.optional import optional
 
 
 class DetectionTrainer(Trainer):
@@ -85,6 +85,11 @@ class DetectionTrainer(Trainer):
             ("at an overlap of 0.5, last epoch", f"{last['test_precision_50']:.3f}"),
         ]
 
+    def evaluation(self) -> list[Sequence[str]]:
+        precision, precision_50 = self.evaluate()
+        head = ["", "mean average precision", "at an overlap of 0.5"]
+        return [head, ["model", f"{precision:.3f}", f"{precision_50:.3f}"]]
+
     def epoch_text(self, row: Mapping[str, float]) -> str:
         return f"mean average precision {row['test_precision']:.3f}"
 
@@ -104,14 +109,6 @@ class DetectionTrainer(Trainer):
         count = len(images)
         seen = loss.new_tensor([0, count], dtype=torch.float64)
         return loss, torch.cat((loss.detach().double().view(1) * count, seen))
-
-    def _read(self, order: Tensor, batch: int) -> tuple[Any, Any]:
-        samples = [self.task.train[number] for number in self._part(order, batch).tolist()]
-        if self.options.augment:
-            generator = self._variation(batch)
-            samples = [self.task.augment(sample, generator) for sample in samples]
-        images = [sample.image for sample in samples]
-        return images, [{"boxes": s.boxes, "labels": s.labels} for s in samples]
 
     def _place(self, images: Any, labels: Any) -> tuple[Any, Any]:
         return (

@@ -1,4 +1,4 @@
-"""Libraries that only the training program needs: loaded when they are used."""
+"""Libraries that the package itself does not need: loaded where they are used."""
 
 from __future__ import annotations
 
