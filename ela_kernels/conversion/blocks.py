@@ -46,7 +46,7 @@ class Tail(NamedTuple):
 
 
 FUNCTIONAL = ""
-_HAVE_FACTORS = "code between the layers multiplies values with numbers of its own, and their sum is one by weights times these"
+_HAVE_FACTORS = "code between the layers multiplies values with numbers, and their sum is one by weights times these"
 
 _NOTHING, _RELU = nn.Identity(), nn.ReLU()
 

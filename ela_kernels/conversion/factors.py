@@ -134,14 +134,14 @@ def _with_dimension(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Part | Non
     part = found[0]
     if part.has_dimension or not _stays(part):
         return None
-    return Part.of(part.stack, part.index, part.factor, part.is_scaled, True)
+    return Part.of(part.stack, part.place, part.factor, part.is_scaled, True)
 
 
 def _factor_in(by: object, part: Part) -> Tensor | None:
     """`[B, C]` in the accumulation dtype where a part is multiplied with one number for each sample and channel."""
     if type(by) not in PLAIN_TENSORS or not isinstance(by, Tensor):
         return None
-    pair = part.stack.pairs[part.index]
+    pair = part.stack.pairs[part.place]
     if by.dim() != 4 or by.shape[:2] != pair.shape[:2]:
         return None
     if by.dtype != pair.dtype or by.device != pair.device:
@@ -164,13 +164,13 @@ def _multiplied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Part | None:
         return None
     if part.factor is not None:
         factor = part.factor * factor
-    return Part.of(part.stack, part.index, factor, is_scaled=True)
+    return Part.of(part.stack, part.place, factor, is_scaled=True)
 
 
 def _mean_of(part: Part) -> Tensor:
     """Over space, `[B, C]`: the value's, which is taken once, times the factor."""
-    stack, key = part.stack, (part.index, part.has_grad)
-    pair = stack.pairs[part.index]
+    stack, key = part.stack, (part.place, part.has_grad)
+    pair = stack.pairs[part.place]
     # A checkpoint has to find the same tensors when it recomputes.
     may_keep = top_saved_tensors_hooks is not None and top_saved_tensors_hooks(True) is None
     mean = stack.means.get(key) if may_keep else None
@@ -212,7 +212,7 @@ def _stacked_again(tensors: object, has_dimension: bool) -> Stacked | None:
     if len(tensors) != len(pairs):
         return None
     for i, part in enumerate(tensors):
-        if type(part) is not Part or part.stack.pairs is not pairs or part.index != i:
+        if type(part) is not Part or part.stack.pairs is not pairs or part.place != i:
             return None
         if part.has_dimension != has_dimension or not _stays(part):
             return None

@@ -195,7 +195,7 @@ class Stacked(Lazy):
 
 
 class Part(Lazy):
-    """Stands for one value of a stack, `stack[:, index]`, or for that times a factor; with a dimension more, perhaps.
+    """Stands for one value of a stack, `stack[:, place]`, or for that times a factor; with a dimension more, perhaps.
 
     Attributes:
         stack: what it was taken from. Without a factor of its own it is a view of that.
@@ -205,7 +205,7 @@ class Part(Lazy):
     """
 
     stack: Stacked
-    index: int
+    place: int
     factor: Tensor | None
     is_scaled: bool
     has_dimension: bool
@@ -213,28 +213,28 @@ class Part(Lazy):
     @staticmethod
     def of(
         stack: Stacked,
-        index: int,
+        place: int,
         factor: Tensor | None,
         is_scaled: bool = False,
         has_dimension: bool = False,
     ) -> Part:
-        pair = stack.pairs[index]
+        pair = stack.pairs[place]
         shape = (pair.shape[0], 1, *pair.shape[1:]) if has_dimension else tuple(pair.shape)
         part: Part = _without_memory(Part, shape, pair, pair.dtype)
-        part.stack, part.index, part.factor = stack, index, factor
+        part.stack, part.place, part.factor = stack, place, factor
         part.is_scaled, part.has_dimension = is_scaled, has_dimension
         return part
 
     def again(self) -> Part:
-        other = Part.of(self.stack, self.index, self.factor, self.is_scaled, self.has_dimension)
+        other = Part.of(self.stack, self.place, self.factor, self.is_scaled, self.has_dimension)
         other.made, other.has_grad = self.made, self.has_grad
         return other
 
     def _made_now(self) -> Tensor:
         if self.is_scaled:
-            made = scaled_map(self.stack.pairs[self.index], self.factor)
+            made = scaled_map(self.stack.pairs[self.place], self.factor)
         else:
-            made = self.stack.make()[:, self.index]
+            made = self.stack.make()[:, self.place]
         return made.unsqueeze(1) if self.has_dimension else made
 
 
