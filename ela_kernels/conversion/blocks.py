@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.conversion.cut import Given, run_up_to
-from ela_kernels.conversion.factors import Gated
+from ela_kernels.conversion.factors import HAVE_FACTORS, Gated
 from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer, is_wrapped
 from ela_kernels.explaining import refused
 from ela_kernels.modules.ela import ELA
@@ -46,7 +46,6 @@ class Tail(NamedTuple):
 
 
 FUNCTIONAL = ""
-_HAVE_FACTORS = "code between the layers multiplies values with numbers, and their sum is one by weights times these"
 
 _NOTHING, _RELU = nn.Identity(), nn.ReLU()
 
@@ -106,7 +105,7 @@ class FusedBlock(Fused):
         samples = type(drop_path) is tail.drops
         if isinstance(state, Gated):
             assert isinstance(attention, FusedLayer)
-            refused(attention, "block", refusal_by((_HAVE_FACTORS,)), tells=False)
+            refused(attention, "block", refusal_by((HAVE_FACTORS,)), tells=False)
             o, left = attention.fused_mixed(x, state)
             return block_around(norm, act, drop_path, x, o, samples), *left
         if isinstance(attention, FusedLayer):

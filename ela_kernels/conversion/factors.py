@@ -21,6 +21,8 @@ from ela_kernels.modules.query_key_value import pooled
 from ela_kernels.ops.autocast import is_autocast_on
 from ela_kernels.torch_internals import dispatch_modes, plain_functions, top_saved_tensors_hooks
 
+HAVE_FACTORS = "code between the layers multiplies values with numbers, and their sum is one by weights times these"
+
 
 class Gated(NamedTuple):
     """What a layer retrieves from that was given values with factors: keys `[B, T, C]`, and the stack of the values."""

@@ -12,17 +12,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
 from ela_kernels.backends.types import ValueAct
 from ela_kernels.conversion.cut import end_here
-from ela_kernels.conversion.factors import Gated, gated
+from ela_kernels.conversion.factors import HAVE_FACTORS, Gated, gated
 from ela_kernels.conversion.stacked import Lazy, Stacked, continued
+from ela_kernels.explaining import refused
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.modules.query_key_value import QueryKeyValue, pooled, runs_as
 from ela_kernels.ops.autocast import is_autocast_on
 from ela_kernels.ops.depth_mix.interface import mixed
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.plan import LayerPlan
 from ela_kernels.ops.layer_attention.reference import log_weights_reference
 from ela_kernels.torch_internals import has_hooks, has_own_hooks, is_plain_convolution, own_child
@@ -178,6 +181,7 @@ class FusedLayer(FusedFilters, LayerAttention):
     def fused_mixed(self, x: Tensor, before: Gated) -> tuple[Tensor, Gated]:
         """What the layer retrieves from values that have factors, and what it hands on: no value is written anew."""
         self.check_input(x)
+        refused(self, "layer", refusal_by((HAVE_FACTORS,)), tells=False)
         history = LayerHistory()
         plan = self.plan(x, history)
         if isinstance(plan, LayerPlan):
@@ -243,9 +247,11 @@ class FusedLayer(FusedFilters, LayerAttention):
         if history is None:
             if not keys.dtype == values.dtype == x.dtype or is_autocast_on(x):
                 return None
-            found = None if form.carries else gated(keys, values)
-            if found is not None:
-                return found
+            # Whoever looks on, or may have layers skipped, is told by a history.
+            if not form.carries and present_observer() is None:
+                found = gated(keys, values)
+                if found is not None:
+                    return found
             keys, values = (t.make() if isinstance(t, Lazy) else t for t in (keys, values))
             history = LayerHistory.holding(keys, values, heads=self.heads, repeats=True)
         return history

@@ -17,6 +17,7 @@ from benchmarks.published.networks import NETWORKS
 from ela_kernels.backends.extension import extension
 from ela_kernels.conversion.handshake import MAP
 from ela_kernels.conversion.stacked import Lazy
+from ela_kernels.ops.layer_attention.observer import observed_by
 from tests.support.small_published import Layer
 
 State = tuple[Any, Any]
@@ -436,3 +437,24 @@ def test_retrievals_that_can_be_skipped_make_the_maps() -> None:
     x = torch.randn(published.shape, dtype=torch.float64)
     for a, b in zip(step(ours, x, False)[:2], step(theirs, x, False)[:2], strict=True):
         assert (a - b).abs().max() <= 1e-10 * b.abs().max()
+
+
+def test_whoever_looks_on_sees_every_retrieval(
+    dynamic: tuple[nn.Module, nn.Module, Tensor],
+) -> None:
+    theirs, ours, x = dynamic
+    seen: list[int] = []
+
+    class Collector:
+        def came_by(self, history: Any, caller: Any, before: Any, after: Any) -> None:
+            assert after.weights is not before.weights
+            seen.append(after.weights.shape[-1])
+
+        def probed(self, history: Any, found: Any) -> None:
+            raise AssertionError
+
+    with torch.no_grad(), observed_by(Collector()):
+        found = ours.eval()(x)
+    assert seen == [1, 2, 3, 1, 2]
+    with torch.no_grad():
+        torch.testing.assert_close(found, theirs.eval()(x), rtol=1e-10, atol=1e-10)
