@@ -39,14 +39,11 @@ class Gated(NamedTuple):
 
     def with_own(self, k: Tensor, v: Tensor) -> Gated:
         """With the pair of a layer behind the others."""
-        values = self.values
+        values, keys = self.values, torch.cat((self.keys, k.unsqueeze(1)), 1)
         assert values.factors is not None
-        return Gated(
-            torch.cat((self.keys, k.unsqueeze(1)), 1),
-            Stacked.of(
-                (*values.pairs, v), None, None, factors=(*values.factors, None), means=values.means
-            ),
-        )
+        pairs, factors = (*values.pairs, v), (*values.factors, None)
+        # Means of its own: another layer may go on from the same values with a pair of its own in this place.
+        return Gated(keys, Stacked.of(pairs, None, None, factors=factors, means=dict(values.means)))
 
 
 def gated(keys: Tensor, values: Tensor) -> Gated | None:
@@ -70,6 +67,7 @@ def _stays(lazy: Lazy) -> bool:
         and (is_free or stack.made is None)
         and lazy.has_grad == stack.has_grad == torch.is_grad_enabled()
         and stack.pairs[0].dim() == 4
+        and stack.pairs[0].numel() > 0
         and len({pair.dtype for pair in stack.pairs}) == 1
         and not is_autocast_on(stack.pairs[0])
         and not (torch.compiler.is_compiling() or dispatch_modes() or is_transformed())

@@ -253,6 +253,25 @@ def test_whatever_is_done_to_them_the_results_stay(use: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(1, DIM, 1, 1), (3, DIM, 1, 7)])
+def test_other_sizes_of_maps(shape: tuple[int, ...]) -> None:
+    theirs, ours = stages(3)
+    between = KNOWN["expanded"]
+    results = []
+    for stage in (theirs, ours):
+        x, k, v = (
+            torch.linspace(-1, 1, 512).double()[: torch.Size(shape).numel()].view(shape),
+            None,
+            None,
+        )
+        for layer in stage:
+            out, k, v = layer(x, k, v)
+            x = x + out
+            k, v = between(k, v)
+        results.append(x)
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+
+
 def test_parts_of_two_stacks_are_not_taken_for_one() -> None:
     theirs, ours = stages(3)
     results = []
@@ -275,10 +294,11 @@ def test_two_layers_go_on_from_one_stack() -> None:
         first, k, v = stage[0](x, None, None)
         k, v = as_published(k, v)
         left, left_k, left_v = stage[1](x.cos(), k, v)
-        right, _, _ = stage[2](x.sin(), k, v)
+        right, right_k, right_v = stage[2](x.sin(), k, v)
         again = stage[2](left, *as_published(left_k, left_v))[0]
-        (left * right + again + first).square().sum().backward()
-        results.append([left, right, again, *(p.grad for p in stage.parameters())])
+        other = stage[1](right, *as_published(right_k, right_v))[0]
+        (left * right + again * other + first).square().sum().backward()
+        results.append([left, right, again, other, *(p.grad for p in stage.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
