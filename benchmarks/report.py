@@ -10,6 +10,7 @@ from benchmarks.blocks import OURS
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
+from benchmarks.mixes import MIX_HEAD, mix_rows
 from benchmarks.report_left_out import left_out_lines, left_out_network_lines
 from benchmarks.report_networks import (
     compiled_table,
@@ -178,6 +179,10 @@ def text_report(results: Results) -> str:
     if results.get("left_out"):
         what = "Retrievals with a tolerance: what is left out, and how much faster (kept malloc)"
         lines += [what, "", *left_out_lines(results["left_out"]), ""]
+    if results.get("mixes"):
+        rows = mix_rows(results["mixes"])
+        lines += ["Sums of all maps of a stage by given weights, ms (kept malloc)", ""]
+        lines += [*table(MIX_HEAD, rows), ""]
     if results.get("left_out_networks"):
         what = "Whole networks with a tolerance, as they are initialised:"
         lines += [what, "", *left_out_network_lines(results["left_out_networks"]), ""]

@@ -40,6 +40,7 @@ FULL_ROUNDS = {
     "divergence": 60,
     "history_dtype": 15,
     "left_out": 9,
+    "mixes": 15,
     "overhead": 400,
     "networks": 11,
     "left_out_networks": 11,
@@ -55,6 +56,7 @@ QUICK_ROUNDS = {
     "divergence": 15,
     "history_dtype": 5,
     "left_out": 3,
+    "mixes": 5,
     "overhead": 60,
     "networks": 3,
     "left_out_networks": 3,
@@ -110,6 +112,7 @@ class Run:
                         "divergence",
                         "history_dtype",
                         "left_out",
+                        "mixes",
                         *(ONCE if i == 0 else ()),
                     ]
                 parts = [part for part in parts if part in self.parts]

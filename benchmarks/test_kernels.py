@@ -17,6 +17,7 @@ import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.types import Saved
+from ela_kernels.ops.depth_mix.reference import depth_mix_backward_reference
 from ela_kernels.ops.layer_attention.reference import aggregate_reference, layer_attention_reference
 
 CPP = KERNELS["cpp"]
@@ -192,6 +193,39 @@ def test_gather(benchmark: Callable[..., object], inputs: Inputs, dtype: torch.d
     want = aggregate_reference(first, i.wide(i.douts), i.channels_last)
     _assert_close(run(), want, dtype)
     _time(benchmark, run, i.depth + 1, i.values[0])
+
+
+def _mix_weights(inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    sizes = inputs.q.shape[0], inputs.heads, inputs.depth
+    return torch.randn(sizes, dtype=accumulate_dtype(dtype))  # of either sign
+
+
+def test_mix(benchmark: Callable[..., object], inputs: Inputs, dtype: torch.dtype) -> None:
+    i, weights = inputs, _mix_weights(inputs, dtype)
+    run = partial(CPP.mix, weights, i.values, i.channels_last)
+    want = aggregate_reference(weights.double(), i.wide(i.values), i.channels_last)
+    _assert_close(run(), want, dtype)
+    _time(benchmark, run, i.depth + 1, i.values[0])
+
+
+def test_mix_backward(benchmark: Callable[..., object], inputs: Inputs, dtype: torch.dtype) -> None:
+    i, weights, dout = inputs, _mix_weights(inputs, dtype), inputs.douts[-1]
+    rest = i.channels_last, True, [True] * i.depth
+    run = partial(CPP.mix_backward, weights, i.values, dout, *rest)
+    found = run()
+    want, dvalues = depth_mix_backward_reference(
+        weights.double(), i.wide(i.values), dout.double(), *rest
+    )
+    assert found.weights is not None
+    assert want is not None
+    # A sum of up to 50 000 products of either sign cancels a digit or two.
+    distance = float((found.weights.double() - want).norm() / want.norm())
+    assert distance <= (1e-12 if dtype == torch.float64 else 1e-5)
+    for got, wanted in zip(found.values, dvalues, strict=True):
+        assert got is not None
+        assert wanted is not None
+        _assert_close(got, wanted, dtype)
+    _time(benchmark, run, 2 * i.depth + 1, i.values[0])
 
 
 def test_weights_only(

@@ -25,6 +25,7 @@ from benchmarks.left_out import measure_left_out
 from benchmarks.left_out_network import measure_left_out_networks
 from benchmarks.light import measure_light
 from benchmarks.memory import measure_memory
+from benchmarks.mixes import measure_mixes
 from benchmarks.networks import measure_networks
 from benchmarks.overhead import measure_overhead
 from benchmarks.shapes import StageShape, parse_shape
@@ -39,6 +40,7 @@ PARTS = (
     "divergence",
     "history_dtype",
     "left_out",
+    "mixes",
     "memory",
     "overhead",
     "networks",
@@ -54,7 +56,12 @@ def measure(
     part: str, shape: StageShape, contenders: list[str], rounds: dict[str, int], small: bool
 ) -> dict[str, Any]:
     """One part's results. `small`: small networks where a part's do not depend on the shape."""
-    with_contenders = {"stages": measure_stage, "blocks": measure_blocks, "light": measure_light}
+    with_contenders = {
+        "stages": measure_stage,
+        "blocks": measure_blocks,
+        "light": measure_light,
+        "mixes": measure_mixes,
+    }
     if part in with_contenders:
         return with_contenders[part](shape, contenders, rounds[part])
     if part == "networks":

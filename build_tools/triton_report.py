@@ -33,6 +33,7 @@ _VARIANTS = (
     "WRITES",
     "HAS_GATES",
     "HAS_ALSO",
+    "HAS_WEIGHTS",
     "LEAVES_OUT",
 )
 
@@ -100,7 +101,14 @@ CASES = (
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Records the launches of the package's Triton backend instead of making them."""
-    from ela_kernels.backends.triton import attention, attention_backward, light, norm, producer
+    from ela_kernels.backends.triton import (
+        attention,
+        attention_backward,
+        light,
+        mix,
+        norm,
+        producer,
+    )
 
     found: list[Launch] = []
 
@@ -113,7 +121,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     kernels = [
         (module, name, kernel)
-        for module in (attention, attention_backward, light, norm, producer)
+        for module in (attention, attention_backward, light, mix, norm, producer)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -155,6 +163,23 @@ def launches_of(case: Case) -> list[Launch]:
         _call_layer(kernels, saved, [left] * (T - 1))
         _call_leaving_out(kernels, saved, value)
         _call_light_layer(kernels, value, q, heads, scale)
+    return found
+
+
+def launches_of_mix(case: Case) -> list[Launch]:
+    """Those of a sum by given weights, of the gradients of weights and values, and of the weights alone."""
+    from ela_kernels.backends.triton.backend import TritonBackend
+
+    shape = (case.batch, case.channels, case.size, case.size)
+    form = torch.channels_last if case.interleaved else torch.contiguous_format
+    value = torch.empty(shape, dtype=case.dtype).contiguous(memory_format=form)
+    weights = torch.empty(case.batch, case.channels // case.head_dim, case.depth)
+    values, kernels = [value] * case.depth, TritonBackend()
+    with recorded() as found:
+        kernels.mix(weights, values, False)
+        for need_values in (True, False):
+            every = [need_values] * case.depth
+            kernels.mix_backward(weights, values, value, False, True, every)
     return found
 
 
@@ -350,7 +375,7 @@ def compile_cases(cases: tuple[Case, ...], targets: tuple[str, ...]) -> list[Com
     found = []
     for case in cases:
         seen = set()
-        for launch in launches_of(case):
+        for launch in (*launches_of(case), *launches_of_mix(case)):
             types, constants, attributes = _signature(launch)
             key = (launch.kernel.fn.__name__, str((types, constants, attributes)))
             if key in seen:

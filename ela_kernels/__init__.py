@@ -9,6 +9,7 @@ from ela_kernels.conversion import ConversionReport, convert, unconvert
 from ela_kernels.ebqm import EBQM, prune
 from ela_kernels.explaining import explain
 from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention
+from ela_kernels.ops.depth_mix import depth_mix
 from ela_kernels.ops.layer_attention import (
     LayerAttentionOutput,
     LayerAttentionWeights,
@@ -38,6 +39,7 @@ __all__ = [
     "analyze",
     "backend_status",
     "convert",
+    "depth_mix",
     "explain",
     "layer_attention",
     "layer_attention_weights",

@@ -30,6 +30,7 @@ _FORMS = {
     "layer": "the whole layer in one call",
     "op": "the retrieval in one call",
     "push": "the retrieval in one call, with a gradient of its own for each value",
+    "mix": "the sum by given weights in one call",
     "eager": "eager PyTorch",
     "pair": "key and value in one call",
     "pieces": "key and value by eager PyTorch",
@@ -49,8 +50,9 @@ class LayerExplanation(NamedTuple):
         layer: name of its class.
         form: `"block"` (one call of the kernels for the whole residual block), `"layer"` (for the whole layer), `"op"`
             (for the retrieval alone), `"push"` (the same, with T gradients for T values, which PyTorch adds up),
-            `"eager"`; of a layer that gives its pair and retrieves nothing `"pair"`, `"pieces"` or `"skipped"`; and of
-            one that takes over an earlier retrieval `"reuse"` or `"reuse by pieces"`.
+            `"mix"` (for a sum by given weights, :func:`ela_kernels.depth_mix`), `"eager"`; of a layer that gives its
+            pair and retrieves nothing `"pair"`, `"pieces"` or `"skipped"`; and of one that takes over an earlier
+            retrieval `"reuse"` or `"reuse by pieces"`.
         backend: the name of what served it.
         reasons: of each better form that did not serve it, every reason; under `"held"` why the history does not hold
             values in the dtype that it was given.

@@ -25,6 +25,8 @@ from benchmarks.left_out_network import measure_left_out_networks
 from benchmarks.limits import limits
 from benchmarks.measure import interleave, ratio
 from benchmarks.memory import profiled_peak
+from benchmarks.mixes import EINSUM, SUMS, measure_mixes
+from benchmarks.mixes import OURS as OUR_MIX
 from benchmarks.networks import measure_networks
 from benchmarks.pages.speed import TABLES
 from benchmarks.probe import read_probes, transfer_probes
@@ -280,6 +282,27 @@ def test_held_values_are_measured_and_reported() -> None:
     table = text_report(results_of("history_dtype", {SHAPE.name: found}))
     assert "whose history holds values in a dtype: relative L2 distance from float64" in table
     assert f"{found['peak_maps']['bfloat16']:.1f}" in table
+
+
+def test_mixes_are_measured_and_reported() -> None:
+    found = measure_mixes(SHAPE, [EAGER], rounds=2)
+    maps = {"forward": SHAPE.depth + 1, "forward and backward": 3 * SHAPE.depth + 2}
+    for form in ("[B, G, T]", "[T]"):
+        for phase, least in maps.items():
+            of_phase = found[form][phase]
+            assert list(of_phase["ms"]) == [EINSUM, SUMS, OUR_MIX]
+            assert of_phase["least_bytes"] == 4 * SHAPE.map_elements * least
+            assert of_phase["times_ours"][OUR_MIX]["of_medians"] == 1
+    table = text_report(results_of("mixes", {SHAPE.name: found}))
+    assert "Sums of all maps of a stage by given weights" in table
+    assert f"| {found['[T]']['forward']['ms'][OUR_MIX]['median']:.2f}" in table
+
+
+def test_mixes_that_are_wrong_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ek.depth_mix
+    monkeypatch.setattr(ek, "depth_mix", lambda *args: 1.01 * right(*args))
+    with pytest.raises(WrongResultError, match="ours: 0"):
+        measure_mixes(SHAPE, [EAGER], rounds=1)
 
 
 @pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")

@@ -15,6 +15,7 @@ PAGES = {
         "README.md",
         "CONTRIBUTING.md",
         "docs/architecture.md",
+        "docs/depth_mix.md",
         "docs/distributed.md",
         "docs/dropin.md",
         "docs/integrations.md",

@@ -87,6 +87,54 @@ void backward(int value_type, const std::array<int64_t, 5>& sizes, const Attenti
   kernel(p, threads);
 }
 
+// out = sum_j weights_j * value_j by weights [B, G, depth] that are given: each counts as it is. `weights` is the
+// address of the first one's column, `weight_stride` from one head to the next.
+void mix(int dtype, const std::array<int64_t, 5>& sizes, int64_t weights, int64_t weight_stride, const Ints& values,
+         const Ints& value_strides, const View& out, int64_t workspace, int threads) {
+  const Shape shape = shape_of(sizes);
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  const int64_t depth = static_cast<int64_t>(value_views.size());
+  require(depth >= 1 && weight_stride >= depth, "values: at least one, and not more than weights");
+  present(weights, shape.batch, "weights");
+  present(values, elements_of(shape), "values"), present(out[0], elements_of(shape), "out");
+  present(workspace, ela::kernels().aggregate_workspace(shape, depth), "workspace");
+  const int64_t size = static_cast<int64_t>(element_size(checked_dtype(dtype)));
+  std::vector<ColumnView> columns;
+  columns.reserve(value_views.size());
+  for (int64_t j = 0; j < depth; ++j) columns.push_back({address(weights + j * size), weight_stride, 0, true});
+  const AggregateParams p = {shape, depth,  value_views.data(), columns.data(), map(out), address(workspace),
+                             {},    nullptr};
+  const auto kernel = ela::kernels().aggregate[dtype];
+  py::gil_scoped_release unlocked;
+  kernel(p, threads);
+}
+
+// Of mix(): dweights [B, G, depth], and the gradients of those values that have an address.
+void mix_backward(int dtype, const std::array<int64_t, 5>& sizes, int64_t weights, const Ints& values,
+                  const Ints& value_strides, const View& dout, int64_t dweights, const Ints& dvalues,
+                  const Ints& dvalue_strides, int64_t workspace, int threads) {
+  const Shape shape = shape_of(sizes);
+  const std::vector<MapView> value_views = maps(values, value_strides);
+  const std::vector<MapView> dvalue_views = maps(dvalues, dvalue_strides);
+  const MapView dout_view = map(dout);
+  const int64_t depth = static_cast<int64_t>(value_views.size());
+  require(depth >= 1, "values: at least one");
+  require(dvalue_views.empty() || dvalue_views.size() == value_views.size(), "dvalues: one for each value, or none");
+  present(weights, shape.batch, "weights"), present(dweights, shape.batch, "dweights");
+  present(values, elements_of(shape), "values"), present(dout[0], elements_of(shape), "dout");
+  present(workspace, ela::kernels().backward_workspace(shape, depth), "workspace");
+  BackwardParams p = {};
+  p.forward.shape = shape, p.forward.depth = depth;
+  p.forward.weights = address(weights), p.forward.is_given = true;
+  p.values = value_views.data(), p.dout = &dout_view;
+  p.dscores = address(dweights);
+  p.dvalues = dvalue_views.empty() ? nullptr : dvalue_views.data();
+  p.workspace = address(workspace);
+  const auto kernel = ela::kernels().mix_backward[checked_dtype(dtype)];
+  py::gil_scoped_release unlocked;
+  kernel(p, threads);
+}
+
 // The pull form's second half, of the layer at `index`: its dkey from (query, dscores) and its dvalue from (dout,
 // weights) of the layers that retrieved it (see Source). An address of 0 leaves that one out.
 void gather(int dtype, const std::array<int64_t, 5>& sizes, const py::bytes& sources, int64_t index, int64_t dkey,
@@ -143,6 +191,10 @@ void bind_cpu(py::module_& m) {
   def_named(m, "backward", &backward,
             "value_type, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
             "dvalues, dvalue_strides, workspace, threads");
+  def_named(m, "mix", &mix, "dtype, *, sizes, weights, weight_stride, values, value_strides, out, workspace, threads");
+  def_named(m, "mix_backward", &mix_backward,
+            "dtype, *, sizes, weights, values, value_strides, dout, dweights, dvalues, dvalue_strides, workspace, "
+            "threads");
   def_named(m, "gather", &gather, "dtype, *, sizes, sources, index, dkey, dvalue, workspace, threads");
   def_named(m, "source", &source, "*, query, query_stride, scores, depth, dout, weights, tolerance");
   def_named(m, "aggregate_workspace", &aggregate_workspace, "*, sizes, sources");

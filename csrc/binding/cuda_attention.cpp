@@ -82,6 +82,34 @@ int cuda_backward(const Where& where, int dtype, const Sizes& sizes, const Atten
   return kernels.backward(target(where), call);
 }
 
+// Of a sum by weights [B, G, depth] that are given: their gradient, and those of the values that have an address.
+int cuda_mix_backward(const Where& where, int dtype, const Sizes& sizes, int64_t weights, const Ints& values,
+                      const Strides& value_strides, const View& dout, int64_t dweights, const Ints& dvalues,
+                      const Strides& dvalue_strides, int64_t workspace) {
+  const Kernels& kernels = kernels_for(dtype);
+  const auto value_list = addresses(values);
+  const auto dvalue_list = addresses(dvalues);
+  const std::vector<const void*> no_keys(value_list.size());
+  require(!value_list.empty(), "values: at least one");
+  require(dvalue_list.empty() || dvalue_list.size() == value_list.size(), "dvalues: one for each value, or none");
+  present(weights, "weights"), present(value_list, "values"), present(dout[0], "dout");
+  present(dweights, "dweights"), present(workspace, "workspace");
+  WeightsCall given = {};
+  given.shape = shape_of(sizes);
+  given.keys = {no_keys.data(), length(no_keys), 0};
+  given.weights = address<float>(weights);
+  given.is_given = true;
+  BackwardCall call = {};
+  call.attention = given;
+  call.values = {value_list.data(), length(value_list), value_strides[0], value_strides[1]};
+  call.dout = map(dout);
+  call.dscores = address<float>(dweights);
+  call.dvalues = {dvalue_list.data(), length(dvalue_list), dvalue_strides[0], dvalue_strides[1]};
+  call.workspace = address<float>(workspace);
+  py::gil_scoped_release unlocked;
+  return kernels.backward(target(where), call);
+}
+
 int cuda_gather(const Where& where, int dtype, const Sizes& sizes, const Ints& queries, int64_t query_stride,
                 const Ints& score_columns, const Ints& score_strides, int64_t dkey, const Ints& douts,
                 const Strides& dout_strides, const Ints& weight_columns, const Ints& weight_strides,
@@ -129,6 +157,9 @@ void bind_cuda_attention(py::module_& module) {
   def_named(module, "cuda_backward", &cuda_backward,
             "where, dtype, *, sizes, attention, dout, dweights, dkl, dscores, dquery, dkeys, dprev, "
             "dvalues, dvalue_strides, workspace");
+  def_named(
+      module, "cuda_mix_backward", &cuda_mix_backward,
+      "where, dtype, *, sizes, weights, values, value_strides, dout, dweights, dvalues, dvalue_strides, workspace");
   def_named(module, "cuda_gather", &cuda_gather,
             "where, dtype, *, sizes, queries, query_stride, score_columns, score_strides, dkey, "
             "douts, dout_strides, weight_columns, weight_strides, tolerances, dvalue");

@@ -61,7 +61,7 @@ inline void dot_sources(const Acc<T>* x, const V* const* v, const Acc<T>* factor
 // The weights of one depth.
 template <class A>
 inline ColumnView weight_column(const WeightsParams& p, int64_t j) {
-  return {static_cast<const A*>(p.weights) + j, p.depth, p.tolerance};
+  return {static_cast<const A*>(p.weights) + j, p.depth, p.tolerance, p.is_given};
 }
 
 // A chunk of dout in the accumulation type: itself, or widened once for all depths, in the order that dot_sources
@@ -230,6 +230,27 @@ void dots_interleaved(const BackwardParams& p, const Partials& q, Acc<T>* partia
   });
 }
 
+// The partial sums, and the gradients of the values; `expanded` is of aggregate_workspace() elements.
+template <class T, class V>
+void read_values(const BackwardParams& p, const Partials& q, Acc<T>* partials, Acc<T>* expanded, int threads) {
+  using A = Acc<T>;
+  const WeightsParams& f = p.forward;
+  const Shape& s = f.shape;
+  if (!s.interleaved) return dots_planar<T, V>(p, q, partials, threads);
+  const auto column = [&](int64_t j) { return weight_column<A>(f, j); };
+  if (p.dvalues != nullptr) expand_columns<T>(s, f.depth, column, expanded, threads);
+  const LeftOut left_out = count_left_out<A>(s, f.depth, column, expanded + s.batch * f.depth * s.channels, threads);
+  dots_interleaved<T, V>(p, q, partials, expanded, left_out, threads);
+}
+
+// `sum` and the partial sums of <dout, v_j> of the head `item`, which is one of the sample item / heads.
+template <class A>
+inline double with_dots(double sum, const Shape& s, const Partials& q, const A* partials, int64_t item, int64_t j) {
+  const A* start = partials + item / s.heads * q.batch + item % s.heads * q.head + j * q.depth;
+  for (int64_t block = 0; block < q.blocks; ++block) sum += start[block * q.block];
+  return sum;
+}
+
 // Values of type V; the gradients are of type T.
 template <class T, class V = T>
 void backward_kernel(const BackwardParams& p, int threads) {
@@ -242,30 +263,35 @@ void backward_kernel(const BackwardParams& p, int threads) {
   A* scratch = reinterpret_cast<A*>(totals + s.batch * s.heads * f.depth);
   A* partials = scratch + s.batch * s.heads * f.depth;
   A* expanded = partials + q.size;
-  if (p.dout != nullptr) {
-    if (s.interleaved) {
-      const auto column = [&](int64_t j) { return weight_column<A>(f, j); };
-      if (p.dvalues != nullptr) expand_columns<T>(s, f.depth, column, expanded, threads);
-      const LeftOut left_out =
-          count_left_out<A>(s, f.depth, column, expanded + s.batch * f.depth * s.channels, threads);
-      dots_interleaved<T, V>(p, q, partials, expanded, left_out, threads);
-    } else {
-      dots_planar<T, V>(p, q, partials, threads);
-    }
-  }
+  if (p.dout != nullptr) read_values<T, V>(p, q, partials, expanded, threads);
   for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       double* total = totals + item * f.depth;
-      const A* start = partials + item / s.heads * q.batch + item % s.heads * q.head;
       for (int64_t j = 0; j < f.depth; ++j) {
         total[j] = p.dweights == nullptr ? 0.0 : static_cast<const A*>(p.dweights)[item * f.depth + j];
-        if (p.dout == nullptr) continue;
-        for (int64_t block = 0; block < q.blocks; ++block) total[j] += start[block * q.block + j * q.depth];
+        if (p.dout != nullptr) total[j] = with_dots(total[j], s, q, partials, item, j);
       }
       A* dscores = static_cast<A*>(p.dscores) + item * f.depth;
       scores_gradient<T>(p, item, total, dscores);
       query_and_key_gradients<T>(p, item, dscores);
       if (p.dprev != nullptr) prev_gradient<T>(p, item, scratch + item * f.depth);
+    }
+  });
+}
+
+// Of a sum by weights that are given: of those and of the values, which are of one type.
+template <class T>
+void mix_backward_kernel(const BackwardParams& p, int threads) {
+  using A = Acc<T>;
+  const WeightsParams& f = p.forward;
+  const Shape& s = f.shape;
+  const Partials q = plan_partials(s, f.depth);
+  A* partials = static_cast<A*>(p.workspace);
+  read_values<T, T>(p, q, partials, partials + q.size, threads);
+  for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      A* dweights = static_cast<A*>(p.dscores) + item * f.depth;
+      for (int64_t j = 0; j < f.depth; ++j) dweights[j] = static_cast<A>(with_dots(0.0, s, q, partials, item, j));
     }
   });
 }

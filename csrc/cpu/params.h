@@ -15,10 +15,12 @@ struct RowView {
 
 // One column of a [B, G, t] tensor of weights or score gradients: element (b, g) is data[(b * G + g) * stride]. Of a
 // sum over maps, one below a `least` above zero leaves its map out: that is not read, or counts as zero whatever it is.
+// What is given counts as it is, and what a softmax made as factor_at() has it.
 struct ColumnView {
   const void* data;
   int64_t stride;
   double least = 0;
+  bool is_given = false;
 };
 
 // scores -> softmax -> divergence. `prev` is [B, G, prev_depth] or null; `kl` is [B, G] or null.
@@ -31,7 +33,8 @@ struct WeightsParams {
   const void* prev;
   void* weights;  // [B, G, depth]
   void* kl;
-  double tolerance;  // what sums over values leave out; see ColumnView
+  double tolerance;       // what sums over values leave out; see ColumnView
+  bool is_given = false;  // the weights are no softmax's; see ColumnView
 };
 
 struct NormParams;
@@ -50,7 +53,8 @@ struct AggregateParams {
   const NormParams* norm;  // its factors prepared; or null
 };
 
-// Gradients of one layer. Every output may be null. dvalues[j] = weights_j * dout (the push form).
+// Gradients of one layer. Every output may be null. dvalues[j] = weights_j * dout (the push form). Of a sum by weights
+// that are given, `dscores` takes their gradient, and there is nothing behind them.
 struct BackwardParams {
   WeightsParams forward;  // `weights` is read here, `kl` unused
   const MapView* values;
@@ -218,6 +222,7 @@ struct Kernels {
   void (*weights[kDTypes])(const WeightsParams&, int threads);
   void (*aggregate[kValueTypes])(const AggregateParams&, int threads);
   void (*backward[kValueTypes])(const BackwardParams&, int threads);
+  void (*mix_backward[kDTypes])(const BackwardParams&, int threads);
   void (*gather_key[kDTypes])(const GatherKeyParams&, int threads);
   void (*layer[kValueTypes])(const LayerParams&, int threads);
   void (*layer_backward[kValueTypes])(const LayerBackwardParams&, int threads);

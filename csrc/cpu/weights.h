@@ -25,7 +25,8 @@ inline A normal_factor(A x) {
 }
 template <class A>
 inline A factor_at(const ColumnView& column, int64_t item) {
-  return normal_factor(static_cast<const A*>(column.data)[item * column.stride]);
+  const A factor = static_cast<const A*>(column.data)[item * column.stride];
+  return column.is_given ? factor : normal_factor(factor);
 }
 
 inline float exponential(float x) { return expf(x); }

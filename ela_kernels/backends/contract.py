@@ -22,6 +22,7 @@ from ela_kernels.backends.types import (
     LightForward,
     LightGradients,
     LightNeeds,
+    MixGradients,
     NormAct,
     NormGradients,
     Retrieved,
@@ -36,6 +37,8 @@ HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 # layer's retrieval, and the light form of layer and block.
 ATTENTION_OPS = frozenset({"layer_attention", "layer_attention_weights", "layer", "block", "reuse"})
 LIGHT_OPS = frozenset({"light_layer", "light_block"})
+# Values summed by weights that are given.
+MIX_OPS = frozenset({"depth_mix"})
 
 
 class Request(NamedTuple):
@@ -44,7 +47,8 @@ class Request(NamedTuple):
     Hashable on purpose: the choice is cached, so that a training step does not pay for it.
 
     Attributes:
-        op: one of `ATTENTION_OPS` or `LIGHT_OPS`, or `light_layer_attention`, which has no kernels of its own.
+        op: one of `ATTENTION_OPS`, `LIGHT_OPS` or `MIX_OPS`, or `light_layer_attention`, which has no kernels of its
+            own.
         device, dtype: of the tensors, as they are computed with.
         depth: layers in the history, this one included.
         needs_grad: whether a backward may follow.
@@ -299,6 +303,32 @@ class KernelBackend(Backend):
             dnext: of the light output.
         """
         raise NotImplementedError(f"{self.name} has no kernels of a light layer")
+
+    def mix(self, weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
+        """`sum_t weights[..., t] * values[t]`, in the dtype of the values and the memory format of the last one.
+
+        Args:
+            weights: `[B, G, T]` in the accumulation dtype; any numbers. None is left out, a zero and one below the
+                least normal number neither.
+        """
+        raise NotImplementedError(f"{self.name} has no kernels of a mix by given weights")
+
+    def mix_backward(
+        self,
+        weights: Tensor,
+        values: Sequence[Tensor],
+        dout: Tensor,
+        channels_last: bool,
+        need_weights: bool,
+        need_values: Sequence[bool],
+    ) -> MixGradients:
+        """The gradients of what :meth:`mix` does.
+
+        Args:
+            values: without `need_weights` there may be none, since they are not read.
+            need_values: one for each value.
+        """
+        raise NotImplementedError(f"{self.name} has no kernels of a mix by given weights")
 
     def call_reasons(self, request: Request) -> list[str]:
         reasons = []

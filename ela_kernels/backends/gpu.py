@@ -14,7 +14,7 @@ from ela_kernels.backends.checks import (
     check_shape,
     check_value_dtype,
 )
-from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, KernelBackend
+from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, MIX_OPS, KernelBackend
 from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
 from ela_kernels.backends.layout import dense, resolved
 from ela_kernels.backends.types import (
@@ -39,7 +39,7 @@ class GpuBackend(KernelBackend):
 
     device_types = frozenset({"cuda"})
     dtypes = frozenset({torch.float32}) | HALF_DTYPES
-    ops = ATTENTION_OPS
+    ops = ATTENTION_OPS | MIX_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = GpuContribution
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ela_kernels.backends.checks import check_norm_sizes, check_sizes
 from ela_kernels.backends.layout import MapView, empty_map, is_interleaved, new_row, view_in_form
 from ela_kernels.backends.memory import address, check_list_readable, check_readable
-from ela_kernels.backends.types import Filters, Gradients, NormAct, Saved
+from ela_kernels.backends.types import Filters, Gradients, MixGradients, NormAct, Saved
 from ela_kernels.torch_internals import version_of
 
 Sizes = tuple[int, int, int, int, int]
@@ -107,6 +107,17 @@ def new_gradients(
         dprev,
         [new_row(q) if need else None for need in need_keys],
         dvalues,
+    )
+
+
+def mix_gradients(
+    weights: Tensor, like: Tensor, channels_last: bool, need_values: Sequence[bool]
+) -> MixGradients:
+    """What the backward of a mix by contiguous `weights` writes, unwritten."""
+    interleaved = is_interleaved(like, channels_last)
+    return MixGradients(
+        torch.empty_like(weights),
+        [empty_map(like, channels_last, interleaved) if need else None for need in need_values],
     )
 
 

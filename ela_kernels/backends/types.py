@@ -41,6 +41,13 @@ class Gradients(NamedTuple):
     dvalues: list[Tensor | None]
 
 
+class MixGradients(NamedTuple):
+    """Of a sum of values by given weights; None where none was asked for."""
+
+    weights: Tensor | None
+    values: list[Tensor | None]
+
+
 class Contribution(Protocol):
     """What one layer's backward leaves for the layers that it retrieved from; each backend has its own kind.
 

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.conversion.cut import Given, run_up_to
+from ela_kernels.conversion.factors import HAVE_FACTORS, Gated
 from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer, is_wrapped
 from ela_kernels.explaining import refused
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.residual import light_residual_block, residual_block
+from ela_kernels.modules.reuse import block_around
 from ela_kernels.modules.skipping import SkipMode, Skipping
 from ela_kernels.torch_internals import has_own_hooks, is_exporting, own_child, part_of
 
@@ -101,6 +103,11 @@ class FusedBlock(Fused):
         x, state = found
         norm, act, drop_path = part_of(self, tail.norm), _act(self), _part(self, tail.drop_path)
         samples = type(drop_path) is tail.drops
+        if isinstance(state, Gated):
+            assert isinstance(attention, FusedLayer)
+            refused(attention, "block", refusal_by((HAVE_FACTORS,)), tells=False)
+            o, left = attention.fused_mixed(x, state)
+            return block_around(norm, act, drop_path, x, o, samples), *left
         if isinstance(attention, FusedLayer):
             out = residual_block(attention, norm, act, drop_path, x, state, samples)
             return attention.fused_with_state(out, state)

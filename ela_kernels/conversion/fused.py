@@ -12,15 +12,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
 from ela_kernels.backends.types import ValueAct
 from ela_kernels.conversion.cut import end_here
-from ela_kernels.conversion.stacked import Stacked, continued
+from ela_kernels.conversion.factors import HAVE_FACTORS, Gated, gated
+from ela_kernels.conversion.stacked import Lazy, Stacked, continued
+from ela_kernels.explaining import refused
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
-from ela_kernels.modules.query_key_value import QueryKeyValue, runs_as
+from ela_kernels.modules.query_key_value import QueryKeyValue, pooled, runs_as
 from ela_kernels.ops.autocast import is_autocast_on
+from ela_kernels.ops.depth_mix.interface import mixed
 from ela_kernels.ops.layer_attention import LayerHistory
+from ela_kernels.ops.layer_attention.observer import present_observer
+from ela_kernels.ops.layer_attention.plan import LayerPlan
+from ela_kernels.ops.layer_attention.reference import log_weights_reference
 from ela_kernels.torch_internals import has_hooks, has_own_hooks, is_plain_convolution, own_child
 
 
@@ -166,7 +173,30 @@ class FusedLayer(FusedFilters, LayerAttention):
         if history is None:
             return self.fused_original_forward(*given)
         end_here(self, self, x, history)
+        if isinstance(history, Gated):
+            o, left = self.fused_mixed(x, history)
+            return o, *left
         return self.fused_with_state(super().forward(x, history), history)
+
+    def fused_mixed(self, x: Tensor, before: Gated) -> tuple[Tensor, Gated]:
+        """What the layer retrieves from values that have factors, and what it hands on: no value is written anew."""
+        self.check_input(x)
+        refused(self, "layer", refusal_by((HAVE_FACTORS,)), tells=False)
+        history = LayerHistory()
+        plan = self.plan(x, history)
+        if isinstance(plan, LayerPlan):
+            history.provide_layer(x, plan, heads=self.heads, caller=self)
+            pairs = history.left_by_last().pairs
+            k, v = pairs.keys[-1], pairs.values[-1]
+            (q,) = self.filtered(pooled(x), self.Wq)
+        else:
+            q, k, v = self.query_key_value(x)
+        left = before.with_own(k, v)
+        heads, keys = self.heads, left.keys.unbind(1)
+        # Of so few numbers that no kernel is worth its call.
+        weights = log_weights_reference(q, keys, heads, self.head_dim**-0.5).exp()
+        by_channel = weights.repeat_interleave(self.head_dim, 1) * left.factors()
+        return mixed(by_channel, left.values.pairs, False, self), left
 
     @staticmethod
     def fused_with_state(
@@ -217,7 +247,12 @@ class FusedLayer(FusedFilters, LayerAttention):
         if history is None:
             if not keys.dtype == values.dtype == x.dtype or is_autocast_on(x):
                 return None
-            keys, values = (t.make() if isinstance(t, Stacked) else t for t in (keys, values))
+            # Whoever looks on, or may have layers skipped, is told by a history.
+            if not form.carries and present_observer() is None:
+                found = gated(keys, values)
+                if found is not None:
+                    return found
+            keys, values = (t.make() if isinstance(t, Lazy) else t for t in (keys, values))
             history = LayerHistory.holding(keys, values, heads=self.heads, repeats=True)
         return history
 

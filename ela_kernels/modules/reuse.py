@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.backends.dispatch import Refusal, refusal_by
+from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
 from ela_kernels.modules.norms import (
@@ -88,6 +89,39 @@ def reused_block(
     if not turn.provides:
         history.pass_by(counted)
     return end_of_block(norm, act, drop_path, y, kept.o, kept.exists)
+
+
+def block_around(
+    norm: nn.Module,
+    act: nn.Module,
+    drop_path: nn.Module,
+    x: Tensor,
+    o: Tensor,
+    samples: bool = False,
+) -> Tensor:
+    """`x + drop_path(act(norm(o)))` of any map `o`, by one kernel where the modules allow it.
+
+    `samples` as of :func:`~ela_kernels.modules.residual.residual_block`.
+    """
+    obstacles, takes, history = (
+        module_obstacles(None, norm, act, drop_path, samples),
+        False,
+        LayerHistory(),
+    )
+    if is_batch_norm(norm):
+        obstacles += norm_obstacles(norm, x)
+        takes = takes_batch(norm)
+    obstacles += reuse_obstacles(x, Kept.of(o), False)
+    plan = history.plan_reuse(x, tuple(obstacles))
+    if isinstance(plan, Refusal):
+        return end_of_block(norm, act, drop_path, x, o)
+    statistics = None
+    if takes:
+        wide = o.detach().to(accumulate_dtype(o.dtype))
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+        statistics = torch.stack((mean, variance))
+    epilogue = epilogue_of(norm, act, drop_path, x)
+    return history.reuse(x, Kept.of(o, statistics), epilogue, plan)
 
 
 def end_of_block(

@@ -51,18 +51,22 @@ def is_autocast_on(q: Tensor) -> bool:
 
 def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any]:
     """Cast as PyTorch's own matrix products are under autocast; float64 and foreign types stay."""
-    dtype = torch.get_autocast_dtype(q.device.type)
-
-    def as_autocast_dtype(x: Any, name: str) -> Any:
-        if isinstance(x, Tensor):
-            if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
-                return x
-            check_not_freed(name, x)
-            return x.to(dtype)
-        return tuple(as_autocast_dtype(y, name) for y in x) if isinstance(x, (tuple, list)) else x
-
+    device_type = q.device.type
     return (
-        as_autocast_dtype(q, "q"),
-        as_autocast_dtype(keys, "keys"),
-        as_autocast_dtype(values, "values"),
+        in_autocast_dtype(q, "q", device_type),
+        in_autocast_dtype(keys, "keys", device_type),
+        in_autocast_dtype(values, "values", device_type),
     )
+
+
+def in_autocast_dtype(x: Any, name: str, device_type: str) -> Any:
+    """A tensor, or those of a sequence, as autocast casts what a matrix product on a device of this type is given."""
+    if isinstance(x, Tensor):
+        dtype = torch.get_autocast_dtype(device_type)
+        if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
+            return x
+        check_not_freed(name, x)
+        return x.to(dtype)
+    if isinstance(x, (tuple, list)):
+        return tuple(in_autocast_dtype(y, name, device_type) for y in x)
+    return x

@@ -1,4 +1,4 @@
-"""Argument checks of layer attention: every refusal names the argument, what it got and what is allowed."""
+"""Argument checks of the operations: every refusal names the argument, what it got and what is allowed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import cast, get_args
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.types import LEAST_TOLERANCE, ValueAct
 
 ALLOWED_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -74,17 +75,23 @@ def check_value_act(value_act: object) -> ValueAct | None:
     return cast("ValueAct | None", value_act)
 
 
-def check_like(name: str, tensor: Tensor, q: Tensor) -> None:
-    """Same device and dtype as the query."""
-    if tensor.device != q.device:
-        raise ValueError(
-            f"{name}: got device {tensor.device} while q is on {q.device}; allowed is one device "
-            "for all tensors of a call"
-        )
+def check_like(
+    name: str, tensor: Tensor, q: Tensor, q_name: str = "q", of: str = "q, keys and values"
+) -> None:
+    """Same device and dtype as the query, or as another tensor that says what those `of` a call are."""
+    _check_device(name, tensor, q, q_name)
     if tensor.dtype != q.dtype:
         raise TypeError(
-            f"{name}: got dtype {tensor.dtype} while q has {q.dtype}; allowed is one dtype for q, "
-            "keys and values. Convert one of them (under autocast this is done for you)"
+            f"{name}: got dtype {tensor.dtype} while {q_name} has {q.dtype}; allowed is one dtype for {of}. "
+            "Convert one of them (under autocast this is done for you)"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device} while {other_name} is on {other.device}; allowed is one device "
+            "for all tensors of a call"
         )
 
 
@@ -153,12 +160,65 @@ def check_values(values: object, q: Tensor, depth: int, channels_last: bool) -> 
         )
     for j, value in enumerate(checked):
         check_map(f"values[{j}]", value, q, channels_last)
-        if value.shape != checked[0].shape:
-            raise ValueError(
-                f"values[{j}]: got shape {list(value.shape)}; allowed is that of values[0], "
-                f"{list(checked[0].shape)}"
-            )
+        _check_shape_of_first(j, value, checked[0])
     return checked
+
+
+def _check_shape_of_first(j: int, value: Tensor, first: Tensor) -> None:
+    if value.shape != first.shape:
+        raise ValueError(
+            f"values[{j}]: got shape {list(value.shape)}; allowed is that of values[0], "
+            f"{list(first.shape)}"
+        )
+
+
+def check_maps(values: object, channels_last: bool) -> tuple[Tensor, ...]:
+    """Feature maps without a query: the first says what all of them are.
+
+    Their dtypes are compared under autocast too, which casts them alike.
+    """
+    checked = _sequence("values", values, stacked_from=4)
+    first = check_tensor("values[0]", checked[0])
+    if first.dim() < (3 if channels_last else 2) or first.shape[-1 if channels_last else 1] == 0:
+        form = "[B, *spatial, C]" if channels_last else "[B, C, *spatial]"
+        raise ValueError(
+            f"values[0]: got shape {list(first.shape)}; allowed is {form} with one channel or more "
+            f"(channels_last={channels_last})"
+        )
+    for j, value in enumerate(checked):
+        check_tensor(f"values[{j}]", value)
+        check_like(f"values[{j}]", value, first, "values[0]", "all values")
+        _check_shape_of_first(j, value, first)
+    return checked
+
+
+def check_mix_weights(weights: object, values: tuple[Tensor, ...], channels_last: bool) -> int:
+    """How many heads the weights of a mix are for."""
+    weights = check_tensor("weights", weights)
+    first, depth = values[0], len(values)
+    _check_device("weights", weights, first, "values[0]")
+    wide = accumulate_dtype(first.dtype)
+    if weights.dtype not in (first.dtype, wide):
+        also = "" if wide == first.dtype else f", or {wide}"
+        raise TypeError(
+            f"weights: got dtype {weights.dtype} for values in {first.dtype}; allowed is that of the values{also}. "
+            "Convert them"
+        )
+    batch, channels = first.shape[0], first.shape[-1 if channels_last else 1]
+    shape = list(weights.shape)
+    *sample, heads = [1, *shape[:-1]] if len(shape) < 2 else shape[:-1]
+    if (
+        not 1 <= len(shape) <= 3
+        or shape[-1] != depth
+        or heads < 1
+        or channels % heads
+        or (len(shape) == 3 and sample != [batch])
+    ):
+        raise ValueError(
+            f"weights: got shape {shape}; allowed is [T], [G, T] or [B, G, T] with T = {depth} values, B = {batch} and "
+            f"G a divisor of the {channels} channels"
+        )
+    return heads
 
 
 def check_prev_weights(

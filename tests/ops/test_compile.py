@@ -47,6 +47,12 @@ def test_traced_without_previous_weights_and_with_a_summed_output():
     assert_matches(evaluate(case, compiled("aot_eager")), case)
 
 
+@pytest.mark.usefixtures("backend")
+def test_traced_maps_without_a_position():
+    case = make_case((3, 8), 2, 2)
+    assert_matches(evaluate(case, compiled("aot_eager")), case)
+
+
 def test_traced_again_with_changed_shapes():
     function = compiled("aot_eager", dynamic=None)
     for shape in ((2, 12, 5, 3), (3, 12, 7, 4), (5, 12, 2, 9)):

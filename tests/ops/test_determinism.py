@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.cases import DTYPES, evaluate, make_case
 from support.layouts import channel_slice, channels_last, contiguous
+from support.mixes import evaluate as evaluate_mix
+from support.mixes import make_mix
 
 import ela_kernels as ek
 
@@ -38,6 +40,22 @@ def test_bits_do_not_depend_on_threads_or_repeats(name, dtype):
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             again = evaluate(case)
+            for key, x in first.items():
+                assert not x.isnan().any(), key
+                assert same_bits(x, again[key]), f"{key} differs on {threads} threads"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_bits_of_a_mix_do_not_depend_on_threads_or_repeats(name, dtype):
+    shape, depth, heads, layout = CALLS[name]
+    mix = make_mix(shape, depth, heads, dtype, layout)
+    with ek.use_backend("cpp"):
+        torch.set_num_threads(1)
+        first = evaluate_mix(mix)
+        for threads in (2, 3, 2):
+            torch.set_num_threads(threads)
+            again = evaluate_mix(mix)
             for key, x in first.items():
                 assert not x.isnan().any(), key
                 assert same_bits(x, again[key]), f"{key} differs on {threads} threads"

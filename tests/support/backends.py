@@ -136,6 +136,8 @@ METHODS = (
     "norm_backward",
     "light_layer",
     "light_layer_backward",
+    "mix",
+    "mix_backward",
 )
 
 

@@ -18,6 +18,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from support.cases import DTYPES, HALF_TYPES, evaluate, make_case
 from support.layouts import channel_slice, channels_last, contiguous
+from support.mixes import assert_mixed, make_mix
+from support.mixes import evaluate as evaluate_mix
 from support.oracle import assert_matches
 
 import ela_kernels as ek
@@ -124,6 +126,15 @@ def check_calls(dtype: torch.dtype) -> None:
         assert_matches(evaluate(case), case)
 
 
+def check_mixes(dtype: torch.dtype) -> None:
+    """Sums by given weights, of rows as short as a vector and of single channels, in every form of map."""
+    for layout in (contiguous, channels_last, channel_slice):
+        for shape, heads in (((2, 12, 5, 7), 3), ((1, 18, 33, 67), 2), ((2, 37, 5, 3), 37)):
+            for depth in (1, 5):
+                mix = make_mix(shape, depth, heads, dtype, layout)
+                assert_mixed(evaluate_mix(mix), mix)
+
+
 def check_layers(dtype: torch.dtype, tolerance: float) -> None:
     """A residual block of each form against the same modules in float64 and eager PyTorch; odd sizes."""
     for shape, head_dim, form, act in (
@@ -206,6 +217,7 @@ def main() -> None:
         check_products(dtype)
     for dtype in DTYPES:
         check_calls(dtype)
+        check_mixes(dtype)
         check_layers(dtype, LAYER_TOLERANCE[dtype])
         check_widths(dtype)
     print(f"passed on {kernels.simd_level()}")

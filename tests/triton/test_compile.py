@@ -42,8 +42,9 @@ def test_kernels_compile_for_hopper_without_spills():
     lines = compile_report("--quick", "--targets", "sm_90", timeout=300).splitlines()
     assert lines[0] == f"Triton {importlib.metadata.version('triton')}"
     forms = [line for line in lines if "layer_attention_fwd_kernel" in line]
-    # Planar and interleaved: alone, with a residual, with statistics; each also leaves out small weights.
-    assert len(forms) == 12
+    # Planar and interleaved: alone, with a residual, with statistics, each also leaving out small weights; and by given
+    # weights.
+    assert len(forms) == 12 + 2
     # Four vectors of a map: four maps in groups, or the two and three of a light layer.
     fewest = {
         "attention_fwd_": 16,
@@ -107,6 +108,9 @@ def test_launches_are_recorded_and_not_made():
     assert kernels.count("light_layer_fwd_kernel") == 6  # alone, of a block, by activation
     for name in ("light_layer_bwd_kernel", "light_layer_bwd_rows_kernel"):
         assert kernels.count(name) == 3
+    kernels = [launch.kernel.fn.__name__ for launch in triton_report.launches_of_mix(case)]
+    dots, tail = "layer_attention_bwd_dots_kernel", "depth_mix_bwd_tail_kernel"
+    assert kernels == ["layer_attention_fwd_kernel", dots, tail, dots, tail]
     wide = triton_report.launches_of(case._replace(channels=512, head_dim=512, size=2))
     assert "light_layer_gates_kernel" in [launch.kernel.fn.__name__ for launch in wide]
 

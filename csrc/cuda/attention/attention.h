@@ -28,9 +28,10 @@ struct WeightsCall {
   RowList keys;
   const float* prev;  // [B, G, prev_depth] or null
   int64_t prev_depth;
-  float* weights;   // [B, G, depth]
-  float* kl;        // [B, G]; null without prev
-  float tolerance;  // values of a smaller weight are left out
+  float* weights;         // [B, G, depth]
+  float* kl;              // [B, G]; null without prev
+  float tolerance;        // values of a smaller weight are left out
+  bool is_given = false;  // the weights are no softmax's, and have neither query nor keys
 };
 
 struct ForwardCall {
@@ -46,7 +47,7 @@ struct BackwardCall {
   MapView dout;           // data null: no gradient arrived through `out`, and no value is read
   const float* dweights;  // [B, G, depth] or null
   const float* dkl;       // [B, G] or null
-  float* dscores;         // [B, G, depth], of the dot products before the scale
+  float* dscores;         // [B, G, depth], of the dot products before the scale, or of weights that are given
   void* dquery;           // [B, C]
   RowList dkeys;          // count 0 or depth; single ones may be null
   float* dprev;           // [B, G, prev_depth]

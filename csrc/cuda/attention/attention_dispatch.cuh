@@ -261,6 +261,7 @@ cudaError_t launch_tail(const BackwardCall& c, const Partials& partials, void* s
   p.depth_span_log2 = log2_of(power_of_two(depth, 1, kWarp));
   p.channel_span_log2 = log2_of(team == kWarp ? power_of_two(s.head_dim(), 1, kWarp) : team);
   p.has_dkeys = c.dkeys.count != 0;
+  p.is_given = c.attention.is_given;
   p.partials = partials;
   p.partial_ptr = c.dout.data == nullptr ? nullptr : c.workspace;
   p.dweights_ptr = c.dweights;

@@ -17,6 +17,7 @@ struct TailParams {
   int depth_span_log2;    // lanes of a warp that take a depth each, the others take other partial sums
   int channel_span_log2;  // threads of a team that take a channel each, the others take other depths
   bool has_dkeys;
+  bool is_given;  // the weights are given: what is wanted is their gradient alone
   Partials partials;
   const float* partial_ptr;   // see Partials; null without dout
   const float* dweights_ptr;  // [B, G, depth] or null
@@ -70,6 +71,10 @@ __device__ inline void scores_gradient(const TailParams<kMaxDepth>& p, int64_t i
     for (int w = 0; w < warps; ++w) total += totals[w * a.depth + j];
     return total;
   };
+  if (p.is_given) {
+    for (int j = lane; inside && writes && j < a.depth; j += kWarp) p.dscores_ptr[item * a.depth + j] = total_at(j);
+    return;
+  }
   float mean = 0;
   float mass = 0;
   if (inside) {
@@ -163,7 +168,7 @@ __global__ void __launch_bounds__(kBlock)
     __syncthreads();
     scores_gradient(p, item, t < kWarp, warps, totals + team * warps * depth, dscores + team * depth);
     __syncthreads();
-    row_gradients<T>(p, item, t, dscores + team * depth);
+    if (!p.is_given) row_gradients<T>(p, item, t, dscores + team * depth);
     if (p.dprev_ptr != nullptr) {
       prev_gradient<T>(p, first, static_cast<int>(smaller<int64_t>(p.items - first, teams)), scores);
     }

@@ -60,16 +60,16 @@ def kernels() -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def _aggregate_workspace(sizes: Sizes, sources: int) -> int:
+def aggregate_workspace(sizes: Sizes, sources: int) -> int:
     return int(kernels().aggregate_workspace(sizes=sizes, sources=sources))
 
 
 @functools.lru_cache(maxsize=1024)
-def _backward_workspace(sizes: Sizes, depth: int) -> int:
+def backward_workspace(sizes: Sizes, depth: int) -> int:
     return int(kernels().backward_workspace(sizes=sizes, depth=depth))
 
 
-def _workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
+def new_workspace(elements: int, dtype: torch.dtype) -> Tensor | None:
     return torch.empty(elements, dtype=dtype, device="cpu") if elements else None
 
 
@@ -132,7 +132,7 @@ def attend(
     weights = _new(accumulate, sizes[0], heads, depth)
     prev_weights = dense(prev_weights)
     kl = None if prev_weights is None else _new(accumulate, sizes[0], heads)
-    workspace = _workspace(_aggregate_workspace(sizes, depth), accumulate)
+    workspace = new_workspace(aggregate_workspace(sizes, depth), accumulate)
     extension = kernels()
     attention = extension.attention(
         scale=scale,
@@ -244,7 +244,7 @@ def attend_backward(
     dprev = None
     if need_prev and dkl is not None and prev_weights is not None:
         dprev = torch.empty_like(prev_weights)
-    workspace = _workspace(_backward_workspace(sizes, depth), weights.dtype)
+    workspace = new_workspace(backward_workspace(sizes, depth), weights.dtype)
     extension = kernels()
     attention = extension.attention(
         scale=scale,
@@ -372,7 +372,7 @@ def gather(
         sizes = kernel_sizes(like, heads, channels_last, interleaved)
         dvalue, dvalue_view = new_map(like, sizes, channels_last, q.dtype)
         accumulate = contributions[0].weights.dtype
-        workspace = _workspace(_aggregate_workspace(sizes, len(contributions)), accumulate)
+        workspace = new_workspace(aggregate_workspace(sizes, len(contributions)), accumulate)
         elements = dvalue.numel()
     sources, keeps = packed_sources(contributions, channels_last, interleaved)
     kernels().gather(

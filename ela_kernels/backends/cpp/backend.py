@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends import extension as built
-from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, LIGHT_OPS, KernelBackend
-from ela_kernels.backends.cpp import attention, layer, light
+from ela_kernels.backends.contract import (
+    ATTENTION_OPS,
+    HALF_DTYPES,
+    LIGHT_OPS,
+    MIX_OPS,
+    KernelBackend,
+)
+from ela_kernels.backends.cpp import attention, layer, light, mix
 from ela_kernels.backends.cpp import norm as norms
 from ela_kernels.backends.cpp.attention import CppContribution
 from ela_kernels.backends.types import (
@@ -24,6 +30,7 @@ from ela_kernels.backends.types import (
     LightForward,
     LightGradients,
     LightNeeds,
+    MixGradients,
     NormAct,
     NormGradients,
     Retrieved,
@@ -40,7 +47,7 @@ class CppBackend(KernelBackend):
     name = "cpp"
     device_types = frozenset({"cpu"})
     dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
-    ops = ATTENTION_OPS | LIGHT_OPS
+    ops = ATTENTION_OPS | LIGHT_OPS | MIX_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = CppContribution
     value_dtypes = frozenset((torch.float32, half) for half in HALF_DTYPES)
@@ -181,3 +188,17 @@ class CppBackend(KernelBackend):
         needs: LightNeeds,
     ) -> LightGradients:
         return light.light_layer_backward(saved, dout, dnext, needs)
+
+    def mix(self, weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
+        return mix.mix(weights, values, channels_last)
+
+    def mix_backward(
+        self,
+        weights: Tensor,
+        values: Sequence[Tensor],
+        dout: Tensor,
+        channels_last: bool,
+        need_weights: bool,
+        need_values: Sequence[bool],
+    ) -> MixGradients:
+        return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)

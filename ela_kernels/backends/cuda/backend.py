@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends import extension as built
-from ela_kernels.backends.cuda import attention, layer, producer
+from ela_kernels.backends.cuda import attention, layer, mix, producer
 from ela_kernels.backends.cuda import norm as norms
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
 from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
@@ -17,6 +17,7 @@ from ela_kernels.backends.types import (
     Filters,
     Gradients,
     LayerForward,
+    MixGradients,
     NormAct,
     NormGradients,
     Saved,
@@ -154,6 +155,20 @@ class CudaBackend(GpuBackend):
         also: Tensor | None = None,
     ) -> NormGradients:
         return norms.norm_backward(o, dout, statistics, norm, also)
+
+    def mix(self, weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
+        return mix.mix(weights, values, channels_last)
+
+    def mix_backward(
+        self,
+        weights: Tensor,
+        values: Sequence[Tensor],
+        dout: Tensor,
+        channels_last: bool,
+        need_weights: bool,
+        need_values: Sequence[bool],
+    ) -> MixGradients:
+        return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)
 
 
 @functools.cache

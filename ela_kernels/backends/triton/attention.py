@@ -29,7 +29,15 @@ from ela_kernels.backends.triton.kernels.forward import (
     layer_attention_fwd_kernel,
     layer_attention_weights_kernel,
 )
-from ela_kernels.backends.triton.plan import NUM_WARPS, Plan, block_d, bucket, comparable, make_plan
+from ela_kernels.backends.triton.plan import (
+    NUM_WARPS,
+    Plan,
+    block_d,
+    bucket,
+    comparable,
+    encoded,
+    make_plan,
+)
 
 _WEIGHTS_HEADS = 4  # of one program of the weights-only pass
 
@@ -57,6 +65,11 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def padded(items: Sequence[Any], length: int) -> tuple[Any, ...]:
     """As a tuple of the kernel's length; what is beyond the depth is never read."""
     return (*items, *([items[-1]] * (length - len(items))))
+
+
+def flags(tensors: Sequence[Tensor | None], length: int) -> tuple[int, ...]:
+    """Which of some tensors are there, as a tuple of the kernel's length."""
+    return padded([encoded(int(t is not None)) for t in tensors], length)
 
 
 def units(plan: Plan, strides: tuple[int, int]) -> tuple[int, int]:

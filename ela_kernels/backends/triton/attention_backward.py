@@ -24,7 +24,7 @@ from ela_kernels.backends.layout import (
     resolved,
 )
 from ela_kernels.backends.memory import check_list_readable
-from ela_kernels.backends.triton.attention import guard, padded, units
+from ela_kernels.backends.triton.attention import flags, guard, padded, units
 from ela_kernels.backends.triton.kernels.backward import (
     layer_attention_bwd_dots_kernel,
     layer_attention_bwd_tail_kernel,
@@ -99,7 +99,7 @@ def attend_backward(
                 padded([dout if d is None else d for d in dvalues], depth_bucket)
                 if push
                 else (dout,),
-                _flags(dvalues, depth_bucket) if push else (encoded(0),),
+                flags(dvalues, depth_bucket) if push else (encoded(0),),
                 weights_in,
                 partial,
                 *plan.geometry,
@@ -131,7 +131,7 @@ def attend_backward(
             dscores,
             q if dq is None else dq,
             padded([q if d is None else d for d in dkeys], depth_bucket) if push else (q,),
-            _flags(dkeys, depth_bucket) if push else (encoded(0),),
+            flags(dkeys, depth_bucket) if push else (encoded(0),),
             dscores if dprev is None else dprev,
             sizes[1],
             heads,
@@ -158,10 +158,6 @@ def attend_backward(
             num_warps=1,  # one head's numbers: few
         )
     return new
-
-
-def _flags(tensors: Sequence[Tensor | None], length: int) -> tuple[int, ...]:
-    return padded([encoded(int(t is not None)) for t in tensors], length)
 
 
 def gather(

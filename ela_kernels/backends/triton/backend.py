@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import ATTENTION_OPS, LIGHT_OPS, Request
+from ela_kernels.backends.contract import ATTENTION_OPS, LIGHT_OPS, MIX_OPS, Request
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
 from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
 from ela_kernels.backends.types import (
@@ -21,6 +21,7 @@ from ela_kernels.backends.types import (
     LightForward,
     LightGradients,
     LightNeeds,
+    MixGradients,
     NormAct,
     NormGradients,
     Saved,
@@ -35,7 +36,7 @@ class TritonBackend(GpuBackend):
     name = "triton"
     # The loop over the maps is unrolled when Triton compiles: 20 seconds at 128 layers, minutes at 256.
     max_depth = 128
-    ops = ATTENTION_OPS | LIGHT_OPS
+    ops = ATTENTION_OPS | LIGHT_OPS | MIX_OPS
     min_capability = (8, 0)
 
     @property
@@ -235,6 +236,24 @@ class TritonBackend(GpuBackend):
             return LightGradients()
         found = light.light_layer_backward(saved, do, residual, needs)
         return found._replace(gamma=dgamma, beta=dbeta)
+
+    def mix(self, weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
+        from ela_kernels.backends.triton import mix
+
+        return mix.mix(weights, values, channels_last)
+
+    def mix_backward(
+        self,
+        weights: Tensor,
+        values: Sequence[Tensor],
+        dout: Tensor,
+        channels_last: bool,
+        need_weights: bool,
+        need_values: Sequence[bool],
+    ) -> MixGradients:
+        from ela_kernels.backends.triton import mix
+
+        return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)
 
 
 @functools.cache

@@ -147,14 +147,14 @@ def _backward_op(
         q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
     )
     return (
-        _given_or_zero(dq, dq_out),
-        [_given_or_zero(d, o) for d, o in zip(dkeys, dkeys_out, strict=True)],
-        [_given_or_zero(d, o) for d, o in zip(dvalues, dvalues_out, strict=True)],
-        _given_or_zero(dprev, dprev_out),
+        given_or_zero(dq, dq_out),
+        [given_or_zero(d, o) for d, o in zip(dkeys, dkeys_out, strict=True)],
+        [given_or_zero(d, o) for d, o in zip(dvalues, dvalues_out, strict=True)],
+        given_or_zero(dprev, dprev_out),
     )
 
 
-def _given_or_zero(found: Tensor | None, out: Tensor) -> Tensor:
+def given_or_zero(found: Tensor | None, out: Tensor) -> Tensor:
     """An op may not return None or another layout than it promised."""
     if found is None:
         return out.zero_()
@@ -275,7 +275,7 @@ class _LayerAttention(torch.autograd.Function):
 
 
 @constant_in_graphs
-def _runs_elsewhere() -> bool:
+def runs_elsewhere() -> bool:
     """Whether a graph is made for a runtime that knows no operators of this package."""
     return is_exporting_to_onnx()
 
@@ -292,7 +292,7 @@ def layer_attention_autograd(
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` of a backend's kernels, differentiable; of what the operator chooses where there is none."""
-    if backend is None and _runs_elsewhere():
+    if backend is None and runs_elsewhere():
         return layer_attention_reference(
             q, keys, values, heads, scale, prev_weights, channels_last, tolerance
         )

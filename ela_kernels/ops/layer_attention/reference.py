@@ -87,6 +87,19 @@ def aggregate_reference(
     return total.to(last.dtype)
 
 
+def dots_reference(
+    dout: Tensor, values: Sequence[Tensor], heads: int, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """`<dout, values[j]>` of each sample and head, `[B, G, T]` in `dtype`: the gradient of the weights of a sum."""
+    channel_dim = -1 if channels_last else 1
+    dots = []
+    for value in values:
+        products = (dout.to(dtype) * value.to(dtype)).movedim(channel_dim, 1)
+        of_channels = products if products.dim() == 2 else products.flatten(2).sum(2)
+        dots.append(of_channels.unflatten(1, (heads, -1)).sum(2))  # [B, G]
+    return torch.stack(dots, dim=-1)
+
+
 def layer_attention_reference(
     q: Tensor,
     keys: Sequence[Tensor],
@@ -120,16 +133,13 @@ def layer_attention_backward_reference(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None]:
     """`(dq, dkeys, dvalues, dprev_weights)` by hand: what the kernels compute, in a form to read."""
     dtype = weights.dtype
-    channel_dim = -1 if channels_last else 1
     total = torch.zeros_like(weights) if dweights is None else dweights  # gradient of the weights
     dvalues = [torch.zeros_like(v) for v in values]
     if dout is not None:
-        products = [(dout.to(dtype) * v.to(dtype)).movedim(channel_dim, 1) for v in values]
-        dots = [p.flatten(2).sum(2).unflatten(1, (heads, -1)).sum(2) for p in products]  # [B, G]
-        products_of_all = torch.stack(dots, dim=-1)
+        dots = dots_reference(dout, values, heads, dtype, channels_last)
         if tolerance > 0:
-            products_of_all = products_of_all.masked_fill(is_left_out(weights, tolerance), 0.0)
-        total = total + products_of_all
+            dots = dots.masked_fill(is_left_out(weights, tolerance), 0.0)
+        total = total + dots
         dvalues = [
             aggregate_reference(weights[..., j : j + 1], [dout], channels_last, tolerance)
             for j in range(len(values))

@@ -177,6 +177,29 @@ def _summed_dots(
     return tl.sum(acc, axis=0)
 
 
+@triton.jit(do_not_specialize=["heads", "rows", "chunks", "depth"])
+def depth_mix_bwd_tail_kernel(
+    partial_ptr,
+    dweights_ptr,  # [B, G, depth]
+    channels,
+    heads,
+    rows,
+    chunks,
+    depth,
+    INTERLEAVED: tl.constexpr,
+    FOLD: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Of weights that are given the dot products are the gradient."""
+    item = tl.program_id(0)
+    offs_t = tl.arange(0, T)
+    dweights = _summed_dots(
+        partial_ptr, item, channels, heads, rows, chunks, depth, INTERLEAVED, FOLD, T, BLOCK_S
+    )
+    tl.store(dweights_ptr + item.to(tl.int64) * depth + offs_t, dweights, mask=offs_t < depth)
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "chunks", "depth", "prev_depth"])
 def layer_attention_bwd_tail_kernel(
     q_ptr,  # [B, C]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -89,13 +89,23 @@ def layer_backward_flops(*args: Any, **_: Any) -> int:
     return count
 
 
+_formulas: dict[str, Callable[..., int]] = {
+    "layer_attention": attention_flops,
+    "layer_attention_backward": attention_backward_flops,
+    "layer": layer_flops,
+    "layer_backward": layer_backward_flops,
+}
+
+
+def count_flops(name: str, formula: Callable[..., int]) -> None:
+    """Make the formula of another of the package's operators known to PyTorch's counter."""
+    _formulas[name] = formula
+    if _COUNTER in sys.modules:
+        _register(sys.modules[_COUNTER])
+
+
 def _register(counter: ModuleType) -> None:
-    for name, formula in (
-        ("layer_attention", attention_flops),
-        ("layer_attention_backward", attention_backward_flops),
-        ("layer", layer_flops),
-        ("layer_backward", layer_backward_flops),
-    ):
+    for name, formula in _formulas.items():
         of = getattr(torch.ops.ela_kernels, name)
         if of not in counter.flop_registry:
             counter.register_flop_formula(of, get_raw=True)(_without_result(formula))
