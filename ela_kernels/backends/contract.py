@@ -9,6 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.position import (
+    PositionCall,
+    PositionGradients,
+    PositionLeft,
+    PositionNeeds,
+)
 from ela_kernels.backends.types import (
     Arrived,
     Contribution,
@@ -36,6 +42,7 @@ HALF_DTYPES = frozenset({torch.bfloat16, torch.float16})
 # layer's retrieval, and the light form of layer and block.
 ATTENTION_OPS = frozenset({"layer_attention", "layer_attention_weights", "layer", "block", "reuse"})
 LIGHT_OPS = frozenset({"light_layer", "light_block"})
+POSITION_OPS = frozenset({"position_attention"})
 
 
 class Request(NamedTuple):
@@ -44,7 +51,8 @@ class Request(NamedTuple):
     Hashable on purpose: the choice is cached, so that a training step does not pay for it.
 
     Attributes:
-        op: one of `ATTENTION_OPS` or `LIGHT_OPS`, or `light_layer_attention`, which has no kernels of its own.
+        op: one of `ATTENTION_OPS`, `LIGHT_OPS` or `POSITION_OPS`, or `light_layer_attention`, which has no kernels of
+            its own.
         device, dtype: of the tensors, as they are computed with.
         depth: layers in the history, this one included.
         needs_grad: whether a backward may follow.
@@ -299,6 +307,28 @@ class KernelBackend(Backend):
             dnext: of the light output.
         """
         raise NotImplementedError(f"{self.name} has no kernels of a light layer")
+
+    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(out, weights, kl)`; weights `[B, T, *positions]`, `out` in the memory format of the last value."""
+        raise NotImplementedError(f"{self.name} has no kernels of position_attention")
+
+    def position_attend_backward(
+        self,
+        call: PositionCall,
+        weights: Tensor,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        needs: PositionNeeds,
+    ) -> PositionGradients:
+        """Gradients of one retrieval, those of values and keys where they are needed (the push form)."""
+        raise NotImplementedError(f"{self.name} has no kernels of position_attention")
+
+    def position_gather(
+        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
+    ) -> Tensor:
+        """The gradient of the value at `index`, of what the layers that retrieved it left: the pull form."""
+        raise NotImplementedError(f"{self.name} has no kernels of position_attention")
 
     def call_reasons(self, request: Request) -> list[str]:
         reasons = []

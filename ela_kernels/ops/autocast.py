@@ -52,17 +52,20 @@ def is_autocast_on(q: Tensor) -> bool:
 def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any]:
     """Cast as PyTorch's own matrix products are under autocast; float64 and foreign types stay."""
     dtype = torch.get_autocast_dtype(q.device.type)
-
-    def as_autocast_dtype(x: Any, name: str) -> Any:
-        if isinstance(x, Tensor):
-            if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
-                return x
-            check_not_freed(name, x)
-            return x.to(dtype)
-        return tuple(as_autocast_dtype(y, name) for y in x) if isinstance(x, (tuple, list)) else x
-
     return (
-        as_autocast_dtype(q, "q"),
-        as_autocast_dtype(keys, "keys"),
-        as_autocast_dtype(values, "values"),
+        as_autocast_dtype(q, dtype, "q"),
+        as_autocast_dtype(keys, dtype, "keys"),
+        as_autocast_dtype(values, dtype, "values"),
     )
+
+
+def as_autocast_dtype(x: Any, dtype: torch.dtype, name: str) -> Any:
+    """A tensor, or a sequence of tensors, in `dtype`; float64 and foreign types stay."""
+    if isinstance(x, Tensor):
+        if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
+            return x
+        check_not_freed(name, x)
+        return x.to(dtype)
+    if isinstance(x, (tuple, list)):
+        return tuple(as_autocast_dtype(y, dtype, name) for y in x)
+    return x

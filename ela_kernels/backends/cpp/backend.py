@@ -8,10 +8,22 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends import extension as built
-from ela_kernels.backends.contract import ATTENTION_OPS, HALF_DTYPES, LIGHT_OPS, KernelBackend
-from ela_kernels.backends.cpp import attention, layer, light
+from ela_kernels.backends.contract import (
+    ATTENTION_OPS,
+    HALF_DTYPES,
+    LIGHT_OPS,
+    POSITION_OPS,
+    KernelBackend,
+)
+from ela_kernels.backends.cpp import attention, layer, light, position
 from ela_kernels.backends.cpp import norm as norms
 from ela_kernels.backends.cpp.attention import CppContribution
+from ela_kernels.backends.position import (
+    PositionCall,
+    PositionGradients,
+    PositionLeft,
+    PositionNeeds,
+)
 from ela_kernels.backends.types import (
     Arrived,
     Epilogue,
@@ -40,7 +52,7 @@ class CppBackend(KernelBackend):
     name = "cpp"
     device_types = frozenset({"cpu"})
     dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
-    ops = ATTENTION_OPS | LIGHT_OPS
+    ops = ATTENTION_OPS | LIGHT_OPS | POSITION_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = CppContribution
     value_dtypes = frozenset((torch.float32, half) for half in HALF_DTYPES)
@@ -181,3 +193,22 @@ class CppBackend(KernelBackend):
         needs: LightNeeds,
     ) -> LightGradients:
         return light.light_layer_backward(saved, dout, dnext, needs)
+
+    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        return position.position_attend(call)
+
+    def position_attend_backward(
+        self,
+        call: PositionCall,
+        weights: Tensor,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        needs: PositionNeeds,
+    ) -> PositionGradients:
+        return position.position_attend_backward(call, weights, dout, dweights, dkl, needs)
+
+    def position_gather(
+        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
+    ) -> Tensor:
+        return position.position_gather(value, left, index, channels_last)

@@ -24,6 +24,7 @@ from ela_kernels.ops.layer_attention.reference import (
     layer_attention_reference,
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.ops.second_derivative import differentiable_gradients
 from ela_kernels.torch_internals import constant_in_graphs, is_exporting_to_onnx
 
 library = torch.library.Library("ela_kernels", "FRAGMENT")
@@ -147,14 +148,14 @@ def _backward_op(
         q, keys, values, heads, scale, prev_weights, weights, dout, dweights, dkl, channels_last
     )
     return (
-        _given_or_zero(dq, dq_out),
-        [_given_or_zero(d, o) for d, o in zip(dkeys, dkeys_out, strict=True)],
-        [_given_or_zero(d, o) for d, o in zip(dvalues, dvalues_out, strict=True)],
-        _given_or_zero(dprev, dprev_out),
+        given_or_zero(dq, dq_out),
+        [given_or_zero(d, o) for d, o in zip(dkeys, dkeys_out, strict=True)],
+        [given_or_zero(d, o) for d, o in zip(dvalues, dvalues_out, strict=True)],
+        given_or_zero(dprev, dprev_out),
     )
 
 
-def _given_or_zero(found: Tensor | None, out: Tensor) -> Tensor:
+def given_or_zero(found: Tensor | None, out: Tensor) -> Tensor:
     """An op may not return None or another layout than it promised."""
     if found is None:
         return out.zero_()
@@ -201,28 +202,13 @@ def _differentiable_gradients(
     keys = [x for x in inputs[2 : 2 + depth] if x is not None]
     values = [x for x in inputs[2 + depth :] if x is not None]
     assert q is not None
-    with torch.enable_grad():
-        outputs = layer_attention_reference(
+    return differentiable_gradients(
+        lambda: layer_attention_reference(
             q, keys, values, heads, scale, prev, channels_last, tolerance
-        )
-    pairs = [
-        (o, g)
-        for o, g in zip(outputs, grad_outputs, strict=True)
-        if o is not None and g is not None
-    ]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    if not pairs or not wanted:
-        return (None,) * len(inputs)
-    grads = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
+        ),
+        inputs,
+        grad_outputs,
     )
-    return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
 
 
 @opaque
@@ -275,7 +261,7 @@ class _LayerAttention(torch.autograd.Function):
 
 
 @constant_in_graphs
-def _runs_elsewhere() -> bool:
+def runs_elsewhere() -> bool:
     """Whether a graph is made for a runtime that knows no operators of this package."""
     return is_exporting_to_onnx()
 
@@ -292,7 +278,7 @@ def layer_attention_autograd(
     tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` of a backend's kernels, differentiable; of what the operator chooses where there is none."""
-    if backend is None and _runs_elsewhere():
+    if backend is None and runs_elsewhere():
         return layer_attention_reference(
             q, keys, values, heads, scale, prev_weights, channels_last, tolerance
         )
