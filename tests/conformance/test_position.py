@@ -279,3 +279,48 @@ def test_the_kernels_are_called(backend, made):
     evaluate_position(make_position_case(), put=backend.put)
     if backend.has_kernels:
         assert made == ["position_attend", "position_attend_backward"]
+
+
+@on(WITH_POSITIONS)
+@pytest.mark.parametrize("tokens", [False, True], ids=["map", "tokens"])
+@pytest.mark.parametrize("queries", ["vectors", "maps", "both"])
+def test_the_pull_form_gives_the_same_gradients(backend, queries, tokens, made):
+    """Values are made of what was retrieved before; of the last retrieval the weights alone have a gradient."""
+    shape, depth = ((2, 5, 12), 3) if tokens else ((2, 12, 3, 5), 3)
+    dim, dtype = (-1 if tokens else 1), backend.exact
+    is_map = {"vectors": [False] * 3, "maps": [True] * 3, "both": [True, False, True]}[queries]
+    x = contiguous(shape, dtype)
+    given = [
+        (contiguous(shape, dtype) if m else torch.randn(shape[dim]).to(dtype)) / 3 for m in is_map
+    ]
+    norm = torch.rand(shape[dim], dtype=dtype) + 0.5
+
+    def run(pull: bool) -> list[torch.Tensor]:
+        leaves = [backend.put(t.clone()).requires_grad_() for t in (x, norm, *given)]
+        history, values, prev, total = ek.PositionHistory(), [], None, 0
+        value = leaves[0] * 1
+        for t, query in enumerate(leaves[2:]):
+            values.append(value)
+            if pull:
+                history.append(value)
+                out = history.attend(query, leaves[1])
+                weights, kl = history.weights, history.kl
+            else:
+                found = ek.position_attention(
+                    query, values, norm_weight=leaves[1], prev_weights=prev
+                )
+                out, weights, kl, _ = found
+                prev = weights
+            if t == depth - 1:
+                total = total + weights.square().sum() + kl.sum()
+            else:
+                value = out.sin()
+                total = total + out.square().sum()
+        found = torch.autograd.grad(total, leaves)
+        return [g.cpu() for g in found]
+
+    pulled = run(True)
+    if backend.has_kernels:
+        assert made.count("position_gather") == depth
+    for found, expected in zip(pulled, run(False), strict=True):
+        torch.testing.assert_close(found, expected, **backend.tolerance)

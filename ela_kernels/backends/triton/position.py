@@ -37,9 +37,9 @@ from ela_kernels.backends.triton.kernels.position_backward import (
 from ela_kernels.backends.triton.plan import encoded, power_of_two
 
 _TABLE = 32  # addresses of one launch
-_TILE = 4096  # elements of a program's tile, where a position has no more
+_TILE = 2048  # elements of a program's tile, where a position has no more
 _LEAST_RUN = 16  # positions of a planar tile, as long as its channels leave room
-_MOST = 16384
+_MOST = 8192  # elements that have room in registers, several times
 _BLOCK = 256  # positions of a program that works on planes
 
 
@@ -68,7 +68,7 @@ class _Shape(NamedTuple):
     @property
     def warps(self) -> int:
         elements = self.P * self.C
-        return 4 if elements <= 4096 else 8 if elements <= 8192 else 16
+        return 4 if elements <= 2048 else 8 if elements <= 4096 else 16
 
 
 def _shape(value: Tensor, channels_last: bool) -> _Shape:
@@ -86,10 +86,11 @@ def _shape(value: Tensor, channels_last: bool) -> _Shape:
 class _Maps:
     """Maps of one call: alike within each list, read by 16 bytes where all of them allow it."""
 
-    def __init__(self, channels_last: bool, interleaved: bool, dtype: torch.dtype) -> None:
-        self._form = channels_last, interleaved
+    def __init__(self, channels_last: bool, shape: _Shape, dtype: torch.dtype) -> None:
+        self._form = channels_last, shape.interleaved
         self._unit = 16 // dtype.itemsize
-        self.aligned = True
+        self._lane = shape.channels if shape.interleaved else shape.positions
+        self.aligned = self._lane % self._unit == 0
 
     def taken(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Strides]:
         tensors, strides = alike_maps(tensors, *self._form)
@@ -103,6 +104,10 @@ class _Maps:
     @property
     def unit(self) -> int:
         return self._unit if self.aligned else 1
+
+    @property
+    def lane_units(self) -> int:
+        return self._lane // self.unit
 
     def units(self, strides: Strides) -> tuple[int, int]:
         return strides[0] // self.unit, strides[1] // self.unit
@@ -151,7 +156,7 @@ def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
     kl = None if prev is None else weights.new_empty((batch, *places))
     if not last.numel():
         return out, weights, kl
-    maps = _Maps(channels_last, s.interleaved, last.dtype)
+    maps = _Maps(channels_last, s, last.dtype)
     values, value_strides = maps.taken(call.values)
     keys, key_strides = maps.taken(call.keys) if call.keys else ((), value_strides)
     (query,), query_strides = maps.taken([values[-1] if call.query is None else call.query])
@@ -171,6 +176,7 @@ def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
             s.batch,
             s.channels,
             s.positions,
+            maps.lane_units,
             s.blocks,
             depth,
             *maps.units(value_strides),
@@ -255,7 +261,7 @@ def position_attend_backward(
     if not last.numel():
         drow = call.row.new_zeros(call.row.shape) if needs.row else None
         return PositionGradients(planes, drow, dquery, dprev, of_values, of_keys)
-    maps = _Maps(channels_last, s.interleaved, last.dtype)
+    maps = _Maps(channels_last, s, last.dtype)
     values, value_strides = maps.taken(call.values)
     keys, key_strides = maps.taken(call.keys) if call.keys else ((), value_strides)
     (query,), query_strides = maps.taken([values[-1] if call.query is None else call.query])
@@ -283,7 +289,7 @@ def position_attend_backward(
         *maps.units(query_strides),
         *maps.units(dout_strides),
     ]
-    sizes = (s.batch, s.channels, s.positions, s.blocks, depth)
+    sizes = (s.batch, s.channels, s.positions, maps.lane_units, s.blocks, depth)
     with guard(last.device):
         # Of values that are their own keys, no list of keys; gradients are looked for behind it all the same.
         table = _table(last.device, values, keys or values, dvalues or values, dkeys or values)
@@ -343,7 +349,7 @@ def position_gather(
         return dvalue
     device = value.get_device()
     check_readable(device, ("value",), (value,))
-    maps = _Maps(channels_last, s.interleaved, value.dtype)
+    maps = _Maps(channels_last, s, value.dtype)
     (value,), value_strides = maps.taken([value])
     none = None
     if any(m.dout is None for m in left):
@@ -369,7 +375,7 @@ def position_gather(
         )
         position_gather_kernel[(s.programs,)](
             *(table, value, left[0].weights, value, dvalue),
-            *(s.batch, s.channels, s.positions, s.blocks, len(left), index),
+            *(s.batch, s.channels, s.positions, maps.lane_units, s.blocks, len(left), index),
             *maps.units(value_strides),
             *maps.units(dout_strides),
             *maps.units(query_strides),

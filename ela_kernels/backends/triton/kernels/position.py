@@ -38,12 +38,29 @@ def map_at(table_ptr, i, like_ptr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def place_of(pid, positions, blocks, channels, P: tl.constexpr, C: tl.constexpr):
-    """Sample, positions `[P, 1]` and channels `[1, C]` of a program, and their mask."""
+def place_of(
+    pid,
+    channels,
+    positions,
+    lane_units,
+    blocks,
+    UNIT: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Sample, positions `[P]` and channels `[C]` of a program, and the mask `[P, C]`.
+
+    What lies together in memory, channels or positions, is counted in units of UNIT elements too: a mask that may end
+    anywhere would make reads of single elements.
+    """
     b = (pid // blocks).to(tl.int64)
     n = (pid % blocks).to(tl.int64) * P + tl.arange(0, P)
     c = tl.arange(0, C)
-    mask = (n < positions)[:, None] & (c < channels)[None, :]
+    if INTERLEAVED:
+        mask = (n < positions)[:, None] & (c < lane_units * UNIT)[None, :]
+    else:
+        mask = (n < lane_units * UNIT)[:, None] & (c < channels)[None, :]
     return b, n, c, mask
 
 
@@ -72,7 +89,7 @@ def direction(
     return row, query
 
 
-@triton.jit(do_not_specialize=["positions", "blocks", "depth", "channels"])
+@triton.jit(do_not_specialize=["channels", "positions", "lane_units", "blocks", "depth"])
 def position_fwd_kernel(
     table_ptr,  # [depth, of values, then of keys]
     like_ptr,
@@ -84,6 +101,7 @@ def position_fwd_kernel(
     batch,
     channels,
     positions,
+    lane_units,
     blocks,
     depth,
     stride_vb,
@@ -104,7 +122,9 @@ def position_fwd_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    b, n, c, mask = place_of(tl.program_id(0), positions, blocks, channels, P, C)
+    b, n, c, mask = place_of(
+        tl.program_id(0), channels, positions, lane_units, blocks, UNIT, P, C, INTERLEAVED
+    )
     row, query = direction(
         row_ptr, query_ptr, b, n, c, mask, channels, stride_qb, stride_qi,
         UNIT, INTERLEAVED, HAS_QUERY,

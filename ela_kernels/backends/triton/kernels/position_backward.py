@@ -17,7 +17,7 @@ from ela_kernels.backends.triton.kernels.position import (
 )
 
 
-@triton.jit(do_not_specialize=["positions", "blocks", "depth", "channels"])
+@triton.jit(do_not_specialize=["channels", "positions", "lane_units", "blocks", "depth"])
 def position_bwd_sums_kernel(
     table_ptr,
     like_ptr,
@@ -28,6 +28,7 @@ def position_bwd_sums_kernel(
     batch,
     channels,
     positions,
+    lane_units,
     blocks,
     depth,
     stride_vb,
@@ -49,7 +50,9 @@ def position_bwd_sums_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    b, n, c, mask = place_of(tl.program_id(0), positions, blocks, channels, P, C)
+    b, n, c, mask = place_of(
+        tl.program_id(0), channels, positions, lane_units, blocks, UNIT, P, C, INTERLEAVED
+    )
     row, query = direction(
         row_ptr, query_ptr, b, n, c, mask, channels, stride_qb, stride_qi,
         UNIT, INTERLEAVED, HAS_QUERY,
@@ -162,7 +165,7 @@ def position_bwd_coefficients_kernel(
         tl.store(planes_ptr + plane + of_t, shrink_by, mask=mask)
 
 
-@triton.jit(do_not_specialize=["positions", "blocks", "depth", "channels"])
+@triton.jit(do_not_specialize=["channels", "positions", "lane_units", "blocks", "depth"])
 def position_bwd_maps_kernel(
     table_ptr,  # [4, depth]: values, keys, their gradients
     like_ptr,
@@ -176,6 +179,7 @@ def position_bwd_maps_kernel(
     batch,
     channels,
     positions,
+    lane_units,
     blocks,
     depth,
     stride_vb,
@@ -201,7 +205,7 @@ def position_bwd_maps_kernel(
     C: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    b, n, c, mask = place_of(pid, positions, blocks, channels, P, C)
+    b, n, c, mask = place_of(pid, channels, positions, lane_units, blocks, UNIT, P, C, INTERLEAVED)
     row, query = direction(
         row_ptr, query_ptr, b, n, c, mask, channels, stride_qb, stride_qi,
         UNIT, INTERLEAVED, HAS_QUERY,
@@ -246,7 +250,7 @@ def position_bwd_maps_kernel(
     tl.store(partial_ptr + pid.to(tl.int64) * channels + c, part, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["positions", "blocks", "sources", "index", "channels"])
+@triton.jit(do_not_specialize=["channels", "positions", "lane_units", "blocks", "sources", "index"])
 def position_gather_kernel(
     table_ptr,  # [6, sources]: output gradients, queries, weights, coefficients, rows, and the depth of each
     like_ptr,
@@ -256,6 +260,7 @@ def position_gather_kernel(
     batch,
     channels,
     positions,
+    lane_units,
     blocks,
     sources,
     index,
@@ -274,7 +279,9 @@ def position_gather_kernel(
     P: tl.constexpr,
     C: tl.constexpr,
 ):
-    b, n, c, mask = place_of(tl.program_id(0), positions, blocks, channels, P, C)
+    b, n, c, mask = place_of(
+        tl.program_id(0), channels, positions, lane_units, blocks, UNIT, P, C, INTERLEAVED
+    )
     mask_n = n < positions
     at_d = map_offsets(b, n, c, stride_db, stride_di, UNIT, INTERLEAVED)
     at_q = map_offsets(b, n, c, stride_qb, stride_qi, UNIT, INTERLEAVED)
