@@ -20,6 +20,7 @@ PAGES = {
         "docs/integrations.md",
         "docs/export.md",
         "docs/models.md",
+        "docs/position_attention.md",
         "docs/skipping.md",
     )
 }

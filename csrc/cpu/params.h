@@ -207,12 +207,12 @@ struct PositionParams {
   int64_t depth, prev_depth;
   bool normed;  // the keys are divided by their root mean square over the channels
   double eps;
-  const void* row;       // [C] in the accumulation type
-  MapView query;         // data may be null
+  const void* row;  // [C] in the accumulation type
+  MapView query;    // data may be null
   const MapView* values;
-  const MapView* keys;   // null: the values
-  const void* prev;      // [B, prev_depth, N] or null
-  void* weights;         // [B, depth, N]; the backward reads them
+  const MapView* keys;  // null: the values
+  const void* prev;     // [B, prev_depth, N] or null
+  void* weights;        // [B, depth, N]; the backward reads them
 };
 
 struct PositionForwardParams {
@@ -231,9 +231,9 @@ struct PositionBackwardParams {
   bool needs_maps;       // whether any of the following but dprev is wanted
   void* drow;            // [C]
   MapView dquery;
-  void* dprev;           // like prev
+  void* dprev;  // like prev
   const MapView *dvalues, *dkeys;
-  void* workspace;       // position_workspace() accumulation elements
+  void* workspace;  // position_workspace() accumulation elements
 };
 
 // What one layer left to those that it retrieved from; the planes are those of one depth, `batch` elements apart.

@@ -1,10 +1,10 @@
 // Attention over depth at every position: score_t = r_t * <u, k_t> of T keys, their softmax over t, and the sum of the
 // T values by it. r_t is the inverse root mean square of the key, or 1; the key is the value itself, or given.
 //
-// Least bytes: a tile of positions with all their channels, of all T values, stays in second-level cache. The first pass
-// over it reads the values from memory for the scores, the second from cache for the sum. So T maps are read and one is
-// written, whatever T is, and of the weights [B, T, N], C times smaller, no more is kept for the backward: what it needs
-// besides it works out again while the values pass by.
+// Least bytes: a tile of positions with all their channels, of all T values, stays in second-level cache. The first
+// pass over it reads the values from memory for the scores, the second from cache for the sum. So T maps are read and
+// one is written, whatever T is, and of the weights [B, T, N], C times smaller, no more is kept for the backward: what
+// it needs besides it works out again while the values pass by.
 #pragma once
 
 #include <math.h>
@@ -19,6 +19,7 @@ namespace ela::ELA_ISA {
 constexpr int64_t kPositionTileBytes = 1024 * 1024;  // of all maps that a tile reads twice
 constexpr int64_t kPositionTile = 256;               // positions of a planar tile at most: sums of a run, on the stack
 constexpr int64_t kPositionBlockElements = 32 * 1024;  // of a map to one item of work, and one partial sum of drow
+constexpr int kPositionDepths = 4;                     // of a planar map that are summed before the sum is stored
 constexpr int kPositionVectors = 4;                    // of channels whose sums are in registers at a time
 
 // Positions to one item of work: by the shape alone.
@@ -67,7 +68,9 @@ inline A* plane_at(const void* planes, const Shape& s, int64_t depth, const Posi
   return static_cast<A*>(const_cast<void*>(planes)) + (at.b * depth + t) * s.positions + at.first;
 }
 
-inline const MapView& key_map(const PositionParams& p, int64_t t) { return p.keys == nullptr ? p.values[t] : p.keys[t]; }
+inline const MapView& key_map(const PositionParams& p, int64_t t) {
+  return p.keys == nullptr ? p.values[t] : p.keys[t];
+}
 
 // e^y of y <= 0: as accurate as float is, and 0 where it would be subnormal. A NaN stays one.
 inline vfloat exp_of_score(vfloat y) {
@@ -244,6 +247,21 @@ inline void position_softmax(const PositionForwardParams& f, const PositionTile&
   });
 }
 
+// Adds w_t v_t of kCount depths, from t on, of one channel at the positions of a planar tile.
+template <class T, int kCount>
+inline void add_depths(const PositionParams& p, const PositionTile& at, int64_t c, int64_t t, const Acc<T>* weights,
+                       Acc<T>* sum) {
+  const int64_t step = p.shape.positions;
+  const T* v[kCount];
+  for (int j = 0; j < kCount; ++j) v[j] = planar_at<T>(p.values[t + j], at.b, c, at.first);
+  const Acc<T>* w = weights + t * step;
+  for_vectors<T>(at.count, [&](int64_t i, auto lanes) {
+    Vec<T> total = t == 0 ? Vec<T>{} : load_n(sum + i, lanes);
+    for (int j = 0; j < kCount; ++j) total += load_n(w + j * step + i, lanes) * load_n(v[j] + i, lanes);
+    store_n(sum + i, total, lanes);
+  });
+}
+
 // out = sum_t w_t v_t at the positions of a tile.
 template <class T>
 inline void aggregate_position_tile(const PositionForwardParams& f, const PositionTile& at) {
@@ -254,14 +272,11 @@ inline void aggregate_position_tile(const PositionForwardParams& f, const Positi
   if (!p.shape.interleaved) {
     alignas(ELA_VECTOR_BYTES) A sum[kPositionTile];
     for (int64_t c = 0; c < p.shape.channels; ++c) {
-      for (int64_t t = 0; t < p.depth; ++t) {
-        const T* v = planar_at<T>(p.values[t], at.b, c, at.first);
-        const A* w = weights + t * step;
-        for_vectors<T>(at.count, [&](int64_t i, auto lanes) {
-          const Vec<T> term = load_n(w + i, lanes) * load_n(v + i, lanes);
-          store_n(sum + i, t == 0 ? term : load_n(sum + i, lanes) + term, lanes);
-        });
+      int64_t t = 0;
+      for (; t + kPositionDepths <= p.depth; t += kPositionDepths) {
+        add_depths<T, kPositionDepths>(p, at, c, t, weights, sum);
       }
+      for (; t < p.depth; ++t) add_depths<T, 1>(p, at, c, t, weights, sum);
       T* out = const_cast<T*>(planar_at<T>(f.out, at.b, c, at.first));
       for_vectors<T>(at.count, [&](int64_t i, auto lanes) { store_n(out + i, load_n(sum + i, lanes), lanes); });
     }

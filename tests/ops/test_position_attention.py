@@ -560,11 +560,11 @@ class Retrieves(torch.nn.Module):
 def test_explain_says_who_serves():
     values = [torch.randn(2, 5, 6) for _ in range(2)]
     (found,) = ek.explain(Retrieves(), torch.randn(6), values)
-    assert (found.form, found.backend, found.reasons) == ("push", "cpp", {})
+    assert (found.form, found.backend, found.reasons) == ("op", "cpp", {})
     with ek.use_backend("eager"):
         (found,) = ek.explain(Retrieves(), torch.randn(6), values)
     assert (found.form, found.backend) == ("eager", "eager")
-    assert found.reasons == {"push": ("use_backend('eager') is in force",)}
+    assert found.reasons == {"op": ("use_backend('eager') is in force",)}
 
 
 @needs_kernels

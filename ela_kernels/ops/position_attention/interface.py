@@ -105,15 +105,15 @@ def retrieve(
     """:func:`position_attention` for the layer `caller`."""
     call = checked_call(query, values, keys, norm_weight, eps, scale, prev_weights, channels_last)
     last, depth = call.values[-1], len(call.values)
-    backend = None
+    backend, form = None, "op" if caller is None else "push"
     if not torch.compiler.is_compiling():
         backend = kernels_for(OP, last, depth)
         if backend is None:
-            refused(caller, "push", why_eager(OP, last, depth))
+            refused(caller, form, why_eager(OP, last, depth))
             served_without_kernels(caller, "eager")
             check_call_not_freed(call)
             return with_mean(position_attention_reference(call))
-        served(caller, "push", backend.name)
+        served(caller, form, backend.name)
     return with_mean(position_attention_autograd(call, backend))
 
 

@@ -80,12 +80,20 @@ def aggregate_over_depth_reference(
 
 def position_attention_reference(call: PositionCall) -> Outputs:
     """`(out, weights, kl)` as :func:`ela_kernels.position_attention` defines them."""
+    as_value, dtype = call.values[-1].dtype, call.row.dtype
+    # Widened once: what comes back to a value from its score and from the sum is added before it is rounded.
+    call = call._replace(
+        query=None if call.query is None else call.query.to(dtype),
+        values=[v.to(dtype) for v in call.values],
+        keys=None if call.keys is None else [k.to(dtype) for k in call.keys],
+    )
     log_weights = torch.log_softmax(scores_reference(call), dim=1)
     weights = log_weights.exp()
     kl = None
     if call.prev_weights is not None:
         kl = divergence_over_depth_reference(call.prev_weights, log_weights)
-    return aggregate_over_depth_reference(weights, call.values, call.channels_last), weights, kl
+    out = aggregate_over_depth_reference(weights, call.values, call.channels_last)
+    return out.to(as_value), weights, kl
 
 
 def position_attention_backward_reference(
