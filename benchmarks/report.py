@@ -11,6 +11,7 @@ from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
 from benchmarks.mixes import MIX_HEAD, mix_rows
+from benchmarks.position import position_lines, position_targets
 from benchmarks.report_left_out import left_out_lines, left_out_network_lines
 from benchmarks.report_networks import (
     compiled_table,
@@ -61,6 +62,7 @@ def _targets(results: Results) -> Iterator[Target]:
         if results.get("compiled"):
             yield from compiled_targets(results["compiled"])
         yield from converted_targets(results["converted"])
+        yield from position_targets(results.get("position") or {})
     for shape, floor in results["floor"].items():
         forward, backward = (floor[f"{name}_percent_of_probe"] for name in ("forward", "backward"))
         yield Target("op forward, % of read probe", shape, forward, 80.0, True)
@@ -186,6 +188,9 @@ def text_report(results: Results) -> str:
     if results.get("left_out_networks"):
         what = "Whole networks with a tolerance, as they are initialised:"
         lines += [what, "", *left_out_network_lines(results["left_out_networks"]), ""]
+    if results.get("position"):
+        what = "Attention over depth at every position, ms: median [quartiles]"
+        lines += [what, "", *position_lines(results["position"]), ""]
     if results["overhead"]:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [

@@ -46,6 +46,7 @@ FULL_ROUNDS = {
     "left_out_networks": 11,
     "converted": 7,
     "compiled": 9,
+    "position": 15,
 }
 QUICK_ROUNDS = {
     "stages": 5,
@@ -62,6 +63,7 @@ QUICK_ROUNDS = {
     "left_out_networks": 3,
     "converted": 3,
     "compiled": 3,
+    "position": 5,
 }
 # Parts that --quick and --smoke leave out: whole networks take minutes, except small ones, and float64 takes long.
 LEFT_OUT = {
@@ -72,8 +74,9 @@ LEFT_OUT = {
         "left_out_networks",
         "converted",
         "compiled",
+        "position",
     ),
-    "smoke": ("compiled",),
+    "smoke": ("compiled", "position"),
     "full": (),
 }
 

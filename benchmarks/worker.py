@@ -28,6 +28,7 @@ from benchmarks.memory import measure_memory
 from benchmarks.mixes import measure_mixes
 from benchmarks.networks import measure_networks
 from benchmarks.overhead import measure_overhead
+from benchmarks.position import measure_position
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import measure_stage
 
@@ -47,9 +48,10 @@ PARTS = (
     "left_out_networks",
     "converted",
     "compiled",
+    "position",
 )
 # Whose numbers do not depend on the shape.
-ONCE = ("overhead", "networks", "left_out_networks", "converted", "compiled")
+ONCE = ("overhead", "networks", "left_out_networks", "converted", "compiled", "position")
 
 
 def measure(
@@ -72,6 +74,8 @@ def measure(
         return measure_converted(rounds[part], small)
     if part == "compiled":
         return measure_compiled(rounds[part], small)
+    if part == "position":
+        return measure_position(rounds[part], small)
     if part == "memory":
         return measure_memory(shape, contenders)
     if part == "overhead":

@@ -35,6 +35,9 @@ _VARIANTS = (
     "HAS_ALSO",
     "HAS_WEIGHTS",
     "LEAVES_OUT",
+    "HAS_KEYS",
+    "HAS_QUERY",
+    "HAS_PREV",
 )
 
 
@@ -107,6 +110,7 @@ def recorded() -> Iterator[list[Launch]]:
         light,
         mix,
         norm,
+        position,
         producer,
     )
 
@@ -121,7 +125,7 @@ def recorded() -> Iterator[list[Launch]]:
 
     kernels = [
         (module, name, kernel)
-        for module in (attention, attention_backward, light, mix, norm, producer)
+        for module in (attention, attention_backward, light, mix, norm, position, producer)
         for name, kernel in vars(module).items()
         if name.endswith("_kernel")
     ]
@@ -163,6 +167,7 @@ def launches_of(case: Case) -> list[Launch]:
         _call_layer(kernels, saved, [left] * (T - 1))
         _call_leaving_out(kernels, saved, value)
         _call_light_layer(kernels, value, q, heads, scale)
+        call_position(kernels, value)
     return found
 
 
@@ -181,6 +186,26 @@ def launches_of_mix(case: Case) -> list[Launch]:
             every = [need_values] * case.depth
             kernels.mix_backward(weights, values, value, False, True, every)
     return found
+
+
+def call_position(kernels: Any, value: torch.Tensor) -> None:
+    """Attention over depth at every position, which is compiled for no depth: with what is given least and most."""
+    from ela_kernels.backends.position import PositionCall, PositionLeft, PositionNeeds
+
+    row, values = torch.empty(value.shape[1]), [value] * 2
+    planes = torch.empty(value.shape[0], 2, *value.shape[2:])
+    for query, keys in ((None, None), (value, values)):
+        prev = None if keys is None else planes
+        call = PositionCall(row, query, values, keys, True, 1e-6, prev, False)
+        kernels.position_attend(call)
+        every = [True] * 2
+        needs = PositionNeeds(
+            True, query is not None, prev is not None, every, every if keys else ()
+        )
+        dkl = None if prev is None else planes[:, 0]
+        kernels.position_attend_backward(call, planes, value, prev, dkl, needs)
+        left = PositionLeft(row, query, planes, torch.empty(3, *planes.shape), value, 0)
+        kernels.position_gather(value, [left] * 2, 0, False)
 
 
 def _call_layer(kernels: Any, saved: Any, left: list[Any]) -> None:
@@ -264,9 +289,8 @@ def _signature(launch: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[Any
         if isinstance(value, torch.Tensor):
             if value.data_ptr() % 16 == 0:
                 attributes[path] = [["tt.divisibility", 16]]
-            return {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}[
-                str(value.dtype).removeprefix("torch.")
-            ]
+            names = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int64": "*i64"}
+            return names[str(value.dtype).removeprefix("torch.")]
         if isinstance(value, float):
             return "fp32"
         if path[0] not in unspecialized:

@@ -8,7 +8,7 @@ from ela_kernels.backends import backend_status, use_backend
 from ela_kernels.conversion import ConversionReport, convert, unconvert
 from ela_kernels.ebqm import EBQM, prune
 from ela_kernels.explaining import explain
-from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention
+from ela_kernels.modules import ELA, AttentionResidual, LayerAttention, LightLayerAttention
 from ela_kernels.ops.depth_mix import depth_mix
 from ela_kernels.ops.layer_attention import (
     LayerAttentionOutput,
@@ -18,6 +18,11 @@ from ela_kernels.ops.layer_attention import (
     layer_attention_weights,
 )
 from ela_kernels.ops.light_layer_attention import light_layer_attention
+from ela_kernels.ops.position_attention import (
+    PositionAttentionOutput,
+    PositionHistory,
+    position_attention,
+)
 from ela_kernels.warming import warmup
 
 if _TYPE_CHECKING:
@@ -29,12 +34,15 @@ __version__ = "0.1.0"
 __all__ = [
     "EBQM",
     "ELA",
+    "AttentionResidual",
     "ConversionReport",
     "LayerAttention",
     "LayerAttentionOutput",
     "LayerAttentionWeights",
     "LayerHistory",
     "LightLayerAttention",
+    "PositionAttentionOutput",
+    "PositionHistory",
     "__version__",
     "analyze",
     "backend_status",
@@ -44,6 +52,7 @@ __all__ = [
     "layer_attention",
     "layer_attention_weights",
     "light_layer_attention",
+    "position_attention",
     "prune",
     "unconvert",
     "use_backend",

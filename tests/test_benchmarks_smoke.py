@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ela_kernels as ek
-from benchmarks import left_out_network
+from benchmarks import left_out_network, position
 from benchmarks.blocks import HALF, OURS
 from benchmarks.contenders import EAGER, LAYER, PULL, PUSH, Stage, WrongResultError, check_forms
 from benchmarks.environment import KEPT, MALLOC_SETTINGS, process_environment
@@ -29,8 +29,9 @@ from benchmarks.mixes import EINSUM, SUMS, measure_mixes
 from benchmarks.mixes import OURS as OUR_MIX
 from benchmarks.networks import measure_networks
 from benchmarks.pages.speed import TABLES
+from benchmarks.position import measure_position
 from benchmarks.probe import read_probes, transfer_probes
-from benchmarks.report import text_report
+from benchmarks.report import targets, text_report
 from benchmarks.shapes import StageShape, parse_shape
 from benchmarks.stages import least_bytes_of_ops
 from benchmarks.tables import Target
@@ -303,6 +304,30 @@ def test_mixes_that_are_wrong_are_not_measured(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ek, "depth_mix", lambda *args: 1.01 * right(*args))
     with pytest.raises(WrongResultError, match="ours: 0"):
         measure_mixes(SHAPE, [EAGER], rounds=1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")
+def test_position_attention_is_measured_and_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measure_position(rounds=2, small=True)
+    tokens = found["T=3 [2, 5, 8]"]
+    # Three maps read and one written; with gradients seven and four.
+    assert tokens["forward"]["least_bytes"] == 4 * 80 * 4
+    assert tokens["forward and backward"]["least_bytes"] == 11 * 80 * 4
+    assert tokens["forward"]["floor_ms"] > 0
+    results = results_of("position", found)
+    assert "eager / compiled over ours" in text_report(results)
+    # Small shapes say nothing of speed; those of a full run are held to a bound.
+    assert not [t for t in targets(results) if "position_attention" in t.what]
+    assert [
+        t
+        for t in targets(results | {"small": False, "networks": {}, "converted": {}})
+        if "position" in t.what
+    ]
+    right = position.ours
+    monkeypatch.setattr(position, "ours", lambda *given: 1.01 * right(*given))
+    with pytest.raises(WrongResultError, match="position: 0"):
+        measure_position(rounds=1, small=True)
 
 
 @pytest.mark.skipif(ek.backend_status()["cpp"] != "available", reason="measures the cpp backend")

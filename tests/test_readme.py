@@ -21,6 +21,7 @@ PAGES = {
         "docs/integrations.md",
         "docs/export.md",
         "docs/models.md",
+        "docs/position_attention.md",
         "docs/skipping.md",
         "docs/training.md",
     )

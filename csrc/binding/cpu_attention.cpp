@@ -176,10 +176,12 @@ int64_t backward_workspace(const std::array<int64_t, 5>& sizes, int64_t depth) {
 
 void bind_cpu_layer(py::module_& m);
 void bind_cpu_light(py::module_& m);
+void bind_cpu_position(py::module_& m);
 
 void bind_cpu(py::module_& m) {
   bind_cpu_layer(m);
   bind_cpu_light(m);
+  bind_cpu_position(m);
   m.def("simd_level", [] { return std::string(ela::kernels().name); });
   m.def("simd_levels", [] {
     std::vector<std::string> names;

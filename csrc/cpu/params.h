@@ -216,6 +216,57 @@ struct LightBackwardParams {
   void *dwq, *dwk, *dtaps, *ddecay;
 };
 
+// Attention over depth at every position: scores <u, key> of T keys, u = row, or row * query where that is a map.
+struct PositionParams {
+  Shape shape;  // one head
+  int64_t depth, prev_depth;
+  bool normed;  // the keys are divided by their root mean square over the channels
+  double eps;
+  const void* row;  // [C] in the accumulation type
+  MapView query;    // data may be null
+  const MapView* values;
+  const MapView* keys;  // null: the values
+  const void* prev;     // [B, prev_depth, N] or null
+  void* weights;        // [B, depth, N]; the backward reads them
+};
+
+struct PositionForwardParams {
+  PositionParams call;
+  MapView out;
+  void* kl;  // [B, N] or null
+};
+
+// Every gradient may be left out: `dvalues` and `dkeys` may be null, and so may the data of each.
+struct PositionBackwardParams {
+  PositionParams call;
+  const MapView* dout;   // null: no gradient arrived through `out`
+  const void* dweights;  // [B, depth, N] or null
+  const void* dkl;       // [B, N] or null
+  void* coefficients;    // [3, B, depth, N]: alpha and beta of a key's gradient, and what is worked in; always written
+  bool needs_maps;       // whether any of the following but dprev is wanted
+  void* drow;            // [C]
+  MapView dquery;
+  void* dprev;  // like prev
+  const MapView *dvalues, *dkeys;
+  void* workspace;  // position_workspace() accumulation elements
+};
+
+// What one layer left to those that it retrieved from; the planes are those of one depth, `batch` elements apart.
+struct PositionSource {
+  MapView dout;  // data may be null
+  const void *weights, *alpha, *beta;
+  int64_t batch;
+  const void* row;
+  MapView query;  // data may be null
+};
+
+struct PositionGatherParams {
+  Shape shape;
+  MapView value, dvalue;
+  const PositionSource* sources;
+  int64_t count;
+};
+
 // One instruction set's kernels, each by dtype, or where they know values of a history, by ValueType.
 struct Kernels {
   const char* name;
@@ -230,6 +281,9 @@ struct Kernels {
   void (*norm_backward[kDTypes])(const NormParams&, int threads);
   void (*light_layer[kDTypes])(const LightParams&, int threads);
   void (*light_layer_backward[kDTypes])(const LightBackwardParams&, int threads);
+  void (*position_forward[kDTypes])(const PositionForwardParams&, int threads);
+  void (*position_backward[kDTypes])(const PositionBackwardParams&, int threads);
+  void (*position_gather[kDTypes])(const PositionGatherParams&, int threads);
   int64_t (*aggregate_workspace)(const Shape&, int64_t sources);
   int64_t (*backward_workspace)(const Shape&, int64_t depth);
   int64_t (*depthwise_workspace)(const ImageShape&);
@@ -237,6 +291,7 @@ struct Kernels {
   int64_t (*gather_convolve_workspace)(const ImageShape&, int64_t sources, int threads);
   int64_t (*light_workspace)(const ImageShape&, int64_t filter_size, int threads);
   int64_t (*light_values)(const ImageShape&, int threads);
+  int64_t (*position_workspace)(const Shape&);
 };
 
 extern const Kernels kKernelsBaseline;

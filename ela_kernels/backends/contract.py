@@ -9,6 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.position import (
+    PositionCall,
+    PositionGradients,
+    PositionLeft,
+    PositionNeeds,
+)
 from ela_kernels.backends.types import (
     Arrived,
     Contribution,
@@ -39,6 +45,7 @@ ATTENTION_OPS = frozenset({"layer_attention", "layer_attention_weights", "layer"
 LIGHT_OPS = frozenset({"light_layer", "light_block"})
 # Values summed by weights that are given.
 MIX_OPS = frozenset({"depth_mix"})
+POSITION_OPS = frozenset({"position_attention"})
 
 
 class Request(NamedTuple):
@@ -47,8 +54,8 @@ class Request(NamedTuple):
     Hashable on purpose: the choice is cached, so that a training step does not pay for it.
 
     Attributes:
-        op: one of `ATTENTION_OPS`, `LIGHT_OPS` or `MIX_OPS`, or `light_layer_attention`, which has no kernels of its
-            own.
+        op: one of `ATTENTION_OPS`, `LIGHT_OPS`, `MIX_OPS` or `POSITION_OPS`, or `light_layer_attention`, which has
+            no kernels of its own.
         device, dtype: of the tensors, as they are computed with.
         depth: layers in the history, this one included.
         needs_grad: whether a backward may follow.
@@ -329,6 +336,28 @@ class KernelBackend(Backend):
             need_values: one for each value.
         """
         raise NotImplementedError(f"{self.name} has no kernels of a mix by given weights")
+
+    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(out, weights, kl)`; weights `[B, T, *positions]`, `out` in the memory format of the last value."""
+        raise NotImplementedError(f"{self.name} has no kernels of position_attention")
+
+    def position_attend_backward(
+        self,
+        call: PositionCall,
+        weights: Tensor,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        needs: PositionNeeds,
+    ) -> PositionGradients:
+        """Gradients of one retrieval, those of values and keys where they are needed (the push form)."""
+        raise NotImplementedError(f"{self.name} has no kernels of position_attention")
+
+    def position_gather(
+        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
+    ) -> Tensor:
+        """The gradient of the value at `index`, of what the layers that retrieved it left: the pull form."""
+        raise NotImplementedError(f"{self.name} has no kernels of position_attention")
 
     def call_reasons(self, request: Request) -> list[str]:
         reasons = []

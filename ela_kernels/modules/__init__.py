@@ -1,5 +1,6 @@
 """Layer attention as PyTorch modules."""
 
+from ela_kernels.modules.attention_residual import AttentionResidual
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
@@ -7,6 +8,7 @@ from ela_kernels.modules.published import ConcatHistory, ConcatLayerAttention
 
 __all__ = [
     "ELA",
+    "AttentionResidual",
     "ConcatHistory",
     "ConcatLayerAttention",
     "LayerAttention",

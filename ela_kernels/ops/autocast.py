@@ -51,22 +51,21 @@ def is_autocast_on(q: Tensor) -> bool:
 
 def autocast_inputs(q: Tensor, keys: Any, values: Any) -> tuple[Tensor, Any, Any]:
     """Cast as PyTorch's own matrix products are under autocast; float64 and foreign types stay."""
-    device_type = q.device.type
+    dtype = torch.get_autocast_dtype(q.device.type)
     return (
-        in_autocast_dtype(q, "q", device_type),
-        in_autocast_dtype(keys, "keys", device_type),
-        in_autocast_dtype(values, "values", device_type),
+        as_autocast_dtype(q, dtype, "q"),
+        as_autocast_dtype(keys, dtype, "keys"),
+        as_autocast_dtype(values, dtype, "values"),
     )
 
 
-def in_autocast_dtype(x: Any, name: str, device_type: str) -> Any:
-    """A tensor, or those of a sequence, as autocast casts what a matrix product on a device of this type is given."""
+def as_autocast_dtype(x: Any, dtype: torch.dtype, name: str) -> Any:
+    """A tensor, or a sequence of tensors, in `dtype`; float64 and foreign types stay."""
     if isinstance(x, Tensor):
-        dtype = torch.get_autocast_dtype(device_type)
         if not x.is_floating_point() or x.dtype in (torch.float64, dtype):
             return x
         check_not_freed(name, x)
         return x.to(dtype)
     if isinstance(x, (tuple, list)):
-        return tuple(in_autocast_dtype(y, name, device_type) for y in x)
+        return tuple(as_autocast_dtype(y, dtype, name) for y in x)
     return x

@@ -138,6 +138,9 @@ METHODS = (
     "light_layer_backward",
     "mix",
     "mix_backward",
+    "position_attend",
+    "position_attend_backward",
+    "position_gather",
 )
 
 
@@ -416,6 +419,9 @@ ALL: list[Backend] = [
 ]
 WITH_KERNELS = [b for b in ALL if b.has_kernels]
 WITH_LIGHT_LAYERS = [b for b in WITH_KERNELS if b.has_light_layers]
+WITH_POSITIONS = [
+    b for b in ALL if not b.has_kernels or "position_attention" in (BACKENDS[b.name].ops or ())
+]
 WITH_FLOAT64 = [b for b in ALL if torch.float64 in b.dtypes]
 
 QUICK_CASES = 12

@@ -21,6 +21,7 @@ from support.layouts import channel_slice, channels_last, contiguous
 from support.mixes import assert_mixed, make_mix
 from support.mixes import evaluate as evaluate_mix
 from support.oracle import assert_matches
+from support.position import assert_position_matches, evaluate_position, make_position_case
 
 import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
@@ -135,6 +136,22 @@ def check_mixes(dtype: torch.dtype) -> None:
                 assert_mixed(evaluate_mix(mix), mix)
 
 
+def check_positions(dtype: torch.dtype) -> None:
+    """Attention over depth at every position: odd sizes, both forms, queries and keys given and not."""
+    for shape, layout, tokens in (
+        ((2, 12, 7, 9), contiguous, False),
+        ((2, 37, 3, 5), channels_last, False),
+        ((1, 70, 9, 16), channel_slice, False),
+        ((2, 13, 67), contiguous, True),
+        ((1, 1, 1), contiguous, True),
+    ):
+        for given in (False, True):
+            case = make_position_case(
+                shape, 3, dtype, layout, channels_last=tokens, map_query=given, keys=given
+            )
+            assert_position_matches(evaluate_position(case), case)
+
+
 def check_layers(dtype: torch.dtype, tolerance: float) -> None:
     """A residual block of each form against the same modules in float64 and eager PyTorch; odd sizes."""
     for shape, head_dim, form, act in (
@@ -218,6 +235,7 @@ def main() -> None:
     for dtype in DTYPES:
         check_calls(dtype)
         check_mixes(dtype)
+        check_positions(dtype)
         check_layers(dtype, LAYER_TOLERANCE[dtype])
         check_widths(dtype)
     print(f"passed on {kernels.simd_level()}")

@@ -52,18 +52,20 @@ def one_map(
     return view, tensor
 
 
-def maps(tensors: Sequence[Tensor], channels_last: bool, interleaved: bool) -> Table:
+def maps(
+    tensors: Sequence[Tensor], channels_last: bool, interleaved: bool, name: str = "values"
+) -> Table:
     """Feature maps of one shape: strides are those of the batch, and of channel (planar) or position (interleaved)."""
     first = view_in_form(tensors[0], channels_last, interleaved)
     if first is not None and _alike(tensors, tensors[0].stride()):
-        return addresses(tensors, "values"), [first[1], first[2]], []
+        return addresses(tensors, name), [first[1], first[2]], []
     copies = [in_form(t, channels_last, interleaved) for t in tensors]
     table: list[int] = []
     for copy in copies:
         view = view_in_form(copy, channels_last, interleaved)
         assert view is not None  # in_form made it so
         table += view[1:]
-    return addresses(copies, "values"), table, copies
+    return addresses(copies, name), table, copies
 
 
 def _alike(tensors: Sequence[Tensor], strides: tuple[int, ...]) -> bool:

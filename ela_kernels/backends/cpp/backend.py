@@ -13,11 +13,18 @@ from ela_kernels.backends.contract import (
     HALF_DTYPES,
     LIGHT_OPS,
     MIX_OPS,
+    POSITION_OPS,
     KernelBackend,
 )
-from ela_kernels.backends.cpp import attention, layer, light, mix
+from ela_kernels.backends.cpp import attention, layer, light, mix, position
 from ela_kernels.backends.cpp import norm as norms
 from ela_kernels.backends.cpp.attention import CppContribution
+from ela_kernels.backends.position import (
+    PositionCall,
+    PositionGradients,
+    PositionLeft,
+    PositionNeeds,
+)
 from ela_kernels.backends.types import (
     Arrived,
     Epilogue,
@@ -47,7 +54,7 @@ class CppBackend(KernelBackend):
     name = "cpp"
     device_types = frozenset({"cpu"})
     dtypes = frozenset({torch.float64, torch.float32}) | HALF_DTYPES
-    ops = ATTENTION_OPS | LIGHT_OPS | MIX_OPS
+    ops = ATTENTION_OPS | LIGHT_OPS | MIX_OPS | POSITION_OPS
     forward_only_ops = frozenset({"layer_attention_weights"})
     contributes = CppContribution
     value_dtypes = frozenset((torch.float32, half) for half in HALF_DTYPES)
@@ -202,3 +209,22 @@ class CppBackend(KernelBackend):
         need_values: Sequence[bool],
     ) -> MixGradients:
         return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)
+
+    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        return position.position_attend(call)
+
+    def position_attend_backward(
+        self,
+        call: PositionCall,
+        weights: Tensor,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        needs: PositionNeeds,
+    ) -> PositionGradients:
+        return position.position_attend_backward(call, weights, dout, dweights, dkl, needs)
+
+    def position_gather(
+        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
+    ) -> Tensor:
+        return position.position_gather(value, left, index, channels_last)

@@ -10,9 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import ATTENTION_OPS, LIGHT_OPS, MIX_OPS, Request
+from ela_kernels.backends.contract import (
+    ATTENTION_OPS,
+    LIGHT_OPS,
+    MIX_OPS,
+    POSITION_OPS,
+    Request,
+)
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
 from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
+from ela_kernels.backends.position import (
+    PositionCall,
+    PositionGradients,
+    PositionLeft,
+    PositionNeeds,
+)
 from ela_kernels.backends.types import (
     Filters,
     Gradients,
@@ -36,7 +48,7 @@ class TritonBackend(GpuBackend):
     name = "triton"
     # The loop over the maps is unrolled when Triton compiles: 20 seconds at 128 layers, minutes at 256.
     max_depth = 128
-    ops = ATTENTION_OPS | LIGHT_OPS | MIX_OPS
+    ops = ATTENTION_OPS | LIGHT_OPS | MIX_OPS | POSITION_OPS
     min_capability = (8, 0)
 
     @property
@@ -53,6 +65,8 @@ class TritonBackend(GpuBackend):
     def call_reasons(self, request: Request) -> list[str]:
         if self.interprets and request.device.type == "cpu":
             request = request._replace(device=torch.device("cuda"))
+        if request.op in POSITION_OPS:
+            request = request._replace(depth=1)  # addresses come from a table: no loop is unrolled
         return super().call_reasons(request)
 
     def automatic_reasons(self, request: Request) -> list[str]:
@@ -254,6 +268,31 @@ class TritonBackend(GpuBackend):
         from ela_kernels.backends.triton import mix
 
         return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)
+
+    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        from ela_kernels.backends.triton import position
+
+        return position.position_attend(call)
+
+    def position_attend_backward(
+        self,
+        call: PositionCall,
+        weights: Tensor,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        needs: PositionNeeds,
+    ) -> PositionGradients:
+        from ela_kernels.backends.triton import position
+
+        return position.position_attend_backward(call, weights, dout, dweights, dkl, needs)
+
+    def position_gather(
+        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
+    ) -> Tensor:
+        from ela_kernels.backends.triton import position
+
+        return position.position_gather(value, left, index, channels_last)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.memory import check_not_freed
 from ela_kernels.explaining import refused, served, served_without_kernels
 from ela_kernels.ops import checks
-from ela_kernels.ops.autocast import in_autocast_dtype, is_autocast_on
+from ela_kernels.ops.autocast import as_autocast_dtype, is_autocast_on
 from ela_kernels.ops.depth_mix.autograd import depth_mix_autograd
 from ela_kernels.ops.depth_mix.reference import depth_mix_reference
 
@@ -71,7 +71,8 @@ def mixed(
     last = value_list[-1]
     heads = checks.check_mix_weights(weights, value_list, channels_last)
     if is_autocast_on(last):
-        value_list = in_autocast_dtype(value_list, "values", last.device.type)
+        dtype = torch.get_autocast_dtype(last.device.type)
+        value_list = as_autocast_dtype(value_list, dtype, "values")
         last = value_list[-1]
     by_head = weights
     if weights.dtype != accumulate_dtype(last.dtype):

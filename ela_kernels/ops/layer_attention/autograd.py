@@ -24,6 +24,7 @@ from ela_kernels.ops.layer_attention.reference import (
     layer_attention_reference,
 )
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.ops.second_derivative import differentiable_gradients
 from ela_kernels.torch_internals import constant_in_graphs, is_exporting_to_onnx
 
 library = torch.library.Library("ela_kernels", "FRAGMENT")
@@ -201,28 +202,13 @@ def _differentiable_gradients(
     keys = [x for x in inputs[2 : 2 + depth] if x is not None]
     values = [x for x in inputs[2 + depth :] if x is not None]
     assert q is not None
-    with torch.enable_grad():
-        outputs = layer_attention_reference(
+    return differentiable_gradients(
+        lambda: layer_attention_reference(
             q, keys, values, heads, scale, prev, channels_last, tolerance
-        )
-    pairs = [
-        (o, g)
-        for o, g in zip(outputs, grad_outputs, strict=True)
-        if o is not None and g is not None
-    ]
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    if not pairs or not wanted:
-        return (None,) * len(inputs)
-    grads = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
+        ),
+        inputs,
+        grad_outputs,
     )
-    return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
 
 
 @opaque

@@ -118,9 +118,9 @@ class Link(NamedTuple):
     tolerance: float = 0.0
 
 
-def refuse_other_kernels() -> NoReturn:
+def refuse_other_kernels(history: str = "LayerHistory") -> NoReturn:
     raise RuntimeError(
-        "LayerHistory: got layers that kernels of different backends served, whose gradients do not meet; "
+        f"{history}: got layers that kernels of different backends served, whose gradients do not meet; "
         "allowed is one backend for the layers of a history, and eager PyTorch beside it"
     )
 
@@ -131,13 +131,17 @@ def contributions(ctx: Any) -> list[Any]:
     for left in found:
         if type(left) is not ctx.backend.contributes:
             refuse_other_kernels()
-        dout = left.dout
-        if dout is not None and version_of(dout) != left.dout_version:
-            raise RuntimeError(
-                "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
-                "but earlier layers still need it; return a new tensor from the hook instead"
-            )
+        check_unchanged(left.dout, left.dout_version)
     return found
+
+
+def check_unchanged(dout: Tensor | None, version: int) -> None:
+    """Refuse an output gradient that is no longer what a layer left."""
+    if dout is not None and version_of(dout) != version:
+        raise RuntimeError(
+            "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
+            "but earlier layers still need it; return a new tensor from the hook instead"
+        )
 
 
 def with_own_memory(dout: Tensor) -> Tensor:
@@ -161,11 +165,13 @@ def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
     return in_form(dout, channels_last, is_interleaved(value, channels_last))
 
 
-def refuse_second_derivative() -> None:
+def refuse_second_derivative(
+    history: str = "LayerHistory", functional: str = "layer_attention"
+) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "LayerHistory: a second derivative was asked for (create_graph=True), and the kernels' pull backward "
-            "has none; use ela_kernels.use_backend('eager'), or the functional layer_attention"
+            f"{history}: a second derivative was asked for (create_graph=True), and the kernels' pull backward "
+            f"has none; use ela_kernels.use_backend('eager'), or the functional {functional}"
         )
 
 

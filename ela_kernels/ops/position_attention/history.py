@@ -1,0 +1,167 @@
+"""The growing list of values of one forward pass, whose backward gathers each value's gradient once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ela_kernels.backends.dispatch import kernels_for
+from ela_kernels.backends.layout import resolved
+from ela_kernels.backends.position import PositionCall
+from ela_kernels.backends.tracing import needs_dispatcher
+from ela_kernels.explaining import served
+from ela_kernels.ops.autocast import as_autocast_dtype, is_autocast_on
+from ela_kernels.ops.checks import check_tensor
+from ela_kernels.ops.layer_attention.places import graph_task
+from ela_kernels.ops.layer_attention.record import Record
+from ela_kernels.ops.position_attention import checks
+from ela_kernels.ops.position_attention.autograd import OP, readable
+from ela_kernels.ops.position_attention.history_node import (
+    PositionLink,
+    append_pull,
+    retrieve_pull,
+)
+from ela_kernels.ops.position_attention.interface import (
+    PositionAttentionOutput,
+    checked_call,
+    retrieve,
+    with_mean,
+)
+
+
+class PositionHistory:
+    """Values and last weights of the layers of one forward pass, for :func:`ela_kernels.position_attention`.
+
+    Make one for each forward pass; add what each layer gives with :meth:`append`, and retrieve from all of it with
+    :meth:`attend`. Equivalent PyTorch: a growing list, and the functional op over it. The gradients are the same; the
+    memory is not: with a kernel the gradient of a value is gathered once, from the output gradients of the layers that
+    retrieved it (the pull form), instead of added up over as many gradients of its size. Where no kernel serves a call,
+    and in compiled graphs, the functional op does, and the gradients meet.
+
+    Each value is its own key. Values have one shape, dtype and device, and must not be changed in place while the
+    history is in use. Kernels give first derivatives only; second ones come with `use_backend("eager")`.
+
+    Attributes:
+        weights, kl, kl_mean: of the last retrieval, as of :func:`ela_kernels.position_attention`; None before the
+            first, and the divergences before the second.
+
+    Raises:
+        RuntimeError: by its methods, in a checkpoint that recomputes: it would grow a second time. Keep the history
+            outside of checkpoints, or give `position_attention` a list there.
+
+    Example:
+        >>> import torch, ela_kernels as ek
+        >>> history, query = ek.PositionHistory(), torch.zeros(8)
+        >>> for _ in range(3):
+        ...     history.append(torch.randn(2, 5, 8))
+        ...     out = history.attend(query)
+        >>> history.weights.shape, history.kl.shape, history.kl_mean.shape
+        (torch.Size([2, 3, 5]), torch.Size([2, 5]), torch.Size([2]))
+    """
+
+    def __init__(self) -> None:
+        self.weights: Tensor | None = None
+        self.kl: Tensor | None = None
+        self.kl_mean: Tensor | None = None
+        self._values: list[Tensor] = []
+        self._linked: list[bool] = []
+        self._token: Tensor | None = None
+        self._record = Record()
+        self._channels_last: bool | None = None
+        self._made_in = graph_task()
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """The values held."""
+        return tuple(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def append(self, value: Tensor, channels_last: bool | None = None) -> None:
+        """Add a value: tokens `[B, N, C]`, a map `[B, C, H, W]`, or as `channels_last` says.
+
+        Raises:
+            TypeError, ValueError: it is none, or does not fit the values before it.
+        """
+        self._check_not_recomputing()
+        value = check_tensor("value", value)
+        if is_autocast_on(value):
+            dtype = torch.get_autocast_dtype(value.device.type)
+            value = as_autocast_dtype(value, dtype, "value")
+        last = checks.check_channels_last(channels_last, value)
+        if self._values:
+            checks.check_like("value", value, self._values[0], "the first value")
+            if last != self._channels_last:
+                raise ValueError(
+                    f"channels_last: got {last} while the first value has {self._channels_last}; allowed is one form "
+                    "for all values of a history"
+                )
+        self._channels_last = last
+        is_linked = not needs_dispatcher(value) and kernels_for(OP, value, 1) is not None
+        if is_linked:
+            value = resolved(value)
+        self._values.append(value)
+        self._linked.append(is_linked)
+        if is_linked:
+            self._token = append_pull(value, self._token, self._link())
+
+    def attend(
+        self,
+        query: Tensor,
+        norm_weight: Tensor | None = None,
+        eps: float = checks.DEFAULT_EPS,
+        scale: float | None = None,
+        caller: Any = None,
+    ) -> Tensor:
+        """Retrieve from all values so far; arguments and errors as of :func:`ela_kernels.position_attention`.
+
+        The divergence is that of the retrieval before it in this history.
+
+        Args:
+            caller: the module that calls, which :func:`ela_kernels.explain` then names.
+
+        Returns:
+            `out`, like a value. Weights and divergence are then in :attr:`weights`, :attr:`kl` and :attr:`kl_mean`.
+        """
+        self._check_not_recomputing()
+        if not self._values:
+            raise ValueError(
+                "attend: got a history without a value; allowed is one with values. Call append(value) first"
+            )
+        prev = self.weights
+        options = query, self._values, None, norm_weight, eps, scale, prev, self._channels_last
+        found = None
+        if not torch.compiler.is_compiling():
+            call = checked_call(*options)
+            found = self._pulled(call, caller)
+        if found is None:
+            found = retrieve(*options, caller)
+        self.weights, self.kl, self.kl_mean = found.weights, found.kl, found.kl_mean
+        return found.out
+
+    def _pulled(self, call: PositionCall, caller: Any) -> PositionAttentionOutput | None:
+        """By kernels in the pull form; None where the functional op has to serve."""
+        held = self._values
+        # Values that autocast casts here are others than those that gather their gradients.
+        if not all(self._linked) or any(a is not b for a, b in zip(call.values, held, strict=True)):
+            return None
+        backend = kernels_for(OP, held[-1], len(held))
+        if backend is None:
+            return None
+        served(caller, "op", backend.name)
+        outputs, self._token = retrieve_pull(readable(call), backend, self._token, self._link())
+        return with_mean(outputs)
+
+    def _link(self) -> PositionLink:
+        assert self._channels_last is not None
+        return PositionLink(tuple(range(len(self._values))), self._record, self._channels_last)
+
+    def _check_not_recomputing(self) -> None:
+        if graph_task() not in (-1, self._made_in):
+            raise RuntimeError(
+                "PositionHistory: got a call in a checkpoint that recomputes, where it would grow a second time; "
+                "allowed is a history outside of checkpoints, or position_attention with a list of values inside"
+            )
