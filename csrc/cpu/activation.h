@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "cpu/exponential.h"
 #include "cpu/params.h"
 #include "cpu/simd.h"
 
@@ -15,26 +16,10 @@ struct Activated {
 };
 
 // e^y of y <= 0, and 0 below -40: nothing that is added to a number near one, and gradients multiplied with less could
-// be subnormal, which takes a hundred times as long. A NaN stays one.
-inline vfloat exp_to_one(vfloat y) {
-  constexpr float kMagic = 0x1.8p23f;  // added, the nearest integer is in the last bits
-  const vfloat shifted = y * 1.44269504f + kMagic;
-  const vfloat n = shifted - kMagic;
-  const vfloat r = y - n * 0.693359375f - n * -2.12194440e-4f;  // log 2 in two pieces
-  vfloat p = vfloat{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const vuint32 power = (bits_of<vuint32>(shifted) - bits_of<uint32_t>(kMagic) + 127u) << 23;
-  return y < -40.0f ? vfloat{} : p * bits_of<vfloat>(power);
-}
-inline vdouble exp_to_one(vdouble y) {
-  vdouble e{};
-  for (int i = 0; i < kLanes<double>; ++i) e[i] = exp(y[i]);
-  return e;
+// be subnormal.
+template <class V>
+inline V exp_to_one(V y) {
+  return exp_down_to<-40>(y);
 }
 
 // The normal distribution up to x, and what e^(-x^2 / 2) is there.

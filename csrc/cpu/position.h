@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "cpu/exponential.h"
 #include "cpu/lines.h"
 #include "cpu/maps.h"
 #include "cpu/parallel.h"
@@ -72,28 +73,6 @@ inline const MapView& key_map(const PositionParams& p, int64_t t) {
   return p.keys == nullptr ? p.values[t] : p.keys[t];
 }
 
-// e^y of y <= 0: as accurate as float is, and 0 where it would be subnormal. A NaN stays one.
-inline vfloat exp_of_score(vfloat y) {
-  constexpr float kMagic = 0x1.8p23f;  // added, the nearest integer is in the last bits
-  const vfloat shifted = y * 1.44269504f + kMagic;
-  const vfloat n = shifted - kMagic;
-  const vfloat r = y - n * 0.693359375f - n * -2.12194440e-4f;  // log 2 in two pieces
-  vfloat p = vfloat{} + 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const vuint32 power = (bits_of<vuint32>(shifted) - bits_of<uint32_t>(kMagic) + 127u) << 23;
-  return y < -87.0f ? vfloat{} : p * bits_of<vfloat>(power);
-}
-inline vdouble exp_of_score(vdouble y) {
-  vdouble e{};
-  for (int i = 0; i < kLanes<double>; ++i) e[i] = exp(y[i]);
-  return e;
-}
-
 // Largest score and logarithm of the sum of exponentials of some positions.
 template <class T>
 struct Normaliser {
@@ -111,7 +90,7 @@ inline Normaliser<T> normaliser(const Acc<T>* scores, int64_t step, int64_t dept
     highest = ((score > highest) | (score != score)) ? score : highest;
   }
   Vec<T> sum{};
-  for (int64_t t = 0; t < depth; ++t) sum += exp_of_score(load_n(scores + t * step, n) - highest);
+  for (int64_t t = 0; t < depth; ++t) sum += exp_down_to<-87>(load_n(scores + t * step, n) - highest);
   Normaliser<T> found = {highest, {}, 1 / sum};
   for (int i = 0; needs_log && i < n; ++i) found.log_sum[i] = static_cast<A>(log(static_cast<double>(sum[i])));
   return found;
@@ -241,7 +220,7 @@ inline void position_softmax(const PositionForwardParams& f, const PositionTile&
       }
     }
     for (int64_t t = 0; t < p.depth; ++t) {
-      const Vec<T> e = exp_of_score(load_n(scores + t * step, lanes) - by.highest);
+      const Vec<T> e = exp_down_to<-87>(load_n(scores + t * step, lanes) - by.highest);
       store_n(scores + t * step, e * by.inverse_sum, lanes);
     }
   });
