@@ -43,8 +43,8 @@ def _parts(layer: ELA) -> Iterator[tuple[nn.Parameter, bool]]:
     is_skipped, attn, readers = layer.skipped, layer.attn, layer.readers
     gives = layer.provides and not (readers.learnt and not readers.retrieve())
     if attn is not None:
-        query = own_child(attn, "Wq")
-        of_query = set() if query is None else set(query.parameters())
+        parts = (own_child(attn, name) for name in ("Wq", "q_norm"))
+        of_query = {p for part in parts if part is not None for p in part.parameters()}
         for parameter in attn.parameters():
             yield parameter, is_skipped and (not gives or parameter in of_query)
     if layer.norm is not None:

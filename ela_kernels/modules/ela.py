@@ -61,6 +61,7 @@ class ELA(TakesTokens, ELAState):
         prefix_tokens: of inputs that are tokens `[B, N, C]`, how many come before the patches (class and register
             tokens). They pass by: the output holds them as they came in.
         grid: height and width in patches of inputs that are tokens; None for a square.
+        qk_norm: as of :class:`LayerAttention`.
 
     Tokens after the prefix are viewed as a map, `x.view(B, H, W, C).permute(0, 3, 1, 2)`, which kernels read as it lies
     in memory, and the output is viewed as tokens again. Without a prefix nothing is copied. With one the output is,
@@ -99,10 +100,13 @@ class ELA(TakesTokens, ELAState):
         tolerance: float | None = None,
         prefix_tokens: int = 0,
         grid: Grid | None = None,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__(skip, provides)
         self._take_tokens(prefix_tokens, grid)
-        self.attn: LayerAttention | None = LayerAttention(dim, head_dim, kernel_size, tolerance)
+        self.attn: LayerAttention | None = LayerAttention(
+            dim, head_dim, kernel_size, tolerance, qk_norm=qk_norm
+        )
         self.norm: nn.Module | None = made_part("norm_layer", norm_layer, dim)
         is_relu = act_layer is nn.ReLU
         self.act = nn.ReLU(inplace=True) if is_relu else made_part("act_layer", act_layer)

@@ -13,6 +13,7 @@ from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.observations import Totals
 from ela_kernels.modules.skipping import MODES, Skipping, rounded
 from ela_kernels.ops.layer_attention.readers import Readers
+from ela_kernels.torch_internals import own_child
 
 _numbers = itertools.count(1)
 # Of layers that were skipped one after another: in a stage that shares layers they may follow each other in a circle.
@@ -101,6 +102,8 @@ class ELAState(Skipping):
             for module in self.attn.modules():  # a wrapper may be around it
                 if isinstance(module, LayerAttention):
                     module.register_module("Wq", None)
+                    if own_child(module, "q_norm") is not None:
+                        module.register_module("q_norm", None)
         self.make_permanent()
         self.probe_next = self.weights_next = False
 

@@ -76,6 +76,8 @@ class LayerAttention(TakesTokens, QueryKeyValue):
         prefix_tokens: of inputs that are tokens `[B, N, C]`, how many come before the patches (class and register
             tokens). They take no part, and the retrieval has zeros in their places, so that `x + out` passes them by.
         grid: height and width in patches of inputs that are tokens; None for a square.
+        qk_norm: queries and keys are normalised, head by head, by `nn.RMSNorm(head_dim)` of their own (`q_norm`,
+            `k_norm`) before the attention. Filters and norms are then PyTorch's, and the attention alone is fused.
 
     Tokens after the prefix are viewed as a map `[B, C, H, W]`, `x.view(B, H, W, C).permute(0, 3, 1, 2)`, which kernels
     read as it lies in memory, and the result is viewed as tokens again. Without a prefix nothing is copied. With one
@@ -85,7 +87,8 @@ class LayerAttention(TakesTokens, QueryKeyValue):
         TypeError, ValueError: arguments that do not fit, each named.
 
     Source:
-        MRLA (arXiv 2302.03985), equations 4 to 6, base form. The tolerance is our definition.
+        MRLA (arXiv 2302.03985), equations 4 to 6, base form. The tolerance is our definition, and so is `qk_norm` here,
+        which transformers have between tokens (arXiv 2010.04245).
 
     Example:
         >>> import torch, ela_kernels as ek
@@ -106,8 +109,9 @@ class LayerAttention(TakesTokens, QueryKeyValue):
         tolerance: float | None = None,
         prefix_tokens: int = 0,
         grid: Grid | None = None,
+        qk_norm: bool = False,
     ) -> None:
-        super().__init__(dim, head_dim, kernel_size)
+        super().__init__(dim, head_dim, kernel_size, qk_norm)
         self.tolerance = None if tolerance is None else check_tolerance(tolerance)
         self._take_tokens(prefix_tokens, grid)
 

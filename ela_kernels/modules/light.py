@@ -40,6 +40,7 @@ class LightLayerAttention(TakesTokens, QueryKeyValue):
         prefix_tokens: of inputs that are tokens `[B, N, C]`, how many come before the patches (class and register
             tokens). They take no part, and the output holds those of `x`, as the published vision transformers have it.
         grid: height and width in patches of inputs that are tokens; None for a square.
+        qk_norm: as of :class:`LayerAttention`; the layer is then made of PyTorch's own pieces.
 
     Tokens are viewed as maps and back, as in :class:`LayerAttention`: without a prefix nothing is copied, with one the
     output is, once.
@@ -61,8 +62,9 @@ class LightLayerAttention(TakesTokens, QueryKeyValue):
         value_act: ValueAct | None = None,
         prefix_tokens: int = 0,
         grid: Grid | None = None,
+        qk_norm: bool = False,
     ) -> None:
-        super().__init__(dim, head_dim, kernel_size)
+        super().__init__(dim, head_dim, kernel_size, qk_norm)
         self._take_tokens(prefix_tokens, grid)
         self.value_act = checks.check_value_act(value_act)
         self.lambda_t = nn.Parameter(torch.randn(dim, 1, 1))

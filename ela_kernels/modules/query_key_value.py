@@ -13,12 +13,25 @@ from ela_kernels.backends.memory import PLAIN_TENSORS, check_not_freed
 from ela_kernels.backends.types import Filters
 from ela_kernels.modules.tokens import TakesTokens
 from ela_kernels.ops import checks
-from ela_kernels.ops.autocast import fits_layer_dtype, layer_dtype
-from ela_kernels.torch_internals import has_hooks, is_plain_convolution, own_weight, tracing_state
+from ela_kernels.ops.autocast import (
+    fits_layer_dtype,
+    is_autocast_on,
+    layer_dtype,
+    may_be_cast,
+)
+from ela_kernels.torch_internals import (
+    has_hooks,
+    is_plain_convolution,
+    own_child,
+    own_weight,
+    tracing_state,
+)
 
 _NO_LEAF = (
     "this layer is no leaf of its trace (tracer_kwargs={'leaf_modules': [...]} of torchvision)"
 )
+# Added to the mean square of a head: far below what queries and keys are, and no number of half precision is less.
+QK_NORM_EPS = 1e-6
 _EXPORT = "use torch.export.export, or torch.jit.trace of the whole model"
 
 
@@ -105,9 +118,12 @@ class QueryKeyValue(nn.Module):
         dim: number of channels C.
         head_dim: channels of a head D; a divisor of `dim`.
         kernel_size: odd size of the filters over the channel axis; by :func:`default_kernel_size` if None.
+        qk_norm: queries and keys are normalised, head by head, by `nn.RMSNorm(head_dim)` of their own.
     """
 
-    def __init__(self, dim: int, head_dim: int, kernel_size: int | None = None) -> None:
+    def __init__(
+        self, dim: int, head_dim: int, kernel_size: int | None = None, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.dim = check_count("dim", dim)
         self.head_dim = check_count("head_dim", head_dim)
@@ -124,6 +140,11 @@ class QueryKeyValue(nn.Module):
         self.Wq = ChannelFilter(size)
         self.Wk = ChannelFilter(size)
         self.Wv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        if type(qk_norm) is not bool:
+            raise TypeError(f"qk_norm: got {type(qk_norm).__name__}; allowed is True or False")
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=QK_NORM_EPS)
 
     @property
     def heads(self) -> int:
@@ -213,6 +234,8 @@ class QueryKeyValue(nn.Module):
             found.append(f"{kind.__name__} makes query, key or value in a way of its own")
         if has_hooks(*modules):
             found.append("Wq, Wk or Wv has hooks, or all modules have")
+        if "k_norm" in children:
+            found.append("queries and keys are normalised (qk_norm), which the kernels do not know")
         return tuple(found)
 
     def own_filters(self) -> Filters | None:
@@ -253,13 +276,23 @@ class QueryKeyValue(nn.Module):
         """Query and key `[B, C]`, from the spatial mean of `x`."""
         self.check_beside_parameters(x)
         q, k = self.filtered(pooled(x), self.Wq, self.Wk)
-        return q, k
+        return self._normed("q_norm", q), self._normed("k_norm", k)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Key `[B, C]` and value `[B, C, H, W]`."""
         self.check_beside_parameters(x)
         (k,) = self.filtered(pooled(x), self.Wk)
-        return k, self.Wv(x)
+        return self._normed("k_norm", k), self.Wv(x)
+
+    def _normed(self, name: str, row: Tensor) -> Tensor:
+        """A query or key `[B, C]` by the norm of that name, head by head; as it is where there is none."""
+        norm = own_child(self, name)
+        if norm is None:
+            return row
+        # Autocast has cast the row, and not the norm's weight.
+        wide = row.float() if may_be_cast(row) and is_autocast_on(row) else row
+        normed: Tensor = norm(wide.unflatten(1, (self.heads, self.head_dim)))
+        return normed.flatten(1).to(row.dtype)
 
     @staticmethod
     def is_filter(module: nn.Module) -> bool:
@@ -276,4 +309,5 @@ class QueryKeyValue(nn.Module):
         return *self.query_key(x), self.Wv(x)
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, head_dim={self.head_dim}, kernel_size={self.kernel_size}"
+        sizes = f"dim={self.dim}, head_dim={self.head_dim}, kernel_size={self.kernel_size}"
+        return sizes if own_child(self, "k_norm") is None else f"{sizes}, qk_norm=True"
