@@ -251,3 +251,18 @@ def test_what_torchrun_sets_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="LOCAL_RANK: got 2, and there are 2 GPUs; allowed"):
         choose_device("auto")
+
+
+def test_counters_on_the_host_are_copied_where_the_host_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The group of the GPUs moves nothing of the host's, where an average counts its updates."""
+    groups = []
+
+    def broadcast(tensor: torch.Tensor, source: int, group: Any = None) -> None:
+        groups.append((tensor.device.type, source, group))
+
+    monkeypatch.setattr(processes.distributed, "broadcast", broadcast)
+    both = [torch.zeros(2), torch.zeros(2, device="meta")]
+    processes.Processes(1, 2, hosts="of hosts").copy_first(both)
+    assert groups == [("cpu", 0, "of hosts"), ("meta", 0, None)]
