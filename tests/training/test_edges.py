@@ -43,6 +43,11 @@ pytest.importorskip("sklearn")
         ("--drop-path 1.01 --attention mrla", "drop_path: got 1.01; allowed"),
         ("--drop-path 2", "drop_path: got 2.0; allowed"),
         ("--drop-path nan --attention ela", "drop_path: got nan; allowed"),
+        ("--data-dir some/where", "data-dir: got some/where with --data digits, which are bundled"),
+        (
+            "--data-dir a --task detection --model fasterrcnn_small",
+            "data-dir: got a with --data dig",
+        ),
         ("--threads 100000000", "threads: got 100000000; allowed is an int from 1 to"),
         ("--workers 100000000", "workers: got 100000000; allowed is an int from 0 to"),
         (
