@@ -50,6 +50,10 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         )
     if arguments.resume and arguments.evaluate is not None:
         raise ValueError("evaluate: got both --evaluate and --resume; allowed is one of them")
+    if arguments.data == "digits" and arguments.data_dir is not None:
+        raise ValueError(
+            f"data-dir: got {arguments.data_dir} with --data digits, which are bundled; allowed is it with other --data"
+        )
     make_recipe(arguments)
     names = TASKS[arguments.task]
     if arguments.model is None:
@@ -125,6 +129,8 @@ def make_options(arguments: argparse.Namespace, task: AnyTask) -> Options:
     if arguments.data in ("cifar10", "cifar100", "folder"):
         # Runs of before torchvision read these cannot go on: they had other images.
         of_data["reading"] = "torchvision"
+    if arguments.data in ("folder", "coco"):
+        of_data["class_names"] = list(task.classes)
     return Options(
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,

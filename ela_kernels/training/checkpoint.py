@@ -24,7 +24,15 @@ _COMMENT = len(_MARK) + hashlib.sha256().digest_size * 2
 # An archive without a comment ends in a record of this size, which this signature begins.
 _END, _END_SIGNATURE = 22, b"PK\x05\x06"
 
-_ADVICE = "give the --out of an earlier run, or train into another folder without --resume"
+# By the argument that asks for one.
+_ADVICE = {
+    "resume": "give the --out of an earlier run, or train into another folder without --resume",
+    "evaluate": "give the --out of an earlier run, or the path of its checkpoint",
+}
+_ABSENT = {
+    "resume": "Train without --resume first, or give the --out of that run",
+    "evaluate": "Train first, or give the folder of a run or the path of its checkpoint",
+}
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path) -> Path:
@@ -58,7 +66,7 @@ def load_checkpoint(
         folder: where it is.
         device: where its tensors are put.
         name: of the file.
-        argument: of the command, that asks for it; errors name it.
+        argument: of the command, that asks for it, `"resume"` or `"evaluate"`; errors name it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -68,24 +76,22 @@ def load_checkpoint(
     try:
         content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"{argument}: {path} not found. Train without --resume first, or give the --out of that run"
-        ) from None
+        raise FileNotFoundError(f"{argument}: {path} not found. {_ABSENT[argument]}") from None
     except OSError as error:
         raise ValueError(
-            f"{argument}: {path} cannot be read: {error.strerror or error}; {_ADVICE}"
+            f"{argument}: {path} cannot be read: {error.strerror or error}; {_ADVICE[argument]}"
         ) from error
     state = _decoded(content, path, device, argument)
     if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
         raise ValueError(
-            f"{argument}: {path} is no checkpoint of this program, without the options of a run; {_ADVICE}"
+            f"{argument}: {path} is no checkpoint of this program, without the options of a run; {_ADVICE[argument]}"
         )
     version = state.pop("version", VERSION)
     if type(version) is not int or version != VERSION:
         got = version if type(version) is int else type(version).__name__
         raise ValueError(
             f"{argument}: {path} was written by another release of this program, in version {got}; this one reads "
-            f"version {VERSION}. Resume with that release, or train into another folder"
+            f"version {VERSION}. Take that release for it, or train into another folder"
         )
     return state
 
@@ -101,7 +107,7 @@ def _decoded(content: bytes, path: Path, device: torch.device | str, argument: s
                 raise
             reason = f"PyTorch finds no plain values and tensors in it ({type(error).__name__})"
     raise ValueError(
-        f"{argument}: {path} is no checkpoint of this program or a damaged one: {reason}; {_ADVICE}"
+        f"{argument}: {path} is no checkpoint of this program or a damaged one: {reason}; {_ADVICE[argument]}"
     )
 
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         return _train(trainer, logs, arguments)
     except KeyboardInterrupt:
-        print(f"\nStopped at once; {_saved_before(arguments.out)}.", file=sys.stderr)
+        print(f"\nStopped at once; {_saved_before(arguments)}.", file=sys.stderr)
         return 130
     except Exception as error:
         text = sentence(error)
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         diverged = isinstance(error, NotFiniteError)
         if processes.first or not diverged:
-            print(f"\nerror: {text}; {_saved_before(arguments.out)}", file=sys.stderr)
+            print(f"\nerror: {text}; {_saved_before(arguments)}", file=sys.stderr)
         if diverged:
             # All processes stop here, and torchrun ends those that come later than the first.
             processes.wait()
@@ -72,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.leave()
 
 
-def _saved_before(out: Path) -> str:
+def _saved_before(arguments: argparse.Namespace) -> str:
+    if arguments.evaluate is not None:
+        return "nothing was written"
+    out: Path = arguments.out
     try:
         there = (out / NAME).is_file()
     except OSError:
@@ -117,7 +120,7 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, processes: Pr
     asked: Path = arguments.out if arguments.evaluate is True else arguments.evaluate
     folder, name = (asked.parent, asked.name) if asked.is_file() else (asked, NAME)
     state = load_checkpoint(folder, name=name, argument="evaluate")
-    arguments.model_ema = "average" in state
+    _take_average(arguments, "average" in state)
     trainer = _make_trainer(arguments, device, processes)
     trainer.load_weights(state, str(folder / name))
     head, *rows = trainer.evaluation()
@@ -127,6 +130,12 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, processes: Pr
         print_table(title, head, rows)
     processes.wait()
     return 0
+
+
+def _take_average(arguments: argparse.Namespace, averaged: bool) -> None:
+    """Test an average where the checkpoint has one, whatever the options say, which are of the training."""
+    arguments.model_ema = averaged and arguments.task == "classification"
+    arguments.model_ema_decay = arguments.model_ema_steps = None
 
 
 def _make_trainer(

@@ -6,7 +6,8 @@ import argparse
 import difflib
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,35 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.config is None:
         return arguments
-    parser.set_defaults(**read_config(arguments.config, parser))
+    found = read_config(arguments.config, parser)
+    given = _given(parser, argv)
+    for name, other, goes_with in _GOES_WITH:
+        if name not in given and other in given and not goes_with(given[other]):
+            found.pop(name, None)
+    parser.set_defaults(**found)
     return parser.parse_args(argv)
+
+
+# An option of a file, another one, and the values of that with which it says something. It is left out where the
+# command line sets the other to anything else: it could not be unset there, and would be refused.
+_GOES_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("data_dir", "data", lambda data: data != "digits"),
+    ("ra_magnitude", "auto_augment", lambda policy: policy == "ra"),
+    ("model_ema_decay", "model_ema", bool),
+    ("model_ema_steps", "model_ema", bool),
+    ("lr_warmup_decay", "lr_warmup_epochs", bool),
+    ("ebqm", "no_ebqm", lambda without: not without),
+    ("ebqm", "attention", lambda attention: attention == "ela"),
+    ("no_ebqm", "ebqm", lambda _: False),
+)
+
+
+def _given(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """What a command line sets itself."""
+    absent = object()
+    names = {action.dest for action in parser.options.values()}
+    found = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name: value for name, value in vars(found).items() if value is not absent}
 
 
 def read_config(path: Path, parser: Parser) -> dict[str, Any]:
@@ -116,13 +144,20 @@ def _value(where: str, value: Any, action: argparse.Action) -> Any:
         return value
     kind, name = _KINDS[bool if action.nargs == 0 else action.type or str]
     if action.type is float and type(value) is int:
-        value = float(value)
+        value = _as_float(value)
     if type(value) is not kind:
         raise ValueError(f"{where}: got {shown(value)}; allowed is {name}")
     if action.choices is not None and value not in action.choices:
         allowed = ", ".join(map(repr, action.choices))
         raise ValueError(f"{where}: got {value!r}; allowed are {allowed}")
     return Path(str(value)) if action.type is Path else value
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # as the command line reads so many digits
 
 
 # What stands in a file for a type of the command line.

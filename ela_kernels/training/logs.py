@@ -190,14 +190,16 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     """A table on the terminal, by rich or plain; the first column to the left, the others to the right."""
     try:
         console = optional("rich.console", "the table of results").Console()
-        table = optional("rich.table", "the table of results").Table(title=title)
+        plain = optional("rich.text", "the table of results").Text
+        # As texts: what stands in brackets in a path is not for rich, which would leave it out.
+        table = optional("rich.table", "the table of results").Table(title=plain(title))
     except MissingLibraryError:
         _print_plain(title, columns, rows)
         return
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(plain(column), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(plain, row))
     console.print(table)
 
 

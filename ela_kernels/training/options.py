@@ -125,7 +125,7 @@ class Options:
 
     def check_same_network(self, saved: Mapping[str, Any], source: str) -> None:
         """Refuse weights of another network, or for other images. How they were trained may differ."""
-        theirs = saved.get("task")
+        theirs = _named_as(self.task, saved.get("task"))
         # A convolutional network can be tested with images of another size, but not by oversight.
         given = self.task.get("side") is not None
         left_out = (*_OF_TRAINING, "side") if given else _OF_TRAINING
@@ -138,9 +138,29 @@ class Options:
 
     def check_same(self, saved: Mapping[str, Any], source: str = "the checkpoint") -> None:
         """Refuse to go on with a run that had other settings."""
-        mine, theirs = _flat(self.as_dict()), _flat(_without_removed(saved))
+        known = {**_without_removed(saved), "task": _named_as(self.task, saved.get("task"))}
+        mine, theirs = _flat(self.as_dict()), _flat(known)
         advice = "Give the same ones, or train into another folder"
         _refuse_others("resume", mine, theirs, source, advice)
+
+
+def _named_as(mine: Mapping[str, Any], theirs: Any) -> Any:
+    """Their task, with our names of the classes where it is of before they were kept."""
+    name = "class_names"
+    if isinstance(theirs, Mapping) and name in mine and name not in theirs:
+        return {**theirs, name: mine[name]}
+    return theirs
+
+
+def _told(value: Any, other: Any) -> str:
+    """A value that differs from another one; of lists as long the first entry that does."""
+    if isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        return next(
+            f"{shown(a)} as number {i}"
+            for i, (a, b) in enumerate(zip(value, other, strict=True))
+            if not same(a, b)
+        )
+    return shown(value)
 
 
 def _refuse_others(
@@ -149,12 +169,15 @@ def _refuse_others(
     absent = object()  # not even equal to None
     names = dict.fromkeys((*mine, *theirs))
     differing = [n for n in names if not same(theirs.get(n, absent), mine.get(n, absent))]
+    if "classes" in differing:
+        # Their names then differ for that.
+        differing = [n for n in differing if n != "class-names"]
     if differing:
         raise ValueError(
             f"{argument}: {source} was made with other settings: "
             + ", ".join(
-                f"{n}={shown(theirs[n]) if n in theirs else 'missing'} "
-                f"(now {shown(mine[n]) if n in mine else 'missing'})"
+                f"{n}={_told(theirs[n], mine.get(n)) if n in theirs else 'missing'} "
+                f"(now {_told(mine[n], theirs.get(n)) if n in mine else 'missing'})"
                 for n in differing[:6]
             )
             + (f" and {len(differing) - 6} more" if len(differing) > 6 else "")

@@ -210,7 +210,7 @@ def load_folder(folder: Path) -> tuple[Any, Any]:
 
     Raises:
         MissingDataError: one of the two is not there, or has no image.
-        ValueError: a class for testing is none for training.
+        ValueError: a class for testing is none for training, or there is one class alone.
     """
     layout = f"{folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
     kinds = f"(files: {', '.join(IMAGE_SUFFIXES)})"
@@ -225,6 +225,11 @@ def load_folder(folder: Path) -> tuple[Any, Any]:
         raise ValueError(
             f"data-dir: the classes {', '.join(unknown)} are in {folder / 'val'} and not in {folder / 'train'}; "
             "allowed are the same subfolders"
+        )
+    if len(classes) == 1:
+        raise ValueError(
+            f"data-dir: got one class, {classes[0]}, in {folder / 'train'}, of which there is nothing to learn; "
+            "allowed are two or more subfolders there"
         )
     parts = []
     for part in ("train", "val"):

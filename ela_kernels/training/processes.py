@@ -65,7 +65,9 @@ class Processes:
         """Give every process the first one's values, such as running statistics, which are each one's own."""
         if self.count > 1:
             for tensor in tensors:
-                distributed.broadcast(tensor, 0)
+                # Counters may be on the host, where the group of the GPUs cannot reach them.
+                group = self.hosts if tensor.device.type == "cpu" else None
+                distributed.broadcast(tensor, 0, group=group)
 
     def wait(self) -> None:
         if self.count > 1:

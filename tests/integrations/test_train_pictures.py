@@ -216,3 +216,56 @@ def test_mixup_is_not_for_detectors(tmp_path: Path, capsys: pytest.CaptureFixtur
             f"error: {option[2:]}: got .* with --task detection; allowed is it with --task class"
         )
         assert re.match(expected, said(capsys))
+
+
+def test_classes_of_other_names_are_not_taken_for_these(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many of them, of which each would be taken for the one of its number."""
+    for name in ("a", "b"):
+        write_folder(tmp_path / name, train=4, val=2)
+    for part in ("train", "val"):
+        (tmp_path / "b" / part / "dark").rename(tmp_path / "b" / part / "murky")
+    more = "--data folder --side 16 --model resnet20 --attention none --batch-size 4 --threads 1"
+    assert train(tmp_path / "out", f"{more} --epochs 2", tmp_path / "a") == 0
+    capsys.readouterr()
+    # They are sorted by name: dark, light; light, murky.
+    message = "class-names='dark' as number 0 (now 'light' as number 0). Give the same ones"
+    for how in ("--resume", "--evaluate"):
+        assert train(tmp_path / "out", f"{more} --epochs 2 {how}", tmp_path / "b") == 2
+        assert message in said(capsys)
+    # Of before the names were kept.
+    path = tmp_path / "out" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    assert state["options"]["task"].pop("class_names") == ["dark", "light"]
+    torch.save(state, path)
+    for how in ("--resume", "--evaluate"):
+        assert train(tmp_path / "out", f"{more} --epochs 2 {how}", tmp_path / "a") == 0
+
+
+def test_a_single_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where the data are one folder deeper: all of it would be right from the first step on."""
+    write_folder(tmp_path / "train" / "images", train=2, val=2)
+    write_folder(tmp_path / "val" / "images", train=2, val=2)
+    assert train(tmp_path / "out", "--data folder --side 16 --model resnet20", tmp_path) == 2
+    assert said(capsys).startswith("error: data-dir: got one class, images, in ")
+
+
+def test_evaluate_takes_an_average_where_there_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever the options say, which are of another run's training."""
+    write_folder(tmp_path, train=4, val=2)
+    more = "--data folder --side 16 --model resnet20 --attention none --batch-size 4 --threads 1"
+    ema = "--model-ema --model-ema-decay 0.9 --model-ema-steps 2"
+    for name, options in (("with", ema), ("without", "")):
+        assert train(tmp_path / name, f"{more} --epochs 1 {options}", tmp_path) == 0
+    for config, checkpoint in (("with", "without"), ("without", "with")):
+        capsys.readouterr()
+        path = tmp_path / config / "config.json"
+        command = ["train", "--config", str(path), "--evaluate", str(tmp_path / checkpoint)]
+        assert main(command) == 0
+        assert ("average" in capsys.readouterr().out) == (checkpoint == "with")
+    command = ["train", "--task", "detection", "--evaluate", str(tmp_path / "with")]
+    assert main(command) == 2
+    assert "was made with other settings: data='folder' (now 'digits')" in said(capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,23 @@ from support.program import assert_same, said, without_times
 
 from ela_kernels.__main__ import main
 from ela_kernels.training import config
+from ela_kernels.training.arguments import check_numbers, make_options
 from ela_kernels.training.checkpoint import load_checkpoint
 from ela_kernels.training.parser import make_parser
 
 DIGITS = "--side 8 --batch-size 400 --model resnet20 --threads 1 --epochs 1"
+
+
+class _Images:
+    def __init__(self) -> None:
+        self.classes, self.train = ["a", "b"], range(8)
+
+
+def options_of(found: dict[str, Any]) -> None:
+    """What a run looks at before it reads any image."""
+    arguments = argparse.Namespace(**found)
+    check_numbers(arguments)
+    make_options(arguments, _Images())
 
 
 def parsed(path: Path, content: Any, more: str = "") -> dict[str, Any]:
@@ -54,6 +68,67 @@ def test_the_command_line_wins(tmp_path: Path) -> None:
     found = parsed(tmp_path / "a.json", content, more)
     assert (found["batch_size"], found["model_ema"], found["augment"]) == (64, False, True)
     assert (found["ebqm"], found["lr"]) == (["high=0.2"], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "gone"),
+    [
+        ({"model_ema": True, "model_ema_decay": 0.9}, "--no-model-ema", ["model_ema_decay"]),
+        ({"model-ema": True, "model-ema-steps": 2}, "--no-model-ema", ["model_ema_steps"]),
+        ({"auto-augment": "ra", "ra-magnitude": 3}, "--auto-augment ta_wide", ["ra_magnitude"]),
+        (
+            {"schedule": "cosine", "lr-warmup-epochs": 5, "lr-warmup-decay": 0.1},
+            "--lr-warmup-epochs 0",
+            ["lr_warmup_decay"],
+        ),
+        ({"data": "folder", "data_dir": "a"}, "--data digits", ["data_dir"]),
+        ({"ebqm": ["low=0.1"]}, "--no-ebqm", ["ebqm"]),
+        ({"ebqm": ["low=0.1"]}, "--attention mrla", ["ebqm"]),
+        ({"no_ebqm": True}, "--ebqm low=0.1", ["no_ebqm"]),
+        # What still goes together stays.
+        ({"model_ema": True, "model_ema_decay": 0.9}, "--model-ema", []),
+        ({"auto-augment": "ra", "ra-magnitude": 3}, "--auto-augment ra --lr 1", []),
+        ({"ebqm": ["low=0.1"]}, "--attention ela", []),
+    ],
+)
+def test_what_goes_with_something_else_goes_with_it(
+    tmp_path: Path, content: dict[str, Any], more: str, gone: list[str]
+) -> None:
+    found = parsed(tmp_path / "a.json", content, more)
+    options_of(found)
+    usual = vars(make_parser().parse_args([]))
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name in gone:
+            assert found[name] == usual[name]
+        elif name.replace("_", "-") not in more:
+            assert found[name] == value
+
+
+def test_what_the_command_line_gives_itself_is_refused_as_ever(tmp_path: Path) -> None:
+    for content, more in (
+        ({"model_ema": True}, "--no-model-ema --model-ema-decay 0.9"),
+        ({"no_ebqm": True}, "--no-ebqm --ebqm low=0.1"),
+        ({"model_ema_decay": 0.9}, "--lr 1"),
+    ):
+        found = parsed(tmp_path / "a.json", content, more)
+        with pytest.raises(ValueError, match=r"allowed is (it with that|one of them)"):
+            options_of(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lr", 10**400), ("weight-decay", -(10**400))],
+    ids=["lr", "weight-decay"],
+)
+def test_an_int_beyond_all_floats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: int
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({name: value, "side": 8, "model": "resnet20"}))
+    assert main(["train", "--config", str(path), "--out", str(tmp_path / "out")]) == 2
+    infinite = "inf" if value > 0 else "-inf"
+    assert said(capsys).startswith(f"error: {name}: got {infinite}")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="no tomllib")

@@ -43,6 +43,11 @@ pytest.importorskip("sklearn")
         ("--drop-path 1.01 --attention mrla", "drop_path: got 1.01; allowed"),
         ("--drop-path 2", "drop_path: got 2.0; allowed"),
         ("--drop-path nan --attention ela", "drop_path: got nan; allowed"),
+        ("--data-dir some/where", "data-dir: got some/where with --data digits, which are bundled"),
+        (
+            "--data-dir a --task detection --model fasterrcnn_small",
+            "data-dir: got a with --data dig",
+        ),
         ("--threads 100000000", "threads: got 100000000; allowed is an int from 1 to"),
         ("--workers 100000000", "workers: got 100000000; allowed is an int from 0 to"),
         (
@@ -251,3 +256,18 @@ def test_what_torchrun_sets_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="LOCAL_RANK: got 2, and there are 2 GPUs; allowed"):
         choose_device("auto")
+
+
+def test_counters_on_the_host_are_copied_where_the_host_can_be_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The group of the GPUs moves nothing of the host's, where an average counts its updates."""
+    groups = []
+
+    def broadcast(tensor: torch.Tensor, source: int, group: Any = None) -> None:
+        groups.append((tensor.device.type, source, group))
+
+    monkeypatch.setattr(processes.distributed, "broadcast", broadcast)
+    both = [torch.zeros(2), torch.zeros(2, device="meta")]
+    processes.Processes(1, 2, hosts="of hosts").copy_first(both)
+    assert groups == [("cpu", 0, "of hosts"), ("meta", 0, None)]

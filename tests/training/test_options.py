@@ -150,3 +150,12 @@ def test_progress_and_table_without_their_libraries(
         "accuracy   98 %",
         "layers        2",
     ]
+
+
+@pytest.mark.parametrize("name", ["runs/[red]x", "runs/[/] :smile:", "a[/x]b", "[link=x]"])
+def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """What stands in brackets in a path means something to rich."""
+    pytest.importorskip("rich")
+    print_table(name, ("", name), [(name, "98 %"), ("layers", name)])
+    # The title is broken to the table's width.
+    assert capsys.readouterr().out.count(name) >= 3

@@ -433,10 +433,16 @@ def test_evaluate_refuses_what_does_not_fit(
     capsys.readouterr()
     short = "--side 8 --model resnet20 --evaluate"
     for more, message in (
-        (f"{short} {tmp_path / 'nowhere'}", f"evaluate: {tmp_path / 'nowhere'}/checkpoint.pt not"),
+        (
+            f"{short} {tmp_path / 'nowhere'}",
+            f"evaluate: {tmp_path / 'nowhere'}/checkpoint.pt not found. Train first, or give the folder",
+        ),
         (f"{short} --attention mrla", "evaluate: .* was made with other settings: attention='ela'"),
         ("--model resnet20 --evaluate", r"evaluate: .*: side=8 \(now None\)"),
-        (f"{short} {tmp_path / 'out' / 'log.csv'}", "evaluate: .*log.csv is no checkpoint"),
+        (
+            f"{short} {tmp_path / 'out' / 'log.csv'}",
+            "evaluate: .*log.csv is no checkpoint.*; give the --out of an earlier run, or the path",
+        ),
     ):
         assert train(tmp_path / "out", more) == 2
         sentence = said(capsys)
