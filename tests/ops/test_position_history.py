@@ -224,6 +224,35 @@ def test_without_gradients_nothing_is_linked():
     assert not outs[-1].requires_grad
 
 
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "asked for later"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_values_added_without_gradients_get_theirs(how, place):
+    """A list does not know how a value came into it."""
+    values = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(4)]
+    query = torch.randn(6, dtype=torch.float64)
+
+    def run(pull):
+        leaves = [v.clone().requires_grad_() for v in values]
+        history, total = ek.PositionHistory(), 0
+        for t, v in enumerate(leaves):
+            if not pull:
+                continue
+            if t != place:
+                history.append(v)
+            elif how == "asked for later":
+                history.append(v.requires_grad_(False))
+                v.requires_grad_()
+            else:
+                with torch.no_grad() if how == "no_grad" else torch.inference_mode():
+                    history.append(v)
+            total = total + history.attend(query).sin().sum()
+        for t in [] if pull else range(len(leaves)):
+            total = total + ek.position_attention(query, leaves[: t + 1]).out.sin().sum()
+        return torch.autograd.grad(total, leaves)
+
+    torch.testing.assert_close(run(True), run(False))
+
+
 def test_eager_and_kernels_meet_in_one_history():
     values = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(3)]
     query = torch.randn(6, dtype=torch.float64)
