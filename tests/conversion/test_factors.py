@@ -99,6 +99,22 @@ def with_gates(v: Tensor) -> Tensor:
     return gate(v.mean((2, 3)))[:, :, None, None]
 
 
+def two_means_of_which_one_is_changed(v: Tensor) -> Tensor:
+    first, second = v.mean((2, 3)), v.mean((2, 3))
+    first.add_(1)
+    return v * (first * second).tanh()[:, :, None, None]
+
+
+def hooks_on_means(k: Any, v: Any) -> State:
+    parts = []
+    for i in range(v.shape[1]):
+        mean = v[:, i].mean((2, 3))
+        if mean.requires_grad:
+            mean.register_hook(lambda gradient: 2 * gradient)
+        parts.append(v[:, i] * mean.tanh()[:, :, None, None])
+    return k, torch.stack(parts, 1)
+
+
 KNOWN: dict[str, Callable[[Any, Any], Any]] = {
     "as published": as_published,
     "taken apart and stacked": lambda k, v: (
@@ -150,6 +166,14 @@ KNOWN: dict[str, Callable[[Any, Any], Any]] = {
         ),
     ),
     "means in the loss": lambda k, v: (*as_published(k, v), pooled(v[:, 0])),
+    "means changed in place": of_values(
+        lambda v: v * v.mean((2, 3)).mul_(3).sigmoid_()[:, :, None, None]
+    ),
+    "pooled maps changed in place": of_values(
+        lambda v: v * F.adaptive_avg_pool2d(v, 1).sub_(0.1).tanh_()
+    ),
+    "two means, of which one is changed": of_values(two_means_of_which_one_is_changed),
+    "hooks on means": hooks_on_means,
     "metadata of a part": lambda k, v: (
         as_published(k, v) if v[:, 0].shape == v.shape[:1] + v.shape[2:] else ()
     ),
