@@ -172,7 +172,7 @@ def test_a_values_gradient_is_gathered_once(made):
 
 
 def test_no_gradient_of_a_values_size_waits_for_another():
-    """The push form has T gradients of one value at once; here each exists once."""
+    """The push form makes T gradients of one value; here each is made once."""
     stage = Stage((1, 64, 256))
     sizes = []
 
