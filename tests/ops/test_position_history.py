@@ -381,6 +381,7 @@ def test_nothing_is_kept_after_a_backward():
             "value: got dtype torch.float64",
         ),
         (lambda h: h.append(torch.ones(2, 5, 6), False), ValueError, "channels_last: got False"),
+        (lambda h: ek.AttentionResidual(6)(h, False), ValueError, "channels_last: got False"),
         (lambda h: h.attend(torch.ones(7)), ValueError, r"query: got shape \[7\]"),
         (
             lambda h: h.attend(torch.ones(6), torch.ones(7)),

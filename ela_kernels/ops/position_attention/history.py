@@ -144,6 +144,18 @@ class PositionHistory:
         self.weights, self.kl, self.kl_mean = found.weights, found.kl, found.kl_mean
         return found.out
 
+    def check_form(self, channels_last: object) -> None:
+        """Refuse another form than that of the values; where there is none yet, :meth:`attend` says so.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if self._values and channels_last is not None and channels_last != self._channels_last:
+            raise ValueError(
+                f"channels_last: got {channels_last} with a history whose values have {self._channels_last}; allowed "
+                "is None, or the same. Say it where they are added, append(value, channels_last)"
+            )
+
     def _pulled(self, call: PositionCall, caller: Any) -> PositionAttentionOutput | None:
         """By kernels in the pull form; None where the functional op has to serve."""
         held = self._values
