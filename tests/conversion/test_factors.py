@@ -215,6 +215,19 @@ def gates_changed(k: Any, v: Any) -> State:
     return k, torch.stack(parts, 1)
 
 
+def seen_twice_and_changed(k: Any, v: Any) -> State:
+    again = v.view_as(v)
+    v.mul_(0.5)
+    return k, again
+
+
+def parts_seen_twice_and_changed(k: Any, v: Any) -> State:
+    parts = [v[:, i] * with_gates(v[:, i]) for i in range(v.shape[1])]
+    again = [part.view_as(part) for part in parts]
+    again[0].mul_(0.5)
+    return k, torch.stack(parts, 1)
+
+
 def without_gradients(k: Any, v: Any) -> State:
     with torch.no_grad():
         scaled = [v[:, i] * with_gates(v[:, i]) for i in range(v.shape[1])]
@@ -227,6 +240,8 @@ IN_PLACE = (
     "a part changed in place",
     "scaled, and then changed",
     "gates changed afterwards",
+    "seen twice, and changed",
+    "parts seen twice, and changed",
 )
 OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
     "another order": lambda k, v: (
@@ -262,6 +277,8 @@ OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
     "a part changed in place": part_changed_in_place,
     "scaled, and then changed": scaled_and_then_changed,
     "gates changed afterwards": gates_changed,
+    "seen twice, and changed": seen_twice_and_changed,
+    "parts seen twice, and changed": parts_seen_twice_and_changed,
     "without gradients": without_gradients,
     "means over batch too": of_values(lambda v: v * gate(v.mean((0, 2, 3)))[None, :, None, None]),
     "pooled to more": of_values(lambda v: v * F.adaptive_avg_pool2d(v, (4, 1)).tanh()),
