@@ -178,7 +178,10 @@ def _mean_of(part: Part) -> Tensor:
         mean = pooled(pair)
         if may_keep and not torch.is_inference_mode_enabled():
             stack.means[key] = mean
-    return mean if part.factor is None else (mean * part.factor).to(pair.dtype)
+    if part.factor is not None:
+        return (mean * part.factor).to(pair.dtype)
+    # Whoever asked may change it in place, or hang a hook on it: what is kept is nobody's.
+    return mean.clone() if key in stack.means else mean
 
 
 def _averaged(part: object, keeps: bool) -> Tensor | None:

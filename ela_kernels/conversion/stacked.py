@@ -64,8 +64,17 @@ class Lazy(Tensor):
     `requires_grad` is False until then, so that wrappers which put hooks on whatever has a gradient leave it alone.
     """
 
-    made: Tensor | None
     has_grad: bool
+    _cell: list[Tensor | None]  # what was made, shared with the others for the same
+
+    @property
+    def made(self) -> Tensor | None:
+        """The tensor, where it or another one for the same was made."""
+        return self._cell[0]
+
+    @made.setter
+    def made(self, made: Tensor | None) -> None:
+        self._cell[0] = made
 
     def make(self) -> Tensor:
         """The tensor; the same one at every call."""
@@ -79,7 +88,7 @@ class Lazy(Tensor):
         raise NotImplementedError
 
     def again(self) -> Lazy:
-        """Another one for the same."""
+        """Another one for the same: a change of either's tensor in place is one of both."""
         raise NotImplementedError
 
     @classmethod
@@ -118,7 +127,7 @@ def _without_memory(
 ) -> Any:
     """A new tensor of a lazy class, which is given its attributes afterwards."""
     found = cast("Lazy", tensor_without_memory(kind, shape, dtype, like.device))
-    found.made, found.has_grad = None, torch.is_grad_enabled()
+    found._cell, found.has_grad = [None], torch.is_grad_enabled()
     if found.has_grad and like.requires_grad:
         # Autograd's own engine may take it for an input, and leave its gradient here, where nobody asks for it.
         with plain_functions():
@@ -179,7 +188,7 @@ class Stacked(Lazy):
     def again(self) -> Stacked:
         of_pairs = self.pairs, self.history, self.snapshot, self.held, self.factors, self.means
         other = Stacked.of(*of_pairs)
-        other.made, other.has_grad = self.made, self.has_grad
+        other._cell, other.has_grad = self._cell, self.has_grad
         return other
 
     def _made_now(self) -> Tensor:
@@ -227,7 +236,7 @@ class Part(Lazy):
 
     def again(self) -> Part:
         other = Part.of(self.stack, self.place, self.factor, self.is_scaled, self.has_dimension)
-        other.made, other.has_grad = self.made, self.has_grad
+        other._cell, other.has_grad = self._cell, self.has_grad
         return other
 
     def _made_now(self) -> Tensor:

@@ -74,9 +74,14 @@ class AttentionResidual(nn.Module):
         Args:
             values: the :class:`ela_kernels.PositionHistory` of this forward pass, which then holds weights and
                 divergence, and gathers gradients; or a list of tensors, as of :func:`ela_kernels.position_attention`.
-            channels_last: of a list, whether the last dimension of a value is the channel.
+            channels_last: of a list, whether the last dimension of a value is the channel. A history knows.
+
+        Raises:
+            TypeError, ValueError: as of :func:`ela_kernels.position_attention`, and `channels_last` that is not that of
+                the history.
         """
         if isinstance(values, PositionHistory):
+            values.check_form(channels_last)
             return values.attend(self.query, self.norm_weight, self.eps, self.scale, caller=self)
         return retrieve(
             self.query,

@@ -99,6 +99,22 @@ def with_gates(v: Tensor) -> Tensor:
     return gate(v.mean((2, 3)))[:, :, None, None]
 
 
+def two_means_of_which_one_is_changed(v: Tensor) -> Tensor:
+    first, second = v.mean((2, 3)), v.mean((2, 3))
+    first.add_(1)
+    return v * (first * second).tanh()[:, :, None, None]
+
+
+def hooks_on_means(k: Any, v: Any) -> State:
+    parts = []
+    for i in range(v.shape[1]):
+        mean = v[:, i].mean((2, 3))
+        if mean.requires_grad:
+            mean.register_hook(lambda gradient: 2 * gradient)
+        parts.append(v[:, i] * mean.tanh()[:, :, None, None])
+    return k, torch.stack(parts, 1)
+
+
 KNOWN: dict[str, Callable[[Any, Any], Any]] = {
     "as published": as_published,
     "taken apart and stacked": lambda k, v: (
@@ -150,6 +166,14 @@ KNOWN: dict[str, Callable[[Any, Any], Any]] = {
         ),
     ),
     "means in the loss": lambda k, v: (*as_published(k, v), pooled(v[:, 0])),
+    "means changed in place": of_values(
+        lambda v: v * v.mean((2, 3)).mul_(3).sigmoid_()[:, :, None, None]
+    ),
+    "pooled maps changed in place": of_values(
+        lambda v: v * F.adaptive_avg_pool2d(v, 1).sub_(0.1).tanh_()
+    ),
+    "two means, of which one is changed": of_values(two_means_of_which_one_is_changed),
+    "hooks on means": hooks_on_means,
     "metadata of a part": lambda k, v: (
         as_published(k, v) if v[:, 0].shape == v.shape[:1] + v.shape[2:] else ()
     ),
@@ -191,6 +215,19 @@ def gates_changed(k: Any, v: Any) -> State:
     return k, torch.stack(parts, 1)
 
 
+def seen_twice_and_changed(k: Any, v: Any) -> State:
+    again = v.view_as(v)
+    v.mul_(0.5)
+    return k, again
+
+
+def parts_seen_twice_and_changed(k: Any, v: Any) -> State:
+    parts = [v[:, i] * with_gates(v[:, i]) for i in range(v.shape[1])]
+    again = [part.view_as(part) for part in parts]
+    again[0].mul_(0.5)
+    return k, torch.stack(parts, 1)
+
+
 def without_gradients(k: Any, v: Any) -> State:
     with torch.no_grad():
         scaled = [v[:, i] * with_gates(v[:, i]) for i in range(v.shape[1])]
@@ -203,6 +240,8 @@ IN_PLACE = (
     "a part changed in place",
     "scaled, and then changed",
     "gates changed afterwards",
+    "seen twice, and changed",
+    "parts seen twice, and changed",
 )
 OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
     "another order": lambda k, v: (
@@ -238,6 +277,8 @@ OTHERWISE: dict[str, Callable[[Any, Any], Any]] = {
     "a part changed in place": part_changed_in_place,
     "scaled, and then changed": scaled_and_then_changed,
     "gates changed afterwards": gates_changed,
+    "seen twice, and changed": seen_twice_and_changed,
+    "parts seen twice, and changed": parts_seen_twice_and_changed,
     "without gradients": without_gradients,
     "means over batch too": of_values(lambda v: v * gate(v.mean((0, 2, 3)))[None, :, None, None]),
     "pooled to more": of_values(lambda v: v * F.adaptive_avg_pool2d(v, (4, 1)).tanh()),

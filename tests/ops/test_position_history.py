@@ -172,7 +172,7 @@ def test_a_values_gradient_is_gathered_once(made):
 
 
 def test_no_gradient_of_a_values_size_waits_for_another():
-    """The push form has T gradients of one value at once; here each exists once."""
+    """The push form makes T gradients of one value; here each is made once."""
     stage = Stage((1, 64, 256))
     sizes = []
 
@@ -222,6 +222,35 @@ def test_without_gradients_nothing_is_linked():
     with torch.no_grad():
         outs, _ = stage.pulled()
     assert not outs[-1].requires_grad
+
+
+@pytest.mark.parametrize("how", ["no_grad", "inference_mode", "asked for later"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_values_added_without_gradients_get_theirs(how, place):
+    """A list does not know how a value came into it."""
+    values = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(4)]
+    query = torch.randn(6, dtype=torch.float64)
+
+    def run(pull):
+        leaves = [v.clone().requires_grad_() for v in values]
+        history, total = ek.PositionHistory(), 0
+        for t, v in enumerate(leaves):
+            if not pull:
+                continue
+            if t != place:
+                history.append(v)
+            elif how == "asked for later":
+                history.append(v.requires_grad_(False))
+                v.requires_grad_()
+            else:
+                with torch.no_grad() if how == "no_grad" else torch.inference_mode():
+                    history.append(v)
+            total = total + history.attend(query).sin().sum()
+        for t in [] if pull else range(len(leaves)):
+            total = total + ek.position_attention(query, leaves[: t + 1]).out.sin().sum()
+        return torch.autograd.grad(total, leaves)
+
+    torch.testing.assert_close(run(True), run(False))
 
 
 def test_eager_and_kernels_meet_in_one_history():
@@ -352,6 +381,7 @@ def test_nothing_is_kept_after_a_backward():
             "value: got dtype torch.float64",
         ),
         (lambda h: h.append(torch.ones(2, 5, 6), False), ValueError, "channels_last: got False"),
+        (lambda h: ek.AttentionResidual(6)(h, False), ValueError, "channels_last: got False"),
         (lambda h: h.attend(torch.ones(7)), ValueError, r"query: got shape \[7\]"),
         (
             lambda h: h.attend(torch.ones(6), torch.ones(7)),

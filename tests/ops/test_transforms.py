@@ -100,3 +100,53 @@ def test_batched_gradients_are_refused(kind):
     many = torch.stack((torch.ones_like(out), out.detach()))
     with pytest.raises(RuntimeError, match=r"batched gradients.*use_backend\('eager'\)"):
         torch.autograd.grad(out, x, many, is_grads_batched=True)
+
+
+def _values() -> list[torch.Tensor]:
+    return [torch.randn(2, 6, 4, requires_grad=True) for _ in range(3)]
+
+
+def _of_op(values):
+    keys = [v.mean(2) for v in values]
+    prev = torch.ones(2, 2, 1)
+    found = ek.layer_attention(keys[-1], keys, values, heads=2, prev_weights=prev)
+    return found.out, found.weights, found.kl
+
+
+def _of_history(values):
+    history = ek.LayerHistory()
+    outs = [history.attend(v.mean(2), v.mean(2), v, heads=2) for v in values]
+    return outs[-1], history.weights, history.kl
+
+
+def _of_positions(values):
+    found = ek.position_attention(torch.ones(4), values, prev_weights=torch.ones(2, 1, 6))
+    return found.out, found.weights, found.kl, found.kl_mean
+
+
+def _of_position_history(values):
+    history = ek.PositionHistory()
+    for v in values:
+        history.append(v)
+        out = history.attend(torch.ones(4))
+    return out, history.weights, history.kl
+
+
+OPS = {
+    "layer_attention": _of_op,
+    "LayerHistory": _of_history,
+    "depth_mix": lambda values: (ek.depth_mix(torch.ones(3, requires_grad=True), values),),
+    "position_attention": _of_positions,
+    "PositionHistory": _of_position_history,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_batched_gradients_of_each_output_are_refused(op):
+    values = _values()
+    with ek.use_backend("cpp"):
+        outputs = OPS[op](values)
+        for out in outputs:
+            many = torch.stack((torch.ones_like(out), out.detach()))
+            with pytest.raises(RuntimeError, match=r"batched gradients.*use_backend\('eager'\)"):
+                torch.autograd.grad(out, values[0], many, is_grads_batched=True, retain_graph=True)

@@ -21,6 +21,7 @@ from ela_kernels.ops.depth_mix.reference import depth_mix_backward_reference, de
 from ela_kernels.ops.layer_attention.autograd import given_or_zero, library, runs_elsewhere
 from ela_kernels.ops.layer_attention.in_graph.flops import count_flops
 from ela_kernels.ops.layer_attention.opaque import opaque
+from ela_kernels.ops.layer_attention.record import with_own_memory
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 
 library.define("depth_mix(Tensor weights, Tensor[] values, bool channels_last) -> Tensor")
@@ -107,6 +108,7 @@ class _DepthMix(torch.autograd.Function):
             # A second derivative is wanted: the reference gives a first one that has it.
             dweights, dvalues = depth_mix_backward_reference(*given)
         else:
+            with_own_memory(dout, "depth_mix")
             dweights, dvalues = ctx.backend.mix_backward(*given)
         return (dweights, None, None, *dvalues)
 

@@ -84,10 +84,13 @@ class _Attend(torch.autograd.Function):
             q, weights, prev_weights, *maps = unpacked(ctx)
             depth = len(maps) // 2
             values = maps[depth:]
+            dout, dweights, dkl = (
+                None if d is None else with_own_memory(d) for d in (dout, dweights, dkl)
+            )
             if dout is not None:
                 # A user's value may be in no form that the kernels read, and the gradient be strided as it is.
                 form = ctx.channels_last, is_interleaved(values[-1], ctx.channels_last)
-                dout = in_form(with_own_memory(dout), *form)
+                dout = in_form(dout, *form)
             saved = Saved(
                 q,
                 maps[:depth],

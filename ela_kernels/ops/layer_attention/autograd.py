@@ -19,6 +19,7 @@ from ela_kernels.backends.layout import accumulate_dtype, empty_map, is_interlea
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.backends.types import Saved
 from ela_kernels.ops.layer_attention.opaque import opaque
+from ela_kernels.ops.layer_attention.record import with_own_memory
 from ela_kernels.ops.layer_attention.reference import (
     layer_attention_backward_reference,
     layer_attention_reference,
@@ -250,6 +251,9 @@ class _LayerAttention(torch.autograd.Function):
             )
             return (found[0], found[1], None, None, None, None, None, *found[2:])
         need = ctx.needs_input_grad
+        dout, dweights, dkl = (
+            None if d is None else with_own_memory(d) for d in (dout, dweights, dkl)
+        )
         saved = Saved(
             *(q, maps[:depth], maps[depth:], heads, scale, prev, weights, channels_last),
             ctx.tolerance,

@@ -144,11 +144,11 @@ def check_unchanged(dout: Tensor | None, version: int) -> None:
         )
 
 
-def with_own_memory(dout: Tensor) -> Tensor:
+def with_own_memory(dout: Tensor, op: str = "layer attention") -> Tensor:
     """An output gradient that has memory of its own to read."""
     if is_batched_gradient(dout):
         raise RuntimeError(
-            "layer attention: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
+            f"{op}: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
             "have no memory for a kernel to read; use ela_kernels.use_backend('eager')"
         )
     return resolved(dout)

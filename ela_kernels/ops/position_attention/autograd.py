@@ -19,6 +19,7 @@ from ela_kernels.backends.position import PositionCall, PositionNeeds
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.ops.layer_attention.autograd import given_or_zero, library, runs_elsewhere
 from ela_kernels.ops.layer_attention.opaque import opaque
+from ela_kernels.ops.layer_attention.record import with_own_memory
 from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 from ela_kernels.ops.position_attention.reference import (
     Outputs,
@@ -192,9 +193,10 @@ class _PositionAttention(torch.autograd.Function):
             return (*found[:3], None, None, None, None, None, *found[3:])
         need = ctx.needs_input_grad
         needs = PositionNeeds(need[0], need[1], need[2], need[8 : 8 + depth], need[8 + depth :])
-        g = ctx.backend.position_attend_backward(
-            call, weights, None if dout is None else resolved(dout), dweights, dkl, needs
+        dout, dweights, dkl = (
+            None if d is None else with_own_memory(d, OP) for d in (dout, dweights, dkl)
         )
+        g = ctx.backend.position_attend_backward(call, weights, dout, dweights, dkl, needs)
         return (g.row, g.query, g.prev, None, None, None, None, None, *g.values, *g.keys)
 
 

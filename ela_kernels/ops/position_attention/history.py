@@ -66,7 +66,8 @@ class PositionHistory:
         self.kl: Tensor | None = None
         self.kl_mean: Tensor | None = None
         self._values: list[Tensor] = []
-        self._linked: list[bool] = []
+        self._linked: list[bool] = []  # whether kernels serve it
+        self._gathers: list[bool] = []  # whether it has a node, which gathers its gradient
         self._token: Tensor | None = None
         self._record = Record()
         self._channels_last: bool | None = None
@@ -105,6 +106,7 @@ class PositionHistory:
             value = resolved(value)
         self._values.append(value)
         self._linked.append(is_linked)
+        self._gathers.append(is_linked and value.requires_grad and torch.is_grad_enabled())
         if is_linked:
             self._token = append_pull(value, self._token, self._link())
 
@@ -142,11 +144,29 @@ class PositionHistory:
         self.weights, self.kl, self.kl_mean = found.weights, found.kl, found.kl_mean
         return found.out
 
+    def check_form(self, channels_last: object) -> None:
+        """Refuse another form than that of the values; where there is none yet, :meth:`attend` says so.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if self._values and channels_last is not None and channels_last != self._channels_last:
+            raise ValueError(
+                f"channels_last: got {channels_last} with a history whose values have {self._channels_last}; allowed "
+                "is None, or the same. Say it where they are added, append(value, channels_last)"
+            )
+
     def _pulled(self, call: PositionCall, caller: Any) -> PositionAttentionOutput | None:
         """By kernels in the pull form; None where the functional op has to serve."""
         held = self._values
         # Values that autocast casts here are others than those that gather their gradients.
         if not all(self._linked) or any(a is not b for a, b in zip(call.values, held, strict=True)):
+            return None
+        # Added without gradients, or asked for one only afterwards: nothing would gather it.
+        if torch.is_grad_enabled() and any(
+            value.requires_grad and not gathers
+            for value, gathers in zip(held, self._gathers, strict=True)
+        ):
             return None
         backend = kernels_for(OP, held[-1], len(held))
         if backend is None:

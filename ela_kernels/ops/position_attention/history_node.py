@@ -125,9 +125,13 @@ class _Retrieve(torch.autograd.Function):
         drow = dquery = dprev = None
         if dout is not None or dweights is not None or dkl is not None:
             row, query, prev, weights, *values = unpacked(ctx)
+            dout, dweights, dkl = (
+                None if d is None else with_own_memory(d, "PositionHistory")
+                for d in (dout, dweights, dkl)
+            )
             if dout is not None:
                 interleaved = is_interleaved(values[-1], ctx.channels_last)
-                dout = in_form(with_own_memory(dout), ctx.channels_last, interleaved)
+                dout = in_form(dout, ctx.channels_last, interleaved)
             (normed, eps), (row_needed, query_needed, prev_needed) = (
                 ctx.form,
                 ctx.needs_input_grad[:3],
