@@ -49,7 +49,8 @@ class Run:
         self.network = network_of(settings, len(task.classes), task.channels).to(self.device)
         options = settings.options()
         self.optimizer = make_optimizer(self.network, options)
-        self.schedule = make_schedule(self.optimizer, options, self.steps)
+        per_epoch = self.batches.steps
+        self.schedule = make_schedule(self.optimizer, options, self.steps, per_epoch)
         self.ebqm: ek.EBQM | None = None
         if settings.kind.chosen_by == "ebqm":
             self.ebqm = ek.EBQM(self.network, **settings.ebqm_arguments(self.steps))
