@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.backends import ALL, WITH_FLOAT64, WITH_KERNELS, Backend, on, over, words
+from support.factors import (
+    FORMS,
+    one_is_usual,
+    over_depths,
+    over_sizes,
+    over_sizes_beyond_all_pieces,
+    over_sizes_of_tokens,
+)
 from support.freed import empty, free, shorten
 from support.layouts import (
     MAP_LAYOUTS,
@@ -26,7 +33,6 @@ from support.pairs import pairs
 
 import ela_kernels as ek
 
-FORMS = (contiguous, channels_last)
 WEIGHTS = ["[B, G, T]", "[G, T]", "[T]"]
 
 
@@ -47,13 +53,6 @@ def check(backend: Backend, mix: Mix) -> dict[str, torch.Tensor]:
     found = run(backend, mix)
     assert_mixed(found, mix)
     return found
-
-
-def one_is_usual(pair: Any) -> bool:
-    """Two layouts meet where one of them is contiguous or channels_last."""
-    if set(pair) != {"layout", "dout"}:
-        return True
-    return bool({*pair.values()} & {*FORMS})
 
 
 @over(
@@ -105,52 +104,27 @@ def test_each_value_laid_out_otherwise(backend, turn):
     check(backend, make_mix((2, 6, 4, 5), 4, 2, makers=mixed[turn:] + mixed[:turn]))
 
 
-@over(
-    "pair",
-    lambda backend: pairs({"size": backend.sizes, "layout": FORMS, "dtype": backend.dtypes}),
-    ids=words,
-)
+@over_sizes
 def test_sizes(backend, pair):
     shape, heads = pair["size"]
     check(backend, make_mix(shape, 3, heads, pair["dtype"], pair["layout"]))
 
 
-@over(
-    "pair",
-    lambda backend: pairs({"size": backend.token_sizes, "dtype": backend.dtypes}),
-    ids=words,
-)
+@over_sizes_of_tokens
 def test_sizes_of_tokens(backend, pair):
     shape, heads = pair["size"]
     check(backend, make_mix(shape, 3, heads, pair["dtype"], channels_last=True))
 
 
-@over(
-    "pair",
-    lambda backend: pairs(
-        {"depth": backend.depths, "layout": FORMS, "dtype": backend.dtypes},
-        lambda pair: "dtype" not in pair or pair.get("depth", 3) in (1, 3, 31, 33, 65),
-    ),
-    ids=words,
-)
+@over_depths
 def test_depths(backend, pair):
     if pair["depth"] > (backend.max_depth or pair["depth"]):
         pytest.skip(f"{backend} serves fewer maps, and refuses more")
     check(backend, make_mix((2, 16, 3, 5), pair["depth"], 2, pair["dtype"], pair["layout"]))
 
 
-@over(
-    "pair",
-    lambda backend: [
-        {"size": (shape, heads), "layout": layout, "dtype": dtype}
-        for shape, heads, layout in backend.beyond
-        for dtype in (torch.float32, torch.bfloat16)
-    ],
-    [backend for backend in WITH_KERNELS if backend.beyond],
-    ids=words,
-)
+@over_sizes_beyond_all_pieces
 def test_beyond_all_pieces(backend, pair):
-    """Maps larger than what is worked on at a time, and more of them than the dimensions of a grid hold."""
     shape, heads = pair["size"]
     check(backend, make_mix(shape, 3, heads, pair["dtype"], pair["layout"]))
 

@@ -9,6 +9,14 @@ import torch
 from support.backends import WITH_KERNELS, Backend, over, words
 from support.cases import Case, make_case
 from support.cuda_on_cpu import off_by
+from support.factors import (
+    FORMS,
+    one_is_usual,
+    over_depths,
+    over_sizes,
+    over_sizes_beyond_all_pieces,
+    over_sizes_of_tokens,
+)
 from support.layouts import (
     MAP_LAYOUTS,
     TOKEN_LAYOUTS,
@@ -22,20 +30,11 @@ from support.pairs import pairs
 
 import ela_kernels as ek
 
-FORMS = (contiguous, channels_last)
-
 
 def check(backend: Backend, case: Case) -> dict[str, torch.Tensor]:
     found = backend.evaluate(case)
     assert_matches(found, case)
     return found
-
-
-def one_is_usual(pair: Any) -> bool:
-    """Two layouts meet where one of them is contiguous or channels_last."""
-    if set(pair) != {"layout", "dout"}:
-        return True
-    return bool({*pair.values()} & {*FORMS})
 
 
 def map_layouts(backend: Backend) -> list[dict[str, Any]]:
@@ -81,52 +80,27 @@ def test_each_value_laid_out_otherwise(backend, turn):
     check(backend, make_case((2, 6, 4, 5), 4, 2, makers=mixed[turn:] + mixed[:turn]))
 
 
-@over(
-    "pair",
-    lambda backend: pairs({"size": backend.sizes, "layout": FORMS, "dtype": backend.dtypes}),
-    ids=words,
-)
+@over_sizes
 def test_sizes(backend, pair):
     shape, heads = pair["size"]
     check(backend, make_case(shape, 3, heads, pair["dtype"], pair["layout"]))
 
 
-@over(
-    "pair",
-    lambda backend: pairs({"size": backend.token_sizes, "dtype": backend.dtypes}),
-    ids=words,
-)
+@over_sizes_of_tokens
 def test_sizes_of_tokens(backend, pair):
     shape, heads = pair["size"]
     check(backend, make_case(shape, 3, heads, pair["dtype"], channels_last=True))
 
 
-@over(
-    "pair",
-    lambda backend: pairs(
-        {"depth": backend.depths, "layout": FORMS, "dtype": backend.dtypes},
-        lambda pair: "dtype" not in pair or pair.get("depth", 3) in (1, 3, 31, 33, 65),
-    ),
-    ids=words,
-)
+@over_depths
 def test_depths(backend, pair):
     if pair["depth"] > (backend.max_depth or pair["depth"]):
         pytest.skip(f"{backend} serves fewer layers, and refuses more")
     check(backend, make_case((2, 16, 3, 5), pair["depth"], 2, pair["dtype"], pair["layout"]))
 
 
-@over(
-    "pair",
-    lambda backend: [
-        {"size": (shape, heads), "layout": layout, "dtype": dtype}
-        for shape, heads, layout in backend.beyond
-        for dtype in (torch.float32, torch.bfloat16)
-    ],
-    [backend for backend in WITH_KERNELS if backend.beyond],
-    ids=words,
-)
+@over_sizes_beyond_all_pieces
 def test_beyond_all_pieces(backend, pair):
-    """Maps larger than what is worked on at a time, and more of them than the dimensions of a grid hold."""
     shape, heads = pair["size"]
     check(backend, make_case(shape, 3, heads, pair["dtype"], pair["layout"]))
 

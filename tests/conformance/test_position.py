@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.backends import WITH_POSITIONS, Backend, on, over, words
+from support.factors import FORMS, one_is_usual
 from support.layouts import (
     MAP_LAYOUTS,
     TOKEN_LAYOUTS,
@@ -27,20 +28,11 @@ from torch.autograd import gradcheck
 
 import ela_kernels as ek
 
-FORMS = (contiguous, channels_last)
-
 
 def check(backend: Backend, case: PositionCase) -> dict[str, torch.Tensor]:
     found = evaluate_position(case, put=backend.put)
     assert_position_matches(found, case)
     return found
-
-
-def one_is_usual(pair: Any) -> bool:
-    """Two layouts meet where one of them is contiguous or channels_last."""
-    if set(pair) != {"layout", "dout"}:
-        return True
-    return bool({*pair.values()} & {*FORMS})
 
 
 def map_cases(backend: Backend) -> list[dict[str, Any]]:

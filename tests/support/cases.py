@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from support.gradients import with_gradients
 from support.layouts import contiguous
 from torch import Tensor
 
@@ -41,21 +42,9 @@ class Case:
     def with_gradients(
         self, outputs: dict[str, Tensor], inputs: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """`outputs`, and the gradient of each wanted input as `d <input>`, zero where autograd gives None."""
+        """:func:`support.gradients.with_gradients` of this case."""
         arriving = {"out": self.dout, "weights": self.dweights, "kl": self.dkl}
-        roots = [n for n, o in outputs.items() if o.requires_grad and arriving[n] is not None]
-        grads: Sequence[Tensor | None] = [None] * len(self.wanted)
-        if roots and self.wanted:
-            grads = torch.autograd.grad(
-                [outputs[n] for n in roots],
-                [inputs[n] for n in self.wanted],
-                [arriving[n].to(outputs[n].dtype) for n in roots],
-                allow_unused=True,
-            )
-        found = {n: o.detach() for n, o in outputs.items()}
-        for name, g in zip(self.wanted, grads, strict=True):
-            found["d " + name] = torch.zeros_like(inputs[name]) if g is None else g
-        return found
+        return with_gradients(outputs, inputs, self.wanted, arriving)
 
     def __str__(self) -> str:
         value = self.values[0]

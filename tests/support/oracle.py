@@ -5,11 +5,11 @@ It shares no code with the package, so that a mistake in the package's own refer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
 from support.cases import Case
+from support.gradients import assert_within, largest
 from torch import Tensor
 
 
@@ -100,28 +100,9 @@ def tolerances(case: Case) -> dict[str, float]:
     return allowed
 
 
-def largest(tensors: Sequence[Tensor | None]) -> float:
-    return max(
-        (x.double().abs().max().item() for x in tensors if x is not None and x.numel()), default=0.0
-    )
-
-
 def assert_matches(
     found: dict[str, Tensor], case: Case, expected: dict[str, Tensor] | None = None
 ) -> None:
     """Every output and gradient in `found` equals the oracle's within :func:`tolerances`."""
     expected = oracle(case) if expected is None else expected
-    assert found.keys() == expected.keys()
-    allowed = tolerances(case)
-    for name, x in found.items():
-        assert x.shape == expected[name].shape, name
-        # Results are rounded once more, to their own type: half an ulp, or half of the smallest subnormal. Twice that.
-        info = torch.finfo(x.dtype)
-        subnormal = info.smallest_normal * info.eps if x.dtype == torch.float16 else 0.0
-        torch.testing.assert_close(
-            x.double(),
-            expected[name],
-            rtol=info.eps,
-            atol=allowed[name] + subnormal,
-            msg=lambda text, name=name: f"{name} of {case}: {text}",
-        )
+    assert_within(found, expected, tolerances(case), case)
