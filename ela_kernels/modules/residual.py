@@ -306,6 +306,7 @@ class _Track:
         _track(self._norm, self._count, statistics, applies)
 
 
+# A function, since the compiler cannot trace a method that is decorated so.
 @torch.no_grad()
 def _track(
     norm: nn.BatchNorm2d, count: int, statistics: Tensor, applies: Tensor | None = None

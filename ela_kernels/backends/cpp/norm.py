@@ -146,10 +146,10 @@ def norm_call(
 
 def is_narrow(norm: NormAct, dtype: torch.dtype) -> bool:
     """Whether the parameters are in `dtype`, that of the maps, which the kernels then read and write them in."""
+    if dtype.itemsize == accumulate_dtype(dtype).itemsize:
+        return False
     gamma, beta = norm.gamma, norm.beta
-    return (
-        gamma is not None and beta is not None and gamma.dtype == dtype and beta.dtype == dtype
-    ) and dtype.itemsize < accumulate_dtype(dtype).itemsize
+    return gamma is not None and beta is not None and gamma.dtype == dtype == beta.dtype
 
 
 def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
