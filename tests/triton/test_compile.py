@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from build_tools import triton_report
+from build_tools import triton_launches
 from build_tools.triton_report import Compiled, _amd_number, _loads, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,8 @@ def test_kernels_compile_for_hopper_without_spills():
 LEAVING_OUT = """
 import re
 import torch
-from build_tools.triton_report import Case, compile_launch, launches_of
+from build_tools.triton_launches import Case, launches_of
+from build_tools.triton_report import compile_launch
 
 for head_dim in (16, 4):  # 16 bytes are of one head, and of two
     for launch in launches_of(Case(8, 256, 56, head_dim, 4, torch.bfloat16, True)):
@@ -102,8 +103,8 @@ def test_every_default_configuration_compiles_without_spills():
 
 
 def test_launches_are_recorded_and_not_made():
-    case = triton_report.Case(2, 8, 4, 4, 3, torch.float32, False)
-    kernels = [launch.kernel.fn.__name__ for launch in triton_report.launches_of(case)]
+    case = triton_launches.Case(2, 8, 4, 4, 3, torch.float32, False)
+    kernels = [launch.kernel.fn.__name__ for launch in triton_launches.launches_of(case)]
     # Alone, of a layer, of a block; pull and push form, of a layer. What leaves out: all but the latter's.
     assert kernels.count("layer_attention_fwd_kernel") == 3 + 3
     assert kernels.count("layer_attention_bwd_dots_kernel") == 3 + 2
@@ -113,10 +114,10 @@ def test_launches_are_recorded_and_not_made():
     assert kernels.count("light_layer_fwd_kernel") == 6  # alone, of a block, by activation
     for name in ("light_layer_bwd_kernel", "light_layer_bwd_rows_kernel"):
         assert kernels.count(name) == 3
-    kernels = [launch.kernel.fn.__name__ for launch in triton_report.launches_of_mix(case)]
+    kernels = [launch.kernel.fn.__name__ for launch in triton_launches.launches_of_mix(case)]
     dots, tail = "layer_attention_bwd_dots_kernel", "depth_mix_bwd_tail_kernel"
     assert kernels == ["layer_attention_fwd_kernel", dots, tail, dots, tail]
-    wide = triton_report.launches_of(case._replace(channels=512, head_dim=512, size=2))
+    wide = triton_launches.launches_of(case._replace(channels=512, head_dim=512, size=2))
     assert "light_layer_gates_kernel" in [launch.kernel.fn.__name__ for launch in wide]
 
 

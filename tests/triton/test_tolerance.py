@@ -14,7 +14,7 @@ from support.layouts import channel_slice, channels_last, contiguous
 from torch import Tensor
 
 import ela_kernels as ek
-from build_tools import triton_report
+from build_tools import triton_launches
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.types import RESIDUAL, Filters, NormAct, Saved
 
@@ -328,7 +328,7 @@ def test_a_tolerance_that_float32_hardly_holds(tolerance):
         spoil(value, below[..., j])
     out, _, _ = call.attend(tolerance)
     # A GPU compares in float32, the interpreter in Python's numbers.
-    with triton_report.recorded() as launches:
+    with triton_launches.recorded() as launches:
         call.attend(tolerance)
         call.backward(tolerance, torch.zeros_like(out))
         left = KERNELS["triton"].contribution(
@@ -423,7 +423,7 @@ def test_layers_of_several_tolerances_in_a_history(maps):
 
 @pytest.mark.parametrize("tolerance", [0.0, 0.25])
 def test_warming_compiles_the_kernels_of_its_tolerance(tolerance):
-    with triton_report.recorded() as launches:
+    with triton_launches.recorded() as launches:
         ek.warmup([(1, 4, 2, 3)], 2, 2, device="cpu", tolerance=tolerance)
     asked = {
         (launch.kernel.fn.__name__, launch.options["LEAVES_OUT"])
