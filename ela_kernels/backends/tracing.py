@@ -24,7 +24,10 @@ __all__ = [
 TRACED = "PyTorch has to see every operation here (torch.compile, a fake tensor, a subclass or a dispatch mode)"
 EMPTY = "the input is empty"
 DECIDED = "which layers retrieve is data here, in a graph that is being compiled"
-UNLINKED = "a layer before it in the history ran without kernels, and gathers no gradients"
+UNLINKED = (
+    "nothing gathers the gradients of a pair in the history: its layer ran without kernels, or it asked for a gradient "
+    "only afterwards"
+)
 OTHER_SHAPE = "prev_out has another shape than x"
 
 

@@ -225,6 +225,29 @@ def test_values_are_released_during_the_backward(backend):
     assert loss is not None  # the graph's root is still held
 
 
+@over("asked", lambda backend: ["key", "value", "both"])
+@pytest.mark.parametrize("how", ["attend", "provide"])
+def test_a_pair_that_asks_for_a_gradient_afterwards_gets_it(backend, how, asked):
+    """As in eager PyTorch: from the retrievals after it, and none from those before."""
+    start = [[t.to(backend.exact) for t in random(backend, ROW, ROW, MAP)] for _ in range(4)]
+
+    def run():
+        layers = [[t.clone().requires_grad_(i != 1) for t in s] for i, s in enumerate(start)]
+        late = {"key": layers[1][1:2], "value": layers[1][2:], "both": layers[1][1:]}[asked]
+        history, total = ek.LayerHistory(), 0
+        for i, (q, k, v) in enumerate(layers):
+            if i == 1 and how == "provide":
+                history.provide(k, v, heads=HEADS)
+            else:
+                total = total + history.attend(q, k, v, heads=HEADS).sin().sum()
+            if i == 2:
+                for t in late:
+                    t.requires_grad_()
+        return grads(total, [t for layer in layers for t in layer if t.requires_grad])
+
+    assert all(g is not None for g in compare(backend, run))
+
+
 def test_inference_mode(backend):
     layers, x = chained(backend, 3)
     with torch.inference_mode():

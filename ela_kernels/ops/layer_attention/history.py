@@ -275,7 +275,7 @@ class LayerHistory(ReusedRetrievals):
         pairs = snapshot.pairs
         if needs_dispatcher(q):
             return None
-        if not pairs.linked or not pairs.are_all(q.dtype):
+        if not pairs.are_linked or not pairs.are_all(q.dtype):
             refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
             return None
         return kernels_for("layer_attention", q, len(pairs.keys) + 1)

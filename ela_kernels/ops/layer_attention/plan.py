@@ -81,7 +81,7 @@ def pair_obstacles(pairs: Pairs, dtype: torch.dtype, held: torch.dtype | None = 
     `held`: the dtype that their values are held in, None for that of the layers.
     """
     found = []
-    if not pairs.linked:
+    if not pairs.are_linked:
         found.append(UNLINKED)
     if not pairs.are_all(dtype, held):
         of = "" if held is None else f", with values held in {held}"

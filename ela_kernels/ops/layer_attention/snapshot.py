@@ -22,7 +22,7 @@ class Pairs(NamedTuple):
     They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on,
     and `mixed` where they are of several dtypes, which no kernel reads together. Where the history holds values in
     another dtype than their layers have, `stand_ins` has for each what leads gradients to it, None where none has to be
-    led; else it is empty.
+    led; else it is empty. `without_gradient` has the keys and values that had none when they were appended.
     """
 
     keys: tuple[Tensor, ...] = ()
@@ -32,6 +32,16 @@ class Pairs(NamedTuple):
     linked: bool = True
     mixed: bool = False
     stand_ins: tuple[Tensor | None, ...] = ()
+    without_gradient: tuple[Tensor, ...] = ()
+
+    @property
+    def are_linked(self) -> bool:
+        """Whether nodes gather every gradient that is asked for: none does for a leaf that asked for it afterwards."""
+        if not self.linked:
+            return False
+        return not torch.is_grad_enabled() or not any(
+            tensor.requires_grad for tensor in self.without_gradient
+        )
 
     def extended(
         self,
@@ -42,7 +52,7 @@ class Pairs(NamedTuple):
         stand_in: Tensor | None = None,
     ) -> Pairs:
         """With one more pair, whose place is the end of `path` where it has one already."""
-        keys, values, old_path, versions, linked, mixed, stand_ins = self
+        keys, values, old_path, versions, linked, mixed, stand_ins, without_gradient = self
         mixed = mixed or not self.are_all(key.dtype, value.dtype)
         if value.dtype is not key.dtype:
             stand_ins = (*(stand_ins or (None,) * len(keys)), stand_in)
@@ -56,8 +66,14 @@ class Pairs(NamedTuple):
             path = self.next_path() if path is None else path
             version = _version(key, value)
             keys, values = with_one_more(keys, key), with_one_more(values, value)
+            if not key.requires_grad:
+                without_gradient = (*without_gradient, key)
+            # A value that was rounded to be held is nobody else's.
+            if not value.requires_grad and value.dtype is key.dtype:
+                without_gradient = (*without_gradient, value)
         linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
-        return Pairs(keys, values, path, (*versions, version), linked, mixed, stand_ins)
+        of_all = linked, mixed, stand_ins, without_gradient
+        return Pairs(keys, values, path, (*versions, version), *of_all)
 
     def are_all(self, dtype: torch.dtype, held: torch.dtype | None = None) -> bool:
         """Whether every pair is one of layers in this dtype, with its value held in `held`, or in the same if None."""
@@ -72,7 +88,7 @@ class Pairs(NamedTuple):
         """With values in the dtype of their layers, as these read them: new tensors, where they are held in another."""
         if len(self.stand_ins) == 0:
             return self
-        found = Pairs(linked=self.linked)
+        found = Pairs(linked=self.are_linked)
         for key, value, stand_in in zip(self.keys, self.values, self.stand_ins, strict=True):
             wide = value if value.dtype == key.dtype else widened(value, stand_in, key.dtype)
             found = found.extended(key, wide)

@@ -75,7 +75,7 @@ class WholeLayers(LayersInGraphs):
             or needs_dispatcher(x)
             or not x.numel()
             or self._decided is not None
-            or not pairs.linked
+            or not pairs.are_linked
             or not pairs.are_all(dtype, held)
             or self._retrieves_its_own_way
             or not all_fit(filters, x, dtype)
