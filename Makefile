@@ -12,6 +12,8 @@ BUILD_REQUIRES := setuptools ninja pybind11
 PYTEST_ARGS ?=
 # Test files side by side, a process for each core.
 PYTEST_WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
+# Each process is one of several on these cores: threads of its own would wait for cores that the others have.
+TEST_ENV := OMP_NUM_THREADS=1
 # What `make quick` runs: of tests/conformance what support/backends.py does not mark as `full`.
 QUICK ?= tests/conformance tests/modules tests/ebqm tests/test_public.py tests/test_pairs.py
 DEMO_ARGS ?=
@@ -43,7 +45,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study quick test test-oldest test-integrations slow gpu-test lint format compdb bench compare tables gpu-bench cuda-report \
+.PHONY: help install demo study quick test test-all test-oldest test-integrations slow gpu-test lint format compdb bench compare tables gpu-bench cuda-report \
   triton-report triton-versions asan tsan dist clean
 
 help: ## list the targets
@@ -75,10 +77,13 @@ demo: $(INSTALLED) ## train on handwritten digits, side by side, in about five m
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
 
 quick: $(INSTALLED) ## run the tests for the inner loop, in under two minutes: two backends, some pairs, modules
-	$(BIN)/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) $(QUICK) $(PYTEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) $(QUICK) $(PYTEST_ARGS)
 
-test: $(INSTALLED) ## run the tests that need no GPU and are not slow
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) $(PYTEST_ARGS)
+test: $(INSTALLED) ## run the tests that need no GPU and are not slow, with some of the cases on stand-ins for a GPU
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu and not exhaustive" $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-all: $(INSTALLED) ## the same with all of these cases
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # The oldest PyTorch that pyproject.toml admits, with what the rest of the package stands on. The extension is the usual
 # build: it knows nothing of PyTorch. Its own folder, since this PyTorch may want another Triton.
@@ -96,7 +101,7 @@ $(OLDEST_INSTALLED): $(INSTALLED)
 
 test-oldest: $(OLDEST_INSTALLED) ## run a part of the tests with the oldest PyTorch admitted, which is 3 GB to load
 	$(OLDEST_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "Python", sys.version)'
-	PYTHONPATH=. $(OLDEST_VENV)/bin/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) \
+	PYTHONPATH=. $(TEST_ENV) $(OLDEST_VENV)/bin/python -m pytest -m "not slow and not gpu and not full" $(PYTEST_WORKERS) \
 	  $(sort $(OLDEST_TESTS)) $(PYTEST_ARGS)
 
 # The newest PyTorch that they are tested with, and the libraries whose networks and formats the package takes.
@@ -113,7 +118,7 @@ $(INTEGRATIONS_INSTALLED): $(INSTALLED)
 
 test-integrations: $(INTEGRATIONS_INSTALLED) ## run the tests with timm and torchvision, which are 3 GB to load
 	$(INTEGRATIONS_VENV)/bin/python -c 'import sys, torch; print("PyTorch", torch.__version__, "Python", sys.version)'
-	PYTHONPATH=. $(INTEGRATIONS_VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) \
+	PYTHONPATH=. $(TEST_ENV) $(INTEGRATIONS_VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) \
 	  tests/integrations tests/test_readme.py $(PYTEST_ARGS)
 
 slow: $(INSTALLED) ## run the slow tests

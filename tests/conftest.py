@@ -32,6 +32,13 @@ from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension, extension_problem
 from ela_kernels.backends.types import NormAct
 from ela_kernels.ops.layer_attention import autograd, interface
+from support import exhaustive
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before `-m` selects."""
+    exhaustive.mark(items)
 
 
 @pytest.fixture(autouse=True)
