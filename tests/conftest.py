@@ -26,13 +26,14 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
 # `support`, the tests' own helpers; pytest's import mode puts nothing on the path.
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from support import exhaustive
+
 import ela_kernels as ek
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension, extension_problem
 from ela_kernels.backends.types import NormAct
 from ela_kernels.ops.layer_attention import autograd, interface
-from support import exhaustive
 
 
 @pytest.hookimpl(tryfirst=True)

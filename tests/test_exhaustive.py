@@ -1,5 +1,7 @@
 """Which cases on stand-ins for a GPU `make test` runs."""
 
+import itertools
+
 import pytest
 from support.exhaustive import INTERPRETED, ON_CPU, left, usual_cases
 
@@ -10,7 +12,7 @@ def test_so_many_are_run_spread_evenly(count, usual):
     run = sorted(set(cases) - set(left(cases, usual)))
     assert len(run) == min(count, usual)
     assert run[0] == 0
-    gaps = [b - a for a, b in zip(run, run[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(run)]
     assert max(gaps, default=0) - min(gaps, default=0) <= 1
 
 
