@@ -45,7 +45,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study quick test test-all test-oldest test-integrations slow gpu-test lint format compdb bench compare tables gpu-bench cuda-report \
+.PHONY: help install demo study quick test test-all test-oldest test-integrations slow gpu-test lint format compdb bench compare tables readme-tables gpu-bench cuda-report \
   triton-report triton-versions asan tsan dist clean
 
 help: ## list the targets
@@ -145,7 +145,7 @@ compdb: $(INSTALLED) ## write compile_commands.json, which tells an editor how e
 bench: $(INSTALLED) ## run the benchmarks (BENCH_ARGS="--full --out DIR" for all of them)
 	$(BENCH_ENV) $(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
-tables: $(INSTALLED) ## write the tables in README and docs from the files of results
+readme-tables tables: $(INSTALLED) ## write the tables and pictures in README and docs from the files of results
 	$(BIN)/python -m benchmarks pages
 
 compare: $(INSTALLED) ## whether this checkout is slower than another: BASE=revision or folder, HEAD if not given; minutes

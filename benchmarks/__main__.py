@@ -3,7 +3,7 @@
 python -m benchmarks run --quick --out results/bench     what layer attention costs, against its rivals
 python -m benchmarks compare HEAD~1                      what a change did to it: two checkouts in turns
 python -m benchmarks study run --plan two-hours ...      what it buys: networks trained with and without it
-python -m benchmarks pages                               the tables in README and docs, from the files of results
+python -m benchmarks pages                               tables and pictures in README and docs, from files of results
 """
 
 from __future__ import annotations

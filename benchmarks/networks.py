@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import interleave, ratio, summarize
+from benchmarks.memory import profiled_peak
 from ela_kernels.models import build_model
 
 PLAIN, CONCATENATING, FUSED, SKIPPING = "plain", "concatenating", "mrla", "ela"
@@ -88,6 +89,7 @@ def _measure(network: Network, rounds: int) -> dict[str, Any]:
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
         steps[name] = partial(_step, module, images, labels, optimizer)
     training = _times(interleave(steps, rounds))
+    peaks = {name: profiled_peak(step) for name, step in steps.items()}
     for module in made.values():
         module.eval()
     steps = {name: partial(_infer, module, images) for name, module in made.items()}
@@ -96,6 +98,7 @@ def _measure(network: Network, rounds: int) -> dict[str, Any]:
         "layers": len(layers),
         "skipped": sum(layer.skipped for layer in layers),
         "training": training,
+        "peak_bytes": peaks,
         "inference": _times(interleave(steps, rounds)),
     }
 

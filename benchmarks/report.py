@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.blocks import OURS
+from benchmarks.depth import depth_lines
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.limits import limits
 from benchmarks.measure import fastest_baseline
@@ -191,6 +192,9 @@ def text_report(results: Results) -> str:
     if results.get("position"):
         what = "Attention over depth at every position, ms: median [quartiles]"
         lines += [what, "", *position_lines(results["position"]), ""]
+    if results.get("depth"):
+        what = "A stage against its depth, forward and backward, ms and peak MiB (kept malloc)"
+        lines += [what, "", *depth_lines(results["depth"]), ""]
     if results["overhead"]:
         lines += ["Overhead on tiny maps, us a layer", ""]
         rows = [

@@ -47,6 +47,7 @@ FULL_ROUNDS = {
     "converted": 7,
     "compiled": 9,
     "position": 15,
+    "depth": 9,
 }
 QUICK_ROUNDS = {
     "stages": 5,
@@ -64,6 +65,7 @@ QUICK_ROUNDS = {
     "converted": 3,
     "compiled": 3,
     "position": 5,
+    "depth": 3,
 }
 # Parts that --quick and --smoke leave out: whole networks take minutes, except small ones, and float64 takes long.
 LEFT_OUT = {
@@ -75,6 +77,7 @@ LEFT_OUT = {
         "converted",
         "compiled",
         "position",
+        "depth",
     ),
     "smoke": ("compiled", "position"),
     "full": (),

@@ -35,3 +35,13 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
+
+
+def machine_sentence(results: Results) -> str:
+    """The sentence without which times mean nothing."""
+    machine = results["machine"]
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    return (
+        f"{threads} of an {machine['cpu']} ({machine['simd_level']}), torch {machine['torch']}, "
+        f"{machine['date'][:10]}."
+    )

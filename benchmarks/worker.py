@@ -18,6 +18,7 @@ import torch
 from benchmarks.blocks import measure_blocks
 from benchmarks.compiled import measure_compiled
 from benchmarks.converted import measure_converted
+from benchmarks.depth import measure_depth
 from benchmarks.floor import measure_divergence, measure_floor
 from benchmarks.history_dtype import measure_history_dtype
 from benchmarks.layer_floor import measure_layer_floor
@@ -49,9 +50,10 @@ PARTS = (
     "converted",
     "compiled",
     "position",
+    "depth",
 )
 # Whose numbers do not depend on the shape.
-ONCE = ("overhead", "networks", "left_out_networks", "converted", "compiled", "position")
+ONCE = ("overhead", "networks", "left_out_networks", "converted", "compiled", "position", "depth")
 
 
 def measure(
@@ -76,6 +78,8 @@ def measure(
         return measure_compiled(rounds[part], small)
     if part == "position":
         return measure_position(rounds[part], small)
+    if part == "depth":
+        return measure_depth(contenders, rounds[part], small)
     if part == "memory":
         return measure_memory(shape, contenders)
     if part == "overhead":

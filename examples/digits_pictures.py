@@ -16,12 +16,13 @@ from matplotlib.patches import Patch
 
 Results = dict[str, Any]
 COLOURS = {"none": "#7f7f7f", "mrla": "#d95f02", "ela": "#1b6ca8"}
-HATCH = {"facecolor": "#f2f2f2", "edgecolor": "#b0b0b0", "hatch": "////", "linewidth": 0.0}
+HATCH = {"facecolor": "#f2f2f2", "edgecolor": "#606060", "hatch": "////", "linewidth": 0.0}
 DPI = 110
 
 
 def draw_weights(results: Results, path: Path) -> None:
-    """Heat maps: a row for each layer, a column for each layer that it retrieves from."""
+    """Heat maps: a row for each layer, a column for each layer that it retrieves from; skipped layers hatched."""
+    skipped = {(x["stage"], x["place"]) for x in results["ebqm"]["layers"] if x["skipped"][-1]}
     kinds = [("mrla", results["weights"]["mrla"]), ("ela", results["weights"]["ela"])]
     stages = len(kinds[0][1])
     figure, grid = plt.subplots(
@@ -31,7 +32,8 @@ def draw_weights(results: Results, path: Path) -> None:
     for row, (kind, weights) in zip(grid, kinds, strict=True):
         title = results["runs"][kind]["title"]
         for i, (axes, layers) in enumerate(zip(row, weights, strict=True)):
-            image = _heat_map(axes, layers)
+            hatched = {j for stage, j in skipped if stage == i and kind == "ela"}
+            image = _heat_map(axes, layers, hatched)
             axes.set_title(f"{title}: stage {i + 1}", fontsize=10)
         row[0].set_ylabel("layer")
     for axes in grid[-1]:
@@ -41,18 +43,22 @@ def draw_weights(results: Results, path: Path) -> None:
         image, ax=grid, shrink=0.6, label="attention weight, mean over test images and heads"
     )
     figure.legend(
-        handles=[Patch(label="skipped by EBQM: retrieves nothing", **HATCH)],
+        handles=[
+            Patch(
+                label="skipped by EBQM: takes over what the last layer before it retrieved", **HATCH
+            )
+        ],
         loc="outside lower center",
         frameon=False,
     )
     _save(figure, path)
 
 
-def _heat_map(axes: Axes, layers: list[list[float] | None]) -> Any:
+def _heat_map(axes: Axes, layers: list[list[float] | None], skipped: set[int]) -> Any:
     size = len(layers)
     filled = np.full((size, size), np.nan)
     for i, weights in enumerate(layers):
-        if weights is None:
+        if weights is None or i in skipped:
             axes.add_patch(plt.Rectangle((-0.5, i - 0.5), i + 1, 1, **HATCH))
         else:
             filled[i, : len(weights)] = weights

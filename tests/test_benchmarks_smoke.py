@@ -129,6 +129,8 @@ def test_every_contender_passes_its_check(name: str) -> None:
 def test_whole_networks() -> None:
     (found,) = measure_networks(rounds=1, small=True).values()
     assert (found["skipped"], found["layers"]) == (3, 9)
+    assert found["peak_bytes"]["plain"] < found["peak_bytes"]["mrla"]
+    assert found["peak_bytes"]["mrla"] < found["peak_bytes"]["concatenating"]
     for phase in ("training", "inference"):
         of = found[phase]
         assert list(of["ms"]) == ["plain", "concatenating", "mrla", "ela"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.pages import speed
+from benchmarks.pages.demo import demo
 from benchmarks.pages.detection import detection
 from benchmarks.study.loss import loss_table
 from benchmarks.study.records import read, read_results
@@ -46,6 +47,7 @@ TABLES: dict[str, Maker] = {
     "decisions": lambda path: decision_tables(read([path])),
     "time": lambda path: time_table(read_results(path, "steps", "time")),
     "loss": lambda path: loss_table(read_results(path, "runs", "loss")),
+    "demo": _of_run(demo),
     "detection": _of_run(detection),
     **{name: _of_run(make) for name, make in speed.TABLES.items()},
 }

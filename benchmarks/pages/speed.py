@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from benchmarks.converted import CONVERTED, ORIGINAL
+from benchmarks.depth import depth_lines
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.measure import fastest_baseline
+from benchmarks.networks import CONCATENATING, FUSED, PLAIN
 from benchmarks.report_left_out import left_out_lines, left_out_network_lines
 from benchmarks.report_networks import compiled_lines
 from benchmarks.shapes import parse_shape
-from benchmarks.tables import Results, table
+from benchmarks.tables import Results, machine_sentence, table
 
 
 def stages(results: Results) -> Iterator[str]:
     """Forward and backward of a stage under both settings of malloc, and its peak memory."""
-    yield _machine(results)
+    yield machine_sentence(results)
     yield ""
     names = ("eager", "compiled", "layer")
     rows = []
@@ -40,7 +42,7 @@ def stages(results: Results) -> Iterator[str]:
 
 def _blocks(part: str) -> Callable[[Results], Iterator[str]]:
     def make(results: Results) -> Iterator[str]:
-        yield _machine(results)
+        yield machine_sentence(results)
         yield ""
         rows = []
         for shape, found in results[part].items():
@@ -62,7 +64,7 @@ def _blocks(part: str) -> Callable[[Results], Iterator[str]]:
 
 def networks(results: Results) -> Iterator[str]:
     """Whole networks, and the share of attention's cost that is gone: between plain and concatenating."""
-    yield _machine(results)
+    yield machine_sentence(results)
     yield ""
     rows = []
     for name, found in results["networks"].items():
@@ -77,17 +79,39 @@ def networks(results: Results) -> Iterator[str]:
     yield from table([*head, "inference, ms: the same", "removed"], rows)
 
 
+def whole(results: Results) -> Iterator[str]:
+    """Whole networks, the little that a first look needs: a training step, and the most that it holds at once."""
+    yield machine_sentence(results)
+    yield ""
+    kinds = (PLAIN, CONCATENATING, FUSED)
+    rows = []
+    for name, found in results["networks"].items():
+        ms, peak = found["training"]["ms"], found["peak_bytes"]
+        rows.append(
+            [name, *(_ms(ms[k]) for k in kinds), *(f"{peak[k] / 2**20:.0f}" for k in kinds)]
+        )
+    head = ["network, batch", "a step, ms: plain", "concatenating", "ours"]
+    yield from table([*head, "peak memory, MiB: plain", "concatenating", "ours"], rows)
+
+
+def depth(results: Results) -> Iterator[str]:
+    """A stage against its depth."""
+    yield machine_sentence(results)
+    yield ""
+    yield from depth_lines(results["depth"])
+
+
 def compiled(results: Results) -> Iterator[str]:
     """Whole networks under `torch.compile`."""
     found = results["compiled"]
-    yield f"{_machine(results)} {found['network']}; in ela every third layer is skipped."
+    yield f"{machine_sentence(results)} {found['network']}; in ela every third layer is skipped."
     yield ""
     yield from compiled_lines(found, _ms)
 
 
 def converted(results: Results) -> Iterator[str]:
     """Networks in their published shapes, before and after `convert`."""
-    yield _machine(results)
+    yield machine_sentence(results)
     yield ""
     rows = []
     for name, found in results["converted"].items():
@@ -104,7 +128,7 @@ def converted(results: Results) -> Iterator[str]:
 
 def history_dtype(results: Results) -> Iterator[str]:
     """What a history in half precision costs in error, and saves in memory and time."""
-    yield _machine(results)
+    yield machine_sentence(results)
     yield ""
     rows = []
     for shape, found in results["history_dtype"].items():
@@ -127,14 +151,14 @@ def history_dtype(results: Results) -> Iterator[str]:
 
 def left_out_networks(results: Results) -> Iterator[str]:
     """Whole networks with a tolerance."""
-    yield _machine(results)
+    yield machine_sentence(results)
     yield ""
     yield from left_out_network_lines(results["left_out_networks"])
 
 
 def left_out(results: Results) -> Iterator[str]:
     """What a tolerance leaves out, and how much faster that is."""
-    yield _machine(results)
+    yield machine_sentence(results)
     yield ""
     yield from left_out_lines(results["left_out"])
 
@@ -144,21 +168,14 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "blocks": _blocks("blocks"),
     "light": _blocks("light"),
     "networks": networks,
+    "whole": whole,
+    "depth": depth,
     "compiled": compiled,
     "converted": converted,
     "history_dtype": history_dtype,
     "left_out": left_out,
     "left_out_networks": left_out_networks,
 }
-
-
-def _machine(results: Results) -> str:
-    """The sentence without which times mean nothing."""
-    machine = results["machine"]
-    return (
-        f"{machine['threads']} threads of an {machine['cpu']} ({machine['simd_level']}), torch {machine['torch']}, "
-        f"{machine['date'][:10]}."
-    )
 
 
 def _stage(shape: str) -> str:
