@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ela_kernels.ebqm import Reason
@@ -95,15 +96,28 @@ class Analysis:
             "left": dict(self.left),
         }
 
-    def save_png(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the weights of each stage as a heat map, beside it the layers' scores as bars.
+
+        Args:
+            path: of the file, whose suffix says what is written; PNG without one.
 
         Raises:
             ImportError: matplotlib, which the extra `train` brings, is not there.
+            ValueError: a suffix of files that matplotlib does not write.
         """
         from ela_kernels.analysis.picture import draw
+        from ela_kernels.drawing import save
 
-        draw(self, path)
+        save(draw(self, "Analysis.plot"), path)
+
+    def save_png(self, path: str | os.PathLike[str]) -> None:
+        """As :meth:`plot`, and PNG whatever the suffix."""
+        from ela_kernels.analysis.picture import draw
+        from ela_kernels.drawing import encoded
+
+        content = encoded(draw(self, "Analysis.save_png"))
+        Path(path).write_bytes(content)
 
     def __str__(self) -> str:
         count = len({(layer.name, layer.layer) for layer in self.layers})

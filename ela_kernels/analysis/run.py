@@ -66,7 +66,7 @@ def analyze(
 
     Returns:
         An :class:`ela_kernels.analysis.Analysis`: data in `.layers` and `.to_dict()`, a table by `print`, a picture by
-        `.save_png(path)`.
+        `.plot(path)`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name; a batch that the model cannot be called with; no

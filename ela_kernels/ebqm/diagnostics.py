@@ -52,6 +52,14 @@ def take_weights(layers: Sequence[ELA]) -> list[Tensor | None]:
     return found
 
 
+def mean_weights(weights: Sequence[Tensor | None]) -> list[tuple[float, ...]]:
+    """Of each layer's weights `[B, G, T]` the mean over samples and heads; empty without any. Waits for the device."""
+    return [
+        () if w is None or not w.numel() else tuple(w.float().mean((0, 1)).tolist())
+        for w in weights
+    ]
+
+
 def diagnosed(layers: Sequence[ELA], weights: Sequence[Tensor | None]) -> Diagnostics:
     """The present diagnostics, by the weights `[B, G, T]` and by the gradients as they are. Waits for the device."""
     count = len(layers)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ela_kernels.ebqm.decision import Candidate, Reason, Verdict, decide
-from ela_kernels.ebqm.diagnostics import Diagnostics, diagnosed, take_weights
+from ela_kernels.ebqm.diagnostics import Diagnostics, diagnosed, mean_weights, take_weights
+from ela_kernels.ebqm.history import thinned
 from ela_kernels.ebqm.prune import prune
 from ela_kernels.ebqm.report import DecisionRecord, LayerReport, Report
 from ela_kernels.ebqm.settings import Settings, checked_settings, refuse_removed
@@ -163,6 +164,7 @@ class EBQM:
         self._since = [0] * count
         self._decisions: list[DecisionRecord] = []
         self._diagnostics = Diagnostics.none(count)
+        self._weights: list[tuple[float, ...]] = [()] * count
         for layer in self._layers:
             if skip is not None:
                 layer.skip = skip
@@ -211,7 +213,7 @@ class EBQM:
         self._statistics.average_over_processes(self.process_group, device_of(self._layers))
 
     def report(self) -> Report:
-        """What is known and decided now, layer by layer, and every decision so far. Waits for the device."""
+        """What is known and decided now, layer by layer, and the decisions so far. Waits for the device."""
         stages = stage_numbers(self._layers)
         seen, unseen = self._statistics.read(), Moments(math.nan, math.nan)
         rows = []
@@ -232,9 +234,10 @@ class EBQM:
                     reason=Reason.PRUNED if layer.pruned else self._reasons[i],
                     since=self._since[i],
                     over_time=[(d.step, d.divergence[i]) for d in self._decisions],
+                    weights=self._weights[i],
                 )
             )
-        return Report(self.steps, rows, list(self._decisions))
+        return Report(self.steps, rows, list(self._decisions), self.settings.as_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Statistics, decisions and settings, in tensors and plain Python; a run resumed from it decides the same.
@@ -272,6 +275,7 @@ class EBQM:
         self._statistics.load(found.statistics, device_of(self._layers))
         self._reasons, self._since, self._decisions = found.reasons, found.since, found.decisions
         self._diagnostics = found.diagnostics
+        self._weights = [()] * len(self._layers)
         for layer, skipped in zip(self._layers, found.skipped, strict=True):
             layer.skipped = skipped
         self._watch.take()
@@ -303,6 +307,7 @@ class EBQM:
         self._since = [0 if i is None else self._since[i] for i in numbers]
         self._decisions = [rearranged(record, numbers) for record in self._decisions]
         self._diagnostics = self._diagnostics.keep(numbers)
+        self._weights = [() if i is None else self._weights[i] for i in numbers]
 
     def _mark_next(self) -> None:
         """Have skipped layers looked at again in the next training pass, when it is time."""
@@ -324,6 +329,8 @@ class EBQM:
     def _diagnose(self, applied: bool) -> None:
         weights = take_weights(self._layers)
         found = diagnosed(self._layers, weights) if applied else self._diagnostics
+        if applied:
+            self._weights = mean_weights(weights)
         # On every process, whatever it has seen: all have to meet.
         mine = torch.tensor(found, dtype=torch.float64, device="cpu")
         means = self._statistics.mean_over_processes(
@@ -341,15 +348,15 @@ class EBQM:
                 layer.skipped = verdict.skipped
                 self._since[i] = self.steps
         self._reasons = [verdict.reason for verdict in verdicts]
-        self._decisions.append(
-            DecisionRecord(
-                self.steps,
-                [math.nan if m is None else m.mean for m in seen],
-                [math.nan if score is None else score for score in scores],
-                [verdict.skipped for verdict in verdicts],
-                list(self._reasons),
-            )
+        record = DecisionRecord(
+            self.steps,
+            [math.nan if m is None else m.mean for m in seen],
+            [math.nan if score is None else score for score in scores],
+            [verdict.skipped for verdict in verdicts],
+            list(self._reasons),
+            list(self._diagnostics.left_out),
         )
+        self._decisions = thinned([*self._decisions, record])
 
     def _verdicts(self, scores: list[float | None]) -> list[Verdict]:
         if self.steps < self.settings.warmup:

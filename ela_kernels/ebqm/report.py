@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from ela_kernels.ebqm.decision import Reason
 
@@ -31,7 +33,10 @@ class LayerReport:
         skipped: whether the layer is skipped now.
         reason: why; which guard held.
         since: step of the last change of `skipped`; 0 if there was none.
-        over_time: `(step, divergence)` at every decision point, warm-up included.
+        over_time: `(step, divergence)` at the decision points that are kept, warm-up included.
+        weights: for each pair held, its own last, the mean over this process's samples and heads in the same pass as
+            `entropy`. Empty where that is NaN but of a layer with one pair, and until the first decision point after a
+            state was loaded, which has none.
     """
 
     name: str
@@ -47,6 +52,7 @@ class LayerReport:
     reason: Reason
     since: int
     over_time: list[tuple[int, float]] = field(repr=False)
+    weights: tuple[float, ...] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class DecisionRecord:
     """One decision point: what was seen and decided, with one entry a layer in each list.
 
     `divergence` and `score` are NaN of a layer that had not been seen. `skipped` is the state after the decision.
+    `left_out` is that of :class:`LayerReport`, NaN where it is.
     """
 
     step: int
@@ -61,20 +68,45 @@ class DecisionRecord:
     score: list[float]
     skipped: list[bool]
     reasons: list[Reason]
+    left_out: list[float]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All layers now, and every decision point so far. `print()` it for a table."""
+    """All layers now, and the decision points so far. `print()` it for a table, :meth:`plot` it for a picture.
+
+    Attributes:
+        step: training steps so far.
+        layers: in the order of the model.
+        decisions: from the first to the last. A long run keeps some hundreds of them: of those in which no layer was
+            dropped or came back every second one goes when there are too many. They are in EBQM's state.
+        settings: those of the EBQM, by name.
+    """
 
     step: int
     layers: list[LayerReport]
     decisions: list[DecisionRecord] = field(repr=False)
+    settings: dict[str, Any] = field(repr=False)
 
     @property
     def skipped(self) -> list[str]:
         """Names of the layers skipped now."""
         return [layer.name for layer in self.layers if layer.skipped]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw it: the weights of each stage, scores and decisions over training, the share of retrievals left out.
+
+        Args:
+            path: of the file, whose suffix says what is written; PNG without one.
+
+        Raises:
+            ImportError: matplotlib, which the extra `train` brings, is not there.
+            ValueError: a suffix of files that matplotlib does not write.
+        """
+        from ela_kernels.drawing import save
+        from ela_kernels.ebqm.picture import draw
+
+        save(draw(self), path)
 
     def __str__(self) -> str:
         title = (

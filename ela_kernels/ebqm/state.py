@@ -136,6 +136,7 @@ def _read(state: Mapping[str, Any], layers: int) -> State:
     lengths |= {len(values) for values in found.diagnostics}
     for d in found.decisions:
         lengths |= {len(d.divergence), len(d.score), len(d.skipped), len(d.reasons)}
+        lengths.add(len(d.left_out))
     if lengths != {count} or found.steps < 0:
         raise ValueError(f"{found.steps} steps, and entries for {sorted(lengths)} layers")
     return found
@@ -172,6 +173,7 @@ def rearranged(record: DecisionRecord, numbers: Sequence[int | None]) -> Decisio
         of(record.score),
         [i is not None and record.skipped[i] for i in numbers],
         [Reason.UNDECIDED if i is None else record.reasons[i] for i in numbers],
+        of(record.left_out),
     )
 
 
@@ -182,6 +184,7 @@ def _plain(record: DecisionRecord) -> dict[str, Any]:
         "score": list(record.score),
         "skipped": list(record.skipped),
         "reasons": [reason.name for reason in record.reasons],
+        "left_out": list(record.left_out),
     }
 
 
@@ -192,4 +195,6 @@ def _record(plain: Mapping[str, Any]) -> DecisionRecord:
         [float(x) for x in plain["score"]],
         [bool(x) for x in plain["skipped"]],
         [Reason[name] for name in plain["reasons"]],
+        # A state of an earlier version has none.
+        [float(x) for x in plain.get("left_out", [math.nan] * len(plain["skipped"]))],
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ela_kernels.ebqm import Report
 from ela_kernels.optional import MissingLibraryError
 from ela_kernels.training import config
 from ela_kernels.training.arguments import check_numbers, make_model, make_options, make_recipe
@@ -103,7 +104,7 @@ def _prepare(
     logs = None
     if processes.first:
         columns = trainer.columns, trainer.step_columns
-        logs = Logs(out, arguments.tensorboard, trainer.steps, *columns)
+        logs = Logs(out, arguments.tensorboard, trainer.steps, *columns, pictures=arguments.plots)
         config.write_config(arguments, out)
     return trainer, logs
 
@@ -266,9 +267,15 @@ def _epochs(trainer: Trainer, logs: Logs | None, arguments: argparse.Namespace) 
             row = trainer.run_epoch(after_step)
             progress.epoch(row, trainer.epoch_text(row))
             if logs is not None:
-                logs.write(trainer.history)
+                logs.write(trainer.history, _report(trainer))
             if trainer.done or trainer.epoch % arguments.save_every == 0:
                 _save(trainer, arguments.out)
+                if logs is not None:
+                    logs.plot(trainer.history, _report(trainer))
+
+
+def _report(trainer: Trainer) -> Report | None:
+    return None if trainer.ebqm is None else trainer.ebqm.report()
 
 
 def _save(trainer: Trainer, out: Path) -> None:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ela_kernels.ebqm import Report
 from ela_kernels.optional import MissingLibraryError, optional
+from ela_kernels.training import plots
 from ela_kernels.training.files import named, write_whole
 
 COLUMNS = ("epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
@@ -40,7 +42,7 @@ def columns_of(has_top: bool, averaged: bool) -> tuple[str, ...]:
 
 
 class Logs:
-    """Writes `log.csv` and `steps.csv` in `folder`, and TensorBoard's files under `folder/tensorboard`.
+    """Writes `log.csv`, `steps.csv` and pictures in `folder`, and TensorBoard's files under `folder/tensorboard`.
 
     Args:
         folder: where.
@@ -48,6 +50,10 @@ class Logs:
         done: steps that the run has done already; what an earlier run logged beyond them is dropped.
         columns: of `log.csv`.
         step_columns: of `steps.csv`.
+        pictures: draw them, for TensorBoard too where its files are written.
+
+    Raises:
+        MissingLibraryError: a library that is needed for it is not there.
     """
 
     def __init__(
@@ -57,19 +63,36 @@ class Logs:
         done: int = 0,
         columns: Sequence[str] = (*COLUMNS, *LAST_COLUMNS),
         step_columns: Sequence[str] = STEP_COLUMNS,
+        pictures: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder, self._pictures = folder, pictures
+        if pictures:
+            plots.check_drawable()
         self._columns, self._step_columns = tuple(columns), tuple(step_columns)
         self._keep_steps(done)
         self._events = EventFile(folder / "tensorboard", done + 1) if tensorboard else None
 
-    def write(self, history: Sequence[dict[str, float]]) -> None:
-        """Write all epochs so far; whole each time, so that a resumed run never leaves one twice."""
+    def write(self, history: Sequence[dict[str, float]], report: Report | None = None) -> None:
+        """Write all epochs so far; whole each time, so that a resumed run never leaves one twice.
+
+        Args:
+            history: a row for each epoch.
+            report: EBQM's, of which TensorBoard gets the scores and the share of retrievals left out.
+        """
         _write_whole(self.folder / "log.csv", self._columns, history)
         if self._events is not None and history:
             row = history[-1]
             values = {name: row[name] for name in self._columns[2:] if name in row}
+            values |= {} if report is None else plots.scalars(report)
             self._events.write(int(row["step"]), values)
+
+    def plot(self, history: Sequence[dict[str, float]], report: Report | None) -> None:
+        """Draw the run so far, if pictures are wanted; `report` is EBQM's, where it watches."""
+        if not self._pictures:
+            return
+        drawn = plots.write_plots(self.folder, history, report)
+        if self._events is not None and history:
+            self._events.write_pictures(int(history[-1]["step"]), drawn)
 
     def write_step(self, row: Mapping[str, float]) -> None:
         """Add one row to `steps.csv`."""
@@ -132,10 +155,21 @@ class EventFile:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add scalars, by their names, of a step."""
-        scalar = self._summaries.Summary.Value
-        summary = self._summaries.Summary(
-            value=[scalar(tag=name, simple_value=value) for name, value in values.items()]
-        )
+        self._add(step, {name: {"simple_value": value} for name, value in values.items()})
+
+    def write_pictures(self, step: int, pictures: Mapping[str, bytes]) -> None:
+        """Add pictures in PNG, by their names, of a step."""
+        image, values = self._summaries.Summary.Image, {}
+        for name, content in pictures.items():
+            # Where every PNG says so.
+            width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+            size = {"width": width, "height": height, "colorspace": 4}
+            values[name] = {"image": image(encoded_image_string=content, **size)}
+        self._add(step, values)
+
+    def _add(self, step: int, values: Mapping[str, Mapping[str, Any]]) -> None:
+        value = self._summaries.Summary.Value
+        summary = self._summaries.Summary(value=[value(tag=n, **v) for n, v in values.items()])
         self._write(self._events.Event(step=step, summary=summary))
 
     def close(self) -> None:

@@ -158,6 +158,7 @@ def make_parser() -> Parser:
     add("--out", type=Path, default=Path("runs/train"), help="folder for checkpoint and logs")
     add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints")
     add("--log-every", type=int, metavar="STEPS", help="also log means of so many, in steps.csv")
+    add("--plots", help="pictures: curves.png, and ebqm.png where EBQM watches", **_switch())
     add("--tensorboard", help="logs for TensorBoard besides log.csv", **_switch())
 
     add = parser.group("run")

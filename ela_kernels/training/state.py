@@ -351,6 +351,8 @@ def _watching(saved: Any, present: Mapping[str, Any], steps: int) -> None:
         check_count("ebqm, decisions, step", decision.get("step"), steps)
         for name in ("divergence", "score"):
             check_values(f"ebqm, decisions, {name}", decision.get(name), layers, (float,))
+        if "left_out" in decision:  # an earlier release wrote none
+            check_values("ebqm, decisions, left_out", decision["left_out"], layers, (float,))
         check_values("ebqm, decisions, skipped", decision.get("skipped"), layers, (bool,))
         check_values("ebqm, decisions, reasons", decision.get("reasons"), layers, (str,))
     check_mapping("ebqm, diagnostics", saved.get("diagnostics"))

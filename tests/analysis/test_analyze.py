@@ -338,6 +338,25 @@ def test_a_picture(tmp_path: Path) -> None:
     assert height[1] > 1.5 * height[0]
 
 
+def test_the_picture_shows_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from ela_kernels.analysis.picture import draw
+
+    found = ek.analyze(network(), images(), low=0.4, high=0.5)
+    figure = draw(found, "a test")
+    maps = [axes for axes in figure.axes if axes.get_title().startswith("stage ")]
+    bars = [axes for axes in figure.axes if axes.get_title().startswith("score ")]
+    for stage, (above, beside) in enumerate(zip(maps, bars, strict=True)):
+        layers = [layer for layer in found.layers if layer.stage == stage]
+        cells = above.collections[0].get_array().filled(-1).reshape(len(layers), -1)
+        for layer, row in zip(layers, cells.tolist(), strict=True):
+            assert row[: layer.place + 1] == list(layer.weights)
+        scores = [0.0 if math.isnan(layer.score) else layer.score for layer in layers]
+        assert [patch.get_width() for patch in beside.patches] == scores
+    found.plot(tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+
+
 def test_a_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = ek.analyze(stage(), maps())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
