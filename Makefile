@@ -121,6 +121,33 @@ test-integrations: $(INTEGRATIONS_INSTALLED) ## run the tests with timm and torc
 	PYTHONPATH=. $(TEST_ENV) $(INTEGRATIONS_VENV)/bin/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) \
 	  tests/integrations tests/test_readme.py $(PYTEST_ARGS)
 
+# The documentation as a site. Docstrings are read, not imported: neither PyTorch nor the package is installed there. Bounds
+# from both sides, since a build next year shall give the same pages; what comes with these is bounded where it shapes them.
+.PHONY: docs docs-view
+DOCS_VENV ?= .venv-docs
+DOCS_REQUIRES := 'mkdocs>=1.6,<1.7' 'mkdocs-material>=9.6,<9.9' 'mkdocstrings>=1.0,<1.1' 'mkdocstrings-python>=2.0,<2.1' \
+  'griffelib>=2.0,<2.5' 'mkdocs-autorefs>=1.4,<1.5' 'Markdown>=3.8,<3.12' 'pymdown-extensions>=10.14,<14' \
+  'Pygments>=2.18,<2.22' 'Jinja2>=3.1,<4' ruff==0.17.6
+DOCS_INSTALLED := $(DOCS_VENV)/.installed
+SITE ?= build/site
+
+$(DOCS_INSTALLED): Makefile
+	@set -e; if [ ! -x $(DOCS_VENV)/bin/python ]; then \
+	  for python in $(PYTHONS); do \
+	    if $$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	  done; $${found:-python3} -m venv $(DOCS_VENV); fi
+	$(DOCS_VENV)/bin/python -m pip install --quiet $(DOCS_REQUIRES)
+	@touch $@
+
+# What MkDocs warns of ends it: not with --quiet, where it counts no warnings. What its theme says of another program is none.
+docs: $(DOCS_INSTALLED) ## build the documentation as a site into build/site, without PyTorch, and stop at broken links
+	PATH="$$(cd $(DOCS_VENV)/bin && pwd):$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict \
+	  --site-dir $(SITE)
+	@echo "$(SITE)/index.html"
+
+docs-view: $(DOCS_INSTALLED) ## serve the documentation at http://127.0.0.1:8000, built anew at every change
+	PATH="$$(cd $(DOCS_VENV)/bin && pwd):$$PATH" NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs serve
+
 slow: $(INSTALLED) ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
@@ -234,6 +261,6 @@ dist: $(INSTALLED) ## build the source archive and a wheel for this Python into 
 	$(DIST_TOOLS)/bin/python -m build_tools.try_wheel dist/*.whl --torch '$(TORCH)'
 
 clean: ## remove what builds and tests leave, and the virtual environment
-	rm -rf build dist *.egg-info $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info $(VENV) $(OLDEST_VENV) $(INTEGRATIONS_VENV) $(DOCS_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -f ela_kernels/_C*.so ela_kernels/_build_info.json compile_commands.json
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,6 +1,9 @@
 """The pages' code runs, what they call equivalent is, the files that they name are there, and names have a page."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,17 @@ import torch
 import ela_kernels as ek
 
 ROOT = Path(__file__).parents[1]
+
+
+def pages(*patterns: str) -> dict[str, str]:
+    """Pages of docs/ by their place from the root."""
+    found = [path for pattern in patterns for path in sorted((ROOT / "docs").glob(pattern))]
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in found}
+
+
+# For whoever learns: pages whose blocks stand alone, and pages that are one program each.
+GUIDES = pages("index.md", "howto/*.md", "concepts/*.md", "kernels/*.md")
+PROGRAMS = pages("getting_started.md", "tutorials/*.md")
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in (
@@ -40,19 +54,41 @@ def blocks_of(page: str) -> list[str]:
 
 @pytest.mark.parametrize(
     "block",
-    [block for page in PAGES.values() for block in blocks_of(page)],
+    [block for page in (PAGES | GUIDES).values() for block in blocks_of(page)],
     ids=lambda b: b.strip().splitlines()[-1][:40],
 )
 def test_a_block_runs(block):
-    for library in ("timm", "torchvision"):
-        if re.search(rf"\b{library}\b", block):
-            pytest.importorskip(library)
+    import_libraries_of(block)
     exec(compile(block, "a page", "exec"), {})
+
+
+def import_libraries_of(code: str) -> None:
+    """Leave a test out where a library is missing that its code names."""
+    for library in ("timm", "torchvision", "sklearn"):
+        if re.search(rf"\b{library}\b", code):
+            pytest.importorskip(library)
+
+
+@pytest.mark.parametrize("name", [name for name, page in PROGRAMS.items() if blocks_of(page)])
+def test_a_program_of_several_blocks_runs(name, tmp_path):
+    """In a process of its own, as a reader runs it, who may start others from it."""
+    code = "\n".join(blocks_of(PROGRAMS[name]))
+    import_libraries_of(code)
+    program = tmp_path / "program.py"
+    program.write_text(code, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, str(program)]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
 def paths_in(page: str) -> set[str]:
     """Links to files, and whatever is written like a path from the root; not patterns and places like `NAME`."""
-    links = set(re.findall(r"\]\(([^)#:]+)\)", page))
+    text = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    links = set(re.findall(r"\]\(([^)#:]+)\)", text))
     words = set(re.findall(r"(?<![\w/.])[\w.]+/[\w./<>*-]+", re.sub(r"\]\([^)]*\)", "]", page)))
     roots = {path.name for path in ROOT.iterdir() if path.is_dir()}
     named = {word.rstrip(".") for word in words if word.split("/")[0] in roots}
@@ -74,9 +110,9 @@ def test_paths_are_found():
     assert all(len(paths_in(PAGES[name])) > 5 for name in ("README.md", "docs/architecture.md"))
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", PAGES | GUIDES | PROGRAMS)
 def test_the_files_that_a_page_names_are_there(name):
-    assert missing_in(PAGES[name], name) == set()
+    assert missing_in((PAGES | GUIDES | PROGRAMS)[name], name) == set()
 
 
 def test_the_eager_lines_are_equivalent_to_the_module():
