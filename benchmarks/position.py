@@ -25,26 +25,34 @@ Op = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
 
 class Position(NamedTuple):
-    """A retrieval of `depth` values: tokens `[B, N, C]`, or a map `[B, C, H, W]`."""
+    """A retrieval of `depth` values: tokens `[B, N, C]`, or a map `[B, C, H, W]` in one of its memory formats."""
 
     depth: int
     size: tuple[int, ...]
+    memory_format: torch.memory_format = torch.contiguous_format
 
     def __str__(self) -> str:
-        return f"T={self.depth} {list(self.size)}"
+        last = " channels_last" if self.memory_format == torch.channels_last else ""
+        return f"T={self.depth} {list(self.size)}{last}"
 
     @property
     def channel(self) -> int:
         return -1 if len(self.size) == 3 else 1
 
+    def new(self) -> Tensor:
+        return torch.randn(self.size).contiguous(memory_format=self.memory_format)
 
+
+TOKENS, MAPS, LAST = (4, 256, 512), (8, 64, 28, 28), torch.channels_last
 FULL = (
-    Position(12, (4, 256, 512)),
-    Position(24, (4, 256, 512)),
-    Position(12, (8, 64, 28, 28)),
-    Position(24, (8, 64, 28, 28)),
+    Position(12, TOKENS),
+    Position(24, TOKENS),
+    Position(12, MAPS),
+    Position(24, MAPS),
+    Position(12, MAPS, LAST),
+    Position(24, MAPS, LAST),
 )
-SMALL = (Position(3, (2, 5, 8)), Position(3, (2, 8, 4, 3)))
+SMALL = (Position(3, (2, 5, 8)), Position(3, (2, 8, 4, 3)), Position(3, (2, 8, 4, 3), LAST))
 
 
 def eager(channel: int, query: Tensor, norm_weight: Tensor, values: list[Tensor]) -> Tensor:
@@ -74,10 +82,10 @@ def measure_position(rounds: int, small: bool = False) -> dict[str, Any]:
 def _measure(shape: Position, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     channels = shape.size[shape.channel]
-    values = [torch.randn(shape.size).requires_grad_() for _ in range(shape.depth)]
+    values = [shape.new().requires_grad_() for _ in range(shape.depth)]
     query = (torch.randn(channels) / channels**0.5).requires_grad_()
     norm_weight = (1 + torch.randn(channels) / 8).requires_grad_()
-    dout = torch.randn(shape.size)
+    dout = shape.new()
     plain = partial(eager, shape.channel)
     ops: dict[str, Op] = {EAGER: plain, COMPILED: torch.compile(plain), OURS: ours}
     inputs = [query, norm_weight, *values]
@@ -110,20 +118,29 @@ def _measure(shape: Position, rounds: int) -> dict[str, Any]:
                 name: ratio(times, seconds[OURS]) for name, times in seconds.items() if name != OURS
             },
             "least_bytes": (reads + writes) * map_bytes,
+            "floor_ms": _floor(values, dout, phase == BOTH, rounds),
         }
-    phases[FORWARD]["floor_ms"] = _floor(values, rounds)
+        medians = ", ".join(f"{n} {ms['median']:.1f}" for n, ms in phases[phase]["ms"].items())
+        print(f"{shape}, {phase}, ms: {medians}", flush=True)
     return phases
 
 
-def _floor(values: list[Tensor], rounds: int) -> float:
-    """The time that the fastest probe takes to read the values and write one map; without a compiler, to read them."""
-    maps = [v.detach() for v in values]
-    written = [torch.zeros_like(maps[0])]
+def _floor(values: list[Tensor], dout: Tensor, backward: bool, rounds: int) -> float:
+    """The time in which the fastest probe moves the least bytes; without a compiler, reads what has to be read."""
+    read = [v.detach() for v in values]
+    written = [torch.zeros_like(dout)]
+    if backward:
+        read += [*read, dout]
+        written += [torch.zeros_like(dout) for _ in values]
     probes: dict[str, Callable[[], object]] = {
-        name: partial(probe, maps, written) for name, probe in transfer_probes().items()
+        name: partial(probe, read, written) for name, probe in transfer_probes().items()
     }
     if not probes:
-        probes = {name: partial(probe, maps) for name, probe in read_probes().items()}
+        # Probes read a map as a run of memory.
+        runs = [
+            m.permute(0, 2, 3, 1) if m.dim() == 4 and not m.is_contiguous() else m for m in read
+        ]
+        probes = {name: partial(probe, runs) for name, probe in read_probes().items()}
     return min(summarize(times).median for times in interleave(probes, rounds).values())
 
 
@@ -144,11 +161,10 @@ def position_targets(found: Results) -> list[Target]:
 
 
 def position_lines(found: Results) -> list[str]:
-    """Times, least bytes, and the time of the probe that moves those of a forward."""
+    """Times, least bytes, and the time of the probe that moves these."""
     rows = []
     for shape, phases in found.items():
         for phase, of_phase in phases.items():
-            floor = of_phase.get("floor_ms")
             cells = [time_cell(of_phase["ms"][name]) for name in (EAGER, COMPILED, OURS)]
             times = [f"{of_phase['times_ours'][n]['of_medians']:.2f}" for n in (EAGER, COMPILED)]
             rows.append(
@@ -158,7 +174,7 @@ def position_lines(found: Results) -> list[str]:
                     *cells,
                     " / ".join(times),
                     f"{of_phase['least_bytes'] / 2**20:.1f}",
-                    "" if floor is None else f"{floor:.1f}",
+                    f"{of_phase['floor_ms']:.1f}",
                 ]
             )
     head = ["", "", EAGER, COMPILED, OURS, "eager / compiled over ours"]

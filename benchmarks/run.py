@@ -153,7 +153,8 @@ class Run:
             command,
             env=process_environment(malloc, self.folder / "inductor"),
             cwd=ROOT,
-            capture_output=True,
+            stdout=sys.__stderr__,  # what a part says while it runs
+            stderr=subprocess.PIPE,
             text=True,
             check=False,
         )

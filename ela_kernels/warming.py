@@ -7,12 +7,16 @@ from collections.abc import Sequence
 
 import torch
 
-from ela_kernels.backends.dispatch import Refusal
+from ela_kernels.backends.contract import Request
+from ela_kernels.backends.dispatch import Refusal, plan
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.types import RESIDUAL, Filters, NormAct
+from ela_kernels.ops.depth_mix.interface import depth_mix
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.interface import layer_attention, layer_attention_weights
 from ela_kernels.ops.layer_attention.plan import LayerPlan
+from ela_kernels.ops.position_attention.history import PositionHistory
+from ela_kernels.ops.position_attention.interface import position_attention
 
 
 def warmup(
@@ -31,8 +35,10 @@ def warmup(
     Triton compiles a kernel at the first call of its kind and CUDA loads one at its first launch; both keep a
     first training step waiting, and neither may happen inside a CUDA graph. This makes the calls once: each
     depth up to `depth`, with and without previous weights, the functional form and :class:`LayerHistory`, the
-    weights-only pass, for feature maps `[B, C, H, W]` whole layers and residual blocks too, and with `training` the
-    backward of each. Where eager PyTorch serves, nothing is lost.
+    weights-only pass, for feature maps `[B, C, H, W]` whole layers and residual blocks too, :func:`depth_mix` by
+    weights for each map, head and channel, :func:`position_attention` of values that are their own keys by one query
+    and the same through :class:`PositionHistory`, and with `training` the backward of each. Where eager PyTorch
+    serves, nothing is lost, nor where a forced backend knows no mix or no attention at every position.
 
     Args:
         shapes: shape of a value in each stage, `[B, C, *spatial]`, or `[B, *spatial, C]` with `channels_last`.
@@ -75,6 +81,8 @@ def warmup(
         heads = channels // head_dim
         with torch.set_grad_enabled(training):
             _run_stage(value, depth, heads, channels_last, training, tolerance)
+            _run_mixes(value.detach(), depth, heads, channels_last, training)
+            _run_positions(value.detach(), depth, channels_last, training)
             if value.dim() == 4 and not channels_last:
                 _run_layers(value.detach(), depth, heads, training, tolerance)
     if torch.device(device).type == "cuda":
@@ -120,6 +128,56 @@ def _run_stage(
                 r.out.backward(torch.zeros_like(r.out))
     if training:
         torch.autograd.backward(outs, [torch.zeros_like(value)] * depth)
+
+
+def _is_served(op: str, value: torch.Tensor, depth: int, training: bool) -> bool:
+    request = Request(op, value.device, value.dtype, depth, training)
+    return not isinstance(plan(request), Refusal)
+
+
+def _run_mixes(
+    value: torch.Tensor, depth: int, heads: int, channels_last: bool, training: bool
+) -> None:
+    """Sums by weights that are given: one for each map, for each of its heads, and for each channel."""
+    value.requires_grad_(training)
+    dtype = accumulate_dtype(value.dtype)
+    channels = value.shape[-1 if channels_last else 1]
+    for t in range(1, depth + 1):
+        if not _is_served("depth_mix", value, t, training):
+            return
+        for shape in ((t,), (heads, t), (channels, t)):
+            weights = torch.zeros(shape, dtype=dtype, device=value.device, requires_grad=training)
+            out = depth_mix(weights, [value] * t, channels_last=channels_last)
+            if training:
+                out.backward(torch.zeros_like(out))
+
+
+def _run_positions(value: torch.Tensor, depth: int, channels_last: bool, training: bool) -> None:
+    """Attention at every position in both forms, with and without previous weights."""
+    value.requires_grad_(training)
+    channels = value.shape[-1 if channels_last else 1]
+    query, norm_weight = (value.new_zeros(channels, requires_grad=training) for _ in range(2))
+    history = PositionHistory()
+    outs = []
+    for t in range(1, depth + 1):
+        if not _is_served("position_attention", value, t, training):
+            break
+        history.append(value, channels_last)
+        outs.append(history.attend(query, norm_weight))
+        found = history.weights
+        assert found is not None
+        for prev in (None, found.detach()):
+            r = position_attention(
+                query,
+                [value] * t,
+                norm_weight=norm_weight,
+                prev_weights=prev,
+                channels_last=channels_last,
+            )
+            if training:
+                r.out.backward(torch.zeros_like(r.out))
+    if training and outs:
+        torch.autograd.backward(outs, [torch.zeros_like(value)] * len(outs))
 
 
 def _run_layers(x: torch.Tensor, depth: int, heads: int, training: bool, tolerance: float) -> None:

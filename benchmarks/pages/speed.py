@@ -9,6 +9,7 @@ from benchmarks.depth import depth_lines
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.measure import fastest_baseline
 from benchmarks.networks import CONCATENATING, FUSED, PLAIN
+from benchmarks.position import position_lines
 from benchmarks.report_left_out import left_out_lines, left_out_network_lines
 from benchmarks.report_networks import compiled_lines
 from benchmarks.shapes import parse_shape
@@ -163,6 +164,13 @@ def left_out(results: Results) -> Iterator[str]:
     yield from left_out_lines(results["left_out"])
 
 
+def position(results: Results) -> Iterator[str]:
+    """Attention over depth at every position, beside the least bytes that it moves."""
+    yield machine_sentence(results)
+    yield ""
+    yield from position_lines(results["position"])
+
+
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "stages": stages,
     "blocks": _blocks("blocks"),
@@ -174,6 +182,7 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "converted": converted,
     "history_dtype": history_dtype,
     "left_out": left_out,
+    "position": position,
     "left_out_networks": left_out_networks,
 }
 

@@ -11,8 +11,20 @@
 #pragma once
 
 #include "cpu/position.h"
+#include "cpu/stream.h"
 
 namespace ela::ELA_ISA {
+
+// Bytes of all gradients of maps from which on they are stored past the caches. Measured, reading all of them
+// afterwards: less time from 8 MiB on, the same below.
+constexpr int64_t kStreamedBytes = 8 * 1024 * 1024;
+
+// Factors of a key's gradient at a position; those of depths lie `step` elements apart.
+template <class A>
+struct PositionFactors {
+  const A *alpha, *beta, *weight;
+  int64_t step;
+};
 
 // Planes of coefficients [3, B, T, N]: alpha, beta and what is worked in.
 template <class A>
@@ -85,43 +97,59 @@ inline T* lane_of(const MapView& map, const PositionTile& at, bool interleaved, 
   return const_cast<T*>(interleaved ? interleaved_at<T>(map, at.b, n, c) : planar_at<T>(map, at.b, c, n));
 }
 
-// The key of depth t, and where the gradients go, from a channel and position on; null where one is not wanted. Of a
-// key that is the value itself, both parts go to dvalue.
+// The key of depth t and where it lies in the next tile, and where the gradients go, from a channel and position on;
+// null where one is not wanted. Of a key that is the value itself, both parts go to dvalue.
 template <class T>
 struct PositionRuns {
-  const T* key;
+  const T *key, *ahead;
   T *dvalue, *dkey;
+  bool streams_value, streams_key;
 };
 
 template <class T>
-inline PositionRuns<T> runs_of(const PositionBackwardParams& g, const PositionTile& at, int64_t t, int64_t c,
-                               int64_t n) {
-  const bool interleaved = g.call.shape.interleaved;
-  return {lane_of<T>(key_map(g.call, t), at, interleaved, c, n),
-          lane_of<T>(gradient_map(g.dvalues, t), at, interleaved, c, n),
-          lane_of<T>(gradient_map(g.dkeys, t), at, interleaved, c, n)};
+inline PositionRuns<T> runs_of(const PositionBackwardParams& g, const PositionTile& at, int64_t t, int64_t c, int64_t n,
+                               bool streams) {
+  const Shape& s = g.call.shape;
+  // Parts of lines of several planar maps at a time would leave the processor's buffers before they are whole.
+  constexpr bool kIsLine = kLanes<T> * sizeof(T) == 64;
+  streams = streams && (s.interleaved || kIsLine);
+  const MapView& key = key_map(g.call, t);
+  const T* k = lane_of<T>(key, at, s.interleaved, c, n);
+  T* dvalue = lane_of<T>(gradient_map(g.dvalues, t), at, s.interleaved, c, n);
+  T* dkey = lane_of<T>(gradient_map(g.dkeys, t), at, s.interleaved, c, n);
+  return {k,    k + to_next_tile(s, key, at),     dvalue,
+          dkey, streams && is_streamable(dvalue), streams && is_streamable(dkey)};
+}
+
+// Part of a vector is stored through the caches.
+template <class T>
+inline void put(T* to, Vec<T> x, bool, int lanes) {
+  store_n(to, x, lanes);
+}
+template <class T>
+inline void put(T* to, Vec<T> x, bool streams, Count<kLanes<T>> lanes) {
+  streams ? stream(to, x) : store_n(to, x, lanes);
 }
 
 // Writes a vector of both gradients, `i` elements on; returns what it adds to du.
 template <class T, class Lanes>
 inline Vec<T> write_gradients(const PositionRuns<T>& to, int64_t i, bool is_own, Vec<T> alpha, Vec<T> beta,
                               Vec<T> weight, Vec<T> u, Vec<T> d, Lanes lanes) {
+  if (begins_line<T>(i)) fetch_ahead(to.ahead + i);
   const Vec<T> k = load_n(to.key + i, lanes);
   const Vec<T> dkey = alpha * u - beta * k;
-  if (to.dvalue != nullptr) store_n(to.dvalue + i, is_own ? weight * d + dkey : weight * d, lanes);
-  if (to.dkey != nullptr) store_n(to.dkey + i, dkey, lanes);
+  if (to.dvalue != nullptr) put(to.dvalue + i, is_own ? weight * d + dkey : weight * d, to.streams_value, lanes);
+  if (to.dkey != nullptr) put(to.dkey + i, dkey, to.streams_key, lanes);
   return alpha * k;
 }
 
-// kCount vectors of channels at one position, from channel c on.
+// kCount vectors of channels at one position, from channel c on. Its factors of depth t are `step` elements apart.
 template <class T, int kCount, class Lanes>
 inline void gradients_of_channels(const PositionBackwardParams& g, const PositionTile& at, int64_t i, int64_t c,
-                                  Acc<T>* partial, Lanes lanes) {
+                                  const PositionFactors<Acc<T>>& factors, Acc<T>* partial, bool streams, Lanes lanes) {
   using A = Acc<T>;
   const PositionParams& p = g.call;
-  const int64_t step = p.shape.positions, n = at.first + i;
-  const A *weights = plane_at<A>(p.weights, p.shape, p.depth, at, 0) + i, *alphas = coefficient_at<A>(g, 0, at, 0) + i,
-          *betas = coefficient_at<A>(g, 1, at, 0) + i;
+  const int64_t n = at.first + i;
   const T* d = g.dout == nullptr ? nullptr : lane_of<T>(*g.dout, at, true, c, n);
   const T* q = lane_of<T>(p.query, at, true, c, n);
   T* dq = lane_of<T>(g.dquery, at, true, c, n);
@@ -135,10 +163,10 @@ inline void gradients_of_channels(const PositionBackwardParams& g, const Positio
     du[v] = Vec<T>{};
   }
   for (int64_t t = 0; t < p.depth; ++t) {
-    const Vec<T> alpha = broadcast<T>(normal_factor(alphas[t * step])),
-                 beta = broadcast<T>(normal_factor(betas[t * step])),
-                 weight = broadcast<T>(normal_factor(weights[t * step]));
-    const PositionRuns<T> to = runs_of<T>(g, at, t, c, n);
+    const int64_t of = t * factors.step;
+    const Vec<T> alpha = broadcast<T>(factors.alpha[of]), beta = broadcast<T>(factors.beta[of]),
+                 weight = broadcast<T>(factors.weight[of]);
+    const PositionRuns<T> to = runs_of<T>(g, at, t, c, n, streams);
     for (int v = 0; v < kCount; ++v) {
       du[v] += write_gradients<T>(to, v * kLanes<T>, is_own, alpha, beta, weight, u[v], dout[v], lanes);
     }
@@ -151,73 +179,132 @@ inline void gradients_of_channels(const PositionBackwardParams& g, const Positio
   }
 }
 
-// kCount depths, from t on, of one channel at the positions of a planar tile; du is added up in `sum`.
-template <class T, int kCount>
+// All channels at a vector of positions of an interleaved tile.
+template <class T>
+inline void gradients_of_positions(const PositionBackwardParams& g, const PositionTile& at, int64_t first, int count,
+                                   Acc<T>* partial, bool streams) {
+  using A = Acc<T>;
+  const PositionParams& p = g.call;
+  constexpr int kL = kLanes<T>;
+  constexpr int64_t wide = kPositionVectors * kL;
+  alignas(ELA_VECTOR_BYTES) A copied[kPositionFactors * 3 * kL];
+  const int64_t step = p.shape.positions;
+  PositionFactors<A> factors = {coefficient_at<A>(g, 0, at, 0) + first, coefficient_at<A>(g, 1, at, 0) + first,
+                                plane_at<A>(p.weights, p.shape, p.depth, at, 0) + first, step};
+  if (p.depth <= kPositionFactors) {
+    for (int64_t t = 0; t < p.depth; ++t) {
+      store_n(copied + t * 3 * kL, normal_factors<T>(load_n(factors.alpha + t * step, count)), kL);
+      store_n(copied + (t * 3 + 1) * kL, normal_factors<T>(load_n(factors.beta + t * step, count)), kL);
+      store_n(copied + (t * 3 + 2) * kL, normal_factors<T>(load_n(factors.weight + t * step, count)), kL);
+    }
+    factors = {copied, copied + kL, copied + 2 * kL, 3 * kL};
+  }
+  for (int k = 0; k < count; ++k) {
+    const PositionFactors<A> of = {factors.alpha + k, factors.beta + k, factors.weight + k, factors.step};
+    int64_t c = 0;
+    for (; c + wide <= p.shape.channels; c += wide) {
+      gradients_of_channels<T, kPositionVectors>(g, at, first + k, c, of, partial, streams, Count<kL>{});
+    }
+    for_vectors<T>(p.shape.channels - c, [&](int64_t j, auto lanes) {
+      gradients_of_channels<T, 1>(g, at, first + k, c + j, of, partial, streams, lanes);
+    });
+  }
+}
+
+// kDepths depths, from t on, of kChannels channels at the positions of a planar tile; du is added up in `sums`, a tile
+// for each channel.
+template <class T, int kDepths, int kChannels>
 inline void gradients_of_depths(const PositionBackwardParams& g, const PositionTile& at, int64_t c, int64_t t,
-                                Acc<T>* sum) {
+                                Acc<T>* sums, bool streams) {
   using A = Acc<T>;
   const PositionParams& p = g.call;
   const int64_t step = p.shape.positions;
   const A *weights = plane_at<A>(p.weights, p.shape, p.depth, at, t), *alphas = coefficient_at<A>(g, 0, at, t),
           *betas = coefficient_at<A>(g, 1, at, t);
-  const T* d = g.dout == nullptr ? nullptr : lane_of<T>(*g.dout, at, false, c, at.first);
-  const T* q = lane_of<T>(p.query, at, false, c, at.first);
-  const A by = static_cast<const A*>(p.row)[c];
+  const T *d[kChannels], *q[kChannels];
+  const A* row = static_cast<const A*>(p.row) + c;
   const bool is_own = p.keys == nullptr;
-  PositionRuns<T> to[kCount];
-  for (int j = 0; j < kCount; ++j) to[j] = runs_of<T>(g, at, t + j, c, at.first);
+  PositionRuns<T> to[kChannels][kDepths];
+  for (int k = 0; k < kChannels; ++k) {
+    d[k] = g.dout == nullptr ? nullptr : lane_of<T>(*g.dout, at, false, c + k, at.first);
+    q[k] = lane_of<T>(p.query, at, false, c + k, at.first);
+    for (int j = 0; j < kDepths; ++j) to[k][j] = runs_of<T>(g, at, t + j, c + k, at.first, streams);
+  }
   for_vectors<T>(at.count, [&](int64_t i, auto lanes) {
-    const Vec<T> u = q == nullptr ? broadcast<T>(by) : by * load_n(q + i, lanes);
-    const Vec<T> dout = d == nullptr ? Vec<T>{} : load_n(d + i, lanes);
-    Vec<T> du = t == 0 ? Vec<T>{} : load_n(sum + i, lanes);
-    for (int j = 0; j < kCount; ++j) {
-      // The next channel's run, on another page: the processor guesses none of these, and there are T of them. Measured
-      // with 24 maps of 28 x 28: a fifth of the backward.
-      if (to[j].dvalue != nullptr) __builtin_prefetch(to[j].dvalue + g.dvalues[t + j].inner + i, 1);
-      du += write_gradients<T>(to[j], i, is_own, load_n(alphas + j * step + i, lanes),
-                               load_n(betas + j * step + i, lanes), load_n(weights + j * step + i, lanes), u, dout,
-                               lanes);
+    Vec<T> alpha[kDepths], beta[kDepths], weight[kDepths];
+    for (int j = 0; j < kDepths; ++j) {
+      alpha[j] = load_n(alphas + j * step + i, lanes), beta[j] = load_n(betas + j * step + i, lanes);
+      weight[j] = load_n(weights + j * step + i, lanes);
     }
-    store_n(sum + i, du, lanes);
+    for (int k = 0; k < kChannels; ++k) {
+      const Vec<T> u = p.query.data == nullptr ? broadcast<T>(row[k]) : row[k] * load_n(q[k] + i, lanes);
+      const Vec<T> dout = g.dout == nullptr ? Vec<T>{} : load_n(d[k] + i, lanes);
+      A* sum = sums + k * kPositionTile + i;
+      Vec<T> du = t == 0 ? Vec<T>{} : load_n(sum, lanes);
+      for (int j = 0; j < kDepths; ++j) {
+        // The next channels' run, on another page: the processor guesses none of these.
+        if (to[k][j].dvalue != nullptr && !to[k][j].streams_value && begins_line<T>(i)) {
+          __builtin_prefetch(to[k][j].dvalue + kChannels * g.dvalues[t + j].inner + i, 1);
+        }
+        du += write_gradients<T>(to[k][j], i, is_own, alpha[j], beta[j], weight[j], u, dout, lanes);
+      }
+      store_n(sum, du, lanes);
+    }
   });
+}
+
+template <class T, int kChannels>
+inline void planar_gradients(const PositionBackwardParams& g, const PositionTile& at, int64_t c, Acc<T>* partial,
+                             bool streams) {
+  using A = Acc<T>;
+  const PositionParams& p = g.call;
+  alignas(ELA_VECTOR_BYTES) A sums[kChannels * kPositionTile];
+  int64_t t = 0;
+  for (; t + kPositionDepths <= p.depth; t += kPositionDepths) {
+    gradients_of_depths<T, kPositionDepths, kChannels>(g, at, c, t, sums, streams);
+  }
+  for (; t < p.depth; ++t) gradients_of_depths<T, 1, kChannels>(g, at, c, t, sums, streams);
+  for (int k = 0; k < kChannels; ++k) {
+    const T* q = lane_of<T>(p.query, at, false, c + k, at.first);
+    T* dq = lane_of<T>(g.dquery, at, false, c + k, at.first);
+    const A by = static_cast<const A*>(p.row)[c + k];
+    Vec<T> total{};
+    for_vectors<T>(at.count, [&](int64_t i, auto lanes) {
+      const Vec<T> du = load_n(sums + k * kPositionTile + i, lanes);
+      if (dq != nullptr) store_n(dq + i, du * by, lanes);
+      total += q == nullptr ? du : du * load_n(q + i, lanes);
+    });
+    partial[c + k] += sum_lanes<T>(total);
+  }
 }
 
 // The second pass over a tile: all gradients of maps, and the item's part of drow in `partial` [C].
 template <class T>
-inline void position_gradient_tile(const PositionBackwardParams& g, const PositionTile& at, Acc<T>* partial) {
-  using A = Acc<T>;
+inline void position_gradient_tile(const PositionBackwardParams& g, const PositionTile& at, Acc<T>* partial,
+                                   bool streams) {
   const PositionParams& p = g.call;
   const Shape& s = p.shape;
   if (s.interleaved) {
-    constexpr int64_t wide = kPositionVectors * kLanes<T>;
-    for (int64_t i = 0; i < at.count; ++i) {
-      int64_t c = 0;
-      for (; c + wide <= s.channels; c += wide) {
-        gradients_of_channels<T, kPositionVectors>(g, at, i, c, partial, Count<kLanes<T>>{});
-      }
-      for_vectors<T>(s.channels - c,
-                     [&](int64_t k, auto lanes) { gradients_of_channels<T, 1>(g, at, i, c + k, partial, lanes); });
-    }
+    for_vectors<T>(at.count,
+                   [&](int64_t i, int count) { gradients_of_positions<T>(g, at, i, count, partial, streams); });
     return;
   }
-  alignas(ELA_VECTOR_BYTES) A sum[kPositionTile];
-  for (int64_t c = 0; c < s.channels; ++c) {
-    int64_t t = 0;
-    for (; t + kPositionDepths <= p.depth; t += kPositionDepths) {
-      gradients_of_depths<T, kPositionDepths>(g, at, c, t, sum);
-    }
-    for (; t < p.depth; ++t) gradients_of_depths<T, 1>(g, at, c, t, sum);
-    const T* q = lane_of<T>(p.query, at, false, c, at.first);
-    T* dq = lane_of<T>(g.dquery, at, false, c, at.first);
-    const A by = static_cast<const A*>(p.row)[c];
-    Vec<T> total{};
-    for_vectors<T>(at.count, [&](int64_t i, auto lanes) {
-      const Vec<T> du = load_n(sum + i, lanes);
-      if (dq != nullptr) store_n(dq + i, du * by, lanes);
-      total += q == nullptr ? du : du * load_n(q + i, lanes);
-    });
-    partial[c] += sum_lanes<T>(total);
+  int64_t c = 0;
+  for (; c + kPositionChannels <= s.channels; c += kPositionChannels) {
+    planar_gradients<T, kPositionChannels>(g, at, c, partial, streams);
   }
+  for (; c < s.channels; ++c) planar_gradients<T, 1>(g, at, c, partial, streams);
+}
+
+// Of all gradients of values and keys that are wanted.
+template <class T>
+inline int64_t gradient_bytes(const PositionBackwardParams& g) {
+  int64_t maps = 0;
+  for (int64_t t = 0; t < g.call.depth; ++t) {
+    maps += (gradient_map(g.dvalues, t).data != nullptr) + (gradient_map(g.dkeys, t).data != nullptr);
+  }
+  const Shape& s = g.call.shape;
+  return maps * s.batch * s.channels * s.positions * static_cast<int64_t>(sizeof(T));
 }
 
 template <class T>
@@ -229,6 +316,7 @@ void position_backward_kernel(const PositionBackwardParams& g, int threads) {
   // Gradients of values are written once, and need not stay.
   const int64_t maps = p.depth * (p.keys == nullptr ? 1 : 2) + 1;
   const int64_t block = position_block(p.shape);
+  const bool streams = gradient_bytes<T>(g) >= kStreamedBytes;
   for_position_tiles<T>(p.shape, maps, threads, [&](const PositionTile& at) {
     A* partial = partials + at.item * channels;
     if (at.first % block == 0) {
@@ -240,7 +328,8 @@ void position_backward_kernel(const PositionBackwardParams& g, int threads) {
       finish_scores<T>(p, at.count, scores, inverse);
     }
     position_coefficients<T>(g, at);
-    if (g.needs_maps) position_gradient_tile<T>(g, at, partial);
+    if (g.needs_maps) position_gradient_tile<T>(g, at, partial, streams);
+    if (streams) end_streaming();
   });
   if (g.drow == nullptr) return;
   const int64_t items = p.shape.batch * position_blocks(p.shape);
@@ -253,65 +342,5 @@ void position_backward_kernel(const PositionBackwardParams& g, int threads) {
 
 // Accumulation elements.
 inline int64_t position_workspace(const Shape& s) { return s.batch * position_blocks(s) * s.channels; }
-
-// dv = sum_m w_m dout_m + alpha_m u_m - beta_m v of the layers that retrieved v.
-template <class T>
-void position_gather_kernel(const PositionGatherParams& g, int threads) {
-  using A = Acc<T>;
-  const Shape& s = g.shape;
-  for_position_tiles<T>(s, 1, threads, [&](const PositionTile& at) {
-    const auto plane = [&](const PositionSource& m, const void* planes, int64_t n) {
-      return static_cast<const A*>(planes) + at.b * m.batch + n;
-    };
-    // A vector of one layer's part; the coefficients are of one position or of as many as there are lanes.
-    const auto part = [&](const PositionSource& m, int64_t c, int64_t n, Vec<T> w, Vec<T> alpha, Vec<T> by,
-                          auto lanes) {
-      if (m.query.data != nullptr) by *= load_n(lane_of<T>(m.query, at, s.interleaved, c, n), lanes);
-      const Vec<T> towards = alpha * by;
-      if (m.dout.data == nullptr) return towards;
-      return towards + w * load_n(lane_of<T>(m.dout, at, s.interleaved, c, n), lanes);
-    };
-    if (s.interleaved) {
-      for (int64_t n = at.first; n < at.first + at.count; ++n) {
-        A shrink = 0;
-        for (int64_t i = 0; i < g.count; ++i) shrink += *plane(g.sources[i], g.sources[i].beta, n);
-        for_vectors<T>(s.channels, [&](int64_t c, auto lanes) {
-          Vec<T> sum = -shrink * load_n(lane_of<T>(g.value, at, true, c, n), lanes);
-          for (int64_t i = 0; i < g.count; ++i) {
-            const PositionSource& m = g.sources[i];
-            const A w = normal_factor(*plane(m, m.weights, n)), alpha = normal_factor(*plane(m, m.alpha, n));
-            sum += part(m, c, n, broadcast<T>(w), broadcast<T>(alpha), load_n(static_cast<const A*>(m.row) + c, lanes),
-                        lanes);
-          }
-          store_n(lane_of<T>(g.dvalue, at, true, c, n), sum, lanes);
-        });
-      }
-      return;
-    }
-    alignas(ELA_VECTOR_BYTES) A shrink[kPositionTile], sum[kPositionTile];
-    for (int64_t k = 0; k < at.count; ++k) {
-      shrink[k] = 0;
-      for (int64_t i = 0; i < g.count; ++i) shrink[k] += *plane(g.sources[i], g.sources[i].beta, at.first + k);
-    }
-    for (int64_t c = 0; c < s.channels; ++c) {
-      for_vectors<T>(at.count, [&](int64_t k, auto lanes) {
-        const T* v = lane_of<T>(g.value, at, false, c, at.first + k);
-        store_n(sum + k, -load_n(shrink + k, lanes) * load_n(v, lanes), lanes);
-      });
-      for (int64_t i = 0; i < g.count; ++i) {
-        const PositionSource& m = g.sources[i];
-        const Vec<T> by = broadcast<T>(static_cast<const A*>(m.row)[c]);
-        const A *weights = plane(m, m.weights, at.first), *alphas = plane(m, m.alpha, at.first);
-        for_vectors<T>(at.count, [&](int64_t k, auto lanes) {
-          const Vec<T> of_layer =
-              part(m, c, at.first + k, load_n(weights + k, lanes), load_n(alphas + k, lanes), by, lanes);
-          store_n(sum + k, load_n(sum + k, lanes) + of_layer, lanes);
-        });
-      }
-      T* to = lane_of<T>(g.dvalue, at, false, c, at.first);
-      for_vectors<T>(at.count, [&](int64_t k, auto lanes) { store_n(to + k, load_n(sum + k, lanes), lanes); });
-    }
-  });
-}
 
 }  // namespace ela::ELA_ISA

@@ -51,6 +51,8 @@ def check_scale(scale: object, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale: got {type(scale).__name__}; allowed is a float or None")
+    if not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: got {scale}; allowed is a finite number or None")
     return float(scale)
 
 

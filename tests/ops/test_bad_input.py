@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -122,6 +123,8 @@ QUERY_AND_KEYS = {
     "heads None": ({"heads": None}, TypeError, "heads", "NoneType", "int"),
     "scale True": ({"scale": True}, TypeError, "scale", "bool", "float or None"),
     "scale a string": ({"scale": "1"}, TypeError, "scale", "str", "float or None"),
+    "scale NaN": ({"scale": math.nan}, ValueError, "scale", "nan", "finite number or None"),
+    "scale infinite": ({"scale": -math.inf}, ValueError, "scale", "-inf", "finite number or None"),
     "scale a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale", "Tensor", "float or None"),
 }
 PREVIOUS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -81,6 +82,8 @@ LIGHT = {
     "heads 5": ({"heads": 5}, ValueError, "heads", "5", "divisor"),
     "heads True": ({"heads": True}, TypeError, "heads", "bool", "int"),
     "scale True": ({"scale": True}, TypeError, "scale", "bool", "float or None"),
+    "scale NaN": ({"scale": math.nan}, ValueError, "scale", "nan", "finite number or None"),
+    "scale infinite": ({"scale": math.inf}, ValueError, "scale", "inf", "finite number or None"),
 }
 
 

@@ -150,6 +150,8 @@ BAD = {
     "eps a word": ({"eps": "1e-6"}, TypeError, "eps", "str"),
     "eps a bool": ({"eps": True}, TypeError, "eps", "bool"),
     "scale a word": ({"scale": "1"}, TypeError, "scale", "str"),
+    "scale infinite": ({"scale": float("inf")}, ValueError, "scale", "inf", "finite number"),
+    "scale NaN": ({"scale": float("nan")}, ValueError, "scale", "nan", "finite number"),
     "prev_weights a list": ({"prev_weights": [1.0]}, TypeError, "prev_weights", "list"),
     "prev_weights of other dtype": (
         {"prev_weights": odd(2, 2, 5, 7, dtype=HALF)},

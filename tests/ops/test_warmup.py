@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import backends
 
 import ela_kernels as ek
+from ela_kernels.backends import dispatch
 
 
 @pytest.mark.usefixtures("kernels")
@@ -23,6 +25,31 @@ def test_every_kernel_runs(ran, training):
     assert ran.count("cpp block") == 2 * 2
     assert ran.count("cpp layer backward") == (2 * (1 + 2 + 2) if training else 0)
     assert not [what for what in ran if what.startswith("eager")]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("training", [True, False])
+def test_mixes_and_attention_at_every_position_run(monkeypatch, training):
+    calls = backends.Cpp().spied(monkeypatch)
+    with ek.use_backend("cpp"):
+        ek.warmup([(2, 8, 3, 5)], depth=2, head_dim=4, device="cpu", training=training)
+    assert calls.count("mix") == 2 * 3  # a weight for each map, head and channel
+    assert calls.count("mix_backward") == (2 * 3 if training else 0)
+    # The history, and the function with and without previous weights.
+    assert calls.count("position_attend") == 2 * 3
+    assert calls.count("position_attend_backward") == (2 * 3 if training else 0)
+    assert calls.count("position_gather") == (2 if training else 0)
+
+
+def test_a_forced_backend_without_them_is_no_obstacle(monkeypatch):
+    cpp = dispatch.KERNELS["cpp"]
+    monkeypatch.setattr(type(cpp), "ops", cpp.ops - {"depth_mix", "position_attention"})
+    monkeypatch.setattr(dispatch, "_plan", dispatch._plan.__wrapped__)  # choices are remembered
+    calls = backends.Cpp().spied(monkeypatch)
+    with ek.use_backend("cpp"):
+        ek.warmup([(2, 8, 3, 5)], depth=1, head_dim=4, device="cpu")
+    assert "layer" in calls
+    assert not [call for call in calls if call.startswith(("mix", "position"))]
 
 
 @pytest.mark.usefixtures("backend")

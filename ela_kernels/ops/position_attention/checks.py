@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.layout import accumulate_dtype
+from ela_kernels.ops.checks import check_scale as check_scale_of_heads
 from ela_kernels.ops.checks import check_tensor
 
 DEFAULT_EPS = 1e-6
@@ -118,11 +119,7 @@ def check_eps(eps: object) -> float:
 
 def check_scale(scale: object) -> float:
     """1 unless given: the scores of the paper have no factor."""
-    if scale is None:
-        return 1.0
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: got {type(scale).__name__}; allowed is a float or None")
-    return float(scale)
+    return check_scale_of_heads(scale, head_dim=1)
 
 
 def check_prev(
