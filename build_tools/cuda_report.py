@@ -148,7 +148,8 @@ elements of a vector (1: addresses or strides off 16 bytes), then whether vector
 the gradients of values are written in the same pass (`bwd_dots`); last the depth that the parameters have room for,
 and of these kernels before it whether maps of small weights are left out. `layer_attend_fwd` has before these two
 whether moments of the output are taken; `layer_norm_bwd` has whether sums are taken, and whether the gradient is
-written.
+written; `position_*` have after the elements of a vector whether the channels of a position lie together, then whether
+a value is kept from its score to the sum (`fwd`) or keys are given (`bwd`).
 Where `bwd_dots` writes gradients of values, it reads one weight a map in its main loop beside the maps."""
 
 

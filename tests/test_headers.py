@@ -27,8 +27,17 @@ BELOW = {
     "cuda/attention": {"", "cuda/common"},
     "cuda/layer": {"", "cuda/common", "cuda/attention"},
     "cuda/norm": {"", "cuda/common"},
-    "cuda/instances": {"cuda/attention", "cuda/layer", "cuda/norm"},
-    "binding": {"", "cpu", "cuda/common", "cuda/attention", "cuda/layer", "cuda/norm"},
+    "cuda/position": {"", "cuda/common"},
+    "cuda/instances": {"cuda/attention", "cuda/layer", "cuda/norm", "cuda/position"},
+    "binding": {
+        "",
+        "cpu",
+        "cuda/common",
+        "cuda/attention",
+        "cuda/layer",
+        "cuda/norm",
+        "cuda/position",
+    },
 }
 
 

@@ -6,6 +6,7 @@ Under a sanitizer every allocation is one of its own, and kernels run many times
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,20 @@ from ela_kernels.backends.dispatch import KERNELS
 _SHAPES = ((3, 2, 12, 7, 5, 3), (2, 1, 37, 9, 1, 37), (2, 3, 16, 1, 1, 2), (9, 1, 8, 16, 16, 1))
 # Triton compiles anew for every depth, dtype and format, which takes longer than all the rest.
 _COUNTS = {"triton": 1, "cuda": 3}
+
+
+def _retrieve_at_positions(values: Sequence[torch.Tensor]) -> None:
+    """Attention at every position, with the backward in both forms."""
+    query = torch.randn(values[0].shape[1], device=values[0].device)
+    history = ek.PositionHistory()
+    total = torch.zeros((), device=values[0].device)
+    for value in values:
+        history.append(value)
+        total = total + history.attend(query).float().square().sum()
+    assert history.weights is not None
+    found = ek.position_attention(query, values, values, prev_weights=history.weights.detach())
+    assert found.kl is not None
+    (total + found.out.float().square().sum() + found.kl.sum()).backward()
 
 
 def exercise(backend: str, device: torch.device, few: bool = False) -> int:
@@ -44,6 +59,7 @@ def exercise(backend: str, device: torch.device, few: bool = False) -> int:
                         )
                     ]
                     queries, keys, values = leaves[::3], leaves[1::3], leaves[2::3]
+                    _retrieve_at_positions(values)
                     history = ek.LayerHistory()
                     total = torch.zeros((), device=device)
                     for q, k, v in zip(queries, keys, values, strict=True):

@@ -51,6 +51,7 @@ py::tuple cuda_increment(int device, int value) {
 void bind_cuda_attention(py::module_& module);
 void bind_cuda_layer(py::module_& module);
 void bind_cuda_norm(py::module_& module);
+void bind_cuda_position(py::module_& module);
 void bind_cuda_producer(py::module_& module);
 
 void bind_cuda(py::module_& module) {
@@ -64,5 +65,6 @@ void bind_cuda(py::module_& module) {
   bind_cuda_attention(module);
   bind_cuda_layer(module);
   bind_cuda_norm(module);
+  bind_cuda_position(module);
   bind_cuda_producer(module);
 }

@@ -25,6 +25,7 @@ from support.layers_on_gpu import CPU, on_device
 from support.layouts import channels_last, contiguous
 from support.on_gpu import DEVICE, GPU_DTYPES, case_on, evaluate_on, moved
 from support.oracle import assert_matches, oracle, tolerances
+from support.position import assert_position_matches, evaluate_position, make_position_case
 from support.pull_stages import Stage, check_stage
 
 import ela_kernels as ek
@@ -89,6 +90,36 @@ def test_a_history(maker, dtype, shape, kernels_ran):
     check_stage(Stage(SHAPES[shape], heads_of(shape), DEPTH, dtype, maker), moved)
     assert kernels_ran.count("forward") == kernels_ran.count("backward") == DEPTH
     assert kernels_ran.count("gather") == DEPTH
+
+
+@shapes
+@dtypes
+@makers
+def test_positions(maker, dtype, shape):
+    """Attention at every position: forward, the push form, and gradients gathered in the pull form."""
+    case = make_position_case(SHAPES[shape], DEPTH, dtype, maker, dout=maker)
+    assert_position_matches(evaluate_position(case, put=moved), case)
+
+    def gradients(pull):
+        history, values, total = ek.PositionHistory(), [], 0
+        for value in case.values:
+            values.append(moved(value).requires_grad_())
+            if pull:
+                history.append(values[-1])
+                out = history.attend(moved(case.query), moved(case.norm_weight))
+            else:
+                out = ek.position_attention(
+                    moved(case.query), values, norm_weight=moved(case.norm_weight)
+                ).out
+            total = total + out.float().square().sum()
+        return [g.double().cpu() for g in torch.autograd.grad(total, values)]
+
+    # A gradient is one rounding in the pull form, and as many as there are retrievals in the push form.
+    rtol = 2e-4 if dtype == torch.float32 else DEPTH * torch.finfo(dtype).eps
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=rtol, atol=rtol * expected.abs().max().item()
+        )
 
 
 def step(modules, x):

@@ -163,4 +163,4 @@ def test_fields_are_named_as_they_are():
             ]
             assert [name for name, _ in visited] == fields, path
             groups += 1
-    assert groups == 12
+    assert groups == 13

@@ -396,3 +396,26 @@ def test_refused(call, error, words):
     with pytest.raises(error, match=words):
         call(history)
     assert len(history) == len(history.values) == 1
+
+
+def test_kernels_that_take_over_in_a_history(monkeypatch):
+    """A backend that serves no more values leaves the rest to the next, as beyond the greatest depth of one."""
+    cpp = KERNELS["cpp"]
+    other = type(cpp)()
+    values = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(4)]
+    query = torch.randn(6, dtype=torch.float64)
+
+    def run():
+        leaves = [v.clone().requires_grad_() for v in values]
+        history, total = ek.PositionHistory(), 0
+        for v in leaves:
+            history.append(v * 1)
+            total = total + history.attend(query).sin().sum() + history.weights.square().sum()
+        return torch.autograd.grad(total, leaves)
+
+    expected = run()
+    monkeypatch.setattr(
+        "ela_kernels.ops.position_attention.history.kernels_for",
+        lambda op, like, depth: cpp if depth <= 2 else other,
+    )
+    torch.testing.assert_close(run(), expected)

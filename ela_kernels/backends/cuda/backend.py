@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends import extension as built
-from ela_kernels.backends.cuda import attention, layer, mix, producer
+from ela_kernels.backends.contract import ATTENTION_OPS, MIX_OPS, POSITION_OPS
+from ela_kernels.backends.cuda import attention, layer, mix, position, producer
 from ela_kernels.backends.cuda import norm as norms
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
 from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
+from ela_kernels.backends.position import (
+    PositionCall,
+    PositionGradients,
+    PositionLeft,
+    PositionNeeds,
+)
 from ela_kernels.backends.types import (
     Filters,
     Gradients,
@@ -29,6 +36,7 @@ class CudaBackend(GpuBackend):
 
     name = "cuda"
     max_depth = 256  # that many pointers go by value
+    ops = ATTENTION_OPS | MIX_OPS | POSITION_OPS
 
     def unavailable_reason(self) -> str | None:
         module = built.extension()
@@ -169,6 +177,25 @@ class CudaBackend(GpuBackend):
         need_values: Sequence[bool],
     ) -> MixGradients:
         return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)
+
+    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
+        return position.position_attend(call)
+
+    def position_attend_backward(
+        self,
+        call: PositionCall,
+        weights: Tensor,
+        dout: Tensor | None,
+        dweights: Tensor | None,
+        dkl: Tensor | None,
+        needs: PositionNeeds,
+    ) -> PositionGradients:
+        return position.position_attend_backward(call, weights, dout, dweights, dkl, needs)
+
+    def position_gather(
+        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
+    ) -> Tensor:
+        return position.position_gather(value, left, index, channels_last)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.dispatch import kernels_for
 from ela_kernels.backends.layout import resolved
 from ela_kernels.backends.position import PositionCall
@@ -70,6 +71,7 @@ class PositionHistory:
         self._gathers: list[bool] = []  # whether it has a node, which gathers its gradient
         self._token: Tensor | None = None
         self._record = Record()
+        self._backend: KernelBackend | None = None  # that the record is of
         self._channels_last: bool | None = None
         self._made_in = graph_task()
 
@@ -169,8 +171,10 @@ class PositionHistory:
         ):
             return None
         backend = kernels_for(OP, held[-1], len(held))
-        if backend is None:
+        # What different backends leave does not meet in a gather: beyond the depth of the first, in the push form.
+        if backend is None or self._backend not in (None, backend):
             return None
+        self._backend = backend
         served(caller, "op", backend.name)
         outputs, self._token = retrieve_pull(readable(call), backend, self._token, self._link())
         return with_mean(outputs)
