@@ -18,9 +18,9 @@ from ela_kernels.ebqm.stages import device_of, run_order, stage_numbers
 from ela_kernels.ebqm.state import State, loaded, rearranged, saved
 from ela_kernels.ebqm.statistics import Moments, Statistics
 from ela_kernels.ebqm.watch import Watch
-from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.observations import STATIC_GRAPH
 from ela_kernels.modules.skipping import SkipMode, mode_number
+from ela_kernels.modules.watched import Watched
 
 
 class EBQM:
@@ -150,6 +150,9 @@ class EBQM:
                 f"provides: got {provides} without skip; allowed is None, which leaves both to each layer"
             )
         self._watch = Watch(model)
+        if skip is not None:
+            for layer in self._layers:
+                layer.number_of(skip, provides)
         wrappers = (
             m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
         )
@@ -177,7 +180,7 @@ class EBQM:
         return self._watch.model
 
     @property
-    def _layers(self) -> list[ELA]:
+    def _layers(self) -> list[Watched]:
         return self._watch.layers
 
     def step(self, applied: bool = True) -> None:
