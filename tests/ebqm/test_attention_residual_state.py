@@ -148,3 +148,28 @@ class TestRefused:
         history.append(torch.randn(2, 3, DIM))
         with pytest.raises(RuntimeError, match="this module was pruned, and cannot retrieve"):
             mix(history)
+
+    def test_analyze_says_that_it_does_not_look_into_them(self) -> None:
+        with pytest.raises(ValueError, match="a PositionHistory, which is not looked into"):
+            ek.analyze(Residuals(), [tokens()])
+
+
+def test_analyze_leaves_no_trace() -> None:
+    """In a model that enables gradients for itself, which EBQM would take for training."""
+    model = Residuals(1)
+    stage = nn.ModuleList(ek.ELA(16) for _ in range(2))
+    model.stage = stage
+    ebqm = ek.EBQM(model)
+
+    def run(_: nn.Module, ids: torch.Tensor) -> None:
+        history, x = ek.LayerHistory(), torch.randn(2, 16, 3, 3)
+        for layer in stage:
+            x = layer(x, history)
+        with torch.enable_grad():
+            model(ids)
+
+    found = ek.analyze(model, [tokens()], forward=run)
+    assert set(found.left) == {"mixes.0", "mixes.1"}
+    assert not any(mix.observations or mix.place is not None for mix in model.mixes)
+    assert all(mix.watched for mix in model.mixes)
+    ebqm.detach()
