@@ -190,6 +190,20 @@ class TestWatching:
         want = (1 - (-kls[3]).exp()).mean().item()
         assert ebqm.report().layers[3].divergence == pytest.approx(want, rel=1e-6)
 
+    def test_a_probe_is_for_one_pass_of_a_step_and_without_gradient(self) -> None:
+        model, ids = Residuals(), tokens()
+        decide(model, {3})
+        ebqm = ek.EBQM(model, probe_interval=1)
+        ebqm.step()
+        for _ in range(2):  # two micro-batches
+            history = ek.PositionHistory()
+            model(ids, history)
+        assert [len(mix.observations) for mix in model.mixes] == [0, 2, 2, 1, 2, 2]
+        kl = history.probe(model.mixes[3].query)
+        assert kl is not None
+        assert kl.shape == ids.shape
+        assert not kl.requires_grad
+
     @pytest.mark.parametrize("why", ["eval", "no_grad", "explain", "detached", "list"])
     def test_what_is_no_training_pass_is_not_observed(self, why: str) -> None:
         model, ids = Residuals(), tokens()
