@@ -18,7 +18,7 @@ from ela_kernels.ebqm import EBQM, Candidate, Verdict, decide
 from ela_kernels.ebqm.settings import REMOVED, Settings, checked_settings, refuse_removed
 from ela_kernels.ebqm.stages import plain_name
 from ela_kernels.ebqm.statistics import Moments, Statistics
-from ela_kernels.modules import ELA, LayerAttention, LightLayerAttention
+from ela_kernels.modules import ELA, AttentionResidual, LayerAttention, LightLayerAttention
 from ela_kernels.modules.published import ConcatLayerAttention
 from ela_kernels.ops.layer_attention.observer import observed_by
 from ela_kernels.torch_internals import is_lazy
@@ -29,6 +29,10 @@ _OF_STEPS = ("warmup", "interval", "probe_interval")
 _LIGHT = "the light form: it lets the output before it decay, and has no weights over the layers"
 _CONCATENATES = (
     "the concatenating form, which has no LayerHistory; ela_kernels.convert(model) fuses it"
+)
+_RESIDUAL = (
+    "it retrieves at every position, from a PositionHistory, which is not looked into; the report of an EBQM that "
+    "watched it in training has its divergence"
 )
 _UNSEEN = "it did not come by in these batches, or in a thread or a graph that is not looked into"
 
@@ -47,7 +51,7 @@ def analyze(
     Whatever retrieves from a :class:`ela_kernels.LayerHistory` that the model makes in its pass is seen:
     :class:`ela_kernels.LayerAttention` and its subclasses, :class:`ela_kernels.ELA`, and modules that call
     :meth:`ela_kernels.LayerHistory.attend` with themselves as `caller`. EBQM watches ELA layers; in a model without
-    any, every layer is taken for one.
+    any, every layer is taken for one. :class:`ela_kernels.AttentionResidual` is not seen: `.left` names each.
 
     The batches run without gradients. Afterwards the model is what it was, also if one of them raises: attributes of
     its modules (modes, and what ELA layers have learnt), buffers, decisions, and what an EBQM has observed. So are the
@@ -177,6 +181,8 @@ def _left_out(model: nn.Module, seen: set[Any]) -> dict[str, str]:
             left[name] = _LIGHT
         elif isinstance(module, ConcatLayerAttention):
             left[name] = _CONCATENATES
+        elif isinstance(module, AttentionResidual):
+            left[name] = _RESIDUAL
         elif isinstance(module, (LayerAttention, ELA)):
             left[name] = _UNSEEN
     return left

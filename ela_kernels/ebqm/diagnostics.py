@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ela_kernels.modules.ela import ELA
+from ela_kernels.modules.watched import Watched
 from ela_kernels.ops.layer_attention.reference import is_left_out
 
 ADDED_LATER = frozenset({"left_out"})
@@ -43,7 +43,7 @@ class Diagnostics(NamedTuple):
         )
 
 
-def take_weights(layers: Sequence[ELA]) -> list[Tensor | None]:
+def take_weights(layers: Sequence[Watched]) -> list[Tensor | None]:
     """The weights that the layers kept of their last pass; they let go of them."""
     found = [layer.kept_weights for layer in layers]
     for layer, weights in zip(layers, found, strict=True):
@@ -60,7 +60,7 @@ def mean_weights(weights: Sequence[Tensor | None]) -> list[tuple[float, ...]]:
     ]
 
 
-def diagnosed(layers: Sequence[ELA], weights: Sequence[Tensor | None]) -> Diagnostics:
+def diagnosed(layers: Sequence[Watched], weights: Sequence[Tensor | None]) -> Diagnostics:
     """The present diagnostics, by the weights `[B, G, T]` and by the gradients as they are. Waits for the device."""
     count = len(layers)
     return Diagnostics(
@@ -96,7 +96,7 @@ def _entropies(weights: Sequence[Tensor | None]) -> Mapping[int, Tensor]:
     }
 
 
-def _left_out(layers: Sequence[ELA], weights: Sequence[Tensor | None]) -> Mapping[int, Tensor]:
+def _left_out(layers: Sequence[Watched], weights: Sequence[Tensor | None]) -> Mapping[int, Tensor]:
     known = (
         (i, w, layer.kept_tolerance)
         for i, (layer, w) in enumerate(zip(layers, weights, strict=True))
@@ -106,11 +106,11 @@ def _left_out(layers: Sequence[ELA], weights: Sequence[Tensor | None]) -> Mappin
 
 
 @torch.no_grad()
-def _importances(layers: Sequence[ELA]) -> Mapping[int, Tensor]:
+def _importances(layers: Sequence[Watched]) -> Mapping[int, Tensor]:
     # All layers of a kind at once.
     groups: dict[tuple[object, ...], list[tuple[int, list[Tensor]]]] = {}
     for i, layer in enumerate(layers):
-        tensors = _scale_and_shift(layer.norm)
+        tensors = _scale_and_shift(getattr(layer, "norm", None))
         if tensors:
             kind = (len(tensors), *((t.shape, t.dtype, t.device) for t in tensors))
             groups.setdefault(kind, []).append((i, tensors))

@@ -19,19 +19,19 @@ from ela_kernels.ebqm.stages import device_of, run_order, stage_numbers
 from ela_kernels.ebqm.state import State, loaded, rearranged, saved
 from ela_kernels.ebqm.statistics import Moments, Statistics
 from ela_kernels.ebqm.watch import Watch
-from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.observations import STATIC_GRAPH
 from ela_kernels.modules.skipping import SkipMode, mode_number
+from ela_kernels.modules.watched import Watched
 
 
 class EBQM:
     """Enhanced Beta Quantile Mapping: find redundant layers while the model trains, skip them, and let them come back.
 
     The published abstract names the method and what it is for, and gives no formula; this is our definition. For every
-    :class:`ela_kernels.ELA` layer t, by itself:
+    :class:`ela_kernels.ELA` layer or :class:`ela_kernels.AttentionResidual` t, by itself:
 
-    1. `z = 1 - exp(-kl_t)` for every image and head of a training pass, in [0, 1): near zero exactly when layer t
-       retrieves with the weights of the layer before it, and bounded, so that no single head outweighs all others;
+    1. `z = 1 - exp(-kl_t)` for every image and head (or position) of a training pass, in [0, 1): near zero exactly when
+       layer t retrieves with the weights of the layer before it, and bounded, so that no head outweighs all others;
     2. the mean of z and of its square are smoothed by an exponential moving average over steps, bias-corrected: two
        numbers a layer, which need no list of what was seen;
     3. Beta(a, b), the usual distribution on [0, 1], is fitted to them by the method of moments
@@ -44,7 +44,8 @@ class EBQM:
     6. within the guards `max_share`, `max_row`, `warmup`, `interval`; the first layer of a stage is never skipped, nor
        one whose divergence was never seen or not finite. Where the first two bind, the smallest scores go first
        (:func:`ela_kernels.ebqm.decide`);
-    7. a skipped layer is probed every `probe_interval` steps: its weights are worked out from query and key alone.
+    7. a skipped layer is probed every `probe_interval` steps: its weights are worked out from query and key alone, or
+       by a retrieval that is dropped where the values are the keys, as those of an `AttentionResidual` are.
 
     What it does not say: a small divergence says that a layer retrieves what the layer before did, not that its block
     can be left out, and no claim is made that these layers are better ones to skip than as many drawn by chance. The
@@ -74,18 +75,19 @@ class EBQM:
     The default thresholds are for a model with some tens of layers and thousands of steps.
 
     Args:
-        model: a model with ELA layers, wrapped or not.
+        model: a model with such layers, wrapped or not.
         low: a layer in use is dropped at a score below it; in [0, 1].
         high: a skipped layer comes back at a score above it; in [0, 1], larger than `low`.
         quantile: share of a layer's divergences that its score is above; between 0 and 1. The larger, the more of them
             have to be small.
-        max_share: largest share of the ELA layers that may be skipped, in [0, 1].
+        max_share: largest share of these layers that may be skipped, in [0, 1].
         max_row: how many skipped layers may stand in a row in a stage; at least 1.
         warmup: steps before the first decision.
         interval: steps between decisions.
         probe_interval: steps between probes of a skipped layer.
         smoothing: factor by which a step's weight in the average falls with every step after it; in [0, 1).
-        skip: how skipped layers are skipped, `"retrieval"`, `"layer"` or `"reuse"`; None leaves it to each layer.
+        skip: how skipped layers are skipped, `"retrieval"`, `"layer"` or `"reuse"`; None leaves it to each layer. An
+            `AttentionResidual` knows `"reuse"` alone: it gives what was retrieved last before it in its history.
         provides: whether layers skipped with `"reuse"` still give their key and value; only with `skip`. None leaves it
             to each layer.
         process_group: processes to average over; the default group if None. Not kept in a pickle.
@@ -151,6 +153,9 @@ class EBQM:
                 f"provides: got {provides} without skip; allowed is None, which leaves both to each layer"
             )
         self._watch = Watch(model)
+        if skip is not None:
+            for layer in self._layers:
+                layer.number_of(skip, provides)
         wrappers = (
             m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)
         )
@@ -179,7 +184,7 @@ class EBQM:
         return self._watch.model
 
     @property
-    def _layers(self) -> list[ELA]:
+    def _layers(self) -> list[Watched]:
         return self._watch.layers
 
     def step(self, applied: bool = True) -> None:

@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ela_kernels.modules import ELA
-from ela_kernels.torch_internals import all_modules, own_child
+from ela_kernels.modules.watched import Watched
+from ela_kernels.torch_internals import all_modules
 
 
 def idle_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of `model` that take no part in a training pass, since their layers are skipped.
 
     Of a layer that is skipped the query, whatever the mode; the norm, but with `skip="reuse"`; key and value, where the
-    layer gives no pair, or where nobody who read it in the passes before retrieves now. What another module or layer
-    has too is left out.
+    layer gives no pair, or where nobody who read it in the passes before retrieves now. Of an `AttentionResidual` that
+    is skipped and not the first of its history all. What another module or layer has too is left out.
     """
     idle: dict[nn.Parameter, None] = {}
     used: dict[nn.Parameter, int] = {}
     modules = all_modules(model)
-    if not any(isinstance(module, ELA) and module.skipped for module in modules):
+    if not any(isinstance(module, Watched) and module.skipped for module in modules):
         return []
     for module in modules:
         for parameter in module.parameters(recurse=False):
             used[parameter] = used.get(parameter, -1) + 1
     for layer in modules:
-        if isinstance(layer, ELA):
-            for parameter, is_idle in _parts(layer):
+        if isinstance(layer, Watched):
+            for parameter, is_idle in layer.parts():
                 if is_idle:
                     idle[parameter] = None
                 else:
                     used[parameter] = used.get(parameter, 0) + 1
     return [parameter for parameter in idle if not used.get(parameter, 0)]
-
-
-def _parts(layer: ELA) -> Iterator[tuple[nn.Parameter, bool]]:
-    """The parameters of a layer's attention and norm, and whether each is idle."""
-    is_skipped, attn, readers = layer.skipped, layer.attn, layer.readers
-    gives = layer.provides and not (readers.learnt and not readers.retrieve())
-    if attn is not None:
-        parts = (own_child(attn, name) for name in ("Wq", "q_norm"))
-        of_query = {p for part in parts if part is not None for p in part.parameters()}
-        for parameter in attn.parameters():
-            yield parameter, is_skipped and (not gives or parameter in of_query)
-    if layer.norm is not None:
-        for parameter in layer.norm.parameters():
-            yield parameter, is_skipped and layer.skip != "reuse"
 
 
 def spare_skipped(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
@@ -71,7 +56,7 @@ def spare_skipped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removab
 
     Raises:
         TypeError: `optimizer` has no hooks before its steps, or `model` is no module.
-        ValueError: `model` has no :class:`ela_kernels.ELA` in it.
+        ValueError: `model` has no :class:`ela_kernels.ELA` or :class:`ela_kernels.AttentionResidual` in it.
 
     Source:
         Our definition: a layer that is skipped comes back as it was.
@@ -95,10 +80,10 @@ def spare_skipped(optimizer: torch.optim.Optimizer, model: nn.Module) -> Removab
         raise TypeError(
             f"model: got {type(model).__name__}; allowed is a torch.nn.Module. Give the model that the optimizer trains"
         )
-    if not any(isinstance(module, ELA) for module in all_modules(model)):
+    if not any(isinstance(module, Watched) for module in all_modules(model)):
         raise ValueError(
             f"model: got {type(model).__name__} without an ELA layer, so that there is nothing to spare; allowed is a "
-            "model with some. Leave the call out, or give the model that has them"
+            "model with some, or with an AttentionResidual. Leave the call out, or give the model that has them"
         )
 
     def forget(*_: Any) -> None:

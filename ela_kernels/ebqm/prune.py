@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from ela_kernels.ebqm.stages import find_layers
+from ela_kernels.modules.attention_residual import AttentionResidual
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 
@@ -21,29 +22,35 @@ def prune(model: M) -> M:
     retrieves: another ELA layer that is not skipped, a `LayerAttention` of its own, or calls of
     :meth:`ela_kernels.LayerHistory.attend`. Who reads them is learnt from the forward passes that ran, in any order
     and branches; nothing is guessed: they are kept where a layer that retrieves did not run, or in compiled graphs
-    alone. One skipped with `skip="layer"` loses everything. The output in eval mode stays the same, bit for bit.
+    alone. One skipped with `skip="layer"` loses everything, and so does an
+    :class:`ela_kernels.AttentionResidual`: query and norm weight. The output in eval mode stays the same, bit for bit.
 
     An optimizer made before holds the removed parameters on: they get no gradient and so are not updated, but their
     memory and that of their moments is freed only with a new optimizer. A checkpoint of the pruned model loads into a
     pruned copy, and into a model made anew, which it prunes in the same way.
 
     Args:
-        model: a model with :class:`ela_kernels.ELA` layers that has run at least one forward pass in eager PyTorch
-            (compiled ones learn nothing), or that was copied or loaded from the checkpoint of one that has: then a pair
-            is kept that anybody may read, skipped or not, until a pass shows who.
+        model: a model with :class:`ela_kernels.ELA` or :class:`ela_kernels.AttentionResidual` layers that has run at
+            least one forward pass in eager PyTorch (compiled ones learn nothing of who reads a pair), or that was
+            copied or loaded from the checkpoint of one that has: then a pair is kept that anybody may read, skipped or
+            not, until a pass shows who.
 
     Returns:
         `model`.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: no ELA layer in it, or a skipped one of which it is not known who reads its key and value; nothing
-            is changed then.
+        ValueError: no such layer in it; a skipped one of which it is not known who reads its key and value; a skipped
+            `AttentionResidual` that comes first in its history, or has not run in one. Nothing is changed then.
 
     Source:
         Our definition.
     """
-    layers = find_layers(model)
+    found = find_layers(model)
+    residuals = {n: m for n, m in found.items() if isinstance(m, AttentionResidual) and m.skipped}
+    for name, module in residuals.items():
+        _check_reuses(name, module)
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, ELA)}
     outside = _outside(model)
     serving = {name: _serves(name, layer, layers, outside) for name, layer in layers.items()}
     retrieving = outside.union(*(_attentions(ela) for ela in layers.values() if not ela.skipped))
@@ -51,7 +58,23 @@ def prune(model: M) -> M:
         if layer.skipped:
             keeps_query = not retrieving.isdisjoint(_attentions(layer))
             layer.remove_unused(provides=serving[name], keeps_query=keeps_query)
+    for module in residuals.values():
+        module.remove_unused()
     return model
+
+
+def _check_reuses(name: str, module: AttentionResidual) -> None:
+    """Refuse one that retrieves, though it is to be skipped, or of which that is not known."""
+    if module.place is None:
+        raise ValueError(
+            f"model: got a skipped AttentionResidual {name!r} that has never run with a PositionHistory, so that it is "
+            "not known whether it comes first there and retrieves; allowed is a model after one forward pass"
+        )
+    if module.is_first:
+        raise ValueError(
+            f"model: got a skipped AttentionResidual {name!r} that comes first in its history, where it has nothing to "
+            "take over and retrieves; allowed are later ones. Set skipped = False"
+        )
 
 
 def _attentions(layer: ELA) -> set[nn.Module]:

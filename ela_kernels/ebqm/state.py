@@ -16,7 +16,7 @@ from ela_kernels.ebqm.report import DecisionRecord
 from ela_kernels.ebqm.settings import Settings
 from ela_kernels.ebqm.stages import plain_name
 from ela_kernels.ebqm.statistics import ROWS
-from ela_kernels.modules.ela import ELA
+from ela_kernels.modules.watched import Watched
 
 VERSION = 2
 # The version of states of the rule that compared the layers with each other: without the mean squares.
@@ -56,7 +56,7 @@ def saved(state: State, settings: Settings, names: Sequence[str]) -> dict[str, A
 
 
 def loaded(
-    state: object, settings: Settings, names: Sequence[str], layers: Sequence[ELA], strict: bool
+    state: object, settings: Settings, names: Sequence[str], layers: Sequence[Watched], strict: bool
 ) -> State:
     """What :func:`saved` gave, now or in an earlier version, for a model with the layers `names`.
 

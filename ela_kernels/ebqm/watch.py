@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ela_kernels.ebqm.stages import find_layers, present_layers
-from ela_kernels.modules.ela import ELA, MOST_OBSERVATIONS
+from ela_kernels.modules.watched import MOST_OBSERVATIONS, Watched
 
 
 class Seen(NamedTuple):
@@ -29,7 +29,7 @@ class Watch:
         found = find_layers(model)
         self.model = model
         self.names, self.layers = list(found), list(found.values())
-        self._inbox: dict[ELA, Seen] = {}
+        self._inbox: dict[Watched, Seen] = {}
 
     def attach(self) -> None:
         """Have the layers keep their divergences."""
@@ -86,7 +86,7 @@ class Watch:
         inbox, self._inbox = self._inbox, {}
         return [inbox.get(layer, Seen([], [])) for layer in self.layers]
 
-    def _leave(self, layer: ELA) -> None:
+    def _leave(self, layer: Watched) -> None:
         layer.watchers.discard(self)
         if not layer.watchers:
             layer.watched = layer.probe_next = layer.weights_next = False

@@ -11,7 +11,6 @@ from ela_kernels.explaining import is_explaining, served_without_kernels
 from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.ela_state import ELAState
 from ela_kernels.modules.layer_attention import LayerAttention, Turn
-from ela_kernels.modules.observations import outside_of_transforms, refuse_static_graph
 from ela_kernels.modules.parts import made_part
 from ela_kernels.modules.query_key_value import as_before_wrappers, passed_on
 from ela_kernels.modules.residual import block_in_graph, residual_block
@@ -23,9 +22,6 @@ from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
 from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.torch_internals import has_hooks, is_exporting
-
-# Micro-batches of one step whose divergence is kept: a bound for a model that trains on without EBQM.step().
-MOST_OBSERVATIONS = 64
 
 
 def _take_no_note(_: Tensor | None) -> None:
@@ -256,24 +252,6 @@ class ELA(TakesTokens, ELAState):
         # Inside a transform of torch.func the layer is one of several models.
         if watched and history.kl is not None and torch.compiler.is_compiling():
             self.totals.add(history.kl, history.has_divergence)
-
-    def _observe(self, kl: Tensor | None, is_seen: Tensor | None = None) -> None:
-        """Keep a divergence; `is_seen`: whether it is one, where that is data, after layers that are compiled."""
-        if kl is None:
-            return
-        refuse_static_graph()
-        found = outside_of_transforms(kl.detach())
-        if found is None:
-            return
-        if is_seen is not None:
-            self.totals.add(found, is_seen)
-        elif len(self.observations) < MOST_OBSERVATIONS:
-            self.observations.append(found)
-
-    def _keep_weights(self, weights: Tensor | None, tolerance: float) -> None:
-        """Keep the weights of one pass, as they are: what is worked out of them is not the forward's to wait for."""
-        self.weights_next, self.kept_tolerance = False, tolerance
-        self.kept_weights = None if weights is None else outside_of_transforms(weights.detach())
 
     def _can_wait(self, attn: nn.Module | None, x: Tensor, history: LayerHistory) -> bool:
         """Whether the pair need not be made before somebody reads it, since nobody who did before retrieves now."""

@@ -101,7 +101,7 @@ class Skipping(nn.Module):
     @skip.setter
     def skip(self, skip: SkipMode) -> None:
         if check_skip(skip) != self.skip:
-            self._decide((self._decision()[0], mode_number(skip)))
+            self._decide((self._decision()[0], self.number_of(skip)))
 
     @property
     def provides(self) -> bool:
@@ -110,7 +110,11 @@ class Skipping(nn.Module):
 
     @provides.setter
     def provides(self, value: bool) -> None:
-        self._decide((self._decision()[0], mode_number(self.skip, value)))
+        self._decide((self._decision()[0], self.number_of(self.skip, value)))
+
+    def number_of(self, skip: object, provides: bool | None = None) -> int:
+        """As :func:`mode_number`, which also refuses what this module cannot do."""
+        return mode_number(skip, provides)
 
     def _mode(self) -> int:
         # A compiled graph is made for one mode; it is read again when the model is switched by train() or eval().

@@ -35,7 +35,13 @@ def tied(out: Tensor, *modules: nn.Module | None) -> Tensor:
 
     `DistributedDataParallel` waits for all parameters, and takes zeros where there is no gradient.
     """
-    given = (p for module in modules if module is not None for p in module.parameters())
-    parameters = [p for p in given if p.requires_grad]
-    found: Tensor = _Tied.apply(out, *parameters) if parameters else out
+    return tied_to(
+        out, *(p for module in modules if module is not None for p in module.parameters())
+    )
+
+
+def tied_to(out: Tensor, *tensors: Tensor) -> Tensor:
+    """:func:`tied` for tensors, also such as something was worked out for: their parameters are reached too."""
+    with_grad = [t for t in tensors if t.requires_grad]
+    found: Tensor = _Tied.apply(out, *with_grad) if with_grad else out
     return found

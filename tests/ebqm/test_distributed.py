@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ddp_process, ebqm_process
+from support import ddp_process, ebqm_process, residuals_process
 from torch import distributed, multiprocessing
 
 
@@ -43,3 +43,19 @@ def test_data_parallel_with_its_defaults(mode: str, tmp_path: Path) -> None:
     for name in ("loaded", "reports", "skipped"):
         saved, loaded = first[name]
         assert saved == loaded
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this PyTorch has no torch.distributed")
+def test_attention_residuals_in_data_parallel(tmp_path: Path) -> None:
+    """Decisions that change from step to step, then EBQM's own."""
+    multiprocessing.spawn(residuals_process.run, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    by_wrapper, by_hand = first["parameters"]
+    # float32: gradients of two processes, averaged in another order.
+    torch.testing.assert_close(by_wrapper, by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_wrapper, second["parameters"][0], rtol=0, atol=0)
+    # Query and norm weight of each that was skipped, of wrapper and twin; the first of a history retrieves.
+    assert len(first["still"]) == 2 * 2 * 2 * (1 + 3 + 0 + 1 + 1)
+    assert all(first["still"])
+    assert first["report"] == second["report"]
+    assert first["skipped"] == second["skipped"] == {3}

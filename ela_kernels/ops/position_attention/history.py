@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ela_kernels.ops.position_attention.interface import (
     retrieve,
     with_mean,
 )
+from ela_kernels.torch_internals import version_of
 
 
 class PositionHistory:
@@ -45,8 +47,9 @@ class PositionHistory:
     history is in use. Kernels give first derivatives only; second ones come with `use_backend("eager")`.
 
     Attributes:
-        weights, kl, kl_mean: of the last retrieval, as of :func:`ela_kernels.position_attention`; None before the
-            first, and the divergences before the second.
+        last: all of the last retrieval, as of :func:`ela_kernels.position_attention`; None before the first. Its `out`
+            is what a skipped :class:`ela_kernels.AttentionResidual` takes over.
+        position: how many came by, those that took over a retrieval included.
 
     Raises:
         RuntimeError: by its methods, in a checkpoint that recomputes: it would grow a second time. Keep the history
@@ -63,9 +66,11 @@ class PositionHistory:
     """
 
     def __init__(self) -> None:
-        self.weights: Tensor | None = None
-        self.kl: Tensor | None = None
-        self.kl_mean: Tensor | None = None
+        self.last: PositionAttentionOutput | None = None
+        self._version = 0  # of the last output
+        self._read = 0  # how many values the last retrieval read
+        self._stage: int | None = None
+        self.position = 0
         self._values: list[Tensor] = []
         self._linked: list[bool] = []  # whether kernels serve it
         self._gathers: list[bool] = []  # whether it has a node, which gathers its gradient
@@ -79,6 +84,26 @@ class PositionHistory:
     def values(self) -> tuple[Tensor, ...]:
         """The values held."""
         return tuple(self._values)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Weights `[B, T, *positions]` of the last retrieval; None before the first."""
+        return None if self.last is None else self.last.weights
+
+    @property
+    def kl(self) -> Tensor | None:
+        """Divergence `[B, *positions]` of the last retrieval from the one before it; None before the second."""
+        return None if self.last is None else self.last.kl
+
+    @property
+    def kl_mean(self) -> Tensor | None:
+        """Its mean `[B]` over a sample's positions."""
+        return None if self.last is None else self.last.kl_mean
+
+    @property
+    def unread(self) -> tuple[Tensor, ...]:
+        """The values added since the last retrieval."""
+        return tuple(self._values[self._read :])
 
     def __len__(self) -> int:
         return len(self._values)
@@ -143,7 +168,74 @@ class PositionHistory:
             found = self._pulled(call, caller)
         if found is None:
             found = retrieve(*options, caller)
-        self.weights, self.kl, self.kl_mean = found.weights, found.kl, found.kl_mean
+        self.position, self._read = self.position + 1, len(self._values)
+        return self._hold(found)
+
+    def stage_of(self, number: int) -> int:
+        """The number of the first module that came by, which stands for the stage; `number` is that of this one."""
+        if self._stage is None:
+            self._stage = number
+        return self._stage
+
+    def reuse(self) -> Tensor:
+        """What was retrieved last, the same tensor, for a module that is skipped. Weights and divergence stay.
+
+        Raises:
+            RuntimeError: nothing was, or it was changed in place (which is not noticed in inference mode).
+        """
+        self._check_not_recomputing()
+        if self.last is None:
+            raise RuntimeError(
+                "reuse: got a history from which nothing was retrieved; allowed is one after attend()"
+            )
+        out = self.last.out
+        if _version_of(out) != self._version:
+            raise RuntimeError(
+                "reuse: got what was retrieved last, changed in place since, for a layer that is skipped and takes it "
+                "over; allowed is that tensor as it was. Change a copy of it, out.clone()"
+            )
+        self.position += 1
+        return out
+
+    @torch.no_grad()
+    def probe(
+        self,
+        query: Tensor,
+        norm_weight: Tensor | None = None,
+        eps: float = checks.DEFAULT_EPS,
+        scale: float | None = None,
+    ) -> Tensor | None:
+        """The divergence that :meth:`attend` would give, without a gradient; the history stays as it is.
+
+        As much work as a retrieval, since the keys are the values; what is retrieved is dropped.
+        """
+        self._check_not_recomputing()
+        prev = self.weights
+        options = query, self._values, None, norm_weight, eps, scale, prev, self._channels_last
+        return retrieve(*options, None).kl
+
+    def choose(self, active: Tensor, before: PositionAttentionOutput) -> Tensor:
+        """The last retrieval where `active`, a boolean of no dimension, is True, and else `before`, the one before it.
+
+        For decisions that are data: as though the last had not been made. The weights are then padded with zeros, which
+        changes no divergence from them; where there was none before, the divergence is NaN.
+        """
+        last = self.last
+        assert last is not None
+        later = last.weights.shape[1] - before.weights.shape[1]
+        padding = [0, 0] * (last.weights.dim() - 2) + [0, later]
+        weights = torch.nn.functional.pad(before.weights, padding)
+        return self._hold(
+            PositionAttentionOutput(
+                torch.where(active, last.out, before.out),
+                torch.where(active, last.weights, weights),
+                _chosen(active, last.kl, before.kl),
+                _chosen(active, last.kl_mean, before.kl_mean),
+            )
+        )
+
+    def _hold(self, found: PositionAttentionOutput) -> Tensor:
+        self.last, self._version = found, _version_of(found.out)
         return found.out
 
     def check_form(self, channels_last: object) -> None:
@@ -189,3 +281,14 @@ class PositionHistory:
                 "PositionHistory: got a call in a checkpoint that recomputes, where it would grow a second time; "
                 "allowed is a history outside of checkpoints, or position_attention with a list of values inside"
             )
+
+
+def _version_of(out: Tensor) -> int:
+    """Where changes are counted: neither in inference mode nor in a graph that is being compiled."""
+    return 0 if torch.compiler.is_compiling() or out.is_inference() else version_of(out)
+
+
+def _chosen(active: Tensor, last: Tensor | None, before: Tensor | None) -> Tensor | None:
+    return (
+        None if last is None else torch.where(active, last, math.nan if before is None else before)
+    )
