@@ -15,7 +15,7 @@ constexpr int kPositionVectors = kVec == 1 ? 4 : 2;
 template <int kVec>
 constexpr int kGradientVectors = kVec == 1 ? 2 : 1;
 constexpr int64_t kPositionBytes = 32;   // of a row that a planar tile reads at least: a sector
-constexpr int64_t kPositionLine = 128;   // the same where rounds are needed anyway
+constexpr int64_t kPositionLine = 128;   // the same where rounds are needed anyway, and there are blocks enough
 constexpr int64_t kPositionTile = 128;   // positions of a planar tile at most: their sums lie in shared memory
 constexpr int64_t kMaxPositionRun = 32;  // tiles that a block of the backward takes one after the other, at most
 constexpr int kPositionResident = 2;     // blocks on a multiprocessor: two leave 128 registers a thread
@@ -60,9 +60,14 @@ inline PositionGrid plan_positions(const Shape& s, int64_t vec, int64_t element_
     const int64_t bytes = vec * element_size;
     const int64_t most = power_of_two(ceil_quotient(s.positions, vec), 1, kPlanThreads);  // that a row has room for
     const auto across = [&](int64_t wanted) { return wanted < most ? wanted : most; };
+    const int64_t narrowest = across(kPositionBytes / bytes);
     // As few positions as it takes to have all channels at once, if that leaves rows that are worth reading.
     lanes = power_of_two(ceil_quotient(s.channels, vectors), 1, kPlanThreads);
-    if (kPlanThreads / lanes < across(kPositionBytes / bytes)) lanes = kPlanThreads / across(kPositionLine / bytes);
+    if (kPlanThreads / lanes < narrowest) {
+      int64_t teams = across(kPositionLine / bytes);
+      while (teams > narrowest && s.batch * ceil_quotient(s.positions, teams * vec) < kFewBlocks) teams /= 2;
+      lanes = kPlanThreads / teams;
+    }
     const int64_t widest = across(vec == 1 ? kPlanThreads : kPositionTile / vec);
     if (kPlanThreads / lanes > widest) lanes = kPlanThreads / widest;
   }
