@@ -50,6 +50,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         )
     if arguments.resume and arguments.evaluate is not None:
         raise ValueError("evaluate: got both --evaluate and --resume; allowed is one of them")
+    if arguments.dry_run and arguments.evaluate is not None:
+        raise ValueError("evaluate: got both --evaluate and --dry-run; allowed is one of them")
     if arguments.data == "digits" and arguments.data_dir is not None:
         raise ValueError(
             f"data-dir: got {arguments.data_dir} with --data digits, which are bundled; allowed is it with other --data"
