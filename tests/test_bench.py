@@ -47,7 +47,7 @@ def test_a_table_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "3 x LayerAttention: " in shown.out
     found = json.loads(path.read_text())
     assert [(row["workload"], row["mode"]) for row in found["rows"]] == [
-        (workload.name, mode) for workload in TINY for mode in ("forward", "training step")
+        (workload.name, mode) for workload in TINY for mode in ("forward", "training")
     ]
     for row in found["rows"]:
         assert row["ms"]["eager"]["median"] > 0

@@ -24,7 +24,7 @@ from ela_kernels.training.logs import print_table
 from ela_kernels.training.processes import choose_device
 
 # Of measuring; loading PyTorch, making networks and the last rounds come on top of it.
-_SECONDS, _QUICK_SECONDS = 90.0, 8.0
+_SECONDS, _QUICK_SECONDS = 70.0, 7.0
 _MOST_THREADS = 1024
 
 

@@ -18,7 +18,7 @@ from ela_kernels.explaining import explain
 # whose input is within rounding of zero passes a whole gradient or none: gradients of all parameters together, and of
 # the input, are measured at up to 2e-3. A wrong weight, layer or head is off by 1e-1 and more.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-2
-FORWARD, TRAINING = "forward", "training step"
+FORWARD, TRAINING = "forward", "training"
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 60
 
 
