@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ela_kernels
 from ela_kernels.__main__ import main
 from ela_kernels.benching import command, measuring
 from ela_kernels.benching.measuring import WrongResultError, check, measure
@@ -137,6 +139,15 @@ def test_memory_that_does_not_suffice(
     monkeypatch.setattr(command, "measure", fail)
     assert main(["bench"]) == 1
     assert capsys.readouterr().err == "error: out of memory; try --quick\n"
+
+
+def test_the_package_needs_nothing_that_is_not_installed() -> None:
+    found = [
+        path.name
+        for path in Path(ela_kernels.__file__).parent.rglob("*.py")
+        if re.search(r"^\s*(from|import) (benchmarks|build_tools|tests)\b", path.read_text(), re.M)
+    ]
+    assert found == []
 
 
 def test_the_sizes_are_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _evaluate(arguments, device, processes)
             if arguments.dry_run:
                 trainer = _start(arguments, device, processes)
+                _check_writable(arguments.out)
             else:
                 trainer, logs = _prepare(arguments, device, processes)
         except (UnwritableFileError, BrokenPipeError):
@@ -172,6 +174,13 @@ def _make_folder(out: Path) -> None:
             pass
     except (OSError, ValueError) as error:
         raise _unusable(out, error) from error
+
+
+def _check_writable(out: Path) -> None:
+    """The same without a trace, as far as it can be seen so."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise _unusable(out, ValueError(f"{there} cannot be written to"))
 
 
 def _unusable(out: Path, error: Exception) -> ValueError:

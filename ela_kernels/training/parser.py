@@ -67,7 +67,7 @@ def make_parser() -> Parser:
     add(
         "--model",
         choices=tuple(name for names in TASKS.values() for name in names),
-        help=f"if not given, {' and '.join(f'{names[0]} for {task}' for task, names in TASKS.items())}; one of",
+        help=f"network; if not given, {USUAL_MODEL}, for detection {TASKS['detection'][0]}",
     )
     add("--block", choices=("basic", "bottleneck"), help="of resnet20 to resnet110")
     add(

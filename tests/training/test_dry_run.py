@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.program import said, train
+from support.program import SMALL, said, train
 
 import ela_kernels as ek
 from ela_kernels.models import build_model
@@ -19,6 +22,7 @@ from ela_kernels.training.options import Options
 
 pytest.importorskip("sklearn")
 
+ROOT = Path(ek.__file__).resolve().parents[1]
 # Of an epoch of five steps.
 FIVE = "--dry-run --batch-size 240 --attention ela --epochs 3"
 
@@ -100,6 +104,44 @@ def test_of_a_run_that_goes_on(
     assert "lr=0.03 (now 0.5)" in said(capsys)
     assert train(tmp_path, "--dry-run --evaluate") == 2
     assert said(capsys).startswith("error: evaluate: got both --evaluate and --dry-run")
+
+
+def test_a_folder_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("text")
+    assert train(tmp_path / "file" / "in" / "it", FIVE) == 2
+    assert f"in/it, where no file can be made ({tmp_path / 'file'} cannot be" in said(capsys)
+    monkeypatch.setattr(os, "access", lambda folder, mode: folder != tmp_path)
+    assert train(tmp_path / "new" / "out", FIVE) == 2
+    assert "new/out, where no file can be made" in said(capsys)
+
+
+def test_images_that_are_read_ahead(tmp_path: Path, steps: list[int]) -> None:
+    assert train(tmp_path / "out", f"{FIVE} --workers 1") == 0
+    assert steps == [0, 1, 2, 3]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
+)
+def test_several_processes_say_it_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "ela_kernels", "train", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = subprocess.run(
+        [*command, *f"{SMALL} {FIVE} --batch-size 120".split()],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Nothing was written.") == 1
+    assert "1 thread, 2 processes" in done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c(
