@@ -6,6 +6,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,11 +123,25 @@ def test_what_does_not_fit_into_the_time_is_left_out_by_name(
 
 @pytest.mark.usefixtures("tiny")
 def test_compiled(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: plain(module, backend="eager"))
+    """One graph for each mode, made before anything is timed."""
+    plain, made = torch.compile, []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda module: plain(module, backend=backend))
+    timed = measuring._timed
+
+    def counted(*arguments: Any) -> Any:
+        assert len(made) == 2
+        return timed(*arguments)
+
+    monkeypatch.setattr(measuring, "_timed", counted)
     monkeypatch.setattr(command, "QUICK", TINY[:1])
     assert main(["bench", "--quick", "--compile"]) == 0
     assert "compiled" in capsys.readouterr().out
+    assert len(made) == 2
 
 
 @pytest.mark.usefixtures("tiny")

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ela_kernels.benching.timing import interleave, ratio, summarize
-from ela_kernels.benching.workloads import EAGER, OURS, Pair, Workload
+from ela_kernels.benching.workloads import COMPILED, EAGER, FORWARD, OURS, TRAINING, Pair, Workload
 from ela_kernels.explaining import explain
 
 # Relative L2 distance between eager PyTorch and ours, both in float32. Outputs are measured at 1e-6 and less. A ReLU
 # whose input is within rounding of zero passes a whole gradient or none: gradients of all parameters together, and of
 # the input, are measured at up to 2e-3. A wrong weight, layer or head is off by 1e-1 and more.
 TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 3e-2
-FORWARD, TRAINING = "forward", "training"
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 60
 
 
@@ -61,12 +60,11 @@ def measure(
         difference = check(workload.name, pair)
         found["serves"][workload.name] = explain(pair.modules[OURS], pair.x).summary().splitlines()
         if compiled:
-            for run in (pair.step, pair.infer):
-                run("compiled")
+            for mode in (TRAINING, FORWARD):
+                pair.in_mode(mode)(COMPILED)
             end += time.monotonic() - start
         for mode in (FORWARD, TRAINING):
-            pair.train(mode == TRAINING)
-            call = pair.step if mode == TRAINING else pair.infer
+            call = pair.in_mode(mode)
             share = max(0.0, end - time.monotonic()) / max(1, left)
             row = {"workload": workload.name, "mode": mode, "difference": difference}
             found["rows"].append(row | _timed(pair, call, share, device))

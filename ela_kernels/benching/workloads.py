@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ela_kernels.models import build_model
 from ela_kernels.models.blocks import StageAttention
 
+EAGER, OURS, COMPILED = "eager", "ours", "compiled"
+FORWARD, TRAINING = "forward", "training"
 Make = Callable[[bool], nn.Module]
 
 
@@ -91,9 +93,11 @@ class Pair:
         if compiled:
             self.forms[COMPILED] = torch.compile(eager)  # type: ignore[assignment]
 
-    def train(self, mode: bool) -> None:
+    def in_mode(self, mode: str) -> Callable[[str], object]:
+        """What a contender is called by in this mode, which its module is now in."""
         for module in self.modules.values():
-            module.train(mode)
+            module.train(mode == TRAINING)
+        return self.step if mode == TRAINING else self.infer
 
     def step(self, name: str) -> tuple[Tensor, ...]:
         """Output, and the gradients of the input and of every parameter."""
@@ -106,6 +110,3 @@ class Pair:
         with torch.no_grad():
             out: Tensor = self.forms[name](self.x)
         return out
-
-
-EAGER, OURS, COMPILED = "eager", "ours", "compiled"
