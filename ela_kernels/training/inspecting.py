@@ -108,7 +108,7 @@ def analyze_run(argv: Sequence[str] | None = None) -> int:
     add = parser.group("output")
     add("--batches", type=int, default=8, help="at most so many are looked at")
     add("--json", action="store_true", help="print all of it as JSON in place of the table")
-    add("--plot", type=Path, help="also draw it, as a PNG; needs matplotlib")
+    add("--plot", type=Path, help="also draw it, PNG or by the suffix; needs matplotlib")
     asked = parser.parse_args(argv)
     if asked.batches < 1:
         parser.error(f"--batches: got {asked.batches}; allowed is an int of at least 1")
@@ -193,8 +193,11 @@ def _print_analysis(trainer: Trainer, path: Path, asked: argparse.Namespace) -> 
     except ValueError as error:
         raise RefusedError(str(error)) from error
     if asked.plot is not None:
-        with named(asked.plot):
-            found.save_png(asked.plot)
+        try:
+            with named(asked.plot):
+                found.plot(asked.plot)
+        except ValueError as error:
+            raise RefusedError(f"plot: {str(error).removeprefix('path: ')}") from error
     if asked.json:
         print(json.dumps(found.to_dict(), indent=2))
     else:

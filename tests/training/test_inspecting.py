@@ -86,11 +86,12 @@ def test_analyze_in_the_mode_that_is_asked_for(
     assert weights[0] != weights[1]
 
 
-def test_a_picture(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    path = tmp_path / "layers.png"
-    assert run("analyze", folder, f"--batches 1 --plot {path}") == 0
-    assert path.read_bytes().startswith(b"\x89PNG")
+    for name, begin in (("layers.png", b"\x89PNG"), ("layers.svg", b"<?xml")):
+        path = tmp_path / name
+        assert run("analyze", folder, f"--batches 1 --plot {path}") == 0
+        assert path.read_bytes().startswith(begin)
 
 
 def test_a_picture_that_cannot_be_made(
@@ -106,10 +107,15 @@ def test_a_picture_that_cannot_be_made(
         f"error: {path} could not be written: No such file or directory\n"
     )
 
+    path = tmp_path / "layers.xyz"
+    assert run("analyze", folder, f"--batches 1 --plot {path}") == 2
+    assert capsys.readouterr().err.startswith(f"error: plot: got {str(path)!r}, of no kind that")
+    assert not path.exists()
+
     def absent(module: str, purpose: str, extra: str = "train") -> Any:
         raise optional.MissingLibraryError(f"{purpose} needs {module}")
 
-    monkeypatch.setattr("ela_kernels.analysis.picture.optional", absent)
+    monkeypatch.setattr("ela_kernels.drawing.optional", absent)
     assert run("analyze", folder, f"--batches 1 --plot {tmp_path / 'a.png'}") == 1
     assert capsys.readouterr().err.startswith("error: ")
 
