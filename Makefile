@@ -70,6 +70,8 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(TRITON) $(BUILD_REQUIRES)
 	@one='$(ONE_ARCHITECTURE)'; if [ -n "$$one" ]; then \
 	  echo "no GPU is visible: CUDA kernels, where nvcc is, are compiled for $$one alone"; fi
+	@# Apart from pip, which would not show what is being compiled; there is nothing left for it to compile then.
+	$(ONE_ARCHITECTURE) $(BIN)/python setup.py --quiet build_ext --inplace
 	$(ONE_ARCHITECTURE) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,dev]'
 	@touch $@
 

@@ -20,9 +20,9 @@ from build_tools.compilers import (
     CxxCompiler,
     check_nvcc_runs_in,
     first_error,
-    run,
 )
-from build_tools.options import shell_words
+from build_tools.options import core_count, shell_words
+from build_tools.progress import follow, forecast
 
 AVX2_FLAGS = ["-mavx2", "-mfma", "-mf16c"]
 AVX512_FLAGS = [
@@ -252,13 +252,14 @@ def compile_plan(plan: Plan, folder: Path, jobs: int) -> None:
         link.symlink_to(next(iter(plan.carried.values())).parent.resolve())
     (folder / "build.ninja").write_bytes(os.fsencode(ninja_text(plan)))
     plan.output.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(Path(ninja.BIN_DIR, "ninja")), "-j", str(jobs), "-k", "0", "-v"]
-    print(f"building {plan.output.name} with {jobs} job(s) in {folder}", flush=True)
+    command = [str(Path(ninja.BIN_DIR, "ninja")), "-j", str(jobs), "-k", "0"]
+    print(f"building {plan.output.name} in {folder}", flush=True)
+    print(forecast(plan, jobs, core_count()), flush=True)
     try:
-        done = run(command, cwd=folder)
+        status, printed = follow(command, folder)
     except OSError as error:
         raise BuildError(f"ninja could not be run: {error}") from error
-    if done.returncode != 0:
-        raise BuildError(f"compiling failed: {first_error(done.stdout)}", done.stdout)
-    print(done.stdout, flush=True)
+    if status != 0:
+        raise BuildError(f"compiling failed: {first_error(printed)}", printed)
+    print(printed, end="", flush=True)
     shutil.copy2(folder / library_of(plan), plan.output)

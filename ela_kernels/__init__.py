@@ -29,7 +29,7 @@ if _TYPE_CHECKING:
     from ela_kernels import integrations as integrations
     from ela_kernels import models as models
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "EBQM",

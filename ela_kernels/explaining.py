@@ -41,6 +41,9 @@ _FORMS = {
 }
 
 
+_UNSEEN = "no call of a layer of ela_kernels was seen: the model has none, or runs a compiled graph or threads"
+
+
 class LayerExplanation(NamedTuple):
     """How one call of a layer was served.
 
@@ -73,9 +76,23 @@ class Explanation(tuple[LayerExplanation, ...]):
 
     __slots__ = ()
 
+    def summary(self) -> str:
+        """The same in short: calls of a class that were served alike, for the same reasons, are one line."""
+        if not self:
+            return _UNSEEN
+        alike: dict[tuple[str, ...], list[LayerExplanation]] = {}
+        for e in self:
+            alike.setdefault((e.layer, e.backend, e.form, str(e.reasons)), []).append(e)
+        lines = []
+        for calls in alike.values():
+            e = calls[0]
+            lines.append(f"{len(calls)} x {e.layer}: {e.backend}, {_FORMS[e.form]}")
+            lines += _reasons(e)
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         if not self:
-            return "no call of a layer of ela_kernels was seen: the model has none, or runs a compiled graph or threads"
+            return _UNSEEN
         rows = [("layer", "class", "served by", "what")]
         rows += [(e.name or "-", e.layer, e.backend, _served(e)) for e in self]
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -84,9 +101,12 @@ class Explanation(tuple[LayerExplanation, ...]):
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
             lines.append("  ".join((*cells, row[3])))
             if explanation is not None:
-                for form, reasons in explanation.reasons.items():
-                    lines += [f"    not {_FORMS[form]}: {reason}" for reason in reasons]
+                lines += _reasons(explanation)
         return "\n".join(lines)
+
+
+def _reasons(e: LayerExplanation) -> list[str]:
+    return [f"    not {_FORMS[form]}: {r}" for form, reasons in e.reasons.items() for r in reasons]
 
 
 def _served(e: LayerExplanation) -> str:

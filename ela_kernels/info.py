@@ -10,10 +10,12 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
+
+from ela_kernels.command_line import Parser
 
 PACKAGES = ("torch", "scipy", "numpy", "triton")
 VARIABLES = (
@@ -222,3 +224,15 @@ def print_report(as_json: bool = False) -> None:
     """Prints the report; it never fails, whatever is broken."""
     report = collect_report()
     print(json.dumps(report, indent=2, default=str) if as_json else format_report(report))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m ela_kernels info`."""
+    parser = Parser(
+        "info",
+        "What is installed, how it was built, which backends can run here, and why not the others.",
+        examples=[("info --json > info.json", "for a report of a fault")],
+    )
+    parser.group("options")("--json", action="store_true", help="print the report as JSON")
+    print_report(as_json=parser.parse_args(argv).json)
+    return 0

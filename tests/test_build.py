@@ -17,7 +17,7 @@ pytest.importorskip("setuptools")
 pytest.importorskip("ninja")
 pytest.importorskip("pybind11")
 
-from build_tools import compilers, options
+from build_tools import compilers, options, progress
 from build_tools.compilers import (
     BuildError,
     CudaCompiler,
@@ -390,3 +390,36 @@ def test_first_error_finds_the_telling_line() -> None:
     fatal = "nvcc fatal   : Unsupported gpu architecture 'compute_37'"
     assert first_error(f"FAILED: a.o\n{fatal}\nninja: build stopped: subcommand failed.") == fatal
     assert first_error("") == "it printed nothing"
+
+
+# What a build says
+
+
+def test_a_forecast(source_tree: Path, tmp_path: Path) -> None:
+    for name in ("layer_attention_baseline", "layer_attention_avx2", "layer_attention_avx512"):
+        (source_tree / f"csrc/cpu/{name}.cpp").write_text("")
+    plan = Plan(source_tree, tmp_path / "_C.so", fake_cxx(), None)
+    count = len(plan.sources())
+    assert 120 < 3 * 40 + (count - 3) * 7 < 200
+    assert progress.forecast(plan, 1, 8) == (
+        f"compiling {count} objects, 1 at once: about 3 minutes if none is there yet"
+    )
+    # Never less than the longest takes, and no faster by more jobs than cores.
+    assert "8 at once: about 1 minute if" in progress.forecast(plan, 8, 8)
+    assert "8 at once: about 3 minutes if" in progress.forecast(plan, 8, 1)
+    carried = dict.fromkeys(plan.sources(), tmp_path / "x.o")
+    assert "compiling 0 objects, 2 at once: less than a minute" in progress.forecast(
+        replace(plan, carried=carried), 2, 2
+    )
+
+
+def test_lines_of_steps_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
+    program = (
+        "print('[1/2] 0.512 csrc/a b.cpp'); print('warning: x'); print('[2/2] 12.9 linked.so')"
+    )
+    told: list[str] = []
+    status, printed = progress.follow([sys.executable, "-c", program], tmp_path, told.append)
+    assert (status, printed) == (0, "warning: x\n")
+    assert told == ["[1/2] csrc/a b.cpp, after 1 s", "[2/2] linked.so, after 13 s"]
+    program = "import os, sys; print(os.environ['NINJA_STATUS']); sys.exit(3)"
+    assert progress.follow([sys.executable, "-c", program], tmp_path) == (3, "[%f/%t] %e \n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -185,13 +186,31 @@ def test_in_place_build_replaces_and_removes_the_binary(project: Path) -> None:
 
 
 @needs_cxx
+def test_a_build_says_how_long_it_takes_and_what_is_done(project: Path) -> None:
+    done = build_project(project, "--quiet", "build", "--build-lib", "out")
+    lines = done.stdout.splitlines()
+    assert "compiling 1 objects, " in lines[1]
+    assert lines[1].endswith(" at once: less than a minute if none is there yet")
+    assert re.fullmatch(r"\[1/2\] csrc/binding/module\.cpp, after \d+ s", lines[2])
+    assert re.fullmatch(r"\[2/2\] linked\.\S+, after \d+ s", lines[3])
+    assert "-fPIC" not in done.stdout
+
+
+@needs_cxx
+def test_warnings_of_a_compiler_are_not_lost(project: Path) -> None:
+    with (project / "csrc/binding/module.cpp").open("a") as file:
+        file.write("static int nobody_calls_this() { return 1; }\n")
+    assert "nobody_calls_this" in build_project(project).stdout
+
+
+@needs_cxx
 def test_a_second_build_compiles_only_what_changed(project: Path) -> None:
     (project / "csrc/binding/other.cpp").write_text("int other() { return 1; }\n")
     assert build_project(project).returncode == 0
     (project / "csrc/binding/other.cpp").write_text("int other() { return 2; }\n")
     again = build_project(project)
-    assert "-o objects/binding/other.cpp.o" in again.stdout
-    assert "-o objects/binding/module.cpp.o" not in again.stdout
+    assert "] csrc/binding/other.cpp, after " in again.stdout
+    assert "] csrc/binding/module.cpp, after " not in again.stdout
 
 
 NVCC_CAN = "$HOME a  b'c:d&e(f)#g;h%i*[j]~k|l=ä"
@@ -219,7 +238,7 @@ def test_a_build_in_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
     done = build_project(project, **environ)
     assert done.returncode == 0, done.stderr
     assert len(binaries(project / "out")) == 1
-    compiles = "-o objects/binding/module.cpp.o"
+    compiles = "] csrc/binding/module.cpp, after "
     assert compiles in done.stdout
     # The compiler writes down what a source includes, and ninja reads it.
     assert compiles not in build_project(project, **environ).stdout
@@ -234,7 +253,7 @@ def test_objects_of_another_checkout_are_not_taken(tmp_path: Path) -> None:
         done = build_project(
             project, "build", "--build-lib", "out", "--build-temp", str(tmp_path / "shared")
         )
-        assert "-o objects/binding/module.cpp.o" in done.stdout
+        assert "] csrc/binding/module.cpp, after " in done.stdout
 
 
 @needs_cxx

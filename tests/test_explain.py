@@ -60,6 +60,29 @@ def test_a_network() -> None:
     assert all(e.reasons == {} for e in found)
 
 
+def test_a_summary() -> None:
+    """Calls that were served alike are one line; another reason is another."""
+    one, other = {"block": ("a hook",)}, {"block": ("a bias", "a hook")}
+    found = Explanation(
+        LayerExplanation(name, "LayerAttention", form, "cpp", reasons)
+        for name, form, reasons in (
+            ("a", "layer", one),
+            ("b", "block", {}),
+            ("c", "layer", one),
+            ("d", "layer", other),
+        )
+    )
+    assert found.summary().splitlines() == [
+        "2 x LayerAttention: cpp, the whole layer in one call",
+        "    not the residual block in one call: a hook",
+        "1 x LayerAttention: cpp, the residual block in one call",
+        "1 x LayerAttention: cpp, the whole layer in one call",
+        "    not the residual block in one call: a bias",
+        "    not the residual block in one call: a hook",
+    ]
+    assert Explanation().summary() == str(Explanation())
+
+
 def test_layers_alone() -> None:
     stage = Stage(ek.LayerAttention(12, 4), ek.LayerAttention(12, 4))
     assert forms(ek.explain(stage, x_like())) == ["cpp layer"] * 2

@@ -31,6 +31,7 @@ PAGES = {
         "docs/architecture.md",
         "docs/backends.md",
         "docs/benchmarks.md",
+        "docs/cli.md",
         "docs/demo.md",
         "docs/depth_mix.md",
         "docs/distributed.md",

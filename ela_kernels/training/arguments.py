@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ela_kernels.command_line import nearest
 from ela_kernels.ebqm.settings import REMOVED
 from ela_kernels.models import build_model
 from ela_kernels.training.data import SIDES, ClassTask
@@ -50,6 +51,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         )
     if arguments.resume and arguments.evaluate is not None:
         raise ValueError("evaluate: got both --evaluate and --resume; allowed is one of them")
+    if arguments.dry_run and arguments.evaluate is not None:
+        raise ValueError("evaluate: got both --evaluate and --dry-run; allowed is one of them")
     if arguments.data == "digits" and arguments.data_dir is not None:
         raise ValueError(
             f"data-dir: got {arguments.data_dir} with --data digits, which are bundled; allowed is it with other --data"
@@ -182,8 +185,10 @@ def _ebqm_arguments(pairs: Sequence[str]) -> dict[str, float]:
         try:
             arguments[name] = allowed[name](number)
         except (KeyError, ValueError):
+            near = None if name in allowed else nearest(name, allowed)
+            meant = "" if near is None else f" did you mean {near}?"
             raise ValueError(
-                f"ebqm: got {pair!r}; allowed is NAME=NUMBER with a name of {', '.join(allowed)}"
+                f"ebqm: got {pair!r};{meant} allowed is NAME=NUMBER with a name of {', '.join(allowed)}"
             ) from None
     return arguments
 

@@ -28,10 +28,12 @@ _END, _END_SIGNATURE = 22, b"PK\x05\x06"
 _ADVICE = {
     "resume": "give the --out of an earlier run, or train into another folder without --resume",
     "evaluate": "give the --out of an earlier run, or the path of its checkpoint",
+    "run": "give the folder of a run, or the path of its checkpoint",
 }
 _ABSENT = {
     "resume": "Train without --resume first, or give the --out of that run",
     "evaluate": "Train first, or give the folder of a run or the path of its checkpoint",
+    "run": "Train first, or give the folder of a run or the path of its checkpoint",
 }
 
 
@@ -66,7 +68,7 @@ def load_checkpoint(
         folder: where it is.
         device: where its tensors are put.
         name: of the file.
-        argument: of the command, that asks for it, `"resume"` or `"evaluate"`; errors name it.
+        argument: of the command, that asks for it, `"resume"`, `"evaluate"` or `"run"`; errors name it.
 
     Raises:
         FileNotFoundError: there is none.

@@ -7,25 +7,25 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
+from ela_kernels.command_line import forget_output
 from ela_kernels.ebqm import Report
 from ela_kernels.optional import MissingLibraryError
 from ela_kernels.training import config
-from ela_kernels.training.arguments import check_numbers, make_model, make_options, make_recipe
 from ela_kernels.training.checkpoint import NAME, load_checkpoint, save_checkpoint
-from ela_kernels.training.data import load_task
+from ela_kernels.training.dry_run import dry_run
 from ela_kernels.training.failures import NotFiniteError, sentence
 from ela_kernels.training.files import UnwritableFileError
 from ela_kernels.training.logs import Logs, Progress, print_table
 from ela_kernels.training.loop import Interrupted, Trainer
+from ela_kernels.training.making import begin, load_run, make_trainer
 from ela_kernels.training.processes import Processes, choose_device, join_processes
 
 
@@ -48,16 +48,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes = join_processes(device)
             if arguments.evaluate is not None:
                 return _evaluate(arguments, device, processes)
-            trainer, logs = _prepare(arguments, device, processes)
-        except UnwritableFileError:
+            if arguments.dry_run:
+                trainer = _start(arguments, device, processes)
+                _check_writable(arguments.out)
+            else:
+                trainer, logs = _prepare(arguments, device, processes)
+        except (UnwritableFileError, BrokenPipeError):
             raise
         except (ValueError, TypeError, OSError, MissingLibraryError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        if arguments.dry_run:
+            dry_run(trainer, arguments)
+            return 0
         return _train(trainer, logs, arguments)
     except KeyboardInterrupt:
         print(f"\nStopped at once; {_saved_before(arguments)}.", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        raise
     except Exception as error:
         text = sentence(error)
         if text is None:
@@ -74,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _saved_before(arguments: argparse.Namespace) -> str:
-    if arguments.evaluate is not None:
+    if arguments.evaluate is not None or arguments.dry_run:
         return "nothing was written"
     out: Path = arguments.out
     try:
@@ -90,14 +99,8 @@ def _prepare(
     arguments: argparse.Namespace, device: torch.device, processes: Processes
 ) -> tuple[Trainer, Logs | None]:
     """The run as it starts or goes on, and its logs in the first process. Everything that can be refused is, here."""
-    _begin(arguments)
     out: Path = arguments.out
-    _check_out(out, arguments.resume)
-    trainer = _make_trainer(arguments, device, processes)
-    if arguments.resume:
-        trainer.load_state_dict(load_checkpoint(out), str(out / NAME))
-    if processes.first:
-        _warn_of_dead_norms(trainer)
+    trainer = _start(arguments, device, processes)
     # All processes have looked for a checkpoint before one of them can write any.
     processes.wait()
     _make_folder(out)
@@ -109,55 +112,30 @@ def _prepare(
     return trainer, logs
 
 
-def _begin(arguments: argparse.Namespace) -> None:
-    check_numbers(arguments)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
+def _start(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> Trainer:
+    """The run as it starts or goes on; nothing is written."""
+    begin(arguments)
+    out: Path = arguments.out
+    _check_out(out, arguments.resume)
+    trainer = make_trainer(arguments, device, processes)
+    if arguments.resume:
+        trainer.load_state_dict(load_checkpoint(out), str(out / NAME))
+    if processes.first:
+        _warn_of_dead_norms(trainer)
+    return trainer
 
 
 def _evaluate(arguments: argparse.Namespace, device: torch.device, processes: Processes) -> int:
     """Print what a checkpoint reaches on the test images."""
-    _begin(arguments)
     asked: Path = arguments.out if arguments.evaluate is True else arguments.evaluate
-    folder, name = (asked.parent, asked.name) if asked.is_file() else (asked, NAME)
-    state = load_checkpoint(folder, name=name, argument="evaluate")
-    _take_average(arguments, "average" in state)
-    trainer = _make_trainer(arguments, device, processes)
-    trainer.load_weights(state, str(folder / name))
+    trainer, path = load_run(arguments, asked, device, processes)
     head, *rows = trainer.evaluation()
     if processes.first:
         size = "" if arguments.side is None else f" of side {arguments.side}"
-        title = f"{folder / name}, on {arguments.data}, {len(trainer.task.test)} test images{size}"
+        title = f"{path}, on {arguments.data}, {len(trainer.task.test)} test images{size}"
         print_table(title, head, rows)
     processes.wait()
     return 0
-
-
-def _take_average(arguments: argparse.Namespace, averaged: bool) -> None:
-    """Test an average where the checkpoint has one, whatever the options say, which are of the training."""
-    arguments.model_ema = averaged and arguments.task == "classification"
-    arguments.model_ema_decay = arguments.model_ema_steps = None
-
-
-def _make_trainer(
-    arguments: argparse.Namespace, device: torch.device, processes: Processes
-) -> Trainer:
-    kind: type[Trainer] = Trainer
-    load: Callable[..., Any] = load_task
-    make: Callable[..., nn.Module] = make_model
-    if arguments.task == "detection":
-        # It needs torchvision, which takes seconds to import.
-        from ela_kernels.training.detection import networks, tasks, trainer
-
-        kind, load, make = trainer.DetectionTrainer, tasks.load_task, networks.make_model
-    recipe = make_recipe(arguments)
-    more = () if arguments.task == "detection" else (recipe,)
-    task = load(arguments.data, arguments.data_dir, arguments.side, *more)
-    options = make_options(arguments, task)
-    torch.manual_seed(options.seed)
-    model = make(arguments, task)
-    ahead = {"workers": arguments.workers, "compiled": arguments.compile}
-    return kind(model, task, options, device, processes, **ahead)
 
 
 def _warn_of_dead_norms(trainer: Trainer) -> None:
@@ -196,6 +174,13 @@ def _make_folder(out: Path) -> None:
             pass
     except (OSError, ValueError) as error:
         raise _unusable(out, error) from error
+
+
+def _check_writable(out: Path) -> None:
+    """The same without a trace, as far as it can be seen so."""
+    there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise _unusable(out, ValueError(f"{there} cannot be written to"))
 
 
 def _unusable(out: Path, error: Exception) -> ValueError:
@@ -291,9 +276,7 @@ def _print_result(trainer: Trainer, arguments: argparse.Namespace) -> None:
         _print_rows(trainer, arguments)
         sys.stdout.flush()
     except OSError as error:
-        # Python flushes what is left when it ends, and would fail again.
-        with suppress(OSError, ValueError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        forget_output()
         raise UnwritableFileError(
             f"the results could not be printed: {error.strerror or error}"
         ) from error

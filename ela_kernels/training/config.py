@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import json
 import math
@@ -12,13 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ela_kernels.command_line import Parser, nearest
 from ela_kernels.training.files import write_whole
-from ela_kernels.training.parser import Parser, make_parser
+from ela_kernels.training.parser import make_parser
 from ela_kernels.training.plain import shown
 
 NAME = "config.json"
 # What is said of a run, and is none of its options.
-_NOT_IN_FILES = ("config", "resume", "evaluate")
+_NOT_IN_FILES = ("config", "resume", "evaluate", "dry_run")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,11 +73,11 @@ def read_config(path: Path, parser: Parser) -> dict[str, Any]:
     for key, value in _content(path).items():
         name = key.replace("_", "-")
         action = parser.options.get(name)
-        if name in _NOT_IN_FILES:
+        if name.replace("-", "_") in _NOT_IN_FILES:
             raise ValueError(f"config: {path} has {key!r}, which is for the command line alone")
         if action is None:
-            near = difflib.get_close_matches(name, parser.options, n=1)
-            meant = f"did you mean {near[0]!r}?" if near else "--help lists them"
+            near = nearest(name, parser.options)
+            meant = f"did you mean {near!r}?" if near else "--help lists them"
             raise ValueError(
                 f"config: {path} has {key!r}; allowed are the options by name: {meant}"
             )
@@ -142,7 +142,8 @@ def _value(where: str, value: Any, action: argparse.Action) -> Any:
         if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
             raise ValueError(f"{where}: got {shown(value)}; allowed is a list of texts")
         return value
-    kind, name = _KINDS[bool if action.nargs == 0 else action.type or str]
+    of_names = action.choices is not None
+    kind, name = _KINDS[bool if action.nargs == 0 else str if of_names else action.type or str]
     if action.type is float and type(value) is int:
         value = _as_float(value)
     if type(value) is not kind:

@@ -57,6 +57,8 @@ class Trainer:
 
     # What a row of the log of steps has.
     step_columns: tuple[str, ...] = STEP_COLUMNS
+    # Whether the model is given the labels too when it trains.
+    takes_labels = False
 
     def __init__(
         self,
@@ -227,8 +229,8 @@ class Trainer:
         found = torch.zeros(4, dtype=torch.float64, device=self.device)
         parts = self._shares.of_tests(len(self.task.test))
         for images, labels in batches(self.task.read, parts, self.workers):
-            images, labels = self._place(images, labels)
-            with self._autocast():
+            images, labels = self.place(images, labels)
+            with self.autocast():
                 scores = model(images)
             found[:3] += totals(scores, labels)
             found[3] += right_among_five(scores, labels)
@@ -338,7 +340,7 @@ class Trainer:
 
     def _first_images(self) -> Any:
         """A batch of one image, as the model takes it."""
-        return self._place(*self.task.read(Part(torch.tensor([0], device="cpu"))))[0]
+        return self.place(*self.task.read(Part(torch.tensor([0], device="cpu"))))[0]
 
     def _check_single_image(self) -> None:
         """Refuse batches of one image where the model cannot train on them."""
@@ -355,11 +357,11 @@ class Trainer:
         images, steps = len(self.task.train), self.steps_per_epoch
         parts = self._shares.of_epoch(images, self.epoch, self.batch, steps)
         for found in batches(self._read, parts, self.workers):
-            yield self._place(*found)
+            yield self.place(*found)
 
     def _step(self, images: Any, labels: Any) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.autocast():
             loss, found = self._loss(images, labels)
         self._watch.add(loss)
         self.scaler.scale(loss).backward()
@@ -374,12 +376,13 @@ class Trainer:
             self.average.step(self.steps, self.epoch)
         self._totals += found
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.amp == "off":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=_AUTOCAST[self.options.amp])
 
-    def _place(self, images: Any, labels: Any) -> tuple[Any, Any]:
+    def place(self, images: Any, labels: Any) -> tuple[Any, Any]:
+        """A batch that was read, as the model takes it."""
         return images.to(self.device, memory_format=self._format), labels.to(self.device)
 
     def _no_totals(self) -> Tensor:

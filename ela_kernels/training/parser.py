@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ela_kernels.command_line import Parser, Row
 from ela_kernels.models import MODELS
 from ela_kernels.models.blocks import ATTENTIONS
 from ela_kernels.modules.skipping import SKIP_MODES
@@ -25,64 +25,41 @@ TASKS: dict[str, tuple[str, ...]] = {
 HELD = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-_METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
-
-
-class Parser(argparse.ArgumentParser):
-    """As :class:`argparse.ArgumentParser`; it knows its options by name, for files that hold them.
-
-    Attributes:
-        options: an option's action by its name, with dashes.
-    """
-
-    def __init__(self, **arguments: Any) -> None:
-        self.options: dict[str, argparse.Action] = {}
-        super().__init__(**arguments)
-
-    def group(self, title: str) -> Callable[..., None]:
-        """A function that adds options to a group: as `add_argument`, with the default in the help where it has one."""
-        add_argument = self.add_argument_group(title).add_argument
-
-        def add(*names: str, **arguments: Any) -> None:
-            text, default = arguments.pop("help", ""), arguments.get("default")
-            if default is not None and not isinstance(default, bool):
-                text = f"{text} ({default})" if text else f"({default})"
-            if "metavar" not in arguments and arguments.get("type") in _METAVARS:
-                arguments["metavar"] = _METAVARS[arguments["type"]]
-            action = add_argument(*names, **arguments)
-            # Set here, since some releases of Python add the default to a switch's help by themselves.
-            action.help = text
-            self.options |= {n[2:]: action for n in names}
-
-        return add
-
-
 def _switch(default: bool = False) -> dict[str, Any]:
     """An option that can be turned on, and off again where a file turns it on."""
     return {"action": argparse.BooleanOptionalAction, "default": default}
 
 
+_EXAMPLES: tuple[Row, ...] = (
+    ("train --epochs 16 --out runs/digits", "on digits that scikit-learn brings along"),
+    (
+        "train --data cifar10 --data-dir DATA --dry-run",
+        "what a run would be: model, data, kernels, the time of an epoch; nothing is written",
+    ),
+    ("train --config runs/digits/config.json --resume", "go on with a run that was interrupted"),
+)
+
+
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m ela_kernels train",
-        usage="%(prog)s [options]",
-        description="Train a classifier or a detector with layer attention; under torchrun with one process a GPU.",
-        epilog="What stands in brackets is taken if nothing is given.",
+        "train",
+        "Train a classifier or a detector with layer attention; under torchrun with one process a GPU.",
+        examples=_EXAMPLES,
     )
     add = parser.group("data")
-    add("--task", choices=TASKS, default="classification", help="detection needs torchvision")
+    add("--task", choices=TASKS, default="classification", help="what is learnt")
     add(
         "--data",
         choices=(*DATA, "coco"),
         default="digits",
-        help="digits are bundled with scikit-learn; cifar and folder need torchvision; coco is for detection",
+        help="digits come with scikit-learn; all others need torchvision",
     )
     add("--data-dir", type=Path, help="CIFAR's python version, or a folder with train/ and val/")
     add(
         "--side",
         "--image-size",
         type=int,
-        help="height and width of the images; by the data if not given",
+        help="height and width of the images; if not given, by the data",
     )
     add("--workers", type=int, default=0, help="processes that read the next batches ahead")
 
@@ -90,18 +67,18 @@ def make_parser() -> Parser:
     add(
         "--model",
         choices=tuple(name for names in TASKS.values() for name in names),
-        help=f"{' and '.join(f'{names[0]} for {task}' for task, names in TASKS.items())} if not given",
+        help=f"network; if not given, {USUAL_MODEL}, for detection {TASKS['detection'][0]}",
     )
-    add("--block", choices=("basic", "bottleneck"), help="of the small networks")
+    add("--block", choices=("basic", "bottleneck"), help="of resnet20 to resnet110")
     add(
         "--patch-size",
         type=int,
-        help="of vision transformers; if not given, up to 16 with at least 7 patches a side",
+        help="of vision transformers; if not given, up to 16, with 7 patches a side or more",
     )
     add("--pretrained", help="detectors: torchvision's weights of the backbone", **_switch())
 
     add = parser.group("attention")
-    add("--attention", choices=ATTENTIONS, default="ela")
+    add("--attention", choices=ATTENTIONS, default="ela", help="form of layer attention")
     add("--unfused", help="mrla as published, concatenating", **_switch())
     add("--head-dim", type=int, help="channels of a head")
     add(
@@ -110,46 +87,51 @@ def make_parser() -> Parser:
         default=0.0,
         help="probability that a sample's retrieval is left out",
     )
-    add("--history-dtype", choices=HELD, help="round and hold values of earlier layers so")
-    add("--tolerance", type=float, default=0.0, help="leave out retrievals of a smaller weight")
+    add("--history-dtype", choices=HELD, help="hold the values of earlier layers so")
+    add("--tolerance", type=float, default=0.0, help="leave out retrievals that weigh less")
     add("--checkpointing", help="recompute blocks in the backward pass", **_switch())
 
     add = parser.group("EBQM")
-    add("--skip", choices=SKIP_MODES, default="reuse", help="what is left out")
-    add("--ebqm", nargs="*", metavar="NAME=NUMBER", help="e.g. warmup=500 quantile=0.8")
+    add("--skip", choices=SKIP_MODES, default="reuse", help="what a skipped layer leaves out")
+    add(
+        "--ebqm",
+        nargs="*",
+        metavar="NAME=NUMBER",
+        help="its settings, such as warmup=500 quantile=0.8",
+    )
     add("--no-ebqm", action="store_true", help="ela without it: every layer retrieves")
 
     add = parser.group("optimisation")
-    add("--epochs", type=int, default=30)
+    add("--epochs", type=int, default=30, help="passes over the training images")
     add("--batch-size", type=int, default=64, help="images of a step, in each process")
     add("--lr", type=float, default=0.03, help="learning rate, the highest of a schedule")
-    add("--optimizer", choices=OPTIMIZERS, default="sgd")
-    add("--schedule", choices=SCHEDULES, default="one-cycle")
+    add("--optimizer", choices=OPTIMIZERS, default="sgd", help="the first with Nesterov's momentum")
+    add("--schedule", choices=SCHEDULES, default="one-cycle", help="of the learning rate, by steps")
     add("--lr-warmup-epochs", type=int, default=0, help="linear, before cosine and constant")
-    add("--lr-warmup-decay", type=float, help="the part of lr to begin with; 0.01 if not given")
-    add("--momentum", type=float, default=0.9)
-    add("--weight-decay", type=float, default=5e-4)
-    add("--label-smoothing", type=float, default=0.0)
+    add("--lr-warmup-decay", type=float, help="the part of --lr to begin with; 0.01 if not given")
+    add("--momentum", type=float, default=0.9, help="of sgd")
+    add("--weight-decay", type=float, default=5e-4, help="of weights; norms and biases have none")
+    add("--label-smoothing", type=float, default=0.0, help="in the loss that is trained on")
     add("--model-ema", help="also keep and test a moving average of the weights", **_switch())
     add("--model-ema-decay", type=float, help="scaled by batch and epochs; 0.9999 if not given")
     add("--model-ema-steps", type=int, help="between two updates of it; 1 if not given")
-    add("--amp", choices=AMP, default="off")
+    add("--amp", choices=AMP, default="off", help="mixed precision")
     add("--channels-last", help="memory format of the model and its images", **_switch())
     add("--compile", help="train the network as torch.compile has it", **_switch())
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of weights, order and variation")
 
     add = parser.group("variation")
     add(
         "--augment",
-        help="crops, and flips but of digits; without: images as they are",
+        help="crops, and flips but of digits",
         **_switch(True),
     )
     add(
         "--auto-augment",
         choices=AUTO_AUGMENT,
-        help="RandAugment, TrivialAugment, AugMix, AutoAugment",
+        help="a policy of torchvision",
     )
-    add("--ra-magnitude", type=int, help="of RandAugment, to 30; 9 if not given")
+    add("--ra-magnitude", type=int, help="of --auto-augment ra, to 30; 9 if not given")
     add("--random-erase", type=float, default=0.0, help="probability of an erased rectangle")
     add("--mixup-alpha", type=float, default=0.0, help="of mixup; 0: none")
     add("--cutmix-alpha", type=float, default=0.0, help="of cutmix; 0: none")
@@ -157,7 +139,7 @@ def make_parser() -> Parser:
     add = parser.group("output")
     add("--out", type=Path, default=Path("runs/train"), help="folder for checkpoint and logs")
     add("--save-every", type=int, default=1, metavar="EPOCHS", help="between checkpoints")
-    add("--log-every", type=int, metavar="STEPS", help="also log means of so many, in steps.csv")
+    add("--log-every", type=int, metavar="STEPS", help="also log means over so many, in steps.csv")
     add("--plots", help="pictures: curves.png, and ebqm.png where EBQM watches", **_switch())
     add("--tensorboard", help="logs for TensorBoard besides log.csv", **_switch())
 
@@ -166,7 +148,7 @@ def make_parser() -> Parser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="options from JSON or TOML; the command line wins",
+        help="take options from JSON or TOML; the command line wins",
     )
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     add(
@@ -177,6 +159,11 @@ def make_parser() -> Parser:
         metavar="PATH",
         help="test the checkpoint in --out, or another, and train nothing",
     )
-    add("--threads", type=int, help="CPU threads; PyTorch's choice if not given")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="say what a run would be, take a few steps, and write nothing",
+    )
+    add("--threads", type=int, help="of the CPU; if not given, PyTorch's choice")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
     return parser

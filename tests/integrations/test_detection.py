@@ -182,6 +182,18 @@ def test_the_program_on_a_folder_of_cocos_format(
     assert main([*command, "--resume"]) == 0
     capsys.readouterr()
     before = {path: path.read_bytes() for path in out.iterdir()}
+    for more in ([], ["--inference"]):
+        assert main(["explain", str(out), *more]) == 0
+        assert capsys.readouterr().out.count("backbone.body.attentions.") == 14
+        assert main(["analyze", str(out), "--json", *more]) == 0
+        assert len(json.loads(capsys.readouterr().out)["layers"]) == 14
+    dry = [*command, "--out", str(tmp_path / "dry"), "--dry-run"]
+    assert main(dry) == 0
+    said = capsys.readouterr().out
+    assert "x LayerAttention: " in said
+    assert "in a batch (the first one's)" in said
+    assert not (tmp_path / "dry").exists()
+    before = {path: path.read_bytes() for path in out.iterdir()}
     assert main([*command, "--evaluate", "--workers", "1"]) == 0
     row = load_checkpoint(out)["history"][-1]
     shown = capsys.readouterr().out

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import ela_kernels as ek
 from ela_kernels.__main__ import main
 from ela_kernels.models import CifarResNet, VisionTransformer
-from ela_kernels.training import cli
+from ela_kernels.training import making
 from ela_kernels.training.dead import dead_norms
 
 IMAGE = torch.rand(1, 1, 8, 8)
@@ -97,7 +97,7 @@ def test_it_is_printed_at_the_start(
     command = "--side 8 --batch-size 700 --model resnet20 --threads 1 --epochs 1 --out"
     assert main(["train", *command.split(), str(tmp_path / "usual")]) == 0
     assert "warning" not in capsys.readouterr().err
-    make_model = cli.make_model
+    make_model = making.make_model
 
     def with_zeros(*arguments: Any) -> nn.Module:
         model = make_model(*arguments)
@@ -105,7 +105,7 @@ def test_it_is_printed_at_the_start(
             nn.init.zeros_(layer.norm.weight)
         return model
 
-    monkeypatch.setattr(cli, "make_model", with_zeros)
+    monkeypatch.setattr(making, "make_model", with_zeros)
     assert main(["train", *command.split(), str(tmp_path / "dead")]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(told) == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.program import said, train
 
-from ela_kernels.training import cli, processes
+from ela_kernels.training import cli, making, processes
 from ela_kernels.training.data import Task, load_task
 from ela_kernels.training.failures import is_out_of_memory, sentence
 from ela_kernels.training.loop import Trainer
@@ -164,7 +164,7 @@ def test_memory_that_does_not_suffice(
     fail: Callable[..., None],
     place: str,
 ) -> None:
-    monkeypatch.setattr(cli if place == "load_task" else Trainer, place, fail)
+    monkeypatch.setattr(making if place == "load_task" else Trainer, place, fail)
     assert train(tmp_path, "--epochs 1") == 1
     message = said(capsys)
     assert message.startswith("error: out of memory: ")

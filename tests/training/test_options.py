@@ -77,7 +77,7 @@ def test_channels_last_reaches_model_and_images(digits: Task) -> None:
         lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
     )
     # Three channels, since with one both formats are the same.
-    images, _ = run._place(torch.rand(2, 3, 4, 4), torch.zeros(2))
+    images, _ = run.place(torch.rand(2, 3, 4, 4), torch.zeros(2))
     assert images.is_contiguous(memory_format=torch.channels_last)
     row = run.run_epoch()
     assert seen

@@ -32,6 +32,7 @@ class DetectionTrainer(Trainer):
         "layers_skipped",
     )
     step_columns = ("step", "epoch", "lr", "loss", "seconds", "layers_skipped")
+    takes_labels = True
 
     @torch.no_grad()
     def detect(self, samples: list[Sample]) -> list[dict[str, Tensor]]:
@@ -39,7 +40,7 @@ class DetectionTrainer(Trainer):
         training = self.model.training
         self.model.eval()
         try:
-            with self._autocast():
+            with self.autocast():
                 found: list[dict[str, Tensor]] = self.model(
                     [sample.image.to(self.device) for sample in samples]
                 )
@@ -110,7 +111,7 @@ class DetectionTrainer(Trainer):
         seen = loss.new_tensor([0, count], dtype=torch.float64)
         return loss, torch.cat((loss.detach().double().view(1) * count, seen))
 
-    def _place(self, images: Any, labels: Any) -> tuple[Any, Any]:
+    def place(self, images: Any, labels: Any) -> tuple[Any, Any]:
         return (
             [image.to(self.device) for image in images],
             [{name: value.to(self.device) for name, value in one.items()} for one in labels],

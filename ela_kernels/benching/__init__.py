@@ -1,0 +1,1 @@
+"""`python -m ela_kernels bench`: what the kernels are worth on this machine, by the installed package alone."""
