@@ -132,12 +132,13 @@ class AttentionResidual(Watched):
                 self.is_first = True
 
     def _retrieval(self) -> tuple[Tensor, Tensor | None, float, float | None]:
-        if self.query is None:
+        query = self.query
+        if query is None:
             raise RuntimeError(
                 "AttentionResidual: this module was pruned, and cannot retrieve; allowed is a place behind others in a "
                 "history, with skipped as it is"
             )
-        return self.query, self.norm_weight, self.eps, self.scale
+        return query, self.norm_weight, self.eps, self.scale
 
     def _retrieve_from(self, values: Sequence[Tensor], channels_last: bool | None) -> Tensor:
         if self._last[0] if torch.compiler.is_compiling() else self.skipped:
