@@ -109,9 +109,10 @@ class AttentionResidual(Watched):
             out = values.attend(*self._retrieval(), caller=self)
             if watched:
                 self._observe(_with_heads(values.kl))
-                if self.weights_next:
-                    weights = values.weights
-                    self._keep_weights(None if weights is None else weights.movedim(1, -1), 0.0)
+                weights = values.weights
+                if self.weights_next and weights is not None:
+                    depth = weights.shape[1]
+                    self._keep_weights(weights.movedim(1, -1).reshape(-1, 1, depth), 0.0)
             return out
         out = values.attend(*self._retrieval(), caller=self)
         if before is None:

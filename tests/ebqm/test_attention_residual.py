@@ -157,6 +157,22 @@ class TestWatching:
         assert ebqm.report().layers[1].entropy == pytest.approx(1.0)
         assert ebqm.report().layers[1].divergence == pytest.approx(0.5)  # 1 - exp(-log 2)
 
+    @pytest.mark.parametrize("shape", [(2, DIM, 3, 4), (2, 5, DIM), (2, DIM)])
+    def test_the_report_of_maps_tokens_and_vectors(self, shape: tuple[int, ...]) -> None:
+        """The weights are a mean over samples and positions, a number for each value."""
+        mixes = nn.ModuleList(ek.AttentionResidual(DIM) for _ in range(2))
+        ebqm, history = ek.EBQM(mixes, warmup=1, interval=1), ek.PositionHistory()
+        for mix in mixes:
+            nn.init.normal_(mix.query)
+            history.append(torch.randn(shape))
+            mix(history)
+        ebqm.step()
+        row, weights = ebqm.report().layers[1], history.weights
+        assert weights is not None
+        want = weights.movedim(1, -1).reshape(-1, 2).mean(0).tolist()
+        assert row.weights == pytest.approx(want)
+        assert 0 < row.entropy < 1
+
     def test_a_history_is_a_stage(self) -> None:
         """Whatever the order in which they are registered; and none that comes first in one is skipped."""
         mixes = nn.ModuleList(ek.AttentionResidual(DIM) for _ in range(4))
