@@ -132,7 +132,8 @@ def test_a_single_value_a_channel_is_refused_beforehand(
         assert train(tmp_path / "out", f"{more} --side {side}", tmp_path) == 2
         expected = f"error: batch-size: got 1 with images of side {side}, whose last maps are 1x1"
         assert said(capsys).startswith(expected)
-    assert train(tmp_path / "out", f"{more} --side 33", tmp_path) == 0
+    # A small step, since one image says little of a gradient, and what diverges is refused too.
+    assert train(tmp_path / "out", f"{more} --side 33 --lr 1e-4", tmp_path) == 0
 
 
 @pytest.mark.parametrize(
