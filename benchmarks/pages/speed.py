@@ -8,6 +8,7 @@ from benchmarks.converted import CONVERTED, ORIGINAL
 from benchmarks.depth import depth_lines
 from benchmarks.environment import DEFAULT, KEPT
 from benchmarks.measure import fastest_baseline
+from benchmarks.mixes import MIX_HEAD, mix_rows
 from benchmarks.networks import CONCATENATING, FUSED, PLAIN
 from benchmarks.position import position_lines
 from benchmarks.report_left_out import left_out_lines, left_out_network_lines
@@ -171,6 +172,13 @@ def position(results: Results) -> Iterator[str]:
     yield from position_lines(results["position"])
 
 
+def mixes(results: Results) -> Iterator[str]:
+    """Sums of maps by weights that are given, beside the least bytes that they move."""
+    yield machine_sentence(results)
+    yield ""
+    yield from table(MIX_HEAD, mix_rows(results["mixes"]))
+
+
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "stages": stages,
     "blocks": _blocks("blocks"),
@@ -183,6 +191,7 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "history_dtype": history_dtype,
     "left_out": left_out,
     "position": position,
+    "mixes": mixes,
     "left_out_networks": left_out_networks,
 }
 
