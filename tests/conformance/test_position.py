@@ -316,3 +316,26 @@ def test_the_pull_form_gives_the_same_gradients(backend, queries, tokens, made):
         assert made.count("position_gather") == depth
     for found, expected in zip(pulled, run(False), strict=True):
         torch.testing.assert_close(found, expected, **backend.tolerance)
+
+
+@on(WITH_POSITIONS)
+@pytest.mark.parametrize("vector", ["query", "norm_weight"])
+def test_vectors_with_a_stride_in_the_pull_form(backend, vector):
+    """A column of a matrix is read as it lies, also where a value's gradient is gathered long after the call."""
+    x = contiguous((2, 5, 12), backend.exact)
+    column = backend.put(torch.randn(12, 3).to(backend.exact)[:, 1])
+    assert not column.is_contiguous()
+
+    def gradient(by: torch.Tensor) -> torch.Tensor:
+        leaf = backend.put(x.clone()).requires_grad_()
+        history = ek.PositionHistory()
+        for factor in (1, 2, 3):
+            history.append(leaf * factor)
+        if vector == "query":
+            out = history.attend(by)
+        else:
+            out = history.attend(leaf.detach().cos(), by)
+        (found,) = torch.autograd.grad(out.square().sum() + history.weights.square().sum(), leaf)
+        return found.cpu()
+
+    torch.testing.assert_close(gradient(column), gradient(column.contiguous()))

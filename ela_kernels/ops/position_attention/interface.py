@@ -184,7 +184,7 @@ def _cast(query: object, values: object, keys: object) -> tuple[object, object, 
 def row_of(
     query: Tensor, norm_weight: object, scale: float, first: Tensor, channels: int
 ) -> Tensor:
-    """The factor of each channel of a normalised key, `[C]`, in the accumulation dtype."""
+    """The factor of each channel of a normalised key, `[C]`, contiguous, in the accumulation dtype."""
     dtype = accumulate_dtype(first.dtype)
     factors = [query] if query.dim() == 1 else []
     if norm_weight is not None:
@@ -193,7 +193,8 @@ def row_of(
         return torch.full((channels,), scale, dtype=dtype, device=first.device)
     check_not_freed("query", factors[0])
     check_not_freed("norm_weight", factors[-1])
-    row = factors[0].to(dtype)
+    # A column of a matrix, say: kernels read it by its address, and a gather long after this call.
+    row = factors[0].to(dtype).contiguous()
     if len(factors) == 2:
         row = row * factors[1].to(dtype)
     return row if scale == 1.0 else row * scale
