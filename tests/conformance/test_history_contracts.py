@@ -248,6 +248,54 @@ def test_a_pair_that_asks_for_a_gradient_afterwards_gets_it(backend, how, asked)
     assert all(g is not None for g in compare(backend, run))
 
 
+@kernels
+@pytest.mark.parametrize("how", ["asked for later", "no_grad", "another backend"])
+def test_a_pair_whose_signs_are_a_flag(backend, how):
+    """It is held as autograd knows it, whoever serves its layer, and read with its signs."""
+    start = [[t.to(backend.exact) for t in random(backend, ROW, ROW, MAP)] for _ in range(3)]
+
+    def run(name):
+        pairs = [[torch._neg_view(t.clone()) for t in layer] for layer in start]
+        leaves = [t for layer in pairs for t in layer]
+        history, total = ek.LayerHistory(), 0
+        for i, (q, k, v) in enumerate(pairs):
+            for t in (q, k, v):
+                t.requires_grad_(how == "no_grad" or i > 0)
+            by = "eager" if how == "another backend" and i == 0 else name
+            with torch.set_grad_enabled(how != "no_grad" or i > 0), ek.use_backend(by):
+                out = history.attend(q, k, v, heads=HEADS)
+            if how == "asked for later":
+                k.requires_grad_(), v.requires_grad_()
+            total = total + out.sin().sum()
+        asked = [t for t in leaves if t.requires_grad]
+        found = torch.autograd.grad(total, asked, allow_unused=True)
+        return [out.detach(), *(g for g in found if g is not None)]
+
+    found, expected = run(backend.name), run("eager")
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **backend.tolerance)
+
+
+@kernels
+def test_a_key_that_asks_afterwards_gets_its_gradient_past_widened_values(backend):
+    """In a history with a dtype, after a layer without gradients that read its values as wide as they were."""
+    layers = [random(backend, ROW, ROW, MAP) for _ in range(4)]
+
+    def run(name):
+        history, key = ek.LayerHistory(dtype=torch.bfloat16), layers[0][1].clone()
+        with ek.use_backend(name):
+            history.attend(layers[0][0], key, layers[0][2], heads=HEADS)
+        key.requires_grad_()
+        with ek.use_backend("eager"), torch.no_grad():
+            history.attend(*layers[1], heads=HEADS)
+        with ek.use_backend(name):
+            total = sum(history.attend(*layer, heads=HEADS).sin().sum() for layer in layers[2:])
+        return torch.autograd.grad(total, key)
+
+    torch.testing.assert_close(run(backend.name), run("eager"))
+
+
 def test_inference_mode(backend):
     layers, x = chained(backend, 3)
     with torch.inference_mode():

@@ -226,13 +226,14 @@ def test_without_gradients_nothing_is_linked():
 
 @pytest.mark.parametrize("how", ["no_grad", "inference_mode", "asked for later"])
 @pytest.mark.parametrize("place", [0, 2])
-def test_values_added_without_gradients_get_theirs(how, place):
-    """A list does not know how a value came into it."""
+@pytest.mark.parametrize("form", [torch.clone, torch._neg_view], ids=["plain", "negated"])
+def test_values_added_without_gradients_get_theirs(how, place, form):
+    """A list does not know how a value came into it, nor whether its signs are in memory."""
     values = [torch.randn(2, 5, 6, dtype=torch.float64) for _ in range(4)]
     query = torch.randn(6, dtype=torch.float64)
 
     def run(pull):
-        leaves = [v.clone().requires_grad_() for v in values]
+        leaves = [form(v.clone()).requires_grad_() for v in values]
         history, total = ek.PositionHistory(), 0
         for t, v in enumerate(leaves):
             if not pull:

@@ -25,7 +25,7 @@ from ela_kernels.ops.layer_attention.interface import (
 from ela_kernels.ops.layer_attention.plan import pair_obstacles
 from ela_kernels.ops.layer_attention.record import Link
 from ela_kernels.ops.layer_attention.reuse import ReusedRetrievals
-from ela_kernels.ops.layer_attention.snapshot import Pairs, Snapshot
+from ela_kernels.ops.layer_attention.snapshot import Pairs, Snapshot, is_negated
 
 
 class LayerHistory(ReusedRetrievals):
@@ -167,11 +167,11 @@ class LayerHistory(ReusedRetrievals):
         decided = self._decided_with(snapshot, given, active is not None)
         backend = held = None
         if self._dtype is not None:
-            v, snapshot, held, backend = self._held(q, v, snapshot, caller, decided is None)
+            v, snapshot, held, backend = self._held(q, k, v, snapshot, caller, decided is None)
         if backend is None and decided is None:
-            backend = self._backend(q, snapshot, caller)
+            backend = self._backend(q, k, v, snapshot, caller)
         if backend is not None:
-            q, k, v = resolved(q), resolved(k), resolved(v)
+            q = resolved(q)
         pairs = self._extended(snapshot.pairs, k, v, held, backend is not None)
         if backend is not None:
             served(caller, "op", backend.name)
@@ -218,11 +218,9 @@ class LayerHistory(ReusedRetrievals):
         decided = self._decided = self._decided_with(snapshot, None)
         backend = held = None
         if self._dtype is not None:
-            v, snapshot, held, backend = self._held(k, v, snapshot, caller, decided is None)
+            v, snapshot, held, backend = self._held(k, k, v, snapshot, caller, decided is None)
         if backend is None and decided is None:
-            backend = self._backend(k, snapshot, caller)
-        if backend is not None:
-            k, v = resolved(k), resolved(v)
+            backend = self._backend(k, k, v, snapshot, caller)
         pairs = self._extended(snapshot.pairs, k, v, held, backend is not None)
         token = snapshot.token
         if backend is not None:
@@ -266,14 +264,16 @@ class LayerHistory(ReusedRetrievals):
         # Not `_replace`, which the compiler of PyTorch 2.8 cannot trace.
         return Decided((*decided.given, given), decided.retrieved, decided.has_divergence)
 
-    def _backend(self, q: Tensor, snapshot: Snapshot, caller: Any) -> KernelBackend | None:
+    def _backend(
+        self, q: Tensor, k: Tensor, v: Tensor, snapshot: Snapshot, caller: Any
+    ) -> KernelBackend | None:
         """Those that serve this layer; None where the functional op, with its push form, does.
 
         It does so too after a layer that it served: nothing would gather the gradient of that layer's pair. And where
-        dtypes differ.
+        dtypes differ, or signs of the pair are not in memory.
         """
         pairs = snapshot.pairs
-        if needs_dispatcher(q):
+        if needs_dispatcher(q) or is_negated(k, v):
             return None
         if not pairs.are_linked or not pairs.are_all(q.dtype):
             refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
@@ -281,7 +281,7 @@ class LayerHistory(ReusedRetrievals):
         return kernels_for("layer_attention", q, len(pairs.keys) + 1)
 
     def _held(
-        self, q: Tensor, v: Tensor, snapshot: Snapshot, caller: Any, may_link: bool
+        self, q: Tensor, k: Tensor, v: Tensor, snapshot: Snapshot, caller: Any, may_link: bool
     ) -> tuple[Tensor, Snapshot, torch.dtype | None, KernelBackend | None]:
         """How the value of a layer is held in a history that was given a dtype: `(v, snapshot, held, backend)`.
 
@@ -295,7 +295,7 @@ class LayerHistory(ReusedRetrievals):
         held = self._held_dtype(q.dtype)
         if held is None:
             return v, snapshot, None, None
-        if may_link and not needs_dispatcher(q):
+        if may_link and not needs_dispatcher(q) and not is_negated(k, v):
             obstacles = tuple(pair_obstacles(snapshot.pairs, q.dtype, held))
             depth = len(snapshot.pairs.keys) + 1
             of_call = "layer_attention", q.device, q.dtype, depth, False, is_transformed()

@@ -19,10 +19,11 @@ from ela_kernels.torch_internals import version_of
 class Pairs(NamedTuple):
     """Keys and values held, each pair with a number of its own, and the versions that they were appended at.
 
-    They are `linked` while each that has a gradient has a node of its own that gathers it, as later kernels rely on,
-    and `mixed` where they are of several dtypes, which no kernel reads together. Where the history holds values in
-    another dtype than their layers have, `stand_ins` has for each what leads gradients to it, None where none has to be
-    led; else it is empty. `without_gradient` has the keys and values that had none when they were appended.
+    They are `linked` while each that has a gradient has a node of its own that gathers it and the signs of all are in
+    memory, as later kernels rely on, and `mixed` where they are of several dtypes, which no kernel reads together.
+    Where the history holds values in another dtype than their layers have, `stand_ins` has for each what leads
+    gradients to it, None where none has to be led; else it is empty. `without_gradient` has the keys and values that
+    had none when they were appended.
     """
 
     keys: tuple[Tensor, ...] = ()
@@ -71,6 +72,7 @@ class Pairs(NamedTuple):
             # A value that was rounded to be held is nobody else's.
             if not value.requires_grad and value.dtype is key.dtype:
                 without_gradient = (*without_gradient, value)
+            linked = linked and not is_negated(key, value)
         linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
         of_all = linked, mixed, stand_ins, without_gradient
         return Pairs(keys, values, path, (*versions, version), *of_all)
@@ -88,11 +90,12 @@ class Pairs(NamedTuple):
         """With values in the dtype of their layers, as these read them: new tensors, where they are held in another."""
         if len(self.stand_ins) == 0:
             return self
-        found = Pairs(linked=self.are_linked)
+        found = Pairs(linked=self.linked)
         for key, value, stand_in in zip(self.keys, self.values, self.stand_ins, strict=True):
             wide = value if value.dtype == key.dtype else widened(value, stand_in, key.dtype)
             found = found.extended(key, wide)
-        return found._replace(path=self.path)
+        # What asked for a gradient in the meantime is not known by the new tensors.
+        return found._replace(path=self.path, without_gradient=self.without_gradient)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))
@@ -112,6 +115,14 @@ class Pairs(NamedTuple):
 
 
 _serials = itertools.count(1)
+
+
+def is_negated(key: Tensor, value: Tensor) -> bool:
+    """Whether signs are held back as a flag: in memory, where kernels read, there would be another tensor.
+
+    The history has to hold the one that autograd knows, which may ask for a gradient later.
+    """
+    return key.is_neg() or value.is_neg()
 
 
 def _version(key: Tensor, value: Tensor) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.dispatch import kernels_for
-from ela_kernels.backends.layout import resolved
 from ela_kernels.backends.position import PositionCall
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.explaining import served
@@ -128,9 +127,9 @@ class PositionHistory:
                     "for all values of a history"
                 )
         self._channels_last = last
-        is_linked = not needs_dispatcher(value) and kernels_for(OP, value, 1) is not None
-        if is_linked:
-            value = resolved(value)
+        # Where signs are held back as a flag, kernels would read another tensor than autograd knows.
+        is_linked = not (needs_dispatcher(value) or value.is_neg())
+        is_linked = is_linked and kernels_for(OP, value, 1) is not None
         self._values.append(value)
         self._linked.append(is_linked)
         self._gathers.append(is_linked and value.requires_grad and torch.is_grad_enabled())
