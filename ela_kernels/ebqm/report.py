@@ -79,7 +79,8 @@ class Report:
         step: training steps so far.
         layers: in the order of the model.
         decisions: from the first to the last. A long run keeps some hundreds of them: of those in which no layer was
-            dropped or came back every second one goes when there are too many. They are in EBQM's state.
+            dropped or came back about every second one goes when there are too many, evenly over the run. They are in
+            EBQM's state.
         settings: those of the EBQM, by name.
     """
 

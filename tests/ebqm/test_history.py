@@ -62,6 +62,23 @@ def test_it_never_grows_beyond_its_bound(flips: int) -> None:
     assert len(kept) > MOST / 4  # and says something of all of the run
 
 
+@pytest.mark.parametrize("interval", [1, 100])
+def test_a_long_run_is_recorded_evenly(interval: int) -> None:
+    """Its beginning too, however often the record was thinned out."""
+    kept: list[DecisionRecord] = []
+    changes = {1000: True, 1003: False, 9000: True}
+    decisions, is_skipped = 20 * MOST, False
+    for i in range(decisions):
+        is_skipped = changes.get(i, is_skipped)
+        found = DecisionRecord(
+            interval * (i + 1), [0.5], [0.5], [is_skipped], [Reason.UNDECIDED], [0.0]
+        )
+        kept = thinned([*kept, found])
+    assert {interval * (i + 1) for i in changes} <= set(steps(kept))
+    gaps = [b - a for a, b in pairwise(steps(kept))]
+    assert max(gaps) <= 4 * interval * decisions / MOST + interval
+
+
 def test_a_resumed_run_has_the_record_of_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "MOST", 8)
 
