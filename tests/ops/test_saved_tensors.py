@@ -67,6 +67,30 @@ def test_the_same_numbers_however_they_lie(both_ways, hooks, kind, form):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 6), (2, 6, 3, 4), (2, 6, 1, 1)], ids=str)
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_position_history_whose_tensors_come_back_with_gaps(shape, dim):
+    values = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    query = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    gaps = saved_tensors_hooks(
+        lambda t: torch.stack((t, t), min(dim, t.dim())),
+        lambda t: t.select(min(dim, t.dim() - 1), 0),
+    )
+
+    def gradients():
+        history, total = ek.PositionHistory(), 0
+        for value in values:
+            history.append(value)
+            total = total + history.attend(query).sin().sum()
+        return torch.autograd.grad(total, [query, *values])
+
+    with ek.use_backend("cpp"):
+        plain = gradients()
+        with gaps:
+            found = gradients()
+    torch.testing.assert_close(found, plain)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_that_were_rounded(both_ways, kind):
     """Rounded before they are kept, the same ones with the kernels and without."""

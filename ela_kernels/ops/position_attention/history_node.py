@@ -125,6 +125,8 @@ class _Retrieve(torch.autograd.Function):
         drow = dquery = dprev = None
         if dout is not None or dweights is not None or dkl is not None:
             row, query, prev, weights, *values = unpacked(ctx)
+            # Gathers read it by its address; a hook may have given it back with other strides.
+            weights = weights.contiguous()
             dout, dweights, dkl = (
                 None if d is None else with_own_memory(d, "PositionHistory")
                 for d in (dout, dweights, dkl)
