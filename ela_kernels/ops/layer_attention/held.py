@@ -103,5 +103,7 @@ def widened(held: Tensor, stand_in: Tensor | None, dtype: torch.dtype) -> Tensor
     check_not_freed("values", held)
     if stand_in is None:
         return held.to(dtype)
-    found: Tensor = _Widened.apply(stand_in, held)
+    # The history goes on with what is made here, also after a layer without gradients.
+    with torch.enable_grad():
+        found: Tensor = _Widened.apply(stand_in, held)
     return found
