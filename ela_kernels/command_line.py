@@ -37,6 +37,11 @@ def either(names: Sequence[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
+def counted(count: int, one: str, several: str = "") -> str:
+    """`1 step`, `2,000 steps`; `several` where that is no `s` at the end of `one`."""
+    return f"{count:,} {one if count == 1 else several or one + 's'}"
+
+
 class OneOf:
     """The type of an option that takes one of some names."""
 

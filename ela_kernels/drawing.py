@@ -52,6 +52,12 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
     Path(path).write_bytes(content)
 
 
+def draw_nothing(axes: Any, why: str) -> None:
+    """Say in an empty part of a figure why it is empty."""
+    place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+    axes.text(0.5, 0.5, why, color="0.35", **place)
+
+
 def draw_weights(
     axes: Any, weights: Sequence[Sequence[float]], skipped: Sequence[bool], title: str
 ) -> Any:
@@ -77,6 +83,8 @@ def draw_weights(
         if is_skipped:
             length = len(weights[place]) or place + 1
             axes.add_patch(patches.Rectangle((0, place + 0.05), length, 0.9, **HATCH))
+    if not any(skipped) and not any(map(len, weights)):
+        draw_nothing(axes, "no weights seen yet")
     axes.set_xlim(0, width)
     axes.set_ylim(len(rows), 0)
     for axis, count in ((axes.xaxis, width), (axes.yaxis, len(rows))):

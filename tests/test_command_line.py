@@ -13,7 +13,7 @@ import pytest
 
 import ela_kernels
 from ela_kernels.__main__ import COMMANDS, main
-from ela_kernels.command_line import Parser, either, ended, nearest
+from ela_kernels.command_line import Parser, counted, either, ended, nearest
 
 ROOT = Path(ela_kernels.__file__).resolve().parents[1]
 
@@ -121,6 +121,9 @@ def test_names_of_a_list() -> None:
     assert either(["a", "b", "c"]) == "a, b or c"
     assert nearest("traim", ["train", "info"]) == "train"
     assert nearest("xyz", ["train"]) is None
+    assert counted(1, "step") == "1 step"
+    assert counted(2000, "step") == "2,000 steps"
+    assert counted(0, "process", "processes") == "0 processes"
 
 
 def test_a_parser_keeps_types_and_choices() -> None:

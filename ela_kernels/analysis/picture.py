@@ -56,7 +56,7 @@ def _draw_scores(
     axes.set_yticks([])
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("1 - exp(-kl): score, and mean (|)")
-    axes.set_title("score (orange: would be skipped)", fontsize="medium")
+    axes.set_title("score (orange: would be skipped; dotted: low, high)", fontsize="medium")
 
 
 def _finite(value: float) -> float:

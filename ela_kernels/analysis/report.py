@@ -121,7 +121,8 @@ class Analysis:
 
     def __str__(self) -> str:
         count = len({(layer.name, layer.layer) for layer in self.layers})
-        title = f"{count} layers on {self.batches} batches: EBQM would skip {len(self.skipped)}"
+        batches = "1 batch" if self.batches == 1 else f"{self.batches} batches"
+        title = f"{count} layers on {batches}: EBQM would skip {len(self.skipped)}"
         header = (
             "layer",
             "stage",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ela_kernels.drawing import BLUE, GREEN, HATCH, ORANGE, draw_weights, new_figure
+from ela_kernels.drawing import BLUE, GREEN, HATCH, ORANGE, draw_nothing, draw_weights, new_figure
 from ela_kernels.optional import optional
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PURPOSE = "Report.plot"
 _STAGE, _LEAST = 3.6, 7.5  # inches
 _SKIPPED_LINE = (0, (2, 1.5))
+_UNDECIDED = "no decision yet"
 
 
 def draw(report: Report) -> Any:
@@ -91,6 +92,8 @@ def _draw_scores(axes: Any, report: Report, members: list[int]) -> None:
     for threshold in ("low", "high"):
         axes.axhline(report.settings[threshold], color="black", linestyle=":", linewidth=1)
     axes.axvspan(0, report.settings["warmup"], color="#EEEEEE", zorder=0)
+    if not steps:
+        draw_nothing(axes, _UNDECIDED)
     # The root spreads small scores, where decisions are made.
     axes.set_yscale("function", functions=(_root, _square))
     axes.set_ylim(0, 1.02)
@@ -138,7 +141,10 @@ def _draw_left_out(axes: Any, report: Report) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel("retrievals\nleft out, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper left", frameon=False, fontsize="small")
+    if report.decisions:
+        axes.legend(loc="upper left", frameon=False, fontsize="small")
+    else:
+        draw_nothing(axes, _UNDECIDED)
 
 
 def _legend(figure: Any, report: Report) -> None:

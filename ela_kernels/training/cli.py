@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from ela_kernels.command_line import forget_output
 from ela_kernels.ebqm import Report
 from ela_kernels.optional import MissingLibraryError
 from ela_kernels.training import config
 from ela_kernels.training.checkpoint import NAME, load_checkpoint, save_checkpoint
 from ela_kernels.training.dry_run import dry_run
 from ela_kernels.training.failures import NotFiniteError, sentence
-from ela_kernels.training.files import UnwritableFileError
+from ela_kernels.training.files import UnwritableFileError, printing
 from ela_kernels.training.logs import Logs, Progress, print_table
 from ela_kernels.training.loop import Interrupted, Trainer
 from ela_kernels.training.making import begin, load_run, make_trainer
@@ -133,7 +132,8 @@ def _evaluate(arguments: argparse.Namespace, device: torch.device, processes: Pr
     if processes.first:
         size = "" if arguments.side is None else f" of side {arguments.side}"
         title = f"{path}, on {arguments.data}, {len(trainer.task.test)} test images{size}"
-        print_table(title, head, rows)
+        with printing():
+            print_table(title, head, rows)
     processes.wait()
     return 0
 
@@ -272,14 +272,8 @@ def _save(trainer: Trainer, out: Path) -> None:
 
 
 def _print_result(trainer: Trainer, arguments: argparse.Namespace) -> None:
-    try:
+    with printing():
         _print_rows(trainer, arguments)
-        sys.stdout.flush()
-    except OSError as error:
-        forget_output()
-        raise UnwritableFileError(
-            f"the results could not be printed: {error.strerror or error}"
-        ) from error
 
 
 def _print_rows(trainer: Trainer, arguments: argparse.Namespace) -> None:

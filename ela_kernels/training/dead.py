@@ -41,9 +41,7 @@ def dead_norms(model: nn.Module, image: Tensor) -> dict[str, str]:
         m.register_forward_pre_hook(before_relu) for m in model.modules() if type(m) is nn.ReLU
     ]
     try:
-        # Kernels would run a whole block without calling its modules.
-        with use_backend("eager"):
-            run_once(model, image)
+        _run_watched(model, image)
     finally:
         for hook in hooks:
             hook.remove()
@@ -75,6 +73,12 @@ def run_once(model: nn.Module, images: Any) -> None:
         model.train(training)
 
 
+def _run_watched(model: nn.Module, images: Any) -> None:
+    """The same of one with hooks: kernels would run a block without calling its modules, or warn that they may not."""
+    with use_backend("eager"):
+        run_once(model, images)
+
+
 def check_single_image(model: nn.Module, image: Tensor) -> None:
     """Refuse batches of one image where the network shrinks it to one value a channel: batch norms cannot train on it.
 
@@ -89,7 +93,7 @@ def check_single_image(model: nn.Module, image: Tensor) -> None:
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
     hooks = [norm.register_forward_pre_hook(look) for norm in norms]
     try:
-        run_once(model, image)
+        _run_watched(model, image)
     finally:
         for hook in hooks:
             hook.remove()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ela_kernels.command_line import counted
 from ela_kernels.training.inspecting import batch_of, explained
 from ela_kernels.training.loop import Interrupted, Trainer
 
@@ -100,7 +101,7 @@ def _sizes(images: Tensor | Sequence[Tensor]) -> str:
 def _device(trainer: Trainer) -> list[str]:
     device, processes = trainer.device, trainer.processes.count
     threads = torch.get_num_threads()
-    name = f"{threads} thread{'s' if threads > 1 else ''}"
+    name = counted(threads, "thread")
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     several = f", {processes} processes" if processes > 1 else ""
@@ -114,8 +115,8 @@ def _times(trainer: Trainer, seconds: Sequence[float]) -> list[str]:
     left = trainer.options.epochs - trainer.epoch
     return [
         f"steps     {1e3 * step:.1f} ms each, the median of {shown}",
-        f"epoch     {trainer.steps_per_epoch:,} steps, about {_duration(epoch)}; {left:,} epochs about "
-        f"{_duration(left * epoch)}; without testing",
+        f"epoch     {counted(trainer.steps_per_epoch, 'step')}, about {_duration(epoch)}; "
+        f"{counted(left, 'epoch')} about {_duration(left * epoch)}; without testing",
     ]
 
 

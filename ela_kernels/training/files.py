@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from ela_kernels.command_line import forget_output
 
 
 class UnwritableFileError(OSError):
@@ -22,6 +25,21 @@ def named(path: Path) -> Iterator[None]:
     except OSError as error:
         raise UnwritableFileError(
             f"{path} could not be written: {error.strerror or error}"
+        ) from error
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Say that it was the results which could not be printed, where a terminal or a file behind it takes no more."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        forget_output()
+        raise UnwritableFileError(
+            f"the results could not be printed: {error.strerror or error}"
         ) from error
 
 

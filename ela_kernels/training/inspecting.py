@@ -19,7 +19,7 @@ from ela_kernels.optional import MissingLibraryError
 from ela_kernels.training import config
 from ela_kernels.training.checkpoint import load_checkpoint
 from ela_kernels.training.failures import sentence
-from ela_kernels.training.files import UnwritableFileError, named
+from ela_kernels.training.files import UnwritableFileError, named, printing
 from ela_kernels.training.loop import Trainer
 from ela_kernels.training.making import load_run, place_of
 from ela_kernels.training.processes import Processes, choose_device
@@ -184,7 +184,8 @@ def _load(asked: argparse.Namespace) -> tuple[Trainer, Path]:
 
 def _print_explanation(trainer: Trainer, path: Path, asked: argparse.Namespace) -> None:
     found = explained(trainer, not asked.inference, testing=True)
-    print(f"{path}, {_mode(asked)}, {trainer.device}\n{found}")
+    with printing():
+        print(f"{path}, {_mode(asked)}, {trainer.device}\n{found}")
 
 
 def _print_analysis(trainer: Trainer, path: Path, asked: argparse.Namespace) -> None:
@@ -198,10 +199,9 @@ def _print_analysis(trainer: Trainer, path: Path, asked: argparse.Namespace) -> 
                 found.plot(asked.plot)
         except ValueError as error:
             raise RefusedError(f"plot: {str(error).removeprefix('path: ')}") from error
-    if asked.json:
-        print(json.dumps(found.to_dict(), indent=2))
-    else:
-        print(f"{path}, {_mode(asked)}\n{found}")
+    shown = f"{path}, {_mode(asked)}\n{found}"
+    with printing():
+        print(json.dumps(found.to_dict(), indent=2) if asked.json else shown)
 
 
 def _mode(asked: argparse.Namespace) -> str:

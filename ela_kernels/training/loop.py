@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ela_kernels.command_line import counted
 from ela_kernels.ebqm import EBQM, spare_skipped
 from ela_kernels.modules import ELA
 from ela_kernels.training.average import Average
@@ -81,9 +82,10 @@ class Trainer:
         self.task, self.options, self.stopping, self.workers = task, options, stopping, workers
         self.steps_per_epoch = len(task.train) // (options.batch_size * self.processes.count)
         if self.steps_per_epoch == 0:
+            among = counted(self.processes.count, "process", "processes")
             raise ValueError(
-                f"batch-size: got {options.batch_size} in {self.processes.count} process(es) for {len(task.train)} "
-                "training images; allowed is one that at least one batch can be filled with, here up to "
+                f"batch-size: got {options.batch_size} in {among} for {len(task.train)} training images; allowed "
+                "is one that at least one batch can be filled with, here up to "
                 f"{len(task.train) // self.processes.count}"
             )
         if options.batch_size == 1:

@@ -133,7 +133,7 @@ class Options:
             _flat({k: v for k, v in task.items() if k not in left_out})
             for task in (self.task, theirs if isinstance(theirs, Mapping) else {})
         )
-        advice = "Give the same ones; the config.json of that run has them"
+        advice = "Give the same ones, or all of them by --config and the config.json of that run"
         _refuse_others("evaluate", mine, theirs, source, advice)
 
     def check_same(self, saved: Mapping[str, Any], source: str = "the checkpoint") -> None:

@@ -20,6 +20,11 @@ CURVES, EBQM = "curves", "ebqm"
 # What columns are called that are losses, and those that are shares, drawn in percent.
 _LOSSES = ("loss",)
 _SHARES = ("accuracy", "accuracy_5", "precision", "precision_50", "recall")
+# What the numbers in some of them mean.
+_MEANINGS = {
+    "accuracy 5": "accuracy, among the 5 likeliest",
+    "precision 50": "precision, overlap of 0.5",
+}
 _STYLES = ((ORANGE, "-"), (BLUE, "-"), (GREEN, "-"), (BLUE, "--"), (GREEN, "--"), ("0.3", ":"))
 
 
@@ -42,6 +47,8 @@ def draw_curves(history: Sequence[Mapping[str, float]]) -> Any:
             # An epoch of an earlier release may lack one.
             values = [factor * row.get(name, math.nan) for row in history]
             label = name.replace("_", " ")
+            for ending, meaning in _MEANINGS.items():
+                label = label.replace(ending, meaning)
             epochs = [row["epoch"] for row in history]
             how = {"color": colour, "linestyle": style, "marker": "o", "markersize": 3}
             axes.plot(epochs, values, label=label, **how)

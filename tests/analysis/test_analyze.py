@@ -353,6 +353,7 @@ def test_the_picture_shows_the_numbers(tmp_path: Path) -> None:
             assert row[: layer.place + 1] == list(layer.weights)
         scores = [0.0 if math.isnan(layer.score) else layer.score for layer in layers]
         assert [patch.get_width() for patch in beside.patches] == scores
+        assert beside.get_title().endswith("dotted: low, high)")
     found.plot(tmp_path / "a.svg")
     assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
 

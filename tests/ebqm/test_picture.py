@@ -72,7 +72,21 @@ def axes_of(figure: Any, ylabel: str) -> list[Any]:
     return [axes for axes in figure.axes if ylabel in axes.get_ylabel()]
 
 
+def texts(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
 class TestWhatIsDrawn:
+    def test_what_is_empty_says_why(self) -> None:
+        ebqm = ek.EBQM(torch.nn.ModuleList(ek.ELA(8, head_dim=8) for _ in range(2)))
+        figure = draw(ebqm.report())
+        (maps,), (scores,) = axes_of(figure, "layer (place)"), axes_of(figure, "score")
+        (left,) = axes_of(figure, "left out, %")
+        assert texts(maps) == ["no weights seen yet"]
+        assert texts(scores) == texts(left) == ["no decision yet"]
+        assert left.get_legend() is None
+        assert not [text for axes in draw(report()).axes for text in axes.texts]
+
     def test_weights_and_skipped_layers(self) -> None:
         first, second = axes_of(draw(report()), "layer (place)")
         (cells,) = first.collections

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import ela_kernels as ek
+from ela_kernels import explaining
 from ela_kernels.__main__ import main
 from ela_kernels.models import CifarResNet, VisionTransformer
 from ela_kernels.training import making
-from ela_kernels.training.dead import dead_norms
+from ela_kernels.training.dead import check_single_image, dead_norms
 
 IMAGE = torch.rand(1, 1, 8, 8)
 
@@ -114,3 +115,17 @@ def test_it_is_printed_at_the_start(
     )
     assert "attentions.1.2.norm" in told[0]
     assert "attentions.0" not in told[0]
+
+
+def test_a_look_at_one_image_does_not_warn_of_its_own_hooks(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explaining, "_told", type(explaining._told)())
+    check_single_image(network(attention="ela"), IMAGE)
+    assert not caplog.records
+
+
+def test_a_batch_of_one_image_on_maps_of_one_value_is_refused() -> None:
+    model = network(attention="ela")
+    with pytest.raises(ValueError, match="batch-size: got 1 with images of side 1, whose last"):
+        check_single_image(model, IMAGE[..., :1, :1])

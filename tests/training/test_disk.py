@@ -86,20 +86,29 @@ def test_events_are_what_tensorboard_reads(tmp_path: Path) -> None:
     assert [event.step for event in events.Scalars("steps/loss")] == [1, 2, 3, 4]
 
 
-def test_a_terminal_that_takes_no_results(tmp_path: Path) -> None:
+def run_on_a_full_terminal(*arguments: str) -> subprocess.CompletedProcess[str]:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    command = [sys.executable, "-W", "ignore", "-m", "ela_kernels", "train", "--out", str(tmp_path)]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*command, *SMALL.split(), "--epochs", "1"],
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "ela_kernels", *arguments],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            check=False,
         )
+
+
+def test_a_terminal_that_takes_no_results(tmp_path: Path) -> None:
+    done = run_on_a_full_terminal("train", "--out", str(tmp_path), *SMALL.split(), "--epochs", "1")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the results could not be printed: No space left on device; the")
     assert "Traceback" not in done.stderr
     assert load_checkpoint(tmp_path)["epoch"] == 1
+    config_file = str(tmp_path / "config.json")
+    for command in (["explain", str(tmp_path)], ["train", "--config", config_file, "--evaluate"]):
+        done = run_on_a_full_terminal(*command)
+        assert done.returncode == 1
+        assert done.stderr.strip().startswith("error: the results could not be printed: No space")

@@ -68,6 +68,12 @@ def test_the_estimate_is_of_the_median_step(
     assert "5 steps, about 2.5 s; 3 epochs about 7.5 s; without testing\n" in shown
 
 
+def test_one_epoch_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "out", f"{FIVE} --epochs 1") == 0
+    assert "5 steps, about " in (shown := capsys.readouterr().out)
+    assert "; 1 epoch about " in shown
+
+
 def test_why_layers_are_slower_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ek.use_backend("eager")
     assert train(tmp_path / "out", FIVE) == 0

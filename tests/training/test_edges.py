@@ -52,7 +52,7 @@ pytest.importorskip("sklearn")
         ("--workers 100000000", "workers: got 100000000; allowed is an int from 0 to"),
         (
             "--batch-size 1438",
-            "batch-size: got 1438 in 1 process(es) for 1437 training images; allowed",
+            "batch-size: got 1438 in 1 process for 1437 training images; allowed",
         ),
         ("--batch-size 99999999999999999999", "batch-size: got 99999999999999999999; allowed"),
         ("--epochs 99999999999999999999", "epochs: got 99999999999999999999; allowed"),

@@ -31,6 +31,16 @@ def test_curves_are_the_rows_of_the_log() -> None:
     assert (losses.get_ylabel(), "%" in shares.get_ylabel()) == ("loss", True)
 
 
+def test_numbers_in_names_are_said_in_words() -> None:
+    row = {"epoch": 1, "ema_accuracy_5": 0.5, "test_precision_50": 0.5, "test_precision": 0.5}
+    (_, shares) = draw_curves([row]).axes
+    assert [line.get_label() for line in shares.lines] == [
+        "ema accuracy, among the 5 likeliest",
+        "test precision, overlap of 0.5",
+        "test precision",
+    ]
+
+
 def test_more_columns_than_colours_are_all_drawn() -> None:
     names = [f"a{i}_loss" for i in range(9)]
     (axes, _) = draw_curves([{"epoch": 1, **dict.fromkeys(names, 1.0)}]).axes
