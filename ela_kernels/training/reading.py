@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,8 +100,24 @@ def batches(read: Read, parts: Sequence[Part], workers: int) -> Iterator[tuple[A
         workers: processes that read ahead; with 0 a part is read when it is asked for.
     """
     if workers == 0:
-        yield from map(read, parts)
-        return
+        return map(read, parts)
+    ahead = _read_ahead(read, parts, workers)
+    _unfinished.add(ahead)
+    return ahead
+
+
+_unfinished: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Whoever holds an iterator when Python ends would wait forever: workers ignore the signal that is to end them."""
+    for ahead in list(_unfinished):
+        with contextlib.suppress(ValueError):  # a thread is in it
+            ahead.close()
+
+
+def _read_ahead(read: Read, parts: Sequence[Part], workers: int) -> Generator[Any, None, None]:
     loader: DataLoader[Any] = DataLoader(
         _Parts(read, parts),
         batch_size=None,  # a part is a whole batch

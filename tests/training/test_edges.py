@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from ela_kernels.training.processes import choose_device, join_processes
 from ela_kernels.training.reading import Part
 
 pytest.importorskip("sklearn")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +228,19 @@ def test_a_bug_in_what_reads_images_is_not_hidden(
         monkeypatch.setattr(Trainer, "dead_norms", lambda trainer: {})
         with pytest.raises(RuntimeError, match="shapes do not match"):
             train(tmp_path / str(workers), f"--epochs 1 --workers {workers}")
+
+
+def test_python_ends_while_batches_are_read_ahead() -> None:
+    """Workers ignore the signal by which Python ends processes, and would be waited for."""
+    program = """
+import torch
+from ela_kernels.training.reading import Part, batches
+held = batches(lambda part: (part.numbers, 0), [Part(torch.tensor([i])) for i in range(20)], 1)
+next(held)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, timeout=120)
+    assert done.returncode == 0
 
 
 def test_a_network_that_cannot_be_compiled(
