@@ -39,9 +39,11 @@ PAGES = {
         "docs/ebqm.md",
         "docs/integrations.md",
         "docs/export.md",
+        "docs/history_dtype.md",
         "docs/models.md",
         "docs/position_attention.md",
         "docs/skipping.md",
+        "docs/tolerance.md",
         "docs/training.md",
     )
 }
