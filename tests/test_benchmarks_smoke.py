@@ -28,7 +28,6 @@ from benchmarks.memory import profiled_peak
 from benchmarks.mixes import EINSUM, SUMS, measure_mixes
 from benchmarks.mixes import OURS as OUR_MIX
 from benchmarks.networks import measure_networks
-from benchmarks.pages import speed
 from benchmarks.pages.speed import TABLES
 from benchmarks.position import measure_position
 from benchmarks.probe import read_probes, transfer_probes
@@ -320,7 +319,7 @@ def test_position_attention_is_measured_and_reported(monkeypatch: pytest.MonkeyP
     assert "T=3 [2, 8, 4, 3] channels_last" in found
     assert all(of["floor_ms"] > 0 for phases in found.values() for of in phases.values())
     results = results_of("position", found)
-    of_page = "\n".join(speed.position(results))
+    of_page = "\n".join(TABLES["position"](results))
     assert all(f"| {shape} " in of_page for shape in found)
     assert "eager / compiled over ours" in text_report(results)
     # Small shapes say nothing of speed; those of a full run are held to a bound.

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ela_kernels.backends.memory import check_list_readable, check_readable
+
 
 class PositionCall(NamedTuple):
     """One retrieval at every position: score_t is the sum over channels of `row * query * key_t`, over its RMS.
@@ -29,6 +31,26 @@ class PositionCall(NamedTuple):
     eps: float
     prev_weights: Tensor | None
     channels_last: bool
+
+    @property
+    def places(self) -> list[int]:
+        """`[B, *positions]`: a value's shape without its channels."""
+        shape = list(self.values[-1].shape)
+        del shape[-1 if self.channels_last else 1]
+        return shape
+
+    def check_readable(self, *others: tuple[str, Tensor | None]) -> None:
+        """Refuse tensors of the call, and others by their names, that kernels on the values' device cannot read.
+
+        Raises:
+            ValueError: one has no memory, or is on another device.
+        """
+        device = self.values[-1].get_device()
+        check_list_readable(device, "values", self.values)
+        check_list_readable(device, "keys", self.keys or ())
+        named = [("query", self.row), ("query", self.query), ("prev_weights", self.prev_weights)]
+        named += others
+        check_readable(device, [name for name, _ in named], [tensor for _, tensor in named])
 
 
 class PositionNeeds(NamedTuple):

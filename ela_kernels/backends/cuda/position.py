@@ -42,15 +42,6 @@ def _sizes(value: Tensor, channels_last: bool) -> Sizes:
     return kernel_sizes(value, 1, channels_last, is_interleaved(value, channels_last))
 
 
-def _check(call: PositionCall, *others: tuple[str, Tensor | None]) -> None:
-    device = call.values[-1].get_device()
-    check_list_readable(device, "values", call.values)
-    check_list_readable(device, "keys", call.keys or ())
-    named = [("query", call.row), ("query", call.query), ("prev_weights", call.prev_weights)]
-    named += others
-    check_readable(device, [name for name, _ in named], [tensor for _, tensor in named])
-
-
 def _optional(
     tensor: Tensor | None, channels_last: bool, interleaved: bool
 ) -> tuple[Tensor | None, MapView]:
@@ -88,10 +79,10 @@ def _prepared(call: PositionCall, weights: Tensor, sizes: Sizes) -> tuple[Any, l
 
 def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)`."""
-    _check(call)
+    call.check_readable()
     last, channels_last, depth = call.values[-1], call.channels_last, len(call.values)
     sizes = _sizes(last, channels_last)
-    batch, *positions = _places(last, channels_last)
+    batch, *positions = call.places
     out = empty_map(last, channels_last, bool(sizes[4]))
     weights = torch.empty((batch, depth, *positions), dtype=torch.float32, device=last.device)
     kl = None if call.prev_weights is None else weights.new_empty((batch, *positions))
@@ -110,12 +101,6 @@ def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
     return out, weights, kl
 
 
-def _places(value: Tensor, channels_last: bool) -> list[int]:
-    shape = list(value.shape)
-    del shape[-1 if channels_last else 1]
-    return shape
-
-
 @functools.lru_cache(maxsize=1024)
 def _row_parts(dtype: int, sizes: Sizes) -> int:
     return int(cuda._kernels().cuda_position_parts(dtype, sizes=sizes))
@@ -130,8 +115,7 @@ def position_attend_backward(
     needs: PositionNeeds,
 ) -> PositionGradients:
     """All gradients; those of the row's channels as one sum for each block, which are then added up."""
-    _check(
-        call,
+    call.check_readable(
         ("weights", weights),
         ("gradient of the output", dout),
         ("gradient of the weights", dweights),

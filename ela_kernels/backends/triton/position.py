@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ela_kernels.backends.gpu_tables import Strides, alike_maps, compact_strides
 from ela_kernels.backends.layout import dense, empty_map, is_interleaved, kernel_sizes
-from ela_kernels.backends.memory import check_list_readable, check_readable
+from ela_kernels.backends.memory import check_readable
 from ela_kernels.backends.position import (
     PositionCall,
     PositionGradients,
@@ -131,26 +131,13 @@ def _table(device: torch.device, *lists: Sequence[Any]) -> Tensor:
     return table
 
 
-def _check(call: PositionCall, *others: tuple[str, Tensor | None]) -> None:
-    device = call.values[-1].get_device()
-    check_list_readable(device, "values", call.values)
-    check_list_readable(device, "keys", call.keys or ())
-    named = [("query", call.row), ("query", call.query), ("prev_weights", call.prev_weights)]
-    named += others
-    check_readable(device, [name for name, _ in named], [tensor for _, tensor in named])
-
-
-def _new(value: Tensor, channels_last: bool, interleaved: bool) -> Tensor:
-    return empty_map(value, channels_last, interleaved)
-
-
 def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)`: one launch that reads the values, and one that makes weights of scores."""
-    _check(call)
+    call.check_readable()
     last, channels_last, depth = call.values[-1], call.channels_last, len(call.values)
     s = _shape(last, channels_last)
-    out = _new(last, channels_last, s.interleaved)
-    batch, *places = _places(last, channels_last)
+    out = empty_map(last, channels_last, s.interleaved)
+    batch, *places = call.places
     weights = torch.empty((batch, depth, *places), dtype=torch.float32, device=last.device)
     prev = dense(call.prev_weights)
     kl = None if prev is None else weights.new_empty((batch, *places))
@@ -210,12 +197,6 @@ def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
     return out, weights, kl
 
 
-def _places(value: Tensor, channels_last: bool) -> list[int]:
-    shape = list(value.shape)
-    del shape[-1 if channels_last else 1]
-    return shape
-
-
 def _some(wanted: Sequence[bool], maps: list[Tensor]) -> list[Tensor | None]:
     return [maps[i] if is_wanted else None for i, is_wanted in enumerate(wanted)]
 
@@ -232,8 +213,7 @@ def position_attend_backward(
 
     Where one value's gradient is wanted, all are written.
     """
-    _check(
-        call,
+    call.check_readable(
         ("weights", weights),
         ("gradient of the output", dout),
         ("gradient of the weights", dweights),
@@ -243,16 +223,18 @@ def position_attend_backward(
     s = _shape(last, channels_last)
     planes = weights.new_empty((3, *weights.shape))
     dvalues = (
-        [_new(last, channels_last, s.interleaved) for _ in range(depth)]
+        [empty_map(last, channels_last, s.interleaved) for _ in range(depth)]
         if any(needs.values)
         else []
     )
     dkeys = (
-        [_new(last, channels_last, s.interleaved) for _ in range(depth)] if any(needs.keys) else []
+        [empty_map(last, channels_last, s.interleaved) for _ in range(depth)]
+        if any(needs.keys)
+        else []
     )
     dquery = None
     if needs.query and call.query is not None:
-        dquery = _new(last, channels_last, s.interleaved)
+        dquery = empty_map(last, channels_last, s.interleaved)
     prev = dense(call.prev_weights)
     dprev = None
     if needs.prev and dkl is not None and prev is not None:
@@ -344,7 +326,7 @@ def position_gather(
 ) -> Tensor:
     """The gradient of the value at `index`, of what the layers that retrieved it left."""
     s = _shape(value, channels_last)
-    dvalue = _new(value, channels_last, s.interleaved)
+    dvalue = empty_map(value, channels_last, s.interleaved)
     if not value.numel():
         return dvalue
     device = value.get_device()

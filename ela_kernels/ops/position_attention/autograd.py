@@ -64,13 +64,6 @@ def readable(call: PositionCall) -> PositionCall:
     )
 
 
-def _places(call: PositionCall) -> list[int]:
-    """`[B, *positions]`."""
-    shape = list(call.values[-1].shape)
-    del shape[-1 if call.channels_last else 1]
-    return shape
-
-
 def _new_like_value(call: PositionCall) -> Tensor:
     last = call.values[-1]
     return empty_map(last, call.channels_last, is_interleaved(last, call.channels_last))
@@ -90,7 +83,7 @@ def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward_shapes(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _call(*arguments)
-    batch, *places = _places(call)
+    batch, *places = call.places
     dtype = accumulate_dtype(call.values[-1].dtype)
     last, depth = call.values[-1], len(call.values)
     kl = (0,) if call.prev_weights is None else (batch, *places)
