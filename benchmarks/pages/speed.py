@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from benchmarks.converted import CONVERTED, ORIGINAL
 from benchmarks.depth import depth_lines
@@ -96,13 +97,6 @@ def whole(results: Results) -> Iterator[str]:
     yield from table([*head, "peak memory, MiB: plain", "concatenating", "ours"], rows)
 
 
-def depth(results: Results) -> Iterator[str]:
-    """A stage against its depth."""
-    yield machine_sentence(results)
-    yield ""
-    yield from depth_lines(results["depth"])
-
-
 def compiled(results: Results) -> Iterator[str]:
     """Whole networks under `torch.compile`."""
     found = results["compiled"]
@@ -151,32 +145,15 @@ def history_dtype(results: Results) -> Iterator[str]:
     yield from table(head, rows)
 
 
-def left_out_networks(results: Results) -> Iterator[str]:
-    """Whole networks with a tolerance."""
-    yield machine_sentence(results)
-    yield ""
-    yield from left_out_network_lines(results["left_out_networks"])
+def _of(part: str, lines: Callable[[Any], Iterable[str]]) -> Callable[[Results], Iterator[str]]:
+    """The lines of a part of the results, below the machine."""
 
+    def found(results: Results) -> Iterator[str]:
+        yield machine_sentence(results)
+        yield ""
+        yield from lines(results[part])
 
-def left_out(results: Results) -> Iterator[str]:
-    """What a tolerance leaves out, and how much faster that is."""
-    yield machine_sentence(results)
-    yield ""
-    yield from left_out_lines(results["left_out"])
-
-
-def position(results: Results) -> Iterator[str]:
-    """Attention over depth at every position, beside the least bytes that it moves."""
-    yield machine_sentence(results)
-    yield ""
-    yield from position_lines(results["position"])
-
-
-def mixes(results: Results) -> Iterator[str]:
-    """Sums of maps by weights that are given, beside the least bytes that they move."""
-    yield machine_sentence(results)
-    yield ""
-    yield from table(MIX_HEAD, mix_rows(results["mixes"]))
+    return found
 
 
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
@@ -185,14 +162,14 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "light": _blocks("light"),
     "networks": networks,
     "whole": whole,
-    "depth": depth,
+    "depth": _of("depth", depth_lines),
     "compiled": compiled,
     "converted": converted,
     "history_dtype": history_dtype,
-    "left_out": left_out,
-    "position": position,
-    "mixes": mixes,
-    "left_out_networks": left_out_networks,
+    "left_out": _of("left_out", left_out_lines),
+    "position": _of("position", position_lines),
+    "mixes": _of("mixes", lambda found: table(MIX_HEAD, mix_rows(found))),
+    "left_out_networks": _of("left_out_networks", left_out_network_lines),
 }
 
 
