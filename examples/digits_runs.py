@@ -201,7 +201,9 @@ def attention_weights(model: nn.Module, images: Tensor) -> list[list[list[float]
 
             handles.append(layer.attn.register_forward_hook(keep))
     model.eval()
-    model(images)
+    # Hooks keep the kernels from whole blocks, which would be told as if somebody had to mend it.
+    with ek.use_backend("eager"):
+        model(images)
     for handle in handles:
         handle.remove()
     return stages
