@@ -18,7 +18,7 @@ from ela_kernels.backends.tracing import (
     EMPTY,
     OTHER_SHAPE,
     TRACED,
-    UNLINKED,
+    UNGATHERED,
     needs_dispatcher,
 )
 from ela_kernels.torch_internals import buffers_of, is_lazy
@@ -182,7 +182,7 @@ def refused(layer: Any, form: str, refusal: Refusal, tells: bool = True) -> None
 
 
 # Not worth a warning: whoever does this knows it, is told by an error, or was told of the layer that brought it about.
-_EXPECTED = frozenset({TRACED, EMPTY, DECIDED, UNLINKED, OTHER_SHAPE})
+_EXPECTED = frozenset({TRACED, EMPTY, DECIDED, UNGATHERED, OTHER_SHAPE})
 _told = Once()
 
 

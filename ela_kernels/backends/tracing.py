@@ -13,7 +13,7 @@ __all__ = [
     "EMPTY",
     "OTHER_SHAPE",
     "TRACED",
-    "UNLINKED",
+    "UNGATHERED",
     "is_plain",
     "is_transformed",
     "needs_dispatcher",
@@ -24,7 +24,7 @@ __all__ = [
 TRACED = "PyTorch has to see every operation here (torch.compile, a fake tensor, a subclass or a dispatch mode)"
 EMPTY = "the input is empty"
 DECIDED = "which layers retrieve is data here, in a graph that is being compiled"
-UNLINKED = (
+UNGATHERED = (
     "nothing gathers the gradients of a pair in the history: its layer ran without kernels, or it asked for a gradient "
     "only afterwards"
 )

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ela_kernels.integrations.views import Maps
 from ela_kernels.modules.ela import ELA
+from ela_kernels.ops.autograd.record import graph_task
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.layer_attention.places import graph_task
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
 from ela_kernels.torch_internals import top_saved_tensors_hooks
 

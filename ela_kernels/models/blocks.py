@@ -22,8 +22,8 @@ from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.skipping import SkipMode
 from ela_kernels.modules.tokens import Grid, TakesTokens, joined
 from ela_kernels.ops.layer_attention import LayerHistory
-from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput
+from ela_kernels.ops.traced import is_traced, traced_call
 
 NormLayer = Callable[[int], nn.Module]
 Attention = Literal["none", "mrla", "mrla_light", "ela"]

@@ -27,7 +27,7 @@ from ela_kernels.modules.drop_path import DropPath
 from ela_kernels.modules.query_key_value import check_count
 from ela_kernels.modules.skipping import SkipMode, check_skip
 from ela_kernels.modules.tokens import as_tokens
-from ela_kernels.ops.layer_attention.traced import is_traced
+from ela_kernels.ops.traced import is_traced
 
 _EPS = 1e-6  # of all norms of a transformer
 

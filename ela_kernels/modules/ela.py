@@ -20,7 +20,7 @@ from ela_kernels.modules.tied import expects_all_parameters, tied
 from ela_kernels.modules.tokens import Grid, TakesTokens, is_same_memory, joined
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.deferral import can_defer
-from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
+from ela_kernels.ops.traced import is_traced, traced_call
 from ela_kernels.torch_internals import has_hooks, is_exporting
 
 

@@ -20,7 +20,7 @@ from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.history import LayerHistory
 from ela_kernels.ops.layer_attention.in_graph.history import GraphPlan
 from ela_kernels.ops.layer_attention.plan import LayerPlan
-from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
+from ela_kernels.ops.traced import is_traced, traced_call
 
 
 class History(Protocol):

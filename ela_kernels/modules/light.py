@@ -12,10 +12,10 @@ from ela_kernels.modules.query_key_value import QueryKeyValue
 from ela_kernels.modules.tokens import Grid, TakesTokens, joined
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import is_autocast_on, may_be_cast
-from ela_kernels.ops.layer_attention.traced import is_traced, traced_call
 from ela_kernels.ops.light_layer_attention.interface import activated, gated
 from ela_kernels.ops.light_layer_attention.layer import light_layer
 from ela_kernels.ops.light_layer_attention.plan import LightPlan, plan_light_layer
+from ela_kernels.ops.traced import is_traced, traced_call
 
 
 class LightLayerAttention(TakesTokens, QueryKeyValue):

@@ -11,7 +11,8 @@ from support.layer_stages import make_stage, run_stage
 
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
-from ela_kernels.ops.layer_attention import saved_tensors as saved
+from ela_kernels.ops.autograd import saved_tensors
+from ela_kernels.ops.layer_attention import saved_pairs as saved
 
 pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
@@ -21,7 +22,7 @@ WAYS = ["held", "through autograd"]
 @pytest.fixture(params=WAYS)
 def way(request, monkeypatch):
     """With what newer versions of PyTorch offer, and without."""
-    if request.param == "held" and (saved._top_hooks is None or saved._keeps_graph is None):
+    if request.param == "held" and (saved_tensors._top_hooks is None or saved._keeps_graph is None):
         pytest.skip("this version of PyTorch cannot tell whether a graph is retained")
     if request.param != "held":
         monkeypatch.setattr(saved, "_keeps_graph", None)

@@ -17,12 +17,12 @@ from ela_kernels.backends.dispatch import kernels_for
 from ela_kernels.backends.layout import empty_map, is_interleaved, resolved
 from ela_kernels.backends.memory import PLAIN_TENSORS
 from ela_kernels.backends.tracing import needs_dispatcher
+from ela_kernels.ops.autograd.gradients import with_own_memory
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.operators import given_or_zero, library, runs_elsewhere
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.depth_mix.reference import depth_mix_backward_reference, depth_mix_reference
-from ela_kernels.ops.layer_attention.autograd import given_or_zero, library, runs_elsewhere
 from ela_kernels.ops.layer_attention.in_graph.flops import count_flops
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import with_own_memory
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 
 library.define("depth_mix(Tensor weights, Tensor[] values, bool channels_last) -> Tensor")
 library.define(

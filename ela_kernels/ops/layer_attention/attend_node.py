@@ -9,18 +9,11 @@ from torch import Tensor
 
 from ela_kernels.backends.layout import in_form, is_interleaved
 from ela_kernels.backends.types import Saved
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import (
-    Link,
-    applied,
-    contributions,
-    keep,
-    new_token,
-    refuse_second_derivative,
-    token_gradient,
-    with_own_memory,
-)
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.ops.autograd.gradients import refuse_second_derivative, with_own_memory
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.record import applied, new_token, token_gradient
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
+from ela_kernels.ops.layer_attention.link import Link, contributions, keep
 from ela_kernels.torch_internals import runs_as_written
 
 

@@ -18,18 +18,15 @@ from ela_kernels.backends.dispatch import kernels_for
 from ela_kernels.backends.layout import accumulate_dtype, empty_map, is_interleaved, resolved
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.backends.types import Saved
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import with_own_memory
+from ela_kernels.ops.autograd.gradients import differentiable_gradients, with_own_memory
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.operators import given_or_zero, library, runs_elsewhere
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.layer_attention.reference import (
     layer_attention_backward_reference,
     layer_attention_reference,
 )
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
-from ela_kernels.ops.second_derivative import differentiable_gradients
-from ela_kernels.torch_internals import constant_in_graphs, is_exporting_to_onnx
 
-library = torch.library.Library("ela_kernels", "FRAGMENT")
-"""What all operators of this package are registered with."""
 library.define(
     "layer_attention(Tensor q, Tensor[] keys, Tensor[] values, int heads, float scale, Tensor? prev_weights, "
     "bool channels_last, float tolerance) -> (Tensor out, Tensor weights, Tensor kl)"
@@ -156,13 +153,6 @@ def _backward_op(
     )
 
 
-def given_or_zero(found: Tensor | None, out: Tensor) -> Tensor:
-    """An op may not return None or another layout than it promised."""
-    if found is None:
-        return out.zero_()
-    return found if found.stride() == out.stride() else out.copy_(found)
-
-
 def _backward_shapes(
     q: Tensor,
     keys: list[Tensor],
@@ -262,12 +252,6 @@ class _LayerAttention(torch.autograd.Function):
             saved, dout, dweights, dkl, need[0], need[1], need[7 : 7 + depth], need[7 + depth :]
         )
         return (g.dq, g.dprev, None, None, None, None, None, *g.dkeys, *g.dvalues)
-
-
-@constant_in_graphs
-def runs_elsewhere() -> bool:
-    """Whether a graph is made for a runtime that knows no operators of this package."""
-    return is_exporting_to_onnx()
 
 
 def layer_attention_autograd(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.types import Filters
+from ela_kernels.ops.autograd.saved_tensors import past_hooks
 from ela_kernels.ops.layer_attention.places import Places, graphs_seen
 from ela_kernels.ops.layer_attention.readers import Turns
-from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 from ela_kernels.torch_internals import top_saved_tensors_hooks, version_of
 

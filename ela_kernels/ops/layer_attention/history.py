@@ -14,6 +14,7 @@ from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
 from ela_kernels.explaining import held_as_they_are, refused, retrieved, served
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import autocast_inputs, is_autocast_on
+from ela_kernels.ops.autograd.gathering import signs_are_in_memory
 from ela_kernels.ops.layer_attention.attend_node import attend_pull, provide_pull
 from ela_kernels.ops.layer_attention.decided import Decided, attend_decided
 from ela_kernels.ops.layer_attention.held import narrowed, rounded, widened
@@ -22,10 +23,10 @@ from ela_kernels.ops.layer_attention.interface import (
     layer_attention_weights,
     retrieve,
 )
+from ela_kernels.ops.layer_attention.link import Link
 from ela_kernels.ops.layer_attention.plan import pair_obstacles
-from ela_kernels.ops.layer_attention.record import Link
 from ela_kernels.ops.layer_attention.reuse import ReusedRetrievals
-from ela_kernels.ops.layer_attention.snapshot import Pairs, Snapshot, is_negated
+from ela_kernels.ops.layer_attention.snapshot import Pairs, Snapshot
 
 
 class LayerHistory(ReusedRetrievals):
@@ -273,9 +274,9 @@ class LayerHistory(ReusedRetrievals):
         dtypes differ, or signs of the pair are not in memory.
         """
         pairs = snapshot.pairs
-        if needs_dispatcher(q) or is_negated(k, v):
+        if needs_dispatcher(q) or not signs_are_in_memory(k, v):
             return None
-        if not pairs.are_linked or not pairs.are_all(q.dtype):
+        if not pairs.gathering.serves or not pairs.are_all(q.dtype):
             refused(caller or self, "op", refusal_by(tuple(pair_obstacles(pairs, q.dtype))))
             return None
         return kernels_for("layer_attention", q, len(pairs.keys) + 1)
@@ -295,7 +296,7 @@ class LayerHistory(ReusedRetrievals):
         held = self._held_dtype(q.dtype)
         if held is None:
             return v, snapshot, None, None
-        if may_link and not needs_dispatcher(q) and not is_negated(k, v):
+        if may_link and not needs_dispatcher(q) and signs_are_in_memory(k, v):
             obstacles = tuple(pair_obstacles(snapshot.pairs, q.dtype, held))
             depth = len(snapshot.pairs.keys) + 1
             of_call = "layer_attention", q.device, q.dtype, depth, False, is_transformed()
@@ -309,11 +310,11 @@ class LayerHistory(ReusedRetrievals):
     def _extended(
         pairs: Pairs, k: Tensor, v: Tensor, held: torch.dtype | None, is_served: bool
     ) -> Pairs:
-        is_linked = is_served and torch.is_grad_enabled()
+        have_node = is_served and torch.is_grad_enabled()
         if held is None:
-            return pairs.extended(k, v, is_linked=is_linked)
+            return pairs.extended(k, v, have_node=have_node)
         value, stand_in = narrowed(v, held)
-        return pairs.extended(k, value, is_linked=is_linked, stand_in=stand_in)
+        return pairs.extended(k, value, have_node=have_node, stand_in=stand_in)
 
     @staticmethod
     def _read_by(

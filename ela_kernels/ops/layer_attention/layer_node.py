@@ -25,23 +25,15 @@ from ela_kernels.backends.types import (
     Saved,
     SavedLayer,
 )
+from ela_kernels.ops.autograd.gradients import in_form_of, refuse_second_derivative
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.record import applied, new_token, token_gradient
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.layer_attention.held import stand_in_like
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import (
-    Link,
-    applied,
-    contributions,
-    in_form_of,
-    keep,
-    new_token,
-    refuse_second_derivative,
-    token_gradient,
-)
-from ela_kernels.ops.layer_attention.saved_tensors import (
+from ela_kernels.ops.layer_attention.link import Link, contributions, keep
+from ela_kernels.ops.layer_attention.saved_pairs import (
     release_pairs,
-    save,
     save_with_pairs,
-    unpacked,
     unpacked_with_pairs,
 )
 

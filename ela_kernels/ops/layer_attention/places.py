@@ -8,21 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ela_kernels import torch_internals
+from ela_kernels.ops.autograd.record import graph_task, is_recomputing
 from ela_kernels.ops.checks import check_tolerance
 from ela_kernels.ops.layer_attention.held import check_history_dtype
 from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
-from ela_kernels.ops.layer_attention.traced import Traced, no_numbers
+from ela_kernels.ops.traced import Traced, no_numbers
 from ela_kernels.torch_internals import constant_in_graphs
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-def graph_task() -> int:
-    """Which backward pass is running in this thread; -1 outside of one."""
-    return -1 if torch.compiler.is_compiling() else torch_internals.graph_task()
 
 
 graphs_seen: list[bool] = []
@@ -193,7 +188,7 @@ class Places(Traced):
     @property
     def recomputing(self) -> bool:
         """True while a checkpoint recomputes a layer in the backward pass; the history does not grow then."""
-        return graph_task() not in (-1, self._made_in)
+        return is_recomputing(self._made_in)
 
     def _settle(self) -> None:
         """Make the pairs that wait; see :mod:`ela_kernels.ops.layer_attention.deferral`."""

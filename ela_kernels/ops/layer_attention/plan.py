@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.memory import PLAIN_TENSORS
-from ela_kernels.backends.tracing import EMPTY, TRACED, UNLINKED, needs_dispatcher
+from ela_kernels.backends.tracing import EMPTY, TRACED, UNGATHERED, needs_dispatcher
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.autocast import fits_layer_dtype
 from ela_kernels.ops.layer_attention.snapshot import Pairs
@@ -81,8 +81,8 @@ def pair_obstacles(pairs: Pairs, dtype: torch.dtype, held: torch.dtype | None = 
     `held`: the dtype that their values are held in, None for that of the layers.
     """
     found = []
-    if not pairs.are_linked:
-        found.append(UNLINKED)
+    if not pairs.gathering.serves:
+        found.append(UNGATHERED)
     if not pairs.are_all(dtype, held):
         of = "" if held is None else f", with values held in {held}"
         found.append(f"the layers before it in the history are not all in {dtype}{of}")

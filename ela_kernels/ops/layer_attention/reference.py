@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.layout import accumulate_dtype
-from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
+from ela_kernels.ops.autograd.saved_tensors import past_hooks
 
 
 def log_weights_reference(

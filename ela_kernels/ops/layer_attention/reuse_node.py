@@ -22,6 +22,10 @@ from ela_kernels.backends.types import (
     Retrieved,
     SavedLayer,
 )
+from ela_kernels.ops.autograd.gradients import in_form_of, refuse_second_derivative
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.record import applied, new_token, token_gradient
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.layer_attention.layer_node import (
     gradients,
     in_dtype_of,
@@ -31,18 +35,7 @@ from ela_kernels.ops.layer_attention.layer_node import (
     without_gradient,
     without_parameters,
 )
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import (
-    Link,
-    applied,
-    contributions,
-    in_form_of,
-    keep,
-    new_token,
-    refuse_second_derivative,
-    token_gradient,
-)
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.ops.layer_attention.link import Link, contributions, keep
 from ela_kernels.torch_internals import runs_as_written
 
 

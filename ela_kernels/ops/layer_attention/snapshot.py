@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ela_kernels.backends.layout import with_one_more
 from ela_kernels.ops import checks
+from ela_kernels.ops.autograd.gathering import Gathering
 from ela_kernels.ops.layer_attention.held import widened
 from ela_kernels.torch_internals import version_of
 
@@ -19,41 +20,32 @@ from ela_kernels.torch_internals import version_of
 class Pairs(NamedTuple):
     """Keys and values held, each pair with a number of its own, and the versions that they were appended at.
 
-    They are `linked` while each that has a gradient has a node of its own that gathers it and the signs of all are in
-    memory, as later kernels rely on, and `mixed` where they are of several dtypes, which no kernel reads together.
-    Where the history holds values in another dtype than their layers have, `stand_ins` has for each what leads
-    gradients to it, None where none has to be led; else it is empty. `without_gradient` has the keys and values that
-    had none when they were appended.
+    `gathering` says whether kernels may go on from them, and `mixed` that they are of several dtypes, which no kernel
+    reads together. Where the history holds values in another dtype than their layers have, `stand_ins` has for each
+    what leads gradients to it, None where none has to be led; else it is empty.
     """
 
     keys: tuple[Tensor, ...] = ()
     values: tuple[Tensor, ...] = ()
     path: tuple[int, ...] = ()
     versions: tuple[int, ...] = ()
-    linked: bool = True
+    gathering: Gathering = Gathering()
     mixed: bool = False
     stand_ins: tuple[Tensor | None, ...] = ()
-    without_gradient: tuple[Tensor, ...] = ()
-
-    @property
-    def are_linked(self) -> bool:
-        """Whether nodes gather every gradient that is asked for: none does for a leaf that asked for it afterwards."""
-        if not self.linked:
-            return False
-        return not torch.is_grad_enabled() or not any(
-            tensor.requires_grad for tensor in self.without_gradient
-        )
 
     def extended(
         self,
         key: Tensor,
         value: Tensor,
         path: tuple[int, ...] | None = None,
-        is_linked: bool = True,
+        have_node: bool = True,
         stand_in: Tensor | None = None,
     ) -> Pairs:
-        """With one more pair, whose place is the end of `path` where it has one already."""
-        keys, values, old_path, versions, linked, mixed, stand_ins, without_gradient = self
+        """With one more pair, whose place is the end of `path` where it has one already.
+
+        `have_node`: a node gathers the gradients of its key and value.
+        """
+        keys, values, old_path, versions, gathering, mixed, stand_ins = self
         mixed = mixed or not self.are_all(key.dtype, value.dtype)
         if value.dtype is not key.dtype:
             stand_ins = (*(stand_ins or (None,) * len(keys)), stand_in)
@@ -63,19 +55,16 @@ class Pairs(NamedTuple):
         if torch.compiler.is_compiling():
             path, version = old_path, -1
             keys, values = (*keys, key), (*values, value)
+            if not have_node and (key.requires_grad or value.requires_grad):
+                gathering = Gathering(is_whole=False)
         else:
             path = self.next_path() if path is None else path
             version = _version(key, value)
             keys, values = with_one_more(keys, key), with_one_more(values, value)
-            if not key.requires_grad:
-                without_gradient = (*without_gradient, key)
             # A value that was rounded to be held is nobody else's.
-            if not value.requires_grad and value.dtype is key.dtype:
-                without_gradient = (*without_gradient, value)
-            linked = linked and not is_negated(key, value)
-        linked = linked and (is_linked or not (key.requires_grad or value.requires_grad))
-        of_all = linked, mixed, stand_ins, without_gradient
-        return Pairs(keys, values, path, (*versions, version), *of_all)
+            own = (key, value) if value.dtype is key.dtype else (key,)
+            gathering = gathering.with_tensors(own, have_node)
+        return Pairs(keys, values, path, (*versions, version), gathering, mixed, stand_ins)
 
     def are_all(self, dtype: torch.dtype, held: torch.dtype | None = None) -> bool:
         """Whether every pair is one of layers in this dtype, with its value held in `held`, or in the same if None."""
@@ -90,12 +79,12 @@ class Pairs(NamedTuple):
         """With values in the dtype of their layers, as these read them: new tensors, where they are held in another."""
         if len(self.stand_ins) == 0:
             return self
-        found = Pairs(linked=self.linked)
+        found = Pairs()
         for key, value, stand_in in zip(self.keys, self.values, self.stand_ins, strict=True):
             wide = value if value.dtype == key.dtype else widened(value, stand_in, key.dtype)
             found = found.extended(key, wide)
-        # What asked for a gradient in the meantime is not known by the new tensors.
-        return found._replace(path=self.path, without_gradient=self.without_gradient)
+        # What has no node, or asked for a gradient in the meantime, is not known by the new tensors.
+        return found._replace(path=self.path, gathering=self.gathering)
 
     def next_path(self) -> tuple[int, ...]:
         return (*self.path, next(_serials))
@@ -115,14 +104,6 @@ class Pairs(NamedTuple):
 
 
 _serials = itertools.count(1)
-
-
-def is_negated(key: Tensor, value: Tensor) -> bool:
-    """Whether signs are held back as a flag: in memory, where kernels read, there would be another tensor.
-
-    The history has to hold the one that autograd knows, which may ask for a gradient later.
-    """
-    return key.is_neg() or value.is_neg()
 
 
 def _version(key: Tensor, value: Tensor) -> int:
@@ -226,9 +207,9 @@ class Snapshot:
 
         No layer of a history made them, so that nothing gathers their gradients: each layer adds its own.
         """
-        pairs = Pairs(linked=not (keys.requires_grad or values.requires_grad))
+        pairs = Pairs()
         for key, value in zip(keys.unbind(1), values.unbind(1), strict=True):
-            pairs = pairs.extended(key, value)
+            pairs = pairs.extended(key, value, have_node=False)
         return cls(pairs, len(pairs.keys), heads)
 
     def check_pair(self, q: Tensor, k: Tensor, v: Tensor, heads: int, channels_last: bool) -> int:

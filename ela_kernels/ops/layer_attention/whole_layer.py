@@ -17,9 +17,11 @@ from ela_kernels.backends.types import Epilogue, Filters, Residual
 from ela_kernels.explaining import retrieved as retrieved_by
 from ela_kernels.ops import checks
 from ela_kernels.ops.autocast import as_autocast, layer_dtype
+from ela_kernels.ops.autograd.record import Record
 from ela_kernels.ops.layer_attention.decided import Decided
 from ela_kernels.ops.layer_attention.in_graph.history import LayersInGraphs
 from ela_kernels.ops.layer_attention.layer_node import layer_pull, provider_pull
+from ela_kernels.ops.layer_attention.link import Link
 from ela_kernels.ops.layer_attention.plan import (
     LayerPlan,
     all_fit,
@@ -27,7 +29,6 @@ from ela_kernels.ops.layer_attention.plan import (
     pair_obstacles,
     unseen_obstacles,
 )
-from ela_kernels.ops.layer_attention.record import Link, Record
 from ela_kernels.ops.layer_attention.snapshot import Kept, Pairs, Snapshot
 from ela_kernels.torch_internals import runs_as_written
 
@@ -75,7 +76,7 @@ class WholeLayers(LayersInGraphs):
             or needs_dispatcher(x)
             or not x.numel()
             or self._decided is not None
-            or not pairs.are_linked
+            or not pairs.gathering.serves
             or not pairs.are_all(dtype, held)
             or self._retrieves_its_own_way
             or not all_fit(filters, x, dtype)

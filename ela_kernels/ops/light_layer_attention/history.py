@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ela_kernels.ops.layer_attention.places import graph_task
-from ela_kernels.ops.layer_attention.traced import Traced
+from ela_kernels.ops.autograd.record import graph_task, is_recomputing
+from ela_kernels.ops.traced import Traced
 
 
 class PreviousOutput(Traced):
@@ -41,4 +41,4 @@ class PreviousOutput(Traced):
             self._out = out
 
     def _recomputing(self) -> bool:
-        return graph_task() not in (-1, self._made_in)
+        return is_recomputing(self._made_in)

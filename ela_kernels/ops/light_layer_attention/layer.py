@@ -20,11 +20,11 @@ from ela_kernels.backends.types import (
     ValueAct,
 )
 from ela_kernels.ops.autocast import as_autocast
+from ela_kernels.ops.autograd.gradients import in_form_of
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.checks import check_value_act
 from ela_kernels.ops.layer_attention.layer_node import in_dtype_of
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import in_form_of
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
 from ela_kernels.torch_internals import runs_as_written
 
 

@@ -17,16 +17,15 @@ from ela_kernels.backends.dispatch import kernels_for
 from ela_kernels.backends.layout import accumulate_dtype, empty_map, is_interleaved, resolved
 from ela_kernels.backends.position import PositionCall, PositionNeeds
 from ela_kernels.backends.tracing import needs_dispatcher
-from ela_kernels.ops.layer_attention.autograd import given_or_zero, library, runs_elsewhere
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import with_own_memory
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.ops.autograd.gradients import differentiable_gradients, with_own_memory
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.operators import given_or_zero, library, runs_elsewhere
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.position_attention.reference import (
     Outputs,
     position_attention_backward_reference,
     position_attention_reference,
 )
-from ela_kernels.ops.second_derivative import differentiable_gradients
 
 OP = "position_attention"
 _ARGUMENTS = (

@@ -14,9 +14,9 @@ from ela_kernels.backends.position import PositionCall
 from ela_kernels.backends.tracing import needs_dispatcher
 from ela_kernels.explaining import served
 from ela_kernels.ops.autocast import as_autocast_dtype, is_autocast_on
+from ela_kernels.ops.autograd.gathering import Gathering, signs_are_in_memory
+from ela_kernels.ops.autograd.record import Record, graph_task, is_recomputing
 from ela_kernels.ops.checks import check_tensor
-from ela_kernels.ops.layer_attention.places import graph_task
-from ela_kernels.ops.layer_attention.record import Record
 from ela_kernels.ops.position_attention import checks
 from ela_kernels.ops.position_attention.autograd import OP, readable
 from ela_kernels.ops.position_attention.history_node import (
@@ -71,8 +71,7 @@ class PositionHistory:
         self._stage: int | None = None
         self.position = 0
         self._values: list[Tensor] = []
-        self._linked: list[bool] = []  # whether kernels serve it
-        self._gathers: list[bool] = []  # whether it has a node, which gathers its gradient
+        self._gathering = Gathering()
         self._token: Tensor | None = None
         self._record = Record()
         self._backend: KernelBackend | None = None  # that the record is of
@@ -127,13 +126,15 @@ class PositionHistory:
                     "for all values of a history"
                 )
         self._channels_last = last
-        # Where signs are held back as a flag, kernels would read another tensor than autograd knows.
-        is_linked = not (needs_dispatcher(value) or value.is_neg())
-        is_linked = is_linked and kernels_for(OP, value, 1) is not None
         self._values.append(value)
-        self._linked.append(is_linked)
-        self._gathers.append(is_linked and value.requires_grad and torch.is_grad_enabled())
-        if is_linked:
+        if needs_dispatcher(value):
+            # No kernel may read it, whatever it is that is retrieved later.
+            self._gathering = Gathering(is_whole=False)
+            return
+        is_served = signs_are_in_memory(value) and kernels_for(OP, value, 1) is not None
+        have_node = is_served and torch.is_grad_enabled()
+        self._gathering = self._gathering.with_tensors((value,), have_node)
+        if is_served:
             self._token = append_pull(value, self._token, self._link())
 
     def attend(
@@ -253,12 +254,8 @@ class PositionHistory:
         """By kernels in the pull form; None where the functional op has to serve."""
         held = self._values
         # Values that autocast casts here are others than those that gather their gradients.
-        if not all(self._linked) or any(a is not b for a, b in zip(call.values, held, strict=True)):
-            return None
-        # Added without gradients, or asked for one only afterwards: nothing would gather it.
-        if torch.is_grad_enabled() and any(
-            value.requires_grad and not gathers
-            for value, gathers in zip(held, self._gathers, strict=True)
+        if not self._gathering.serves or any(
+            a is not b for a, b in zip(call.values, held, strict=True)
         ):
             return None
         backend = kernels_for(OP, held[-1], len(held))
@@ -275,7 +272,7 @@ class PositionHistory:
         return PositionLink(tuple(range(len(self._values))), self._record, self._channels_last)
 
     def _check_not_recomputing(self) -> None:
-        if graph_task() not in (-1, self._made_in):
+        if is_recomputing(self._made_in):
             raise RuntimeError(
                 "PositionHistory: got a call in a checkpoint that recomputes, where it would grow a second time; "
                 "allowed is a history outside of checkpoints, or position_attention with a list of values inside"

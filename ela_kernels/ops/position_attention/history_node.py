@@ -14,18 +14,20 @@ from torch import Tensor
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.layout import in_form, is_interleaved
 from ela_kernels.backends.position import PositionCall, PositionLeft, PositionNeeds
-from ela_kernels.ops.layer_attention.opaque import opaque
-from ela_kernels.ops.layer_attention.record import (
-    Record,
-    applied,
+from ela_kernels.ops.autograd.gradients import (
     check_unchanged,
-    new_token,
-    refuse_other_kernels,
     refuse_second_derivative,
-    token_gradient,
     with_own_memory,
 )
-from ela_kernels.ops.layer_attention.saved_tensors import save, unpacked
+from ela_kernels.ops.autograd.opaque import opaque
+from ela_kernels.ops.autograd.record import (
+    Record,
+    applied,
+    new_token,
+    refuse_other_kernels,
+    token_gradient,
+)
+from ela_kernels.ops.autograd.saved_tensors import save, unpacked
 from ela_kernels.ops.position_attention.reference import Outputs
 from ela_kernels.torch_internals import runs_as_written, version_of
 

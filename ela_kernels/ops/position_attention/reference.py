@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ela_kernels.backends.layout import accumulate_dtype
 from ela_kernels.backends.position import PositionCall
-from ela_kernels.ops.layer_attention.saved_tensors import past_hooks
+from ela_kernels.ops.autograd.saved_tensors import past_hooks
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 

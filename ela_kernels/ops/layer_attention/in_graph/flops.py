@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.autograd import library as library  # defines the operators
+from ela_kernels.ops.autograd.operators import library as library
 from ela_kernels.ops.layer_attention.in_graph import operator as operator  # and these
 from ela_kernels.ops.layer_attention.in_graph.call import Call, Left
 

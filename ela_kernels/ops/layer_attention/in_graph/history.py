@@ -167,7 +167,7 @@ class LayersInGraphs(DeferredPairs):
         if keeps and norm is not None:
             kept = Kept.of(retrieved, found_statistics if statistics is None else None, applies)
         # Layers outside of graphs find no record of this one's: they add their own gradients to those of the pair.
-        extended, at = pairs.extended(key, value, is_linked=False), snapshot.position + 1
+        extended, at = pairs.extended(key, value, have_node=False), snapshot.position + 1
         of_layer = heads, weights, divergence, token, kept, plan.tolerance
         self._leave(Snapshot(extended, at, *of_layer), False, caller)
         return out

@@ -24,6 +24,7 @@ from ela_kernels.backends.types import (
     Saved,
     SavedLayer,
 )
+from ela_kernels.ops.autograd.gradients import in_form_of
 from ela_kernels.ops.layer_attention.in_graph.call import Call, Left
 from ela_kernels.ops.layer_attention.in_graph.shapes import (
     Promise,
@@ -31,7 +32,6 @@ from ela_kernels.ops.layer_attention.in_graph.shapes import (
     backward_promises,
     forward_promises,
 )
-from ela_kernels.ops.layer_attention.record import in_form_of
 
 
 class _Forward(NamedTuple):

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ela_kernels.ops.layer_attention.autograd import library
+from ela_kernels.ops.autograd.operators import library
+from ela_kernels.ops.autograd.record import Record
 from ela_kernels.ops.layer_attention.in_graph import kernels
 from ela_kernels.ops.layer_attention.in_graph.call import CALL_SCHEMA, LEFT_SCHEMA, Call, Left
 from ela_kernels.ops.layer_attention.in_graph.shapes import (
@@ -23,7 +24,6 @@ from ela_kernels.ops.layer_attention.in_graph.shapes import (
     forward_shapes,
     none_like,
 )
-from ela_kernels.ops.layer_attention.record import Record
 
 # No memory format is asked for: the compiler may choose the one that its convolutions like.
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)

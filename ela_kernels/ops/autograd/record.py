@@ -10,24 +10,26 @@ retrieved from, so that of two continuations of one history neither sees the oth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from ela_kernels.backends.contract import KernelBackend
-from ela_kernels.backends.layout import in_form, is_interleaved, resolved
+from ela_kernels import torch_internals
 from ela_kernels.backends.types import Contribution
-from ela_kernels.ops.layer_attention.snapshot import Pairs
-from ela_kernels.torch_internals import (
-    are_transforms_active,
-    call_after_backward,
-    graph_task,
-    is_batched_gradient,
-    version_of,
-)
+from ela_kernels.torch_internals import are_transforms_active, call_after_backward
+
+
+def graph_task() -> int:
+    """Which backward pass is running in this thread; -1 outside of one."""
+    return -1 if torch.compiler.is_compiling() else torch_internals.graph_task()
+
+
+def is_recomputing(made_in: int) -> bool:
+    """Whether a checkpoint recomputes now, in a backward pass, what was made in the pass `made_in`, or in none."""
+    return graph_task() not in (-1, made_in)
+
 
 Entry = tuple[tuple[int, ...], Contribution]
 """The path of a layer, and what its backward leaves for the layers on it."""
@@ -95,92 +97,11 @@ class Record:
         return self._token_gradient
 
 
-class Link(NamedTuple):
-    """One layer's place in its history: its path, its own number last, and the pairs that it retrieves from.
-
-    Attributes:
-        keys, values: up to the layer's own; of a whole layer, which makes its own, those before it.
-        before: the pairs before a whole layer, which stand for `keys` and `values`.
-        held: the dtype that the history holds values in, where it is not that of the layer.
-        tolerance: retrievals of a smaller weight are left out.
-    """
-
-    path: tuple[int, ...]
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    heads: int
-    scale: float
-    channels_last: bool
-    backend: KernelBackend
-    record: Record
-    before: Pairs | None = None
-    held: torch.dtype | None = None
-    tolerance: float = 0.0
-
-
 def refuse_other_kernels(history: str = "LayerHistory") -> NoReturn:
     raise RuntimeError(
         f"{history}: got layers that kernels of different backends served, whose gradients do not meet; "
         "allowed is one backend for the layers of a history, and eager PyTorch beside it"
     )
-
-
-def contributions(ctx: Any) -> list[Any]:
-    """What those left so far that retrieved the layer that `ctx` belongs to, in order of depth."""
-    found: list[Contribution] = ctx.record.contributions(ctx.path)
-    for left in found:
-        if type(left) is not ctx.backend.contributes:
-            refuse_other_kernels()
-        check_unchanged(left.dout, left.dout_version)
-    return found
-
-
-def check_unchanged(dout: Tensor | None, version: int) -> None:
-    """Refuse an output gradient that is no longer what a layer left."""
-    if dout is not None and version_of(dout) != version:
-        raise RuntimeError(
-            "the gradient of a layer attention output was changed in place during the backward pass (by a hook?), "
-            "but earlier layers still need it; return a new tensor from the hook instead"
-        )
-
-
-def with_own_memory(dout: Tensor, op: str = "layer attention") -> Tensor:
-    """An output gradient that has memory of its own to read."""
-    if is_batched_gradient(dout):
-        raise RuntimeError(
-            f"{op}: got batched gradients (is_grads_batched=True, or vectorize=True of a Jacobian), which "
-            "have no memory for a kernel to read; use ela_kernels.use_backend('eager')"
-        )
-    return resolved(dout)
-
-
-def in_form_of(value: Tensor, dout: Tensor, channels_last: bool) -> Tensor:
-    """An output gradient as the kernels read it beside a map that they made; once, not for every earlier layer.
-
-    The gradient of a sum is expanded, for instance.
-    """
-    dout = with_own_memory(dout)
-    if dout.stride() == value.stride():
-        return dout
-    return in_form(dout, channels_last, is_interleaved(value, channels_last))
-
-
-def refuse_second_derivative(
-    history: str = "LayerHistory", functional: str = "layer_attention"
-) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{history}: a second derivative was asked for (create_graph=True), and the kernels' pull backward "
-            f"has none; use ela_kernels.use_backend('eager'), or the functional {functional}"
-        )
-
-
-def keep(ctx: Any, link: Link) -> None:
-    # Not the link itself: ctx outlives the backward, and would keep all values alive with it.
-    ctx.set_materialize_grads(False)
-    ctx.path, ctx.heads, ctx.scale = link.path, link.heads, link.scale
-    ctx.tolerance = link.tolerance
-    ctx.channels_last, ctx.backend, ctx.record = link.channels_last, link.backend, link.record
 
 
 def token_gradient(ctx: Any, token: Tensor | None) -> Tensor | None:
