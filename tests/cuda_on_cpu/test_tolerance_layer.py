@@ -1,6 +1,6 @@
 """What the CUDA kernels of a whole layer's attention leave out by a tolerance, on the CPU by the stand-in runtime.
 
-As in test_cuda_on_cpu_tolerance.py, expected is what the formulas give in float64 for the weights that the kernels
+As in test_tolerance.py, expected is what the formulas give in float64 for the weights that the kernels
 gave, and whatever is left out holds NaN or an infinity.
 """
 

@@ -1,4 +1,4 @@
-"""As test_addresses.py, of the bindings of the CUDA kernels, run on the CPU."""
+"""As tests/ops/test_addresses.py, of the bindings of the CUDA kernels, run on the CPU."""
 
 from __future__ import annotations
 

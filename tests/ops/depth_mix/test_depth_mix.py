@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ela_kernels as ek
 from ela_kernels.backends.dispatch import Refusal
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "depth_mix.npz"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "depth_mix.npz"
 WEIGHTS = ["[B, G, T]", "[G, T]", "[T]"]
 
 

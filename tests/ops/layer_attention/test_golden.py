@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import ela_kernels as ek
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 
 
 def load(name: str) -> dict[str, torch.Tensor]:

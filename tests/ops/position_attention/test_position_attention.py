@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 import ela_kernels as ek
 from ela_kernels.backends.extension import extension
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "position_attention.npz"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "position_attention.npz"
 SPARSE = torch.eye(12).to_sparse()
 needs_kernels = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
