@@ -66,6 +66,14 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled before the test, and what it compiled is gone afterwards."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def kernels() -> Any:
     """The compiled extension; skips where there is none."""
     if extension() is None:

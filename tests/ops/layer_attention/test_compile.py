@@ -11,12 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ela_kernels as ek
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def compiled(backend: str, **options):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,20 +16,11 @@ from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 
 import ela_kernels as ek
-from ela_kernels.backends.extension import extension
-
-pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
 
 # Compiling takes seconds for each.
 slow = pytest.mark.slow
 FORMS = [form if form == "layer" else pytest.param(form, marks=slow) for form in stage_forms.STAGES]
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("kernels", "fresh_compiler")
 
 
 def compiled(**options: Any) -> AbstractContextManager[None]:

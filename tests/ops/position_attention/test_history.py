@@ -2,108 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from support.layouts import channels_last, contiguous, last_slice
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from support.position_stages import DEPTH, LOSSES, Stage, gradients
 
 import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
-from ela_kernels.backends.extension import extension
 
-pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled kernels")
-
-DEPTH = 4
-
-
-@pytest.fixture(autouse=True)
-def cpp():
-    with ek.use_backend("cpp"):
-        yield
-
-
-class Stage:
-    """A network of a few layers whose inputs are retrieved; leaves are `x`, queries, norm weights and layers."""
-
-    def __init__(self, shape=(2, 5, 6), dtype=torch.float64, layout=contiguous, last=True) -> None:
-        self.last, channels = last, shape[-1 if last else 1]
-        self.x = layout(shape, dtype)
-        self.queries = [torch.randn(channels, dtype=dtype) for _ in range(DEPTH)]
-        self.norms = [torch.rand(channels, dtype=dtype) + 0.5 for _ in range(DEPTH)]
-        self.layers = [torch.randn(channels, dtype=dtype) for _ in range(DEPTH)]
-
-    def leaves(self) -> list[Tensor]:
-        return [self.x, *self.queries, *self.norms, *self.layers]
-
-    def fresh(self) -> list[Tensor]:
-        """Leaves that require grad, in place of those of before."""
-        made = [t.detach().requires_grad_() for t in self.leaves()]
-        self.x, self.queries, self.norms, self.layers = (
-            made[0],
-            made[1 : 1 + DEPTH],
-            made[1 + DEPTH : 1 + 2 * DEPTH],
-            made[1 + 2 * DEPTH :],
-        )
-        return made
-
-    def layer(self, t: int, x: Tensor) -> Tensor:
-        weight = self.layers[t]
-        weight = weight if self.last else weight.reshape(-1, *[1] * (x.dim() - 2))
-        return (x * weight).tanh()
-
-    def pulled(self) -> tuple[list[Tensor], list[Any]]:
-        history, outs, found = ek.PositionHistory(), [], []
-        x = self.x * 1
-        for t in range(DEPTH):
-            history.append(x, channels_last=self.last)
-            out = history.attend(self.queries[t], self.norms[t])
-            outs.append(out)
-            found.append((history.weights, history.kl, history.kl_mean))
-            x = self.layer(t, out)
-        return outs, found
-
-    def pushed(self) -> tuple[list[Tensor], list[Any]]:
-        values, prev, outs, found = [], None, [], []
-        x = self.x * 1
-        for t in range(DEPTH):
-            values.append(x)
-            r = ek.position_attention(
-                self.queries[t],
-                values,
-                norm_weight=self.norms[t],
-                prev_weights=prev,
-                channels_last=self.last,
-            )
-            outs.append(r.out)
-            found.append(tuple(r)[1:])
-            prev = r.weights
-            x = self.layer(t, r.out)
-        return outs, found
-
-
-def gradients(stage: Stage, run: Callable[[], Any], loss: Callable[[Any, Any], Tensor]) -> Any:
-    leaves = stage.fresh()
-    outs, found = run()
-    grads = torch.autograd.grad(loss(outs, found), leaves, allow_unused=True)
-    return outs, [
-        torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
-    ]
-
-
-LOSSES = {
-    "the last output": lambda outs, _: outs[-1].sin().sum(),
-    "every output": lambda outs, _: sum((1 + t) * o.square().sum() for t, o in enumerate(outs)),
-    "an output in the middle": lambda outs, _: outs[1].sin().sum(),
-    "weights": lambda _, found: found[-1][0].square().sum() + found[2][0].sin().sum(),
-    "divergences": lambda _, found: sum(f[1].sum() + 2 * f[2].sum() for f in found[1:]),
-    "all": lambda outs, found: outs[-1].sin().sum() + outs[1].sum() + found[-1][2].sum(),
-}
+pytestmark = pytest.mark.usefixtures("cpp")
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -293,110 +200,6 @@ def test_autocast():
         assert g.dtype == torch.float32
         # The push form rounds each of its T gradients to bfloat16 and their sums, this one rounds once.
         torch.testing.assert_close(g, e, rtol=0.05, atol=0.05 * e.abs().max().item() + 1e-6)
-
-
-def test_a_second_derivative_is_refused_and_eager_has_it():
-    values = [torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-
-    def run():
-        history = ek.PositionHistory()
-        for v in values:
-            history.append(v * 1)
-        out = history.attend(torch.ones(6, dtype=torch.float64))
-        return torch.autograd.grad(out.square().sum(), values, create_graph=True)
-
-    with pytest.raises(
-        RuntimeError, match=r"PositionHistory: a second derivative .* position_attention"
-    ):
-        run()
-    with ek.use_backend("eager"):
-        assert run()[0].requires_grad
-
-
-def test_a_checkpoint_that_recomputes_is_refused():
-    history, query = ek.PositionHistory(), torch.randn(6)
-
-    def block(x):
-        history.append(x * 2)
-        return history.attend(query)
-
-    out = checkpoint(block, torch.randn(2, 5, 6, requires_grad=True), use_reentrant=False)
-    with pytest.raises(RuntimeError, match=r"PositionHistory: got a call in a checkpoint"):
-        out.sum().backward()
-
-
-def test_a_changed_gradient_is_noticed():
-    stage = Stage()
-    stage.fresh()
-    outs, _ = stage.pulled()
-    kept = []
-    outs[-1].register_hook(kept.append)
-
-    def change(_: Tensor) -> None:
-        kept[0].mul_(2)
-
-    outs[1].register_hook(change)
-    with pytest.raises(RuntimeError, match="changed in place during the backward"):
-        (outs[-1] * 1).sum().backward(retain_graph=True)
-
-
-def test_a_changed_value_is_noticed():
-    stage = Stage()
-    stage.fresh()
-    history = ek.PositionHistory()
-    x = stage.x * 1
-    history.append(x)
-    out = history.attend(stage.queries[0])
-    x.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-def test_nothing_is_kept_after_a_backward():
-    class Kept(torch.Tensor):
-        pass
-
-    stage = Stage()
-    stage.fresh()
-    outs, _ = stage.pulled()
-    outs[-1].sum().backward()
-    node = weakref.ref(outs[-1].grad_fn)
-    del outs, _
-    gc.collect()
-    assert node() is None
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        (
-            lambda h: ek.PositionHistory().attend(torch.ones(6)),
-            ValueError,
-            "attend: got a history without",
-        ),
-        (lambda h: h.append([1.0]), TypeError, "value: got list"),
-        (lambda h: h.append(torch.ones(2, 5, 7)), ValueError, r"value: got shape \[2, 5, 7\]"),
-        (
-            lambda h: h.append(torch.ones(2, 5, 6).double()),
-            TypeError,
-            "value: got dtype torch.float64",
-        ),
-        (lambda h: h.append(torch.ones(2, 5, 6), False), ValueError, "channels_last: got False"),
-        (lambda h: ek.AttentionResidual(6)(h, False), ValueError, "channels_last: got False"),
-        (lambda h: h.attend(torch.ones(7)), ValueError, r"query: got shape \[7\]"),
-        (
-            lambda h: h.attend(torch.ones(6), torch.ones(7)),
-            ValueError,
-            r"norm_weight: got shape \[7\]",
-        ),
-    ],
-)
-def test_refused(call, error, words):
-    history = ek.PositionHistory()
-    history.append(torch.ones(2, 5, 6))
-    with pytest.raises(error, match=words):
-        call(history)
-    assert len(history) == len(history.values) == 1
 
 
 def test_kernels_that_take_over_in_a_history(monkeypatch):

@@ -8,9 +8,6 @@ from torch import Tensor
 
 import ela_kernels as ek
 
-needs_kernels = pytest.mark.skipif(
-    ek.backend_status()["cpp"] != "available", reason="the compiled extension was not built"
-)
 STORED_PAST_CACHES = 8 * 2**20  # bytes, as in csrc/cpu/position_backward.h
 DEPTH = 5
 
@@ -25,7 +22,7 @@ def gradients(
     return [*torch.autograd.grad(r.out, [*leaves, *(keys or ())], dout)]
 
 
-@needs_kernels
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("given_keys", [False, True], ids=["own", "given"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
