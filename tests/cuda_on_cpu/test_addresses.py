@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from support import cuda_on_cpu, native_calls
+from support import native_calls
 from support.freed import HEADS, a_map, a_row, make
 
 import ela_kernels as ek
 from ela_kernels.backends.cuda import attention as cuda
 
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 ROWS = [f"rows.{name}" for name in ("sums", "wq", "wk", "mean", "query", "key")]

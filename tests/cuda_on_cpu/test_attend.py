@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
 from support import cuda_on_cpu
-from support.cases import HALF_TYPES, Case, Maker
-from support.cuda_on_cpu import launched, off_by
+from support.cases import Case, Maker
+from support.cuda_on_cpu import DTYPES, FORMS, UNIT, launched, name_of, off_by
 from support.layouts import (
     batch_slice,
     channel_slice,
@@ -28,19 +28,7 @@ from ela_kernels.backends.cuda import attend as cuda_attend
 from ela_kernels.backends.cuda import norm as cuda_norm
 from ela_kernels.backends.types import Filters
 
-DTYPES = (torch.float32, *HALF_TYPES)
-FORMS = (contiguous, channels_last)
-UNIT = torch.finfo(torch.float32).eps / 2
-
-
-@pytest.fixture(autouse=True)
-def kernels(poisoned_memory) -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 class Call(NamedTuple):

@@ -5,32 +5,20 @@ What they compute is tested in tests/conformance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
-from support import cuda_on_cpu
 from support.cases import Maker
-from support.cuda_on_cpu import launched
-from support.layouts import channels_last, contiguous
+from support.cuda_on_cpu import FORMS, launched, name_of
+from support.layouts import contiguous
 from support.pull_stages import Stage
 
 import ela_kernels as ek
 from ela_kernels.backends.cuda import attention as cuda
 from ela_kernels.backends.gpu_tables import GpuContribution
 
-FORMS = (contiguous, channels_last)
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def retrievals(

@@ -5,28 +5,13 @@ What they compute is tested in tests/conformance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
-from support import cuda_on_cpu
 from support.cases import evaluate, make_case
-from support.cuda_on_cpu import launched
-from support.layouts import channels_last, contiguous
+from support.cuda_on_cpu import FORMS, launched, name_of
 
 import ela_kernels as ek
 
-FORMS = (contiguous, channels_last)
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 THROUGH = ["", "out", "weights", "kl", "out weights", "out kl", "weights kl", "out weights kl"]

@@ -5,22 +5,14 @@ What they compute is tested in tests/conformance.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from support import cuda_on_cpu
 from support.cuda_on_cpu import launched
 from support.layer_stages import FORMS, make_blocks, make_stage, step
 
 import ela_kernels as ek
 
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

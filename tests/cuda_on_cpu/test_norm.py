@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from support import cuda_on_cpu
-from support.cases import HALF_TYPES, Maker
-from support.cuda_on_cpu import launched, off_by
+from support.cases import Maker
+from support.cuda_on_cpu import DTYPES, FORMS, UNIT, launched, name_of, off_by
 from support.layouts import MAP_LAYOUTS, channels_last, contiguous
+from support.left_out import bits
 from torch import Tensor
 
 from ela_kernels.backends.cuda.norm import Moments, norm_backward, norm_forward, statistics_of
 from ela_kernels.backends.types import NormAct
 
-DTYPES = (torch.float32, *HALF_TYPES)
-FORMS = (contiguous, channels_last)
-UNIT = torch.finfo(torch.float32).eps / 2
 EPS = 1e-5
 
-
-@pytest.fixture(autouse=True)
-def kernels(poisoned_memory) -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def per_channel(x: Tensor) -> Tensor:
@@ -307,10 +295,6 @@ PLANS: dict[str, tuple[tuple[int, ...], Maker]] = {
     "positions": ((1, 16, 33, 31), channels_last),
     "off": ((2, 24, 17, 9), off_by(3, channels_last)),
 }
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,16 +7,25 @@ import mmap
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support import cuda_on_cpu
-from support.cases import HALF_TYPES, Case, evaluate, make_case
-from support.cuda_on_cpu import SHAPES_OF_INSTANCES, launched, off_by
+from support.cases import Case, evaluate, make_case
+from support.cuda_on_cpu import (
+    DTYPES,
+    FORMS,
+    SHAPES_OF_INSTANCES,
+    launched,
+    name_of,
+    odd_rows,
+    off_by,
+    padded,
+)
 from support.layouts import channel_slice, channels_last, contiguous
+from support.left_out import bits
 from support.oracle import assert_matches
 from torch import Tensor
 
@@ -24,22 +33,7 @@ import ela_kernels as ek
 from ela_kernels.backends.cuda import attention as cuda
 from ela_kernels.backends.gpu_tables import GpuContribution
 
-DTYPES = (torch.float32, *HALF_TYPES)
-FORMS = (contiguous, channels_last)
-
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 # Several blocks to a head, several rows and heads to a block, chunks that end within a vector, strips, heads that a
@@ -98,17 +92,6 @@ def test_the_plans_are_what_they_are_called(kernels):
         assert min(blocks[name]) > 1, name
     for name in ("rows", "channel-wise"):
         assert max(blocks[name]) < 1, name
-
-
-def padded(shape: Any, dtype: torch.dtype, gap: int | None = None) -> Tensor:
-    """Rows of the last dimension with gaps between them, which hold NaN; aligned rows unless a gap is given."""
-    row = (shape[-1] // 16 + 1) * 16 if gap is None else shape[-1] + gap
-    memory = torch.full((*shape[:-1], row), torch.nan, dtype=dtype)
-    return memory[..., : shape[-1]].copy_(torch.randn(shape))
-
-
-def odd_rows(shape: Any, dtype: torch.dtype) -> Tensor:
-    return padded(shape, dtype, 1)
 
 
 def odd_batches(shape: Any, dtype: torch.dtype) -> Tensor:

@@ -6,15 +6,14 @@ What they compute is tested in tests/conformance.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support import cuda_on_cpu
-from support.cases import HALF_TYPES
-from support.cuda_on_cpu import launched, off_by
+from support.cuda_on_cpu import DTYPES, launched, name_of, odd_rows, off_by, padded
 from support.layouts import channel_slice, channels_last, contiguous
+from support.left_out import bits
 from support.position import (
     PositionCase,
     assert_position_matches,
@@ -29,21 +28,7 @@ from ela_kernels.backends.cuda import position as cuda_position
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.position import PositionLeft
 
-DTYPES = (torch.float32, *HALF_TYPES)
-
-
-@pytest.fixture(autouse=True)
-def kernels(poisoned_memory: None) -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 # Teams that are a part of a warp, a warp and several; channels in one round and in more; rows of several tiles and a
@@ -156,17 +141,6 @@ def test_a_gather_of_layers_that_left_different_things(name, dtype):
 def test_more_retrievals_than_a_launch_gathers_from(dtype, kernels):
     check_gather(make_position_case((1, 2, 16), 2, dtype, channels_last=True), 600)
     assert launched(kernels) == ["position_gather"] * 3
-
-
-def padded(shape: Any, dtype: torch.dtype, gap: int | None = None) -> Tensor:
-    """Rows of the last dimension with gaps between them, which hold NaN; aligned rows unless a gap is given."""
-    row = (shape[-1] // 16 + 1) * 16 if gap is None else shape[-1] + gap
-    memory = torch.full((*shape[:-1], row), torch.nan, dtype=dtype)
-    return memory[..., : shape[-1]].copy_(torch.randn(shape))
-
-
-def odd_rows(shape: Any, dtype: torch.dtype) -> Tensor:
-    return padded(shape, dtype, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,15 +7,12 @@ few roundings of the sum of their magnitudes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import cuda_on_cpu
-from support.cases import HALF_TYPES
-from support.cuda_on_cpu import launched, off_by
+from support.cuda_on_cpu import DTYPES, FORMS, launched, name_of, off_by
 from support.layouts import (
     channel_slice,
     channels_last,
@@ -24,24 +21,15 @@ from support.layouts import (
     last_slice,
     one_batch,
 )
+from support.left_out import bits
 from torch import Tensor
 
 from ela_kernels.backends.cuda.producer import ProducerGradients, produce, produce_backward
 from ela_kernels.backends.types import Filters
 
-DTYPES = (torch.float32, *HALF_TYPES)
-FORMS = (contiguous, channels_last)
 ROUNDINGS = 64 * 2.0**-24
 
-
-@pytest.fixture(autouse=True)
-def kernels() -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 class Case(NamedTuple):
@@ -284,10 +272,6 @@ def test_what_is_not_finite_stays_where_it_is(where, layout):
     found = produce_backward(*case, (True,) * 4)
     for a, b in zip(found, backward_in_float64(of(case, lambda t: t)), strict=True):
         assert torch.equal(a.isfinite(), b.isfinite())
-
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view({4: torch.int32, 2: torch.int16}[x.element_size()])
 
 
 # Of each kind of tile, with more than one to a map, a strip or a batch.

@@ -12,17 +12,14 @@ import itertools
 import mmap
 import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support import cuda_on_cpu
 from support.cases import Case
-from support.cuda_on_cpu import SHAPES_OF_INSTANCES, launched
+from support.cuda_on_cpu import DTYPES, FORMS, SHAPES_OF_INSTANCES, launched, name_of
 from support.cuda_tolerance import (
-    DTYPES,
-    FORMS,
     PLANS,
     attend,
     backward,
@@ -30,7 +27,6 @@ from support.cuda_tolerance import (
     check_forward,
     contributions,
     gather_all,
-    name_of,
     named,
     plan_case,
     varied_case,
@@ -47,11 +43,7 @@ from torch import Tensor
 
 from ela_kernels.backends.gpu_tables import GpuContribution
 
-
-@pytest.fixture(autouse=True)
-def kernels(poisoned_memory) -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

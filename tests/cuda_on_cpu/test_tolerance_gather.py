@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 import torch
-from support import cuda_on_cpu
-from support.cuda_on_cpu import launched
-from support.cuda_tolerance import DTYPES, FORMS, PLANS, UNIT, contributions, gather_all, name_of
+from support.cuda_on_cpu import DTYPES, FORMS, UNIT, launched, name_of
+from support.cuda_tolerance import PLANS, contributions, gather_all
 from support.left_out import (
     NUMBERS,
     assert_near,
@@ -23,11 +19,7 @@ from ela_kernels.ops.layer_attention.reference import (
     aggregate_reference,
 )
 
-
-@pytest.fixture(autouse=True)
-def kernels(poisoned_memory) -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 MIXED = (0.125, 0.0, 0.0625, 0.25, 0.5)

@@ -7,14 +7,14 @@ gave, and whatever is left out holds NaN or an infinity.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
 from support import cuda_on_cpu
-from support.cases import HALF_TYPES, Maker
-from support.cuda_on_cpu import SHAPES_OF_INSTANCES, launched, off_by
+from support.cases import Maker
+from support.cuda_on_cpu import DTYPES, SHAPES_OF_INSTANCES, UNIT, launched, off_by
 from support.layouts import channels_last, contiguous
 from support.left_out import NUMBERS, assert_near, assert_same_bits, bits, middle, poison
 from support.oracle import largest
@@ -25,14 +25,7 @@ from ela_kernels.backends.cuda import norm as cuda_norm
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.layer_attention.reference import aggregate_reference
 
-DTYPES = (torch.float32, *HALF_TYPES)
-UNIT = torch.finfo(torch.float32).eps / 2
-
-
-@pytest.fixture(autouse=True)
-def kernels(poisoned_memory) -> Iterator[Any]:
-    with cuda_on_cpu.kernels_on_cpu() as module:
-        yield module
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 class Layer(NamedTuple):

@@ -33,7 +33,6 @@ def odd(*shape: int, **options: Any) -> torch.Tensor:
 
 
 HALF = torch.bfloat16
-
 BAD = {
     "values stacked": (
         {"values": odd(3, 2, 12, 5, 7)},
