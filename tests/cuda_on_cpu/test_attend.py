@@ -24,7 +24,7 @@ from support.oracle import oracle, tolerances
 from torch import Tensor
 from torch.nn.functional import conv1d
 
-from ela_kernels.backends.cuda import attend as cuda_attend
+from ela_kernels.backends.cuda import layer_attention
 from ela_kernels.backends.cuda import norm as cuda_norm
 from ela_kernels.backends.types import Filters
 
@@ -85,7 +85,7 @@ def make_call(
 
 def run(call: Call, wants_statistics: bool = True) -> Found:
     positions = call.values[0][0, 0].numel()
-    *found, moments = cuda_attend.attend_produced(
+    *found, moments = layer_attention.attend_produced(
         call.sums, positions, *call[1:], wants_statistics=wants_statistics, tolerance=0.0
     )
     assert (moments is None) != wants_statistics
@@ -240,7 +240,7 @@ def test_rows_alone(channels, groups, size, has_query, dtype, kernels):
     sums = torch.randn(3, groups, channels) * 35
     wq, wk = (torch.randn(1, 1, size).to(dtype) for _ in range(2))
     filters = Filters(wq if has_query else None, wk, torch.zeros(channels, 1, 3, 3, dtype=dtype))
-    found = cuda_attend.rows_of(sums, 35, filters)
+    found = layer_attention.rows_of(sums, 35, filters)
     assert found[0].dtype == dtype
     assert_rows(found, sums, filters, 35)
     assert launched(kernels) == ["layer_rows_fwd"]
@@ -284,7 +284,7 @@ def test_what_is_made_apart(name, dtype, kernels):
 def test_rows_are_the_same_bits_in_either_launch(layout, dtype):
     call = make_call((3, 40, 4, 2), 2, 5, dtype, layout, groups=13, size=5)
     found = run(call)
-    alone = cuda_attend.rows_of(call.sums, 8, call.filters, dtype)
+    alone = layer_attention.rows_of(call.sums, 8, call.filters, dtype)
     for x, y in zip(found[:3], alone, strict=True):
         assert torch.equal(x, y)
 
@@ -374,7 +374,7 @@ def test_every_instance_runs_and_is_right(kernels):
     ):
         call = make_call(shape, depth, heads, dtype, layout)
         assert_right(run(call, wants), call)
-        assert_rows(cuda_attend.rows_of(call.sums, 9, call.filters), call.sums, call.filters, 9)
+        assert_rows(layer_attention.rows_of(call.sums, 9, call.filters), call.sums, call.filters, 9)
     ran = {launch[0] for launch in kernels.take_launches()}
     built = cuda_on_cpu.instances("layer_(?:attend|rows)_")
     built -= cuda_on_cpu.leaving_out(built)

@@ -20,7 +20,7 @@ from support.left_out import NUMBERS, assert_near, assert_same_bits, bits, middl
 from support.oracle import largest
 from torch import Tensor
 
-from ela_kernels.backends.cuda import attend as cuda_attend
+from ela_kernels.backends.cuda import layer_attention
 from ela_kernels.backends.cuda import norm as cuda_norm
 from ela_kernels.backends.types import Filters
 from ela_kernels.ops.layer_attention.reference import aggregate_reference
@@ -69,7 +69,7 @@ def make_layer(
 
 def run_layer(layer: Layer, tolerance: float) -> dict[str, Tensor]:
     positions = layer.values[0][0, 0].numel()
-    *found, moments = cuda_attend.attend_produced(
+    *found, moments = layer_attention.attend_produced(
         layer.sums, positions, *layer[1:], tolerance=tolerance
     )
     statistics = None if moments is None else cuda_norm.statistics_of(moments)

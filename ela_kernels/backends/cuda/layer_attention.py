@@ -1,6 +1,6 @@
 """The glue to the CUDA kernels of a layer's rows, its query and key, and of an attention that makes them itself.
 
-As in `cuda.py`, every call takes the current stream, allocates before its launches and waits for nothing.
+As in `attention.py`, every call takes the current stream, allocates before its launches and waits for nothing.
 """
 
 from __future__ import annotations
