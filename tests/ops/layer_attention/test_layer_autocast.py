@@ -20,8 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp import layer as cpp_layer
-from ela_kernels.backends.dispatch import Refusal
+from ela_kernels.backends.dispatch import KERNELS, Refusal
 from ela_kernels.backends.extension import extension
 from ela_kernels.backends.types import NormAct
 from ela_kernels.models import CifarResNet
@@ -198,9 +197,9 @@ def test_a_network(monkeypatch, calls):
 
 def test_the_extension_is_asked_in_the_dtype_of_autocast(monkeypatch):
     seen = []
-    real = cpp_layer.layer
-    monkeypatch.setattr(
-        cpp_layer, "layer", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1]
+    real = KERNELS["cpp"].layer
+    monkeypatch.setitem(
+        vars(KERNELS["cpp"]), "layer", lambda *a, **k: (seen.append(a[0].dtype), real(*a, **k))[1]
     )
     layers, x = make_stage((2, 6, 4, 5), 1, 3, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

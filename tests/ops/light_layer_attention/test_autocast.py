@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp import light as cpp_layer
+from ela_kernels.backends.cpp import light as cpp_light
 from ela_kernels.backends.dispatch import KERNELS, Refusal
 from ela_kernels.backends.extension import extension
 from ela_kernels.models import CifarResNet
@@ -23,14 +23,21 @@ pytestmark = pytest.mark.skipif(extension() is None, reason="needs the compiled 
 
 AUTOCAST = [torch.bfloat16, torch.float16]
 IN_LAYER = ["light_layer", "light_layer_backward"]
-IN_BLOCK = ["light_layer", "light_layer_backward", "norm_backward"]
+IN_BLOCK = ["light_layer", "light_layer_backward", "norm backward"]
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """What the compiled kernels of a light layer were called for."""
-    names = ("light_layer", "light_layer_backward", "norm_backward")
-    return recorded_calls(monkeypatch, cpp_layer, names)
+    made = recorded_calls(monkeypatch, KERNELS["cpp"], IN_LAYER)
+    norm_backward_call = cpp_light.norm_backward_call
+
+    def recorded(*args):
+        made.append("norm backward")
+        return norm_backward_call(*args)
+
+    monkeypatch.setattr(cpp_light, "norm_backward_call", recorded)
+    return made
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -159,9 +166,9 @@ def test_a_network(monkeypatch, calls):
 
 def test_the_kernels_are_asked_in_the_dtype_of_autocast(monkeypatch):
     seen = []
-    real = cpp_layer.light_layer
-    monkeypatch.setattr(
-        cpp_layer,
+    real = KERNELS["cpp"].light_layer
+    monkeypatch.setitem(
+        vars(KERNELS["cpp"]),
         "light_layer",
         lambda *a: (seen.append((a[0].dtype, a[2].dtype)), real(*a))[1],
     )
