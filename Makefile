@@ -93,8 +93,8 @@ OLDEST_VENV ?= .venv-oldest
 OLDEST_TORCH := torch==$(shell sed -nE 's/^dependencies = .*"torch>=([0-9.]+)".*/\1/p' pyproject.toml).0
 OLDEST_INSTALLED := $(OLDEST_VENV)/.installed
 # What rests on PyTorch's own pieces the most, beside the inner loop's tests.
-OLDEST_TESTS := $(QUICK) $(addprefix tests/,test_torch_internals.py ops/test_block.py ops/test_history_freed.py \
-  ops/test_layer_keeps.py ops/test_mixed_dtypes.py ops/test_saved_tensors.py ops/test_transforms.py)
+OLDEST_TESTS := $(QUICK) tests/test_torch_internals.py tests/ops/test_saved_tensors.py \
+  $(addprefix tests/ops/layer_attention/test_,block.py history_freed.py layer_keeps.py mixed_dtypes.py transforms.py)
 
 $(OLDEST_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m venv $(OLDEST_VENV)
@@ -217,7 +217,7 @@ asan: $(INSTALLED) ## build with AddressSanitizer and UBSan, apart from the usua
 	  PYTHONMALLOC=malloc OMP_NUM_THREADS=2 ELA_CUDA_ON_CPU_SANITIZED=1; \
 	cd $(ASAN)/lib && $(call check-sanitized,$(ASAN)) && \
 	"$$bin/python" -m pytest -c "$$root/pyproject.toml" --rootdir "$$root" -o pythonpath= \
-	  -p no:cacheprovider -m "not slow and not gpu" "$$root/tests/ops" $(PYTEST_ARGS)
+	  -p no:cacheprovider -m "not slow and not gpu" "$$root/tests/ops" "$$root/tests/cuda_on_cpu" $(PYTEST_ARGS)
 
 tsan: $(INSTALLED) ## build with ThreadSanitizer, apart from the usual build, and run threads over new shapes
 	$(call sanitized-build,thread,$(TSAN))

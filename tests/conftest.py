@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from support import exhaustive
 
 import ela_kernels as ek
+from ela_kernels import explaining
 from ela_kernels.backends import dispatch
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension, extension_problem
@@ -63,6 +64,22 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing is compiled before the test, and what it compiled is gone afterwards."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def fresh_log() -> Iterator[None]:
+    """Nothing of what is logged once has been logged yet."""
+    explaining._told.clear()
+    yield
+    explaining._told.clear()
 
 
 @pytest.fixture

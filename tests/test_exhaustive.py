@@ -22,5 +22,5 @@ def test_stand_ins_are_known_by_their_names():
     assert usual_cases(of_kernels("cuda_on_cpu")) == ON_CPU
     assert usual_cases(of_kernels("cpp")) is None
     assert usual_cases("tests/triton/test_plan.py::test_sizes[1]") == INTERPRETED
-    assert usual_cases("tests/ops/test_cuda_on_cpu_norm.py::test_forward[1]") == ON_CPU
-    assert usual_cases("tests/ops/test_inference.py::test_a_stage[1]") is None
+    assert usual_cases("tests/cuda_on_cpu/test_norm.py::test_forward[1]") == ON_CPU
+    assert usual_cases("tests/ops/layer_attention/test_inference.py::test_a_stage[1]") is None

@@ -26,7 +26,6 @@ from benchmarks.gpu.shapes import (
     Case,
 )
 from benchmarks.shapes import StageShape
-from ela_kernels.backends.cpp import layer as cpp_layer
 from ela_kernels.backends.dispatch import KERNELS
 
 SHAPE = StageShape(3, 2, 16, 6, 8)
@@ -62,7 +61,7 @@ def test_the_network_that_has_a_target_comes_first() -> None:
 @needs_cpp
 @pytest.mark.parametrize("kind", layers.KINDS)
 def test_a_wrong_whole_layer_is_not_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cpp_layer.layer_backward
+    right = KERNELS["cpp"].layer_backward
 
     def wrong(*args: Any) -> Any:
         found, own = right(*args)
@@ -73,7 +72,7 @@ def test_a_wrong_whole_layer_is_not_timed(kind: str, monkeypatch: pytest.MonkeyP
         results = stage.step(stage.fused)
     check = stage.checker(stage.expected())
     assert 0 < check("cpp", results) < 1e-2
-    monkeypatch.setattr(cpp_layer, "layer_backward", wrong)
+    monkeypatch.setitem(vars(KERNELS["cpp"]), "layer_backward", wrong)
     with ek.use_backend("cpp"):
         results = stage.step(stage.fused)
     with pytest.raises(WrongResultError, match=r"gradients of Wv\.weight: .* away from float64"):
@@ -95,13 +94,13 @@ def test_pieces_pass_their_check(piece: str, layout: str) -> None:
 def test_a_network_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     step = networks.TrainingStep(networks.SMOKE_CASES[0], "ela", CPU)
     assert step.check("cpp") < 0.02
-    right = cpp_layer.layer
+    right = KERNELS["cpp"].layer
 
-    def wrong(*args: Any) -> Any:
-        found = right(*args)
+    def wrong(*args: Any, **options: Any) -> Any:
+        found = right(*args, **options)
         return found if found.statistics is None else found._replace(out=3 * found.out)
 
-    monkeypatch.setattr(cpp_layer, "layer", wrong)
+    monkeypatch.setitem(vars(KERNELS["cpp"]), "layer", wrong)
     with pytest.raises(WrongResultError, match="without the kernels"):
         step.check("cpp")
 

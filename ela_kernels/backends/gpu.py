@@ -94,16 +94,7 @@ class GpuBackend(KernelBackend):
             needs: of x, wq, wk, wv.
         """
 
-    def contribution(
-        self,
-        q: Tensor,
-        weights: Tensor,
-        dscores: Tensor,
-        dout: Tensor | None,
-        channels_last: bool,
-        tolerance: float = 0.0,
-    ) -> GpuContribution:
-        return GpuContribution(q, weights, dscores, dout, channels_last, tolerance)
+    contribution = staticmethod(GpuContribution)
 
     def layer(
         self,

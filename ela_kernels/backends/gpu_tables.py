@@ -221,7 +221,7 @@ class GpuContribution:
         dscores: Tensor,
         dout: Tensor | None,
         channels_last: bool,
-        tolerance: float,
+        tolerance: float = 0.0,
     ) -> None:
         self.tolerance = tolerance
         self.q, self.weights, self.dscores, self.dout = q, weights, dscores, dout

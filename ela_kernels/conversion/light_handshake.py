@@ -100,7 +100,7 @@ def light_form(module: nn.Module, name: str) -> LightForm:
             "it gives the gated value alone, and the module around it is not called with the output before"
         )
     act, act_module = _check_gate(layer)
-    readings = _readings(layer, name)
+    readings = _readings(layer)
     random, dim = layer.copy.random, layer.dim
     if readings[0].norms is None:
         shapes: list[tuple[int, ...]] = [(2, dim, *MAP)]
@@ -132,8 +132,8 @@ def _light(
     return light_layer_attention(q, k, activated(v, act), prev_out, decay, heads)
 
 
-def _readings(layer: Layer, name: str) -> list[_Reading]:
-    """What the module around the layer `name` may compute, by its parameters and norms."""
+def _readings(layer: Layer) -> list[_Reading]:
+    """What the module around the layer may compute, by its parameters and norms."""
     around, dim = layer.copy.module, layer.dim
     shapes = {n: p.shape for n, p in around.named_parameters(recurse=False)}
     of_maps = [n for n, shape in shapes.items() if shape == (dim, 1, 1)]

@@ -56,17 +56,15 @@ def save_checkpoint(state: dict[str, Any], folder: Path) -> Path:
 
 def load_checkpoint(
     folder: Path,
-    device: torch.device | str = "cpu",
     name: str = NAME,
     argument: str = "resume",
 ) -> dict[str, Any]:
-    """Read a checkpoint, `folder/checkpoint.pt` unless another is named.
+    """Read a checkpoint, `folder/checkpoint.pt` unless another is named; its tensors are put on the CPU.
 
     Nothing in the file is executed, and nothing damaged is taken for whole.
 
     Args:
         folder: where it is.
-        device: where its tensors are put.
         name: of the file.
         argument: of the command, that asks for it, `"resume"`, `"evaluate"` or `"run"`; errors name it.
 
@@ -83,7 +81,7 @@ def load_checkpoint(
         raise ValueError(
             f"{argument}: {path} cannot be read: {error.strerror or error}; {_ADVICE[argument]}"
         ) from error
-    state = _decoded(content, path, device, argument)
+    state = _decoded(content, path, argument)
     if not isinstance(state, dict) or not isinstance(state.get("options"), dict):
         raise ValueError(
             f"{argument}: {path} is no checkpoint of this program, without the options of a run; {_ADVICE[argument]}"
@@ -98,11 +96,11 @@ def load_checkpoint(
     return state
 
 
-def _decoded(content: bytes, path: Path, device: torch.device | str, argument: str) -> object:
+def _decoded(content: bytes, path: Path, argument: str) -> object:
     reason = _damage(content)
     if reason is None:
         try:
-            return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:
             # A pickle of anything else, or of code, raises nearly anything: KeyError, UnpicklingError, TypeError ...
             if is_out_of_memory(error):

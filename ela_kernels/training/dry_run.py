@@ -38,9 +38,9 @@ def dry_run(trainer: Trainer, arguments: argparse.Namespace) -> None:
     trainer.processes.wait()
 
 
-def step_seconds(trainer: Trainer, count: int = STEPS) -> list[float]:
-    """Times of so many steps of the epoch under way, without its first; of that alone where there is no other."""
-    last = min(trainer.batch + 1 + count, trainer.steps_per_epoch)
+def step_seconds(trainer: Trainer) -> list[float]:
+    """Times of `STEPS` steps of the epoch under way, without its first; of that alone where there is no other."""
+    last = min(trainer.batch + 1 + STEPS, trainer.steps_per_epoch)
     marks = [time.perf_counter()]
 
     def after_step() -> None:

@@ -52,22 +52,22 @@ class Watch:
             age = 0 if all(finite) else len(finite) - finite.index(False)
         age = self._processes.any(age)
         if age:
-            raise NotFiniteError(self._message(f"the loss of step {steps + 1 - age} is", steps))
+            raise NotFiniteError(self._message(f"the loss of step {steps + 1 - age} is"))
 
     def check_test_loss(self, loss: float, steps: int) -> None:
         """The same for the mean loss on the test images, which is one number for all processes."""
         if not math.isfinite(loss):
             raise NotFiniteError(
-                self._message(f"the loss on the test images after step {steps} is", steps)
+                self._message(f"the loss on the test images after step {steps} is")
             )
 
     def check_weights(self, found: str | None, steps: int) -> None:
         """The same for what :func:`first_not_finite` found in this process."""
         if self._processes.any(int(found is not None)):
             where = "in another process" if found is None else found
-            raise NotFiniteError(self._message(f"the state after step {steps} ({where}) is", steps))
+            raise NotFiniteError(self._message(f"the state after step {steps} ({where}) is"))
 
-    def _message(self, what: str, steps: int) -> str:
+    def _message(self, what: str) -> str:
         options = self._options
         more = ", or bf16 in the place of fp16" if options.amp == "fp16" else ""
         return (

@@ -27,13 +27,11 @@ from support.layouts import (
     last_slice,
     one_number,
 )
-from support.mixes import Mix, assert_mixed, by_hand, evaluate, make_mix
+from support.mixes import WEIGHTS, Mix, assert_mixed, by_hand, evaluate, make_mix
 from support.on_gpu import same_bits
 from support.pairs import pairs
 
 import ela_kernels as ek
-
-WEIGHTS = ["[B, G, T]", "[G, T]", "[T]"]
 
 
 def on_backend(backend: Backend, mix: Mix) -> Mix:

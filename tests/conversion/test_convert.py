@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_published import Around, Decay, Layer, Network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
 from ela_kernels.conversion.fused import Fused
-from tests.support.small_published import Around, Decay, Layer, Network
 
 
 @pytest.fixture(autouse=True)

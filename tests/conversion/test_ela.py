@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_published import Network
 from torch import Tensor, nn
 
 import ela_kernels as ek
 from ela_kernels.modules.skipping import SkipMode
-from tests.support.small_published import Network
 
 X = torch.randn(4, 3, 8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_published import BaseBlock, Block, Layer
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from tests.support.small_published import BaseBlock, Block, Layer
 
 
 class Truncated(Layer):

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import converted_process
 from torch import distributed, multiprocessing
-
-from tests.support import converted_process
 
 pytest.importorskip("torch.distributed.fsdp", reason="this PyTorch has no FSDP2")
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_published import ActivatedGate, Decay, Gate, Layer, Network
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from tests.support.small_published import ActivatedGate, Decay, Gate, Layer, Network
 
 
 class Raw(Layer):

@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.converted_stages import run, stages
+from support.small_published import Layer
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from tests.support.small_published import Layer
-
-State = tuple[Any, Any]
-
-
-def layers(count: int = 4) -> tuple[nn.ModuleList, nn.ModuleList]:
-    """A stage of the published form in float64, and a converted copy."""
-    torch.manual_seed(0)
-    theirs = nn.ModuleList(Layer(8) for _ in range(count)).double()
-    ours = copy.deepcopy(theirs)
-    ek.convert(ours, strict=True)
-    return theirs, ours
-
-
-def run(stage: nn.ModuleList, between: Callable[[Any, Any], State]) -> list[Tensor]:
-    """The output and all gradients of a stage; `between` is what is done to keys and values after each layer."""
-    stage.zero_grad()
-    x = torch.linspace(-1, 1, 2 * 8 * 12).double().view(2, 8, 4, 3).requires_grad_()
-    y, k, v = x.sin(), None, None
-    extra: Any = 0
-    for layer in stage:
-        out, k, v = layer(y, k, v)
-        y = y + out
-        k, v, *more = between(k, v)
-        extra = extra + sum(m.square().sum() for m in more)
-    if torch.is_grad_enabled():
-        (y.square().sum() + extra).backward()
-    grads = [x.grad, *(p.grad for p in stage.parameters())]
-    return [y.detach(), *(g for g in grads if g is not None)]
-
 
 # What is done, and whether the layers go on with their history afterwards.
 USES: dict[str, tuple[Callable[[Any, Any], Any], bool]] = {
@@ -95,7 +66,7 @@ IN_PLACE = ("changed in place", "changed in place and thrown away", "an element 
 
 @pytest.mark.parametrize("use", USES)
 def test_whatever_is_done_to_them_the_results_stay(use: str) -> None:
-    theirs, ours = layers()
+    theirs, ours = stages()
     between, _ = USES[use]
     with torch.set_grad_enabled(use not in IN_PLACE):
         for a, b in zip(run(ours, between), run(theirs, between), strict=True):
@@ -104,7 +75,7 @@ def test_whatever_is_done_to_them_the_results_stay(use: str) -> None:
 
 @pytest.mark.parametrize("use", USES)
 def test_the_history_goes_on_while_nobody_looks(use: str) -> None:
-    _, ours = layers()
+    _, ours = stages()
     between, goes_on = USES[use]
     histories = set()
 
@@ -120,7 +91,7 @@ def test_the_history_goes_on_while_nobody_looks(use: str) -> None:
 
 def test_older_ones_are_continued_apart() -> None:
     """Two branches from one state: neither sees the other's keys and values."""
-    theirs, ours = layers()
+    theirs, ours = stages()
     results = []
     for stage in (theirs, ours):
         stage.zero_grad()
@@ -198,7 +169,7 @@ def test_what_is_no_state_of_the_layer_is_the_original_s_to_serve_or_refuse() ->
 
 
 def test_layers_may_come_again_as_in_the_original() -> None:
-    theirs, ours = layers(2)
+    theirs, ours = stages(2)
     results = []
     for stage in (theirs, ours):
         x = torch.linspace(-1, 1, 2 * 8 * 12).double().view(2, 8, 4, 3)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_published import Decay, Gate, Layer, Network
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ela_kernels as ek
-from tests.support.small_published import Decay, Gate, Layer, Network
 
 
 def test_a_decay_that_lets_no_gradient_pass_is_left() -> None:

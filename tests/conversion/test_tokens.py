@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.small_published import ActivatedGate, Layer, Network, TokenDecay, TokenNetwork
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint_sequential
 
 import ela_kernels as ek
 from ela_kernels.conversion.fused import Fused
-from tests.support.small_published import ActivatedGate, Layer, Network, TokenDecay, TokenNetwork
 
 X = torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ import ela_kernels as ek  # noqa: E402
 from ela_kernels.integrations import detach  # noqa: E402
 from ela_kernels.integrations.attach import attached_blocks  # noqa: E402
 from ela_kernels.integrations.layers import LayerNorm2d  # noqa: E402
-from ela_kernels.integrations.timm import MODELS, add_layer_attention  # noqa: E402
+from ela_kernels.integrations.timm import add_layer_attention  # noqa: E402
 from ela_kernels.models.blocks import MRLALight  # noqa: E402
 from ela_kernels.ops.light_layer_attention.history import PreviousOutput  # noqa: E402
 
@@ -305,33 +304,6 @@ def test_autocast():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_registered_models(name, tmp_path):
-    assert name in timm.list_models()
-    base = name[: name.rindex("_mrla" if "_mrla" in name else "_ela")]
-    options = {"img_size": 32} if base.startswith("vit") else {}
-    torch.manual_seed(1)
-    expected = timm.create_model(base, **options).eval()
-    torch.save(expected.state_dict(), tmp_path / "weights.pth")
-    model = timm.create_model(
-        name,
-        pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "weights.pth")},
-        layer_attention={"head_dim": 8},
-        **options,
-    ).eval()
-    assert model.pretrained_cfg["architecture"] == name
-    assert len(attached_blocks(model)) == (12 if base.startswith("vit") else 16)
-    assert {b.ela.attn.head_dim for b in attached_blocks(model).values()} == {8}
-    x = torch.randn(1, 3, 32, 32)
-    assert torch.equal(model(x), expected(x))
-    torch.save(model.state_dict(), tmp_path / "own.pth")
-    again = timm.create_model(
-        name, checkpoint_path=str(tmp_path / "own.pth"), layer_attention={"head_dim": 8}, **options
-    )
-    assert torch.equal(again.eval()(x), expected(x))
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "sentence"),
     [
@@ -386,33 +358,6 @@ def test_what_does_not_fit_is_refused_by_name(kind, options, sentence):
     assert model.training
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "sentence"),
-    [
-        (
-            "ela",
-            TypeError,
-            "layer_attention: got 'ela'; allowed is a dict of options of the layers: e",
-        ),
-        (
-            {"skp": 1},
-            ValueError,
-            "layer_attention: got 'skp' in it; allowed is a dict of options of t",
-        ),
-        (
-            {"form": "mrla"},
-            ValueError,
-            "layer_attention: got 'form' in it; allowed is a dict of opti",
-        ),
-    ],
-)
-def test_options_of_a_named_model_are_refused_by_name(given, error, sentence):
-    with pytest.raises(error) as caught:
-        timm.create_model("resnet50_ela", layer_attention=given)
-    assert str(caught.value).startswith(sentence)
-    assert "every, head_dim, norm, drop_path, skip, tolerance, history_dtype" in str(caught.value)
-
-
 def test_models_that_do_not_fit_are_refused_by_name():
     with pytest.raises(
         ValueError, match=r"^model: got MobileNetV3, without blocks that are known; al"
@@ -426,13 +371,6 @@ def test_models_that_do_not_fit_are_refused_by_name():
     assert isinstance(dropping.patch_drop, PatchDropout)
     with pytest.raises(ValueError, match=r"^model: got VisionTransformer with patch_drop_rate"):
         add_layer_attention(dropping)
-
-
-def test_a_registered_model_takes_what_the_plain_one_takes():
-    model = timm.create_model("resnet50_mrla.a1_in1k", features_only=True, out_indices=(1, 2))
-    assert model.pretrained_cfg["tag"] == "a1_in1k"
-    assert [y.shape[1] for y in model(torch.randn(1, 3, 64, 64))] == [256, 512]
-    assert list(attached_blocks(model))[-1] == "layer2.3"
 
 
 def test_a_grid_that_changes_has_to_be_named():
@@ -456,12 +394,3 @@ def test_a_grid_that_changes_has_to_be_named():
         ValueError, match=r"^blocks\.0: got 16 tokens of a map.*allowed are 8, for th"
     ):
         model(x)
-
-
-def test_a_missing_library_is_told_in_a_sentence(monkeypatch):
-    monkeypatch.setitem(sys.modules, "timm", None)
-    monkeypatch.delitem(sys.modules, "ela_kernels.integrations.timm")
-    with pytest.raises(
-        ImportError, match=r"needs timm, which could not be imported .*'ela-kernels\[ti"
-    ):
-        import ela_kernels.integrations.timm  # noqa: F401

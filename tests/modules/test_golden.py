@@ -7,16 +7,15 @@ than 1e-10.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.layer_stages import recorded_calls
 from torch import Tensor, nn
 
 import ela_kernels as ek
-from ela_kernels.backends.cpp import layer as cpp_layer
-from ela_kernels.backends.cpp import light as cpp_light_layer
+from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.modules import ConcatHistory, ConcatLayerAttention
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -57,17 +56,8 @@ def check_gradients(x: Tensor, layers: list[nn.Module], data: dict[str, np.ndarr
 @pytest.fixture
 def whole_layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the kernels of whole layers were called for: a golden number proves them only where they ran."""
-    made: list[str] = []
-
-    def counted(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: (made.append(name), real(*a, **k))[1])
-
-    for name in ("layer", "layer_backward"):
-        counted(cpp_layer, name)
-    for name in ("light_layer", "light_layer_backward"):
-        counted(cpp_light_layer, name)
-    return made
+    names = ("layer", "layer_backward", "light_layer", "light_layer_backward")
+    return recorded_calls(monkeypatch, KERNELS["cpp"], names)
 
 
 @pytest.mark.parametrize("name", ["mrla_base", "mrla_base_channelwise"])

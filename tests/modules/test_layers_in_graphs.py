@@ -4,108 +4,23 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.graph_stages import CHANNELS, Stage, assert_trains_alike, block, maps, operators, stage
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.models.blocks import MRLA
-from ela_kernels.ops.layer_attention.in_graph.call import FORMULA
 
-CHANNELS = 32
 COMPILES = pytest.mark.skipif(
     " " in torch.__file__, reason="torch.compile gives g++ its folders without quotes"
 )
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
-class Stage(nn.Module):
-    """Convolutions, each with a layer after it; `between` is called after each."""
-
-    def __init__(
-        self,
-        layers: list[nn.Module],
-        between: Callable[[int, Tensor, ek.LayerHistory], Tensor] | None = None,
-        reads: bool = False,
-    ) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 1) for _ in layers)
-        self.layers = nn.ModuleList(layers)
-        self.between, self.reads = between, reads
-
-    def forward(self, x: Tensor) -> Tensor:
-        history, extra = ek.LayerHistory(), torch.zeros((), dtype=x.dtype)
-        for i, (conv, layer) in enumerate(zip(self.convs, self.layers, strict=True)):
-            x = conv(x).relu()
-            if isinstance(layer, ek.LayerAttention):
-                x = layer(x, history, residual=i % 2 == 0)
-            else:
-                x = layer(x, history)
-            if self.between is not None:
-                x = self.between(i, x, history)
-            if self.reads and history.kl is not None:
-                extra = extra + history.kl.sum() + history.weights[..., 0].square().sum()
-        return x.square().mean() + extra
-
-
-def block(drop_path: float = 0.0, relu: bool = True) -> MRLA:
-    made = MRLA(ek.LayerAttention(CHANNELS), drop_path, relu)
-    nn.init.normal_(made.norm.weight)
-    nn.init.normal_(made.norm.bias)
-    return made
-
-
-def stage(*layers: nn.Module, **options: Any) -> Stage:
-    return Stage(list(layers), **options).double()
-
-
-def maps(batch: int = 3, size: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(batch, CHANNELS, size, size, dtype=dtype)
-
-
-def operators(found: list[str], only_forward: bool = False) -> Any:
-    """A compiler that lists the package's operators of the graphs it is given, and runs them as they are."""
-
-    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
-        names = (str(n.target).removesuffix(".default") for n in graph.graph.nodes)
-        found.extend(n.removeprefix("ela_kernels.") for n in names if "ela_kernels" in n)
-        return graph.forward
-
-    return note if only_forward else aot_autograd(fw_compiler=note, bw_compiler=note)
-
-
-def assert_trains_alike(
-    module: nn.Module, compiled: Any, *, steps: int = 2, batch: int = 3, **tolerance: float
-) -> None:
-    """Outputs, all gradients and buffers, of steps that change the running statistics."""
-    twin = copy.deepcopy(module)
-    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-11}  # float64: sums in another order at most
-    for step in range(steps):
-        x = maps(batch + step)
-        first, second = (x.clone().requires_grad_() for _ in range(2))
-        results = []
-        for model, call, given in ((module, compiled, first), (twin, twin, second)):
-            model.zero_grad(set_to_none=True)
-            torch.manual_seed(step)  # of drop path
-            results.append(call(given))
-            results[-1].backward()
-        torch.testing.assert_close(*results, **tolerance)
-        torch.testing.assert_close(first.grad, second.grad, **tolerance)
-        for (name, p), q in zip(module.named_parameters(), twin.parameters(), strict=True):
-            grads = (torch.zeros_like(t) if t.grad is None else t.grad for t in (p, q))
-            torch.testing.assert_close(*grads, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
-        for p, q in zip(module.buffers(), twin.buffers(), strict=True):
-            torch.testing.assert_close(p, q, **tolerance)
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -336,89 +251,3 @@ def test_a_part_of_the_gradients_and_a_graph_that_is_kept() -> None:
                 for out in outs
             )
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
-
-
-def test_the_setting_compiles_anew() -> None:
-    model, found = stage(block(), block()), []
-    compiled = torch.compile(model, backend=operators(found, only_forward=True))
-    x = maps()
-    compiled(x)
-    assert found == ["layer", "layer"]
-    with ek.use_backend("eager"):
-        found.clear()
-        compiled(x)
-        assert found == ["layer_attention", "layer_attention"]
-    found.clear()
-    compiled(x)
-    assert found == []  # the graph of before
-
-
-def test_more_batch_sizes_are_one_graph_more() -> None:
-    model, counter = stage(block(), block()), CompileCounter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for batch, size in ((2, 5), (3, 5), (4, 5), (3, 7), (2, 8), (5, 6)):
-        x = maps(batch, size)
-        torch.testing.assert_close(compiled(x), model(x))
-    assert counter.frame_count <= 3
-
-
-@pytest.mark.parametrize("why", ["hook", "one parameter", "group norm", "own forward"])
-def test_what_the_operator_does_not_know_is_made_of_pieces(why: str) -> None:
-    layers, seen = [block(), block()], []
-    if why == "hook":
-        layers[1].attn.register_forward_hook(lambda *_: seen.append(1))
-    elif why == "one parameter":
-        layers[1].norm.weight = None
-    elif why == "group norm":
-        layers[1].norm = nn.GroupNorm(4, CHANNELS)
-    else:
-
-        class Own(ek.LayerAttention):
-            def forward(self, x: Tensor, history: Any, *rest: Any) -> Tensor:
-                return 2 * super().forward(x, history, *rest)
-
-        layers[1].attn = Own(CHANNELS)
-    model, found = stage(*layers), []
-    compiled = torch.compile(model, fullgraph=True, backend=operators(found, only_forward=True))
-    x = maps()
-    torch.testing.assert_close(compiled(x), copy.deepcopy(model)(x))
-    assert found[0] == "layer"
-    if why == "hook":
-        assert len(seen) == 2
-    assert_trains_alike(model, torch.compile(model, backend="aot_eager"))
-
-
-def test_a_norm_without_momentum_is_pytorchs() -> None:
-    """Its cumulative mean is a number that would have to be read when the graph runs."""
-    model = stage(block(), block())
-    model.layers[1].norm.momentum = None
-    assert_trains_alike(model, torch.compile(model, backend="aot_eager"))
-
-
-def test_graphs_on_disk_are_of_this_formula() -> None:
-    """What they are found again by has to change with the backward, which it does not see."""
-    numbers = []
-
-    def note(graph: torch.fx.GraphModule, _: Any) -> Any:
-        calls = [n for n in graph.graph.nodes if "ela_kernels.layer" in str(n.target)]
-        numbers.extend(call.args[-2] for call in calls)
-        return graph.forward
-
-    torch.compile(stage(block(), block()), backend=note)(maps())
-    assert numbers == [FORMULA, FORMULA]
-
-
-def test_an_exported_program_needs_no_kernels() -> None:
-    model = stage(block(), block()).eval()
-    program = torch.export.export(model, (maps(),))
-    names = {str(n.target) for n in program.graph.nodes if "ela_kernels" in str(n.target)}
-    assert names == {"ela_kernels.layer_attention.default"}
-
-
-def test_a_second_derivative_is_refused() -> None:
-    model = stage(block(), block())
-    x = maps().requires_grad_()
-    out = torch.compile(model, backend="eager")(x)
-    (grad,) = torch.autograd.grad(out, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        grad.sum().backward()

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.leaving import leave_together
+from support.small_published import Network, TokenNetwork
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import ela_kernels as ek
-from tests.support.leaving import leave_together
-from tests.support.small_published import Network, TokenNetwork
 
 KINDS: dict[str, Callable[[], Any]] = {
     "base": Network,

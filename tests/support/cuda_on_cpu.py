@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.cases import Maker
+from support.cases import HALF_TYPES, Maker
 from support.layouts import channels_last, contiguous
 from torch import Tensor
 
@@ -37,6 +37,9 @@ from ela_kernels.backends import dispatch
 from ela_kernels.backends.cuda import attention as cuda
 from ela_kernels.backends.cuda.backend import CudaBackend
 
+DTYPES = (torch.float32, *HALF_TYPES)
+FORMS = (contiguous, channels_last)
+UNIT = torch.finfo(torch.float32).eps / 2
 SHAPES_OF_INSTANCES = [
     ((1, 16, 4, 4), 2, contiguous),
     ((1, 16, 4, 4), 2, channels_last),
@@ -290,3 +293,19 @@ def off_by(elements: int, layout: Maker) -> Maker:
         return moved.copy_(x)
 
     return make
+
+
+def padded(shape: Any, dtype: torch.dtype, gap: int | None = None) -> Tensor:
+    """Rows of the last dimension with gaps between them, which hold NaN; aligned rows unless a gap is given."""
+    row = (shape[-1] // 16 + 1) * 16 if gap is None else shape[-1] + gap
+    memory = torch.full((*shape[:-1], row), torch.nan, dtype=dtype)
+    return memory[..., : shape[-1]].copy_(torch.randn(shape))
+
+
+def odd_rows(shape: Any, dtype: torch.dtype) -> Tensor:
+    return padded(shape, dtype, 1)
+
+
+def name_of(value: object) -> str:
+    """Of a layout, a dtype or a number, in a test's name."""
+    return getattr(value, "__name__", str(value))

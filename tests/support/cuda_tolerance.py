@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from support.cases import HALF_TYPES, Case, Maker, make_case
+from support.cases import Case, Maker, make_case
 from support.cuda_on_cpu import off_by
 from support.layouts import channel_slice, channels_last, contiguous
 from support.left_out import (
@@ -26,14 +26,6 @@ from ela_kernels.ops.layer_attention.reference import (
     aggregate_reference,
     layer_attention_backward_reference,
 )
-
-DTYPES = (torch.float32, *HALF_TYPES)
-FORMS = (contiguous, channels_last)
-UNIT = torch.finfo(torch.float32).eps / 2
-
-
-def name_of(value: object) -> str:
-    return getattr(value, "__name__", str(value))
 
 
 def varied_case(

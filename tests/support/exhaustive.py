@@ -32,7 +32,7 @@ def usual_cases(name: str) -> int | None:
     file, _, case = name.partition("::")
     if "triton_interpreted" in case or re.search(r"tests/triton/", file):
         return INTERPRETED
-    if "cuda_on_cpu" in case or re.search(r"test_cuda_on_cpu", file):
+    if "cuda_on_cpu" in case or re.search(r"tests/cuda_on_cpu/", file):
         return ON_CPU
     return None
 

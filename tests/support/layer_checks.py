@@ -33,6 +33,7 @@ Step = Callable[[Any, Tensor], Results]
 EXACT = {"rtol": 1e-9, "atol": 1e-10}
 EXACT_WITH_NORM = {"rtol": 1e-8, "atol": 1e-9}
 CPU = torch.device("cpu")
+KINDS = ("layer", "block")
 FORMS = (torch.contiguous_format, torch.channels_last)
 LOSSES = ("out", "first", "kl", "weights")
 
@@ -114,6 +115,13 @@ def calls(depth: int, backward: int | None = None) -> list[str]:
 def leaf(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A leaf in the memory format of `x`."""
     return x.detach().to(device, dtype or x.dtype).requires_grad_(x.requires_grad)
+
+
+def placed(backend: Backend, kind: str, *args: Any, **options: Any) -> Any:
+    """Modules and their input where the backend runs, in the widest dtype that it serves."""
+    shape, depth, head_dim = args
+    modules, x = make(kind, shape, depth, head_dim, backend.exact, FORMS[0], **options)
+    return modules.to(backend.device), leaf(x, backend.device)
 
 
 def check(

@@ -13,6 +13,9 @@ from torch import Tensor
 
 import ela_kernels as ek
 
+WEIGHTS = ["[B, G, T]", "[G, T]", "[T]"]
+"""The forms of weights that the op takes, as its docstring writes them."""
+
 
 @dataclass
 class Mix:

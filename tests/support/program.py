@@ -12,14 +12,34 @@ import pytest
 import torch
 
 from ela_kernels.__main__ import main
+from ela_kernels.models import CifarResNet
+from ela_kernels.training.data import Task
 from ela_kernels.training.loop import Trainer
+from ela_kernels.training.options import Options
 
 # Two steps an epoch.
 SMALL = "--side 8 --batch-size 700 --model resnet20 --attention none --threads 1"
+# EBQM decides at the 4th step and at every second after it, and skips as much as it may.
+EBQM = "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 smoothing=0.5"
+DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EBQM}"
+RECIPE = (
+    "--label-smoothing 0.1 --model-ema --model-ema-steps 2 --schedule cosine --lr-warmup-epochs 1"
+)
+
+
+def run_program(out: Path, options: str, *paths: str | Path) -> int:
+    """Its exit status; `options` are split at blanks, which `paths` may have."""
+    return main(["train", "--out", str(out), *map(str, paths), *options.split()])
 
 
 def train(out: Path, more: str, *paths: str | Path) -> int:
-    return main(["train", "--out", str(out), *map(str, paths), *f"{SMALL} {more}".split()])
+    return run_program(out, f"{SMALL} {more}", *paths)
+
+
+def trainer(task: Task, options: Options) -> Trainer:
+    torch.manual_seed(0)
+    model = CifarResNet((3,), (8,), in_chans=1, attention="ela", head_dim=8)
+    return Trainer(model, task, options)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:

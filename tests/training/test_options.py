@@ -14,18 +14,13 @@ from ela_kernels.__main__ import main
 from ela_kernels.models import CifarResNet
 from ela_kernels.training import logs
 from ela_kernels.training.checkpoint import load_checkpoint
-from ela_kernels.training.data import Task, load_task
+from ela_kernels.training.data import Task
 from ela_kernels.training.logs import STEP_COLUMNS, Logs, Progress, print_table
 from ela_kernels.training.loop import Trainer
 from ela_kernels.training.options import Options
 from ela_kernels.training.reading import Part
 
 pytest.importorskip("sklearn")
-
-
-@pytest.fixture(scope="module")
-def digits() -> Task:
-    return load_task("digits", side=8)
 
 
 def trainer(task: Task, options: Options, workers: int = 0) -> Trainer:

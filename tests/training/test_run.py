@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.program import assert_same, read_log, without_times
+from support.program import DIGITS, assert_same, read_log, run_program, without_times
 
-from ela_kernels.__main__ import main
 from ela_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 from ela_kernels.training.logs import columns_of
 
@@ -26,19 +25,11 @@ needs_distributed = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="this PyTorch has no torch.distributed"
 )
 ROOT = Path(__file__).resolve().parents[2]
-# EBQM decides at the 4th step and at every second after it, and skips as much as it may.
-EAGER_EBQM = "--ebqm warmup=4 interval=2 probe_interval=3 low=0.98 high=0.99 smoothing=0.5"
 RECIPE = "--label-smoothing 0.1 --model-ema --schedule cosine --lr-warmup-epochs 1 --workers 1"
-DIGITS = f"--side 8 --batch-size 240 --model resnet20 --threads 1 --drop-path 0.1 {EAGER_EBQM}"
-
-
-def train(out: Path, more: str = DIGITS) -> int:
-    """Run the program; `more` is split at blanks, which paths may have."""
-    return main(["train", "--out", str(out), *more.split()])
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(tmp_path, f"{DIGITS} --epochs 2 --tensorboard") == 0
+    assert run_program(tmp_path, f"{DIGITS} --epochs 2 --tensorboard") == 0
     rows = read_log(tmp_path)
     assert list(rows[0]) == list(columns_of(has_top=True, averaged=False))
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "5"), ("2", "10")]
@@ -57,7 +48,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
     from ela_kernels.training import loop
 
     more = f"{DIGITS} --epochs 3 --log-every 2"
-    assert train(tmp_path / "whole", more) == 0
+    assert run_program(tmp_path / "whole", more) == 0
 
     step = loop.Trainer._step
 
@@ -71,10 +62,10 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
     for stops in ({3}, {8}, {10}):
         # Reading ahead changes nothing, and a run may be resumed with it.
         resume = "" if stops == {3} else "--resume --workers 2"
-        assert train(tmp_path / "parts", f"{more} {resume}") == 130
+        assert run_program(tmp_path / "parts", f"{more} {resume}") == 130
         state = load_checkpoint(tmp_path / "parts")
         assert state["epoch"] * 5 + state["batch"] == stops.pop()
-    assert train(tmp_path / "parts", f"{more} --resume") == 0
+    assert run_program(tmp_path / "parts", f"{more} --resume") == 0
 
     whole, parts = (without_times(load_checkpoint(tmp_path / name)) for name in ("whole", "parts"))
     assert any(whole["ebqm"]["skipped"])
@@ -89,7 +80,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
 def test_resume_finds_another_seed_different(tmp_path: Path) -> None:
     """What the test above compares does depend on the run."""
     for seed in (0, 1):
-        assert train(tmp_path / str(seed), f"{DIGITS} --epochs 1 --seed {seed}") == 0
+        assert run_program(tmp_path / str(seed), f"{DIGITS} --epochs 1 --seed {seed}") == 0
     a, b = (without_times(load_checkpoint(tmp_path / str(seed)))["model"] for seed in (0, 1))
     with pytest.raises(AssertionError):
         assert_same(a, b)
@@ -145,7 +136,7 @@ def test_a_signal_leaves_a_checkpoint(tmp_path: Path, number: int, status: int) 
 def test_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, message: str
 ) -> None:
-    assert train(tmp_path / "out", more) == 2
+    assert run_program(tmp_path / "out", more) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
@@ -155,15 +146,15 @@ def test_refused(
 def test_an_earlier_run_is_not_overwritten_nor_mixed_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(tmp_path, f"{DIGITS} --epochs 1") == 0
+    assert run_program(tmp_path, f"{DIGITS} --epochs 1") == 0
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    assert train(tmp_path, f"{DIGITS} --epochs 1") == 2
+    assert run_program(tmp_path, f"{DIGITS} --epochs 1") == 2
     assert "is there already" in capsys.readouterr().err
-    assert train(tmp_path, f"{DIGITS} --epochs 1 --resume --lr 0.5") == 2
+    assert run_program(tmp_path, f"{DIGITS} --epochs 1 --resume --lr 0.5") == 2
     assert "lr=0.03 (now 0.5)" in capsys.readouterr().err
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     (tmp_path / "checkpoint.pt").write_bytes(before[:1000])
-    assert train(tmp_path, f"{DIGITS} --epochs 1 --resume") == 2
+    assert run_program(tmp_path, f"{DIGITS} --epochs 1 --resume") == 2
     assert "is no checkpoint" in capsys.readouterr().err
 
 
@@ -242,8 +233,8 @@ def test_history_dtype_is_a_setting_of_the_run(
 ) -> None:
     """It changes the numbers, goes on as it was, and is in no checkpoint of a run without it."""
     more = f"{DIGITS} --epochs 1"
-    assert train(tmp_path / "plain", more) == 0
-    assert train(tmp_path / "held", f"{more} --history-dtype bfloat16") == 0
+    assert run_program(tmp_path / "plain", more) == 0
+    assert run_program(tmp_path / "held", f"{more} --history-dtype bfloat16") == 0
     plain, held = (load_checkpoint(tmp_path / name) for name in ("plain", "held"))
     assert "history_dtype" not in plain["options"]["task"]
     assert held["options"]["task"]["history_dtype"] == "bfloat16"
@@ -251,5 +242,5 @@ def test_history_dtype_is_a_setting_of_the_run(
     assert losses[0] != losses[1]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=0.1)
     capsys.readouterr()
-    assert train(tmp_path / "held", f"{more} --resume") == 2
+    assert run_program(tmp_path / "held", f"{more} --resume") == 2
     assert "history-dtype='bfloat16' (now missing)" in capsys.readouterr().err

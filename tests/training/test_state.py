@@ -14,7 +14,7 @@ from ela_kernels.__main__ import main
 from ela_kernels.models import CifarResNet
 from ela_kernels.modules import ELA
 from ela_kernels.training.checkpoint import NAME
-from ela_kernels.training.data import Task, load_task
+from ela_kernels.training.data import Task
 from ela_kernels.training.loop import Interrupted, Trainer
 from ela_kernels.training.options import Options
 
@@ -24,11 +24,6 @@ EBQM = {"warmup": 1, "interval": 1, "probe_interval": 1, "low": 0.98, "high": 0.
 OPTIONS = Options(epochs=2, batch_size=400, ebqm=EBQM)
 NAN = float("nan")
 _REMOVED = object()
-
-
-@pytest.fixture(scope="module")
-def digits() -> Task:
-    return load_task("digits", side=8)
 
 
 def make(task: Task, options: Options = OPTIONS, width: int = 8) -> Trainer:

@@ -117,7 +117,7 @@ def attend(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
-    tolerance: float,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one call of the extension."""
     last = values[-1]
@@ -303,7 +303,7 @@ class CppContribution:
         dscores: Tensor,
         dout: Tensor | None,
         channels_last: bool,
-        tolerance: float,
+        tolerance: float = 0.0,
     ) -> None:
         self.weights, self.dscores, self.dout = weights, dscores, dout
         self.tolerance = tolerance

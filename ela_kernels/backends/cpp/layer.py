@@ -19,7 +19,7 @@ from ela_kernels.backends.cpp.attention import (
     value_type,
 )
 from ela_kernels.backends.cpp.attention import kernels as compiled
-from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward, norm_call
+from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward_call, norm_call
 from ela_kernels.backends.layout import (
     MapView,
     SameStrides,
@@ -161,8 +161,8 @@ def layer(
     heads: int,
     scale: float,
     prev_weights: Tensor | None,
-    epilogue: Epilogue | None,
-    keeps_retrieved: bool,
+    epilogue: Epilogue | None = None,
+    keeps_retrieved: bool = True,
     reused: Retrieved | None = None,
     value_dtype: torch.dtype | None = None,
     tolerance: float = 0.0,
@@ -271,7 +271,7 @@ def layer_backward(
         if type(epilogue) is NormAct:
             assert retrieved is not None
             assert statistics is not None
-            dout, dgamma, dbeta, norm = norm_backward(
+            dout, dgamma, dbeta, norm = norm_backward_call(
                 retrieved, dout, statistics, epilogue, dretrieved
             )
     elif dretrieved is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ela_kernels.backends.checks import check_light_shape, check_light_sizes
 from ela_kernels.backends.cpp.attention import DTYPE_CODES, NO_MAP, new_map, thread_count
 from ela_kernels.backends.cpp.attention import kernels as compiled
-from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward, norm_call
+from ela_kernels.backends.cpp.norm import ImageSizes, moments, norm_backward_call, norm_call
 from ela_kernels.backends.layout import (
     MapView,
     accumulate_dtype,
@@ -72,7 +72,7 @@ def light_layer(
     prev: Tensor,
     heads: int,
     scale: float,
-    epilogue: NormAct | None,
+    epilogue: NormAct | None = None,
     value_act: ValueAct | None = None,
     keeps: bool = True,
 ) -> LightForward:
@@ -157,7 +157,7 @@ def light_layer_backward(
         assert out is not None
         assert statistics is not None
         residual = dout
-        dout, dgamma, dbeta, norm = norm_backward(out, dout, statistics, epilogue, dnext)
+        dout, dgamma, dbeta, norm = norm_backward_call(out, dout, statistics, epilogue, dnext)
     else:
         dout = dnext
     if dout is None:

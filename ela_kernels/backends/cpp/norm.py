@@ -167,11 +167,11 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Ten
     return out
 
 
-def norm_gradients(
+def norm_backward(
     o: Tensor, dout: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
 ) -> NormGradients:
     """The gradients of what :func:`norm_forward` does, in a call of their own; `also` is added to that of `o`."""
-    do, dgamma, dbeta, call = norm_backward(o, dout, statistics, norm, also)
+    do, dgamma, dbeta, call = norm_backward_call(o, dout, statistics, norm, also)
     compiled().norm_backward(
         DTYPE_CODES[o.dtype],
         sizes=(*o.shape, int(is_interleaved(o, False))),
@@ -191,7 +191,7 @@ class NormBackward(NamedTuple):
     call: NormCall
 
 
-def norm_backward(
+def norm_backward_call(
     o: Tensor, dout: Tensor, statistics: Tensor, norm: NormAct, also: Tensor | None = None
 ) -> NormBackward:
     """What the backward of the layer will fill in the same call. `also` is added to the gradient of `o`."""

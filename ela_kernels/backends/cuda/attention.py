@@ -86,7 +86,7 @@ def attend(
     scale: float,
     prev_weights: Tensor | None,
     channels_last: bool,
-    tolerance: float,
+    tolerance: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`(out, weights, kl)` in one launch."""
     check_inputs(q, keys, values, prev_weights)

@@ -1,4 +1,4 @@
-"""The backend of NVIDIA's GPUs."""
+"""The backend of NVIDIA's GPUs: its limits, and which function does what the contract asks for."""
 
 from __future__ import annotations
 
@@ -6,29 +6,12 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from ela_kernels.backends import extension as built
 from ela_kernels.backends.contract import ATTENTION_OPS, MIX_OPS, POSITION_OPS
-from ela_kernels.backends.cuda import attention, layer, mix, position, producer
-from ela_kernels.backends.cuda import norm as norms
+from ela_kernels.backends.cuda import attention, layer, norm, position, producer
+from ela_kernels.backends.cuda import mix as mixes
 from ela_kernels.backends.gpu import GpuBackend, no_device_reason
-from ela_kernels.backends.gpu_tables import GpuContribution, ProducerGradients
-from ela_kernels.backends.position import (
-    PositionCall,
-    PositionGradients,
-    PositionLeft,
-    PositionNeeds,
-)
-from ela_kernels.backends.types import (
-    Filters,
-    Gradients,
-    LayerForward,
-    MixGradients,
-    NormAct,
-    NormGradients,
-    Saved,
-)
 
 
 class CudaBackend(GpuBackend):
@@ -60,142 +43,19 @@ class CudaBackend(GpuBackend):
             torch.cuda.get_device_name(device),
         )
 
-    def attend(
-        self,
-        q: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        heads: int,
-        scale: float,
-        prev_weights: Tensor | None,
-        channels_last: bool,
-        tolerance: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        return attention.attend(
-            q, keys, values, heads, scale, prev_weights, channels_last, tolerance
-        )
-
-    def weights(
-        self,
-        q: Tensor,
-        keys: Sequence[Tensor],
-        heads: int,
-        scale: float,
-        prev_weights: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        return attention.weights(q, keys, heads, scale, prev_weights)
-
-    def attend_backward(
-        self,
-        saved: Saved,
-        dout: Tensor | None,
-        dweights: Tensor | None,
-        dkl: Tensor | None,
-        need_q: bool,
-        need_prev: bool,
-        need_keys: Sequence[bool] = (),
-        need_values: Sequence[bool] = (),
-        into: Tensor | None = None,
-    ) -> Gradients:
-        return attention.attend_backward(
-            saved, dout, dweights, dkl, need_q, need_prev, need_keys, need_values, into
-        )
-
-    def gather(
-        self,
-        contributions: Sequence[GpuContribution],
-        index: int,
-        heads: int,
-        channels_last: bool,
-        need_key: bool,
-        need_value: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        return attention.gather(contributions, index, heads, channels_last, need_key, need_value)
-
-    def retrieve(
-        self,
-        x: Tensor,
-        filters: Filters,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-        heads: int,
-        scale: float,
-        prev_weights: Tensor | None,
-        has_residual: bool,
-        wants_statistics: bool,
-        tolerance: float,
-    ) -> LayerForward:
-        return layer.retrieve(
-            x,
-            filters,
-            keys,
-            values,
-            heads,
-            scale,
-            prev_weights,
-            has_residual,
-            wants_statistics,
-            tolerance,
-        )
-
-    def produce_backward(
-        self,
-        x: Tensor,
-        filters: Filters,
-        mean: Tensor,
-        dq: Tensor | None,
-        dk: Tensor | None,
-        dv: Tensor | None,
-        residual: Tensor | None,
-        needs: Sequence[bool],
-    ) -> ProducerGradients:
-        return producer.produce_backward(x, filters, mean, dq, dk, dv, residual, needs)
-
-    def norm_forward(self, o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Tensor:
-        return norms.norm_forward(o, x, statistics, norm)
-
-    def norm_backward(
-        self,
-        o: Tensor,
-        dout: Tensor,
-        statistics: Tensor,
-        norm: NormAct,
-        also: Tensor | None = None,
-    ) -> NormGradients:
-        return norms.norm_backward(o, dout, statistics, norm, also)
-
-    def mix(self, weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Tensor:
-        return mix.mix(weights, values, channels_last)
-
-    def mix_backward(
-        self,
-        weights: Tensor,
-        values: Sequence[Tensor],
-        dout: Tensor,
-        channels_last: bool,
-        need_weights: bool,
-        need_values: Sequence[bool],
-    ) -> MixGradients:
-        return mix.mix_backward(weights, values, dout, channels_last, need_weights, need_values)
-
-    def position_attend(self, call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
-        return position.position_attend(call)
-
-    def position_attend_backward(
-        self,
-        call: PositionCall,
-        weights: Tensor,
-        dout: Tensor | None,
-        dweights: Tensor | None,
-        dkl: Tensor | None,
-        needs: PositionNeeds,
-    ) -> PositionGradients:
-        return position.position_attend_backward(call, weights, dout, dweights, dkl, needs)
-
-    def position_gather(
-        self, value: Tensor, left: Sequence[PositionLeft], index: int, channels_last: bool
-    ) -> Tensor:
-        return position.position_gather(value, left, index, channels_last)
+    attend = staticmethod(attention.attend)
+    weights = staticmethod(attention.weights)
+    attend_backward = staticmethod(attention.attend_backward)
+    gather = staticmethod(attention.gather)
+    retrieve = staticmethod(layer.retrieve)
+    produce_backward = staticmethod(producer.produce_backward)
+    norm_forward = staticmethod(norm.norm_forward)
+    norm_backward = staticmethod(norm.norm_backward)
+    mix = staticmethod(mixes.mix)
+    mix_backward = staticmethod(mixes.mix_backward)
+    position_attend = staticmethod(position.position_attend)
+    position_attend_backward = staticmethod(position.position_attend_backward)
+    position_gather = staticmethod(position.position_gather)
 
 
 @functools.cache

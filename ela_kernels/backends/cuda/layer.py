@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ela_kernels.backends.cuda.attend import attend_produced, rows_of
+from ela_kernels.backends.cuda.layer_attention import attend_produced, rows_of
 from ela_kernels.backends.cuda.norm import statistics_of
 from ela_kernels.backends.cuda.producer import produce
 from ela_kernels.backends.gpu_tables import check_produced

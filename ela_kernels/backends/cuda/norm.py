@@ -1,6 +1,6 @@
 """The glue to the CUDA kernels of a residual block's end: `x + mask * act(norm(o))`, and back.
 
-As in `cuda.py`, every call takes the current stream, allocates before its launches and waits for nothing.
+As in `attention.py`, every call takes the current stream, allocates before its launches and waits for nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The glue to the Triton kernels: layouts, allocation and launches. Arguments are checked already.
 
-Here what all launches share, and the forward; the others are in `launch_backward.py`, `producer.py` and `norm.py`.
+Here what all launches share, and the forward; the others are in `attention_backward.py`, `producer.py` and `norm.py`.
 
 Every call launches on the current stream of the tensors' device, allocates before its launches and waits for nothing,
 so a step can be captured into a CUDA graph, once its kernels are compiled.
@@ -223,14 +223,10 @@ def attend_with(
             LEAVES_OUT=tolerance > 0,
             HAS_RESIDUAL=residual is not None,
             STATISTICS=moments is not None,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
+            **plan.tile,
             FOLD=plan.FOLD if tolerance > 0 else 1,
             HEADS=plan.tile_heads,
             T=depth_bucket,
             BLOCK_D=block_d(plan.tile_heads, depth_bucket, plan.head_dim),
-            num_warps=NUM_WARPS,
         )
     return out, weights_out, kl, moments

@@ -29,9 +29,8 @@ from ela_kernels.backends.triton.kernels.backward import (
     layer_attention_bwd_dots_kernel,
     layer_attention_bwd_tail_kernel,
 )
-from ela_kernels.backends.triton.kernels.forward import layer_attention_bwd_gather_kernel
+from ela_kernels.backends.triton.kernels.gather import layer_attention_bwd_gather_kernel
 from ela_kernels.backends.triton.plan import (
-    NUM_WARPS,
     block_d,
     bucket,
     comparable,
@@ -110,13 +109,9 @@ def attend_backward(
                 comparable(tolerance),
                 PUSH=push,
                 LEAVES_OUT=tolerance > 0,
-                INTERLEAVED=plan.interleaved,
-                UNIT=plan.UNIT,
-                ROWS=plan.ROWS,
-                COLS=plan.COLS,
+                **plan.tile,
                 FOLD=plan.FOLD,
                 T=depth_bucket,
-                num_warps=NUM_WARPS,
             )
         has_dkl = dkl is not None and prev_weights is not None
         push = any(d is not None for d in dkeys)
@@ -226,14 +221,10 @@ def gather(
             sources,
             padded(tolerances, source_bucket) if leaves_out else (0.0,),
             LEAVES_OUT=leaves_out,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
+            **plan.tile,
             FOLD=plan.FOLD if leaves_out else 1,
             Q=query_bucket,
             M=source_bucket,
             BLOCK_KEY=_KEY_ELEMENTS,
-            num_warps=NUM_WARPS,
         )
     return dkey, dvalue

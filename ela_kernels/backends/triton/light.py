@@ -125,13 +125,9 @@ def light_layer(
             HAS_GATES=gates_apart,
             ACT=VALUE_ACT_CODES[value_act],
             STATISTICS=moments is not None,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
+            **plan.tile,
             HEADS=tile_heads,
             BLOCK_D=block_d(tile_heads, 1, plan.head_dim),
-            num_warps=NUM_WARPS,
         )
     statistics = None if moments is None else statistics_of(moments)
     return LightForward(out, mean, q, k, v, gates, statistics)
@@ -201,11 +197,7 @@ def light_layer_backward(
                 NEED_DECAY=need_decay,
                 NEED_PREV=need_prev,
                 NEED_VALUE=need_value,
-                INTERLEAVED=plan.interleaved,
-                UNIT=plan.UNIT,
-                ROWS=plan.ROWS,
-                COLS=plan.COLS,
-                num_warps=NUM_WARPS,
+                **plan.tile,
             )
         if need_gate or need_decay:
             light_layer_bwd_rows_kernel[(-(-gates.numel() // row_heads),)](

@@ -22,7 +22,7 @@ from ela_kernels.backends.triton.kernels.backward import (
     layer_attention_bwd_dots_kernel,
 )
 from ela_kernels.backends.triton.kernels.forward import layer_attention_fwd_kernel
-from ela_kernels.backends.triton.plan import NUM_WARPS, bucket, encoded, make_plan
+from ela_kernels.backends.triton.plan import bucket, encoded, make_plan
 from ela_kernels.backends.types import MixGradients
 
 # Numbers that one step of the tail holds.
@@ -75,15 +75,11 @@ def _mixed(weights: Tensor, values: Sequence[Tensor], channels_last: bool) -> Te
             LEAVES_OUT=False,
             HAS_RESIDUAL=False,
             STATISTICS=False,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
+            **plan.tile,
             FOLD=1,
             HEADS=1,
             T=depth_bucket,
             BLOCK_D=1,
-            num_warps=NUM_WARPS,
         )
     return out
 
@@ -139,13 +135,9 @@ def mix_backward(
             0.0,
             PUSH=push,
             LEAVES_OUT=False,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
+            **plan.tile,
             FOLD=plan.FOLD,
             T=depth_bucket,
-            num_warps=NUM_WARPS,
         )
         depth_mix_bwd_tail_kernel[(sizes[0] * heads,)](
             partial,

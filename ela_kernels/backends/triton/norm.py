@@ -88,11 +88,7 @@ def norm_forward(o: Tensor, x: Tensor, statistics: Tensor, norm: NormAct) -> Ten
             HAS_BETA=beta is not None,
             HAS_MASK=mask is not None,
             RELU=norm.relu,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
-            num_warps=NUM_WARPS,
+            **plan.tile,
         )
     return out
 
@@ -154,11 +150,7 @@ def norm_backward(
             WRITES=writes,
             MOVED=is_moved,
             HAS_ALSO=also is not None,
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            ROWS=plan.ROWS,
-            COLS=plan.COLS,
-            num_warps=NUM_WARPS,
+            **plan.tile,
         )
 
     with guard(o.device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -83,6 +83,17 @@ class Plan(NamedTuple):
         )
 
     @property
+    def tile(self) -> dict[str, Any]:
+        """What kernels over tiles of this plan are compiled for."""
+        return {
+            "INTERLEAVED": self.interleaved,
+            "UNIT": self.UNIT,
+            "ROWS": self.ROWS,
+            "COLS": self.COLS,
+            "num_warps": NUM_WARPS,
+        }
+
+    @property
     def FOLD(self) -> int:  # noqa: N802 - named as the kernels' argument
         """Interleaved: neighbouring channels whose partial sums are added before they are written."""
         d = self.head_dim
@@ -133,6 +144,18 @@ class PatchPlan(NamedTuple):
             self.groups,
             self.steps,
         )
+
+    @property
+    def tile(self) -> dict[str, Any]:
+        """What kernels over patches of this plan are compiled for."""
+        return {
+            "INTERLEAVED": self.interleaved,
+            "UNIT": self.UNIT,
+            "LINES": self.LINES,
+            "PH": self.PH,
+            "PW": self.PW,
+            "num_warps": NUM_WARPS,
+        }
 
 
 def power_of_two(number: int) -> int:

@@ -72,12 +72,7 @@ def produce(x: Tensor, filters: Filters) -> Produced:
             *plan.geometry,
             *_units(plan, strides),
             *_units(plan, v_strides),
-            INTERLEAVED=plan.interleaved,
-            UNIT=plan.UNIT,
-            LINES=plan.LINES,
-            PH=plan.PH,
-            PW=plan.PW,
-            num_warps=NUM_WARPS,
+            **plan.tile,
         )
         layer_rows_fwd_kernel[(batch * -(-channels // _ROW_CHANNELS),)](
             sums,
@@ -191,13 +186,8 @@ def produce_backward(
                 HAS_RESIDUAL=residual is not None,
                 NEED_X=need_x,
                 NEED_TAPS=takes_wv,
-                INTERLEAVED=plan.interleaved,
-                UNIT=plan.UNIT,
-                LINES=plan.LINES,
-                PH=plan.PH,
-                PW=plan.PW,
+                **plan.tile,
                 BLOCK=_FILTER_ELEMENTS,
-                num_warps=NUM_WARPS,
             )
         tap_programs = -(-9 * channels // _TAP_COLUMNS) if takes_wv else 0
         ddecay = decays = None

@@ -6,7 +6,7 @@ once, with the sums for the filters' gradients from the same reads. Neighbours i
 
 A program takes LINES planes (planar) or channels (interleaved), and one patch of PH x PW positions after the other.
 What it sums over its patches it adds up at their end and writes as a partial sum, `[B, groups, ...]`; a second launch,
-of `row_kernels.py`, adds those in a fixed order.
+of `rows.py`, adds those in a fixed order.
 """
 
 from __future__ import annotations
