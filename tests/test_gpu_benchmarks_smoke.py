@@ -29,7 +29,7 @@ from benchmarks.gpu.shapes import (
 )
 from benchmarks.gpu.timing import Budget, take_turns
 from benchmarks.shapes import StageShape
-from ela_kernels.backends.cpp import attention as cpp
+from ela_kernels.backends.dispatch import KERNELS
 
 SHAPE = StageShape(3, 2, 16, 6, 8)
 CPU = torch.device("cpu")
@@ -119,14 +119,14 @@ def test_operations_pass_their_check(op: str, layout: str) -> None:
 def test_a_wrong_operation_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, refusals: list[str]
 ) -> None:
-    right = cpp.attend
+    right = KERNELS["cpp"].attend
 
     def wrong(*args: Any) -> Any:
         out, weights, kl = right(*args)
         out[-1, -1, -1, -1] = float("nan")
         return out, weights, kl
 
-    monkeypatch.setattr(cpp, "attend", wrong)
+    monkeypatch.setitem(vars(KERNELS["cpp"]), "attend", wrong)
     setting = make_setting("cpu", None, smoke=True)
     copy, size = floor.copy_contender(setting)
     found = floor._measure_case(Case(SHAPE), setting, Budget(60), copy, size, refusals)
@@ -139,13 +139,13 @@ def test_a_wrong_operation_is_not_timed(
 
 @needs_cpp
 def test_a_wrong_stage_is_not_timed(monkeypatch: pytest.MonkeyPatch, refusals: list[str]) -> None:
-    right = cpp.gather
+    right = KERNELS["cpp"].gather
 
     def wrong(*args: Any) -> Any:
         dk, dv = right(*args)
         return dk, dv * 1.001
 
-    monkeypatch.setattr(cpp, "gather", wrong)
+    monkeypatch.setitem(vars(KERNELS["cpp"]), "gather", wrong)
     setting = make_setting("cpu", None, smoke=True)
     found = stages.measure_case(Case(SHAPE), setting, 60, False, refusals)
     assert set(found["contenders"]) == {"eager", "eager in a graph"}
