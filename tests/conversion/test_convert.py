@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.copies import COPIES
 from support.small_published import Around, Decay, Layer, Network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -99,18 +98,10 @@ def test_whatever_was_there_stays() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_and_pickles(form: str, way: str) -> None:
     model, ours = both(**FORMS[form])
-    if way == "deepcopy":
-        other = copy.deepcopy(ours)
-    elif way == "pickle":
-        other = pickle.loads(pickle.dumps(ours))
-    else:
-        file = io.BytesIO()
-        torch.save(ours, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = COPIES[way](ours)
     for parameter in ours.parameters():
         nn.init.zeros_(parameter)  # no part of the copy may be the original's
     assert any(isinstance(m, Fused) for m in other.modules())

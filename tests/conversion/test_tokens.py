@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support.copies import COPIES
 from support.small_published import ActivatedGate, Layer, Network, TokenDecay, TokenNetwork
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -80,18 +79,10 @@ def test_whatever_was_there_stays() -> None:
     assert [set(vars(m)) for m in model.modules()] == attributes
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_and_pickles(way: str) -> None:
     model, ours = both()
-    if way == "deepcopy":
-        other = copy.deepcopy(ours)
-    elif way == "pickle":
-        other = pickle.loads(pickle.dumps(ours))
-    else:
-        file = io.BytesIO()
-        torch.save(ours, file)
-        file.seek(0)
-        other = torch.load(file, weights_only=False)
+    other = COPIES[way](ours)
     for parameter in ours.parameters():
         nn.init.zeros_(parameter)  # no part of the copy may be the original's
     assert sum(isinstance(m, Fused) for m in other.modules()) == 6

@@ -187,3 +187,18 @@ def recorded_calls(monkeypatch, kernels, names):
             vars(kernels), name, lambda *a, n=name, r=real, **k: (made.append(n), r(*a, **k))[1]
         )
     return made
+
+
+def network_gradients(network, images, autocast=True):
+    """Of the parameters of a copy of a classifier, in bfloat16 where autocast has it so."""
+    network = copy.deepcopy(network)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = network(images).float().logsumexp(1).sum()
+    loss.backward()
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def assert_as_close_together(found, plain, exact):
+    """Gradients of a network: errors of a few bits at each of ten layers, in one draw each."""
+    together = [torch.cat([g.double().flatten() for g in gs])[None] for gs in (found, plain, exact)]
+    assert_as_close([together[0]], [together[1]], [together[2]], torch.bfloat16)

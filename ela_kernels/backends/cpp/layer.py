@@ -44,6 +44,7 @@ from ela_kernels.backends.types import (
     NormAct,
     Residual,
     Retrieved,
+    Saved,
     SavedLayer,
 )
 
@@ -255,6 +256,48 @@ def layer(
     return LayerForward(mean, q, k, v, block, weights, kl, retrieved, statistics, tracked)
 
 
+def _own_gradients(
+    plan: Plan,
+    attention: Saved,
+    own: CppContribution,
+    dout: Tensor | None,
+    dweights: Tensor | None,
+    dkl: Tensor | None,
+    need_prev: bool,
+) -> tuple[Any, Tensor | None, Any]:
+    """What a layer's own attention takes and gives, the previous weights' gradient, and what must live until then."""
+    extension = compiled()
+    key_table, value_table = plan.tables(attention.keys, attention.values)
+    dweights, dkl, prev = dense(dweights), dense(dkl), dense(attention.prev_weights)
+    dprev = None
+    if need_prev and dkl is not None and prev is not None:
+        dprev = torch.empty_like(prev)
+    dout_view = NO_MAP
+    if dout is not None:
+        dout_view, dout = plan.map_view(dout)
+    group = extension.own(
+        attention=extension.attention(
+            scale=attention.scale,
+            query=address(attention.q, "q"),
+            query_stride=plan.norm_sizes[1],
+            keys=key_table[0],
+            key_strides=key_table[1],
+            values=value_table[0],
+            value_strides=value_table[1],
+            prev=address(prev),
+            prev_depth=0 if prev is None else prev.shape[2],
+            weights=address(attention.weights, "weights"),
+            tolerance=attention.tolerance,
+        ),
+        dout=dout_view,
+        dweights=address(dweights, "gradient of the weights"),
+        dkl=address(dkl, "gradient of kl"),
+        dscores=address(own.dscores),
+        dprev=address(dprev),
+    )
+    return group, dprev, (key_table, value_table, dweights, dkl, prev, dout)
+
+
 def layer_backward(
     saved: SavedLayer,
     arrived: Arrived,
@@ -299,41 +342,14 @@ def layer_backward(
         dv_view, dv = plan.map_view(resolved(dv))
 
     extension = compiled()
-    own_group = dprev = prev = None
-    kept: list[Any] = [copies]
+    own_group = dprev = kept = None
     depth, wants_query = 0, False
     if own is not None:
         assert attention is not None
-        depth = len(attention.keys)
-        key_table, value_table = plan.tables(attention.keys, attention.values)
-        dweights, dkl, prev = dense(dweights), dense(dkl), dense(attention.prev_weights)
-        if need_prev and dkl is not None and prev is not None:
-            dprev = torch.empty_like(prev)
-        wants_query = need_x or need_wq
-        dout_view = NO_MAP
-        if dout is not None:
-            dout_view, dout = plan.map_view(dout)
-        own_group = extension.own(
-            attention=extension.attention(
-                scale=attention.scale,
-                query=address(attention.q, "q"),
-                query_stride=plan.norm_sizes[1],
-                keys=key_table[0],
-                key_strides=key_table[1],
-                values=value_table[0],
-                value_strides=value_table[1],
-                prev=address(prev),
-                prev_depth=0 if prev is None else prev.shape[2],
-                weights=address(attention.weights, "weights"),
-                tolerance=attention.tolerance,
-            ),
-            dout=dout_view,
-            dweights=address(dweights, "gradient of the weights"),
-            dkl=address(dkl, "gradient of kl"),
-            dscores=address(own.dscores),
-            dprev=address(dprev),
+        depth, wants_query = len(attention.keys), need_x or need_wq
+        own_group, dprev, kept = _own_gradients(
+            plan, attention, own, dout, dweights, dkl, need_prev
         )
-        kept += [key_table, value_table]
 
     residual_view = NO_MAP
     if residual is not None:
@@ -372,7 +388,7 @@ def layer_backward(
         batch_statistics=norm is not None and norm.batch_statistics,
         threads=thread_count(plan.elements * (depth + len(contributions) + 1)),
     )
-    del kept, dweights, dkl, prev, dout, dv, dk, residual, norm
+    del copies, kept, dv, dk, residual, norm
     if not has_rows:
         dwq, dwk = (None if d is None else d.zero_() for d in (dwq, dwk))
     return LayerGradients(dx, dwq, dwk, dwv, dprev, dgamma, dbeta, dreused), own

@@ -9,10 +9,12 @@ import torch
 from support.layer_stages import (
     FORMS,
     assert_as_close,
+    assert_as_close_together,
     autocast_results,
     gradients,
     make_blocks,
     make_stage,
+    network_gradients,
     run_blocks,
     run_stage,
 )
@@ -176,23 +178,14 @@ def test_a_network(monkeypatch, calls):
     network = CifarResNet((2, 2), (8, 16), attention="ela", head_dim=4)
     images = torch.randn(4, 3, 12, 12)
 
-    def run(network, images, autocast=True):
-        network = copy.deepcopy(network)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = network(images).float().logsumexp(1).sum()
-        loss.backward()
-        return [p.grad for p in network.parameters() if p.grad is not None]
-
-    found = run(network, images)
+    found = network_gradients(network, images)
     assert calls == ["attend_block"] * 4
     with monkeypatch.context() as patch:
         patch.setattr(ek.LayerHistory, "plan_layer", lambda *a, **k: Refusal(("a test",), None))
-        plain = run(network, images)
-    exact = run(network.double(), images.double(), autocast=False)
+        plain = network_gradients(network, images)
+    exact = network_gradients(network.double(), images.double(), autocast=False)
     assert len(calls) == 8  # the float64 network's
-    # A gradient of a network: errors of a few bits at each of ten layers, in one draw each.
-    together = [torch.cat([g.double().flatten() for g in gs])[None] for gs in (found, plain, exact)]
-    assert_as_close([together[0]], [together[1]], [together[2]], torch.bfloat16)
+    assert_as_close_together(found, plain, exact)
 
 
 def test_the_extension_is_asked_in_the_dtype_of_autocast(monkeypatch):

@@ -6,7 +6,15 @@ import copy
 
 import pytest
 import torch
-from support.layer_stages import FORMS, assert_as_close, autocast_results, gradients, recorded_calls
+from support.layer_stages import (
+    FORMS,
+    assert_as_close,
+    assert_as_close_together,
+    autocast_results,
+    gradients,
+    network_gradients,
+    recorded_calls,
+)
 from support.light_layers import WithPrevious, make_blocks, make_layer, run_blocks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -143,25 +151,16 @@ def test_a_network(monkeypatch, calls):
     network = CifarResNet((2, 2), (8, 16), attention="mrla_light", head_dim=4)
     images = torch.randn(4, 3, 12, 12)
 
-    def run(network, images, autocast=True):
-        network = copy.deepcopy(network)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = network(images).float().logsumexp(1).sum()
-        loss.backward()
-        return [p.grad for p in network.parameters() if p.grad is not None]
-
-    found = run(network, images)
+    found = network_gradients(network, images)
     assert sorted(calls) == sorted(4 * IN_BLOCK)
     calls.clear()
     with monkeypatch.context() as patch:
         refusal = Refusal(("a test",), None)
         patch.setattr(light, "plan_light_layer", lambda *_, **__: refusal)
-        plain = run(network, images)
-        exact = run(network.double(), images.double(), autocast=False)
+        plain = network_gradients(network, images)
+        exact = network_gradients(network.double(), images.double(), autocast=False)
     assert not calls
-    # A gradient of a network: errors of a few bits at each of ten layers, in one draw each.
-    together = [torch.cat([g.double().flatten() for g in gs])[None] for gs in (found, plain, exact)]
-    assert_as_close([together[0]], [together[1]], [together[2]], torch.bfloat16)
+    assert_as_close_together(found, plain, exact)
 
 
 def test_the_kernels_are_asked_in_the_dtype_of_autocast(monkeypatch):
