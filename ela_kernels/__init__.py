@@ -1,7 +1,13 @@
 """Fused kernels for layer attention in deep networks, and ELA, which skips the retrievals that repeat themselves."""
 
+# ruff: noqa: E402
+
 import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from ela_kernels.interrupts import end_at_once as _end_at_once
+
+_end_at_once()  # before PyTorch is imported, which takes seconds
 
 from ela_kernels.analysis import analyze
 from ela_kernels.backends import backend_status, use_backend

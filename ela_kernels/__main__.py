@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ela_kernels import interrupts
 from ela_kernels.command_line import PROGRAM, Parser, ended, nearest
 
 
@@ -74,6 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ended(lambda: _run(arguments))
 
 
+def program() -> int:
+    """:func:`main` for a process that does nothing else, which Ctrl-C ends in one line at any time."""
+    interrupts.raise_as_usual()
+    try:
+        return main()
+    finally:
+        interrupts.leave_to_the_system()
+
+
 def _run(arguments: Sequence[str]) -> int:
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name in COMMANDS:
@@ -97,4 +107,4 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())
