@@ -73,8 +73,7 @@ class Plan:
             sysconfig.get_path("platinclude"),
             pybind11.get_include(),
         ]
-        flags = [f"-isystem{path}" for path in dict.fromkeys(paths)]
-        return [*flags, "-DELA_WITH_CUDA"] if self.cuda else flags
+        return [f"-isystem{path}" for path in dict.fromkeys(paths)]
 
     def cuda_flags(self) -> list[str]:
         assert self.cuda is not None
@@ -127,7 +126,9 @@ class Plan:
     def flags_for(self, source: Path) -> list[str]:
         """The flags beyond the rule's own that one source needs."""
         if source.parent.name == "binding":
-            return self.binding_flags()
+            # Read by that file alone: the other objects of a build for the CPU serve one with CUDA too.
+            with_cuda = self.cuda is not None and source.name == "module.cpp"
+            return self.binding_flags() + (["-DELA_WITH_CUDA"] if with_cuda else [])
         for level, flags in SIMD_FLAGS.items():
             if source.stem.endswith(f"_{level}"):
                 return flags
