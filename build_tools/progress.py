@@ -1,11 +1,18 @@
-"""What a build says while it runs: how long it will take, about, and a line for each object."""
+"""What a build says while it runs: how long it will take, about, and a line for each object.
+
+python -m build_tools.progress WHAT COMMAND ...    # the same of any command: that it runs, and that it still does
+"""
 
 from __future__ import annotations
 
 import os
+import queue
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +24,8 @@ _KERNELS, _OTHER, _CUDA_ARCHITECTURE = 40, 7, 6
 # What ninja prints before the name of a step that is done: steps done, steps in all, seconds since it began.
 _STATUS = "[%f/%t] %e "
 _DONE = re.compile(r"\[(\d+)/(\d+)\] ([\d.]+) (.*)")
+# Seconds after which whoever watches wants to know that it has not stopped.
+_SILENCE = 20.0
 
 
 def forecast(plan: Plan, jobs: int, cores: int) -> str:
@@ -46,14 +55,18 @@ def _about(seconds: float) -> str:
 
 
 def follow(
-    command: Sequence[str], cwd: Path, tell: Callable[[str], object] | None = None
+    command: Sequence[str],
+    cwd: Path,
+    tell: Callable[[str], object] | None = None,
+    silence: float = _SILENCE,
 ) -> tuple[int, str]:
-    """Run ninja, and print a line for each step that is done.
+    """Run ninja, and print a line for each step that is done, or that none is for a while.
 
     Args:
         command: without `-v`.
         cwd: the folder of the build.
         tell: is given the lines; they are printed otherwise.
+        silence: seconds without a line after which there is one all the same.
 
     Returns:
         Its exit status, and what it and the compilers printed besides.
@@ -61,7 +74,9 @@ def follow(
     Raises:
         OSError: it cannot start.
     """
-    besides = []
+    say = tell or _print
+    besides, steps = [], ""
+    start = time.monotonic()
     with subprocess.Popen(
         list(command),
         cwd=cwd,
@@ -72,15 +87,73 @@ def follow(
         errors="replace",
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            done = _DONE.fullmatch(line.rstrip("\n"))
-            if done is None:
-                besides.append(line)
-                continue
-            number, total, seconds, what = done.groups()
-            text = f"[{number}/{total}] {what}, after {float(seconds):.0f} s"
-            if tell is None:
-                print(text, flush=True)
+        for line in _lines(process.stdout, silence):
+            if line is None:
+                say(f"{steps}still compiling, after {time.monotonic() - start:.0f} s")
+            elif done := _DONE.fullmatch(line.rstrip("\n")):
+                number, total, seconds, what = done.groups()
+                steps = f"[{number}/{total}] "
+                say(f"{steps}{what}, after {float(seconds):.0f} s")
             else:
-                tell(text)
+                besides.append(line)
     return process.returncode, "".join(besides)
+
+
+def _lines(stream: Iterable[str], silence: float) -> Iterator[str | None]:
+    """The lines of a stream, and None whenever it has had none for so many seconds."""
+    arrived: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in stream:
+            arrived.put(line)
+        arrived.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = arrived.get(timeout=silence)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def accompany(what: str, command: Sequence[str], silence: float = _SILENCE) -> int:
+    """Run a command that prints for itself, and say what it is, and again after every so many seconds.
+
+    Args:
+        what: in the form of "installing PyTorch".
+        command: what is run.
+        silence: these seconds.
+
+    Returns:
+        Its exit status, 130 where it was interrupted.
+    """
+    _print(what)
+    start = time.monotonic()
+    with subprocess.Popen(list(command)) as process:
+        try:
+            while (status := _status(process, silence)) is None:
+                _print(f"still {what}, after {time.monotonic() - start:.0f} s")
+        except KeyboardInterrupt:  # the command is interrupted as well
+            process.wait()
+            return 130
+    return status
+
+
+def _status(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """A process's exit status, None if it has none in so many seconds."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(accompany(sys.argv[1], sys.argv[2:]))

@@ -54,6 +54,7 @@ def main() -> None:
     )
     start = time.perf_counter()
     runs = train(plan, digits)
+    console.print("Measuring the memory of a step, reading the weights, drawing pictures")
     results = collect(runs, plan, digits)
     results["minutes"] = round((time.perf_counter() - start) / 60, 2)
 

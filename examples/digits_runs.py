@@ -29,7 +29,7 @@ class Plan:
     widths: tuple[int, ...] = (16, 32, 64)
     side: int = 16
     batch: int = 64
-    epochs: int = 16
+    epochs: int = 10
     learning_rate: float = 0.03
     train_images: int | None = None
     test_images: int | None = None

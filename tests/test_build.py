@@ -311,15 +311,3 @@ def test_a_forecast(source_tree: Path, tmp_path: Path) -> None:
     assert "compiling 0 objects, 2 at once: less than a minute" in progress.forecast(
         replace(plan, carried=carried), 2, 2
     )
-
-
-def test_lines_of_steps_are_told_and_the_rest_is_kept(tmp_path: Path) -> None:
-    program = (
-        "print('[1/2] 0.512 csrc/a b.cpp'); print('warning: x'); print('[2/2] 12.9 linked.so')"
-    )
-    told: list[str] = []
-    status, printed = progress.follow([sys.executable, "-c", program], tmp_path, told.append)
-    assert (status, printed) == (0, "warning: x\n")
-    assert told == ["[1/2] csrc/a b.cpp, after 1 s", "[2/2] linked.so, after 13 s"]
-    program = "import os, sys; print(os.environ['NINJA_STATUS']); sys.exit(3)"
-    assert progress.follow([sys.executable, "-c", program], tmp_path) == (3, "[%f/%t] %e \n")
