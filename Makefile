@@ -56,7 +56,7 @@ BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=10000000
   triton-report triton-versions asan tsan dist clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 install: $(INSTALLED) ## make the virtual environment and install the package in it, editable
 
@@ -100,7 +100,7 @@ compiled:
 loaded:
 	@$(SAY) 'installing $(TORCH)$(and $(TRITON), and $(TRITON))' $(PIP_INSTALL) '$(TORCH)' $(TRITON)
 
-demo: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_FOR_DEMO)) ## train on handwritten digits, side by side
+demo: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_FOR_DEMO)) ## train on handwritten digits, side by side, in about two minutes; builds what that needs at first
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)
 
 quick: $(INSTALLED) ## run the tests for the inner loop, in under two minutes: two backends, some pairs, modules

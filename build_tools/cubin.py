@@ -78,7 +78,7 @@ class Usage:
 
 
 def read_usage(log: str) -> dict[str, Usage]:
-    """Usage by mangled name, from what `ptxas -v` prints."""
+    """Usage by mangled name, from what `ptxas -v` prints, or `cuobjdump -res-usage`, which knows no spills."""
     found: dict[str, Usage] = {}
     usage = Usage()
     for line in log.splitlines():
@@ -93,6 +93,10 @@ def read_usage(log: str) -> dict[str, Usage]:
             usage.registers = int(match[1])
             if shared := re.search(r"(\d+) bytes smem", line):
                 usage.shared = int(shared[1])
+        elif match := re.search(r"Function (\w+):", line):
+            usage = found.setdefault(match[1], Usage())
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            usage.registers, usage.stack, usage.shared = map(int, match.groups())
     return found
 
 

@@ -123,6 +123,16 @@ def examine(
     return rows
 
 
+def examine_built(cuobjdump: Path, binary: Path, architecture: str) -> list[Row]:
+    """Reads what is compiled already: all but the bytes of spills, which show as a stack frame."""
+
+    def dumped(what: str) -> str:
+        command = [str(cuobjdump), f"-arch=sm_{architecture}", what, str(binary)]
+        return _output(command, binary.parent)
+
+    return rows_of(*map(dumped, ("-res-usage", "-sass", "-elf")))
+
+
 HEADINGS = (
     "kernel",
     "registers",

@@ -11,6 +11,7 @@ import pytest
 from support.disk import largest_file
 from support.program import SMALL, after_step, said, train
 
+from ela_kernels.__main__ import main
 from ela_kernels.training import config
 from ela_kernels.training.checkpoint import NAME, load_checkpoint
 from ela_kernels.training.loop import Trainer
@@ -100,15 +101,19 @@ def run_on_a_full_terminal(*arguments: str) -> subprocess.CompletedProcess[str]:
         )
 
 
-def test_a_terminal_that_takes_no_results(tmp_path: Path) -> None:
+def test_a_terminal_that_takes_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run_on_a_full_terminal("train", "--out", str(tmp_path), *SMALL.split(), "--epochs", "1")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: the results could not be printed: No space left on device; the")
     assert "Traceback" not in done.stderr
     assert load_checkpoint(tmp_path)["epoch"] == 1
+    # Here, without a process of their own: how Python ends is seen above.
     config_file = str(tmp_path / "config.json")
     for command in (["explain", str(tmp_path)], ["train", "--config", config_file, "--evaluate"]):
-        done = run_on_a_full_terminal(*command)
-        assert done.returncode == 1
-        assert done.stderr.strip().startswith("error: the results could not be printed: No space")
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert main(command) == 1
+        assert "error: the results could not be printed: No space" in capsys.readouterr().err
