@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -132,9 +132,15 @@ def _openmp_libraries() -> list[str]:
     extension()
     if sys.platform != "linux":
         return []
-    with open("/proc/self/maps") as lines:
-        mapped = {line.split()[-1] for line in lines if line.count("/")}
-    return sorted(path for path in mapped if os.path.basename(path).startswith(OPENMP_NAMES))
+    with open("/proc/self/maps", errors="replace") as lines:
+        return openmp_libraries_in(lines)
+
+
+def openmp_libraries_in(maps: Iterable[str]) -> list[str]:
+    """The paths of OpenMP runtimes among the lines of a process's map of its memory."""
+    # Five fields, of which none holds a blank, and a path, which may.
+    paths = {fields[5].rstrip("\n") for line in maps if len(fields := line.split(None, 5)) == 6}
+    return sorted(path for path in paths if os.path.basename(path).startswith(OPENMP_NAMES))
 
 
 def _backends() -> dict[str, str]:

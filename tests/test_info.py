@@ -159,6 +159,17 @@ def test_extension_in_this_process() -> None:
         assert isinstance(module.has_cuda, bool)
 
 
+def test_openmp_in_a_folder_with_blanks() -> None:
+    lines = [
+        "7f1c2a000000-7f1c2a001000 r--p 00000000 08:01 1234    /a  b/c d/libgomp.so.1\n",
+        "7f1c2a001000-7f1c2a002000 r-xp 00001000 08:01 1234    /a  b/c d/libgomp.so.1\n",
+        "7f1c2b000000-7f1c2b001000 r--p 00000000 08:01 1235    /usr/lib/libm.so.6\n",
+        "7f1c2c000000-7f1c2c001000 rw-p 00000000 00:00 0\n",
+        "7ffd00000000-7ffd00001000 rw-p 00000000 00:00 0       [stack]\n",
+    ]
+    assert info.openmp_libraries_in(lines) == ["/a  b/c d/libgomp.so.1"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 def test_one_openmp_runtime_is_shared_with_torch() -> None:
     if loader.extension() is None:
