@@ -275,9 +275,11 @@ def test_every_instance_runs_and_is_right(kernels):
     assert built - ran == set()
 
 
+# Its build alone takes minutes; `make asan`, which is for a change in csrc/, runs all of this folder so.
+@pytest.mark.exhaustive
 @pytest.mark.skipif(cuda_on_cpu.is_sanitized(), reason="is what runs this file sanitized")
 def test_nothing_is_out_of_bounds():
-    """Every kernel, odd addresses and many blocks on a build with AddressSanitizer and UBSan; `make asan` runs all."""
+    """Every kernel, odd addresses and many blocks on a build with AddressSanitizer and UBSan."""
     selected = "every_instance or (off_the and 3 and float32) or arrive or (plans and are) or of_a_part or only_some"
     done = subprocess.run(
         [
