@@ -98,7 +98,7 @@ compiled:
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 
 loaded:
-	@$(SAY) 'installing $(TORCH)$(and $(TRITON), and $(TRITON))' $(PIP_INSTALL) '$(TORCH)' $(TRITON)
+	@$(SAY) 'installing $(TORCH)$(if $(TRITON), and $(TRITON))' $(PIP_INSTALL) '$(TORCH)' $(TRITON)
 
 demo: $(if $(wildcard $(INSTALLED)),$(INSTALLED),$(INSTALLED_FOR_DEMO)) ## train on handwritten digits, side by side, in about two minutes; builds what that needs at first
 	$(BIN)/python examples/digits_demo.py $(DEMO_ARGS)

@@ -109,6 +109,7 @@ def natural_loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
         for following in successors[node]:
             predecessors[following].append(node)
     dominator = _dominators(order, predecessors)
+    rank = {node: i for i, node in enumerate(order)}
 
     def dominates(a: int, b: int) -> bool:
         while b not in (a, order[0]):
@@ -118,7 +119,8 @@ def natural_loops(instructions: Sequence[Instruction]) -> list[frozenset[int]]:
     bodies: dict[int, set[int]] = {}
     for node in order:
         for head in successors[node]:
-            if not dominates(head, node):
+            # What dominates comes first; the many jumps and steps forward need no walk to the start.
+            if rank[head] > rank[node] or not dominates(head, node):
                 continue
             body = bodies.setdefault(head, {head})
             left = [node]
