@@ -242,6 +242,7 @@ test_step() { # NAME: first or tests
   fi
   local workers=() code=0 most
   most="$(most_of "$1")"
+  [ "$smoke" = 0 ] || most=$((4 * most)) # one process, and whatever machine it is
   if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then
     workers=(-n $(((2 * cores + 2) / 3)) --dist worksteal)
   fi
@@ -337,7 +338,7 @@ sanitizer() {
 }
 
 measure() { # PART...: in one process
-  local left code all=0 most given=()
+  local left code all=0 most most_of_all given=()
   left=$((seconds - SECONDS - 15))
   for part in "$@"; do
     most="$(most_of "$part")"
@@ -350,7 +351,9 @@ measure() { # PART...: in one process
     all=$((all + most))
   done
   [ "${#given[@]}" -gt 0 ] || return 0
-  limited $((all + 12)) 5 "$python" -m benchmarks.gpu.run "${given[@]}" --out "$out" "${where[@]}" "${size[@]}" 2>&1 |
+  most_of_all=$((all + 12))
+  [ "$smoke" = 0 ] || most_of_all=$((4 * all)) # whatever machine it is
+  limited "$most_of_all" 5 "$python" -m benchmarks.gpu.run "${given[@]}" --out "$out" "${where[@]}" "${size[@]}" 2>&1 |
     tee -a "$log"
   code="${PIPESTATUS[0]}"
   case "$code" in

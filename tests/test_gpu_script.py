@@ -188,6 +188,50 @@ def test_what_a_sanitizer_says(kind: str, tmp_path: Path) -> None:
     assert len(made) == (0 if kind == "refuses" else 1)
 
 
+# The device has a fault at the second test, and from then on in this process.
+FAULTY = """
+import pytest, torch
+from support import on_gpu
+
+faults = []
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    def wait():
+        if faults:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    yield
+    on_gpu.synchronize()
+
+def test_one(): pass
+def test_two(): faults.append(1)
+def test_three(): pass
+def test_four(): pass
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_device_is_one_test_s(workers: int, tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "test_faulty.py").write_text(FAULTY)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), "."],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    if workers:
+        assert "crashed while running 'test_faulty.py::test_two'" in done.stdout
+        assert "1 failed, 4 passed" in done.stdout  # the call of the second had passed
+    else:  # nobody takes over
+        assert "4 passed, 3 errors" in done.stdout
+        assert "illegal memory access" in done.stdout
+
+
 @pytest.mark.parametrize("kind", ["light_blocks", "a_mix", "a_tolerance"])
 def test_the_first_tests_on_the_cuda_kernels(kind: str) -> None:
     """Where these run on a CPU: that a test itself is wrong for a backend must not show on a device first."""

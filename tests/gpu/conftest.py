@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.on_gpu import BACKENDS, DEVICE, IS_STAND_IN, serving
+from support.on_gpu import BACKENDS, DEVICE, IS_STAND_IN, serving, synchronize
 
 import ela_kernels as ek
 from ela_kernels.backends.contract import KernelBackend
@@ -42,7 +42,7 @@ def gpu() -> Iterator[None]:
         pytest.skip("needs a CUDA device, and PyTorch finds none")
     torch.cuda.manual_seed_all(20230203)
     yield
-    torch.cuda.synchronize()
+    synchronize()
 
 
 @pytest.fixture

@@ -30,6 +30,20 @@ if IS_STAND_IN:
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def synchronize() -> None:
+    """Wait for the device, so that a fault shows in the test that caused it.
+
+    After a fault of a kernel every call of this process fails. A worker of pytest-xdist ends then, which is reported as
+    this test's failure, and another one takes over: the tests after it are to say something of themselves.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        os._exit(70)
+
+
 def serving(backend: str, attention: str) -> str:
     """`backend`, or eager PyTorch where it has no kernels of the light form: forced, it would refuse such a layer."""
     has_light = "light_layer" in (KERNELS[backend].ops or ())
