@@ -13,10 +13,10 @@
 # What benchmarks/gpu/prepare.sh has put into build/gpu is used where it fits: objects, Triton's cache, wheels.
 set -uo pipefail
 
-MEASURED="layers networks floor rivals memory pieces stages divergence overhead compiled layers_compiled"
+MEASURED="layers networks floor positions rivals memory pieces stages divergence overhead compiled layers_compiled"
 ALL_STEPS="build first tests sanitizer $MEASURED"
 # So short that they share a process where they follow each other; the others have one each.
-SHORT="rivals memory pieces stages divergence overhead"
+SHORT="positions rivals memory pieces stages divergence overhead"
 
 # Steps in their order, each with the seconds that it may take at most, and the seconds of the whole. Together the steps
 # may take longer than there is: those before the measurements leave `reserved` seconds for these, and the last are left
@@ -24,13 +24,13 @@ SHORT="rivals memory pieces stages divergence overhead"
 plan_of() {
   case "$1" in
     first)
-      table="build=60 first=75 sanitizer=20 floor=22 layers=30" seconds=195 reserved=45 ;;
+      table="build=60 first=75 sanitizer=20 floor=18 layers=20 positions=10 rivals=10" seconds=195 reserved=50 ;;
     second)
-      table="build=45 tests=190 layers=35 networks=45 floor=35 rivals=8 memory=8 pieces=15 stages=25 divergence=6
-        overhead=6 compiled=25 layers_compiled=25" seconds=395 reserved=140 ;;
+      table="build=45 tests=190 layers=30 networks=35 floor=25 positions=15 rivals=35 memory=6 pieces=12 stages=20
+        divergence=6 overhead=5 compiled=20 layers_compiled=20" seconds=395 reserved=150 ;;
     all)
-      table="build=150 tests=170 sanitizer=80 layers=35 networks=35 floor=35 pieces=15 stages=30 memory=7 divergence=7
-        overhead=7 rivals=7 compiled=30 layers_compiled=30" seconds=530 reserved=170 ;;
+      table="build=150 tests=170 sanitizer=70 layers=35 networks=35 floor=30 positions=15 rivals=35 pieces=15 stages=25
+        memory=7 divergence=7 overhead=7 compiled=25 layers_compiled=25" seconds=530 reserved=180 ;;
     *) echo "run_gpu.sh: --plan: got '$1'; allowed are all, first, second" >&2; exit 2 ;;
   esac
 }
@@ -224,11 +224,12 @@ finish_warming() {
 }
 
 # pytests SECONDS ARGUMENTS...: with a line for each test as soon as it has run. It is interrupted as from the keyboard:
-# then it still says what failed, if the interrupt reaches it once, and not its workers.
+# then it still says what failed, if the interrupt reaches it once, and not its workers. Each has one thread for what is
+# compared on the CPU: there is a worker for most of the cores.
 pytests() {
   local most="$1"
   shift
-  as_from_keyboard=1 limited "$most" "$reserved" "$python" -m pytest -v -p no:cacheprovider "$@" >>"$out/tests.log" 2>&1
+  as_from_keyboard=1 OMP_NUM_THREADS=1 limited "$most" "$reserved" "$python" -m pytest -v -p no:cacheprovider "$@" >>"$out/tests.log" 2>&1
 }
 
 # Where there are tests with the marker gpu; to look for them in all of tests/ takes long.
@@ -241,6 +242,7 @@ test_step() { # NAME: first or tests
   fi
   local workers=() code=0 most
   most="$(most_of "$1")"
+  [ "$smoke" = 0 ] || most=$((4 * most)) # one process, and whatever machine it is
   if [ "$smoke" = 0 ] && "$python" -c "import xdist" 2>/dev/null; then
     workers=(-n $(((2 * cores + 2) / 3)) --dist worksteal)
   fi
@@ -270,13 +272,35 @@ test_step() { # NAME: first or tests
   [ "$code" = 0 ] || step_failed "$1" "$code"
 }
 
+# What a sanitizer says of a machine that it does not run on.
+refusal="device not supported|unable to (find|load)|failed to initialize|not supported on"
+
+# sanitizer_refuses: whether it says so of the first bytes that a program allocates, without PyTorch: a second or two,
+# where the kernels would be waited for in vain.
+sanitizer_refuses() {
+  local found
+  found="$(timeout --kill-after=2 10 compute-sanitizer --tool memcheck "$python" -c '
+import ctypes
+
+driver, device, context, memory = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
+for code in (
+    driver.cuInit(0),
+    driver.cuDeviceGet(ctypes.byref(device), 0),
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+    driver.cuCtxSetCurrent(context),
+    driver.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(1024)),
+):
+    assert code == 0, code' 2>&1)"
+  echo "$found" >>"$log"
+  grep -iE -m1 "$refusal" <<<"$found"
+}
+
 sanitize() { # TOOL CAP
   local code=0 found="$out/sanitizer.part"
   # Every tensor an allocation of its own: the allocator's pool would hide what is beyond a tensor's end.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited "$2" "$reserved" compute-sanitizer --tool "$1" --error-exitcode 77 \
     "$python" -m benchmarks.gpu.exercise "${where[@]}" "${size[@]}" >"$found" 2>&1 || code=$?
   tail -n 60 "$found" >>"$log" 2>/dev/null
-  local refusal="device not supported|unable to (find|load)|failed to initialize|not supported on"
   if grep -qiE "$refusal" "$found" 2>/dev/null; then
     say "compute-sanitizer $1: skipped, it refuses this machine: $(grep -iE -m1 "$refusal" "$found")"
   elif [ "$code" = 77 ] || grep -qE "ERROR SUMMARY: [1-9]|RACECHECK SUMMARY: [1-9]" "$found" 2>/dev/null; then
@@ -293,10 +317,14 @@ sanitize() { # TOOL CAP
 }
 
 sanitizer() {
-  local most
-  PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+  local most why
+  PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin:${CUDA_HOME:-/usr/local/cuda}/compute-sanitizer"
   if ! command -v compute-sanitizer >/dev/null 2>&1; then
     say "compute-sanitizer: skipped, there is none on the PATH"
+    return
+  fi
+  if why="$(sanitizer_refuses)"; then
+    say "compute-sanitizer: skipped, it refuses this machine: $why"
     return
   fi
   most="$(most_of sanitizer)"
@@ -310,7 +338,7 @@ sanitizer() {
 }
 
 measure() { # PART...: in one process
-  local left code all=0 most given=()
+  local left code all=0 most most_of_all given=()
   left=$((seconds - SECONDS - 15))
   for part in "$@"; do
     most="$(most_of "$part")"
@@ -323,7 +351,9 @@ measure() { # PART...: in one process
     all=$((all + most))
   done
   [ "${#given[@]}" -gt 0 ] || return 0
-  limited $((all + 12)) 5 "$python" -m benchmarks.gpu.run "${given[@]}" --out "$out" "${where[@]}" "${size[@]}" 2>&1 |
+  most_of_all=$((all + 12))
+  [ "$smoke" = 0 ] || most_of_all=$((4 * all)) # whatever machine it is
+  limited "$most_of_all" 5 "$python" -m benchmarks.gpu.run "${given[@]}" --out "$out" "${where[@]}" "${size[@]}" 2>&1 |
     tee -a "$log"
   code="${PIPESTATUS[0]}"
   case "$code" in

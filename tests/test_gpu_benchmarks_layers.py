@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import METHODS, Cpp
 
 import ela_kernels as ek
 from benchmarks.contenders import WrongResultError
 from benchmarks.gpu import exercise, layers, networks, pieces, run, warm
 from benchmarks.gpu.footprint import PIECES, piece_bytes
 from benchmarks.gpu.ops import tolerance
-from benchmarks.gpu.report import targets, text_report
+from benchmarks.gpu.report import text_report
 from benchmarks.gpu.setting import make_setting
 from benchmarks.gpu.shapes import (
     FEW_CASES,
@@ -25,6 +26,7 @@ from benchmarks.gpu.shapes import (
     STAGE_CASES,
     Case,
 )
+from benchmarks.gpu.targets import targets
 from benchmarks.shapes import StageShape
 from ela_kernels.backends.dispatch import KERNELS
 
@@ -106,10 +108,21 @@ def test_a_network_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_cpp
-def test_all_kernels_are_exercised() -> None:
-    everything = exercise.exercise("cpp", CPU)
-    assert everything > 100
-    assert 0 < exercise.exercise("cpp", CPU, few=True) < everything / 4
+def test_all_kernels_are_exercised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method of a backend, also by the few calls that there is time for in a first look."""
+    made = Cpp().spied(monkeypatch)
+    tolerances: set[bool] = set()
+    right = KERNELS["cpp"].gather
+
+    def seen(left: Any, *args: Any) -> Any:
+        tolerances.update(one.tolerance > 0 for one in left)
+        return right(left, *args)
+
+    monkeypatch.setitem(vars(KERNELS["cpp"]), "gather", seen)
+    few = exercise.exercise("cpp", CPU, few=True)
+    assert set(made) == set(METHODS)
+    assert tolerances == {False, True}
+    assert 0 < few < exercise.exercise("cpp", CPU) / 4
 
 
 @needs_cpp

@@ -13,7 +13,7 @@ import ela_kernels as ek
 from benchmarks.gpu import floor, layers, run, stages
 from benchmarks.gpu.footprint import OPS, PIECES, least_bytes
 from benchmarks.gpu.ops import LayerOps, check_operation, tolerance
-from benchmarks.gpu.report import Target, backward_percent, target_table, targets, text_report
+from benchmarks.gpu.report import target_table, text_report
 from benchmarks.gpu.setting import make_setting
 from benchmarks.gpu.shapes import (
     COMPILED_CASES,
@@ -27,6 +27,7 @@ from benchmarks.gpu.shapes import (
     STAGE_CASES,
     Case,
 )
+from benchmarks.gpu.targets import Target, backward_percent, targets
 from benchmarks.gpu.timing import Budget, take_turns
 from benchmarks.shapes import StageShape
 from ela_kernels.backends.dispatch import KERNELS

@@ -86,10 +86,10 @@ def test_a_dry_run_of_the_script(tmp_path: Path) -> None:
 
 
 # Most important first; a step that is in no plan would never be measured.
-FIRST = ["build", "first", "sanitizer", "floor", "layers"]
+FIRST = ["build", "first", "sanitizer", "floor", "layers", "positions", "rivals"]
 SECOND = [
-    *("build", "tests", "layers", "networks", "floor", "rivals", "memory", "pieces", "stages"),
-    *("divergence", "overhead", "compiled", "layers_compiled"),
+    *("build", "tests", "layers", "networks", "floor", "positions", "rivals", "memory", "pieces"),
+    *("stages", "divergence", "overhead", "compiled", "layers_compiled"),
 ]
 
 
@@ -144,6 +144,108 @@ def test_the_script_looks_where_the_tests_for_a_gpu_are() -> None:
     for path in (ROOT / "tests").rglob("test_*.py"):
         if "mark.gpu" in path.read_text() and path != Path(__file__):
             assert any(path.is_relative_to(folder) for folder in paths), path
+
+
+# In place of compute-sanitizer: what it says, what it does with the program, and what the script makes of that.
+SANITIZERS = {
+    "refuses": (
+        'echo "========= Error: Device not supported. Please refer to the documentation"; exit 255',
+        0,
+        "compute-sanitizer: skipped, it refuses this machine: ========= Error: Device not supported",
+    ),
+    "finds nothing": (
+        'shift 2; [ "$1" != --error-exitcode ] || shift 2; "$@" || exit; '
+        'echo "========= ERROR SUMMARY: 0 errors"',
+        0,
+        "compute-sanitizer memcheck: ========= ERROR SUMMARY: 0 errors",
+    ),
+    "finds an error": (
+        'case "$*" in *exercise*) echo "========= Invalid __global__ write of size 4 bytes"; exit 77 ;; esac',
+        1,
+        "compute-sanitizer memcheck: FAILED with code 77",
+    ),
+}
+
+
+@needs_bash
+@needs_cpp
+@pytest.mark.parametrize("kind", SANITIZERS)
+def test_what_a_sanitizer_says(kind: str, tmp_path: Path) -> None:
+    does, code, said = SANITIZERS[kind]
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    fake = folder / "compute-sanitizer"
+    fake.write_text(
+        f'#!/usr/bin/env bash\necho "$*" | tr "\\n" " " >>"{calls}"\necho >>"{calls}"\n{does}\n'
+    )
+    fake.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    arguments = "--smoke", "--plan", "first", "--steps", "sanitizer", "--seconds", "590"
+    done = script(str(tmp_path / "out"), *arguments, PATH=path)
+    assert (done.returncode, said in done.stdout) == (code, True), done.stdout + done.stderr
+    # Of a machine that it refuses it is asked once, for a second, and not with all the kernels.
+    made = [line for line in calls.read_text().splitlines() if "benchmarks.gpu.exercise" in line]
+    assert len(made) == (0 if kind == "refuses" else 1)
+
+
+# The device has a fault at the second test, and from then on in this process.
+FAULTY = """
+import pytest, torch
+from support import on_gpu
+
+faults = []
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    def wait():
+        if faults:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    yield
+    on_gpu.synchronize()
+
+def test_one(): pass
+def test_two(): faults.append(1)
+def test_three(): pass
+def test_four(): pass
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_fault_of_the_device_is_one_test_s(workers: int, tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    (tmp_path / "test_faulty.py").write_text(FAULTY)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), "."],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    if workers:
+        assert "crashed while running 'test_faulty.py::test_two'" in done.stdout
+        assert "1 failed, 4 passed" in done.stdout  # the call of the second had passed
+    else:  # nobody takes over
+        assert "4 passed, 3 errors" in done.stdout
+        assert "illegal memory access" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["light_blocks", "a_mix", "a_tolerance"])
+def test_the_first_tests_on_the_cuda_kernels(kind: str) -> None:
+    """Where these run on a CPU: that a test itself is wrong for a backend must not show on a device first."""
+    tests = ["tests/gpu/test_first.py", "-k", f"test_{kind} and float32 and odd"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *tests],
+        cwd=ROOT,
+        env=os.environ | {"ELA_KERNELS_TEST_DEVICE": "cuda_on_cpu"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
 
 
 @needs_bash

@@ -21,17 +21,43 @@ _COUNTS = {"triton": 1, "cuda": 3}
 
 
 def _retrieve_at_positions(values: Sequence[torch.Tensor]) -> None:
-    """Attention at every position, with the backward in both forms."""
-    query = torch.randn(values[0].shape[1], device=values[0].device)
-    history = ek.PositionHistory()
+    """Attention at every position by one query and by a map of them, with the backward in both forms."""
+    of_channels = torch.randn(values[0].shape[1], device=values[0].device)
     total = torch.zeros((), device=values[0].device)
-    for value in values:
+    history = ek.PositionHistory()
+    for i, value in enumerate(values):
         history.append(value)
+        query = value.detach() if i else of_channels
         total = total + history.attend(query).float().square().sum()
     assert history.weights is not None
-    found = ek.position_attention(query, values, values, prev_weights=history.weights.detach())
-    assert found.kl is not None
-    (total + found.out.float().square().sum() + found.kl.sum()).backward()
+    for query, keys in ((of_channels, None), (values[0], values)):
+        found = ek.position_attention(
+            query, values, keys, of_channels, prev_weights=history.weights.detach()
+        )
+        assert found.kl is not None
+        total = total + found.out.float().square().sum() + found.kl.sum()
+    total.backward()
+
+
+def _mix(values: Sequence[torch.Tensor], heads: int) -> None:
+    """A sum by given weights, with gradients of these and of values, of the former alone, and of the latter alone."""
+    size = values[0].shape[0], heads, len(values)
+    weights = torch.randn(size, device=values[0].device).requires_grad_()
+    plain = [value.detach() for value in values]
+    for given, summed in ((weights, values), (weights, plain), (weights.detach(), values)):
+        ek.depth_mix(given, summed).float().square().sum().backward()
+
+
+def _leave_out(leaves: Sequence[torch.Tensor], heads: int) -> None:
+    """Retrievals of small weights left out: through a history, which gathers, and in the form that does not."""
+    queries, keys, values = leaves[::3], leaves[1::3], leaves[2::3]
+    tolerance = 1 / (len(values) + 1)
+    history = ek.LayerHistory(tolerance=tolerance)
+    total = torch.zeros((), device=values[0].device)
+    for q, k, v in zip(queries, keys, values, strict=True):
+        total = total + history.attend(q, k, v, heads=heads).float().square().sum()
+    found = ek.layer_attention(queries[-1], keys, values, heads, tolerance=tolerance)
+    (total + found.out.float().square().sum()).backward()
 
 
 def exercise(backend: str, device: torch.device, few: bool = False) -> int:
@@ -60,6 +86,8 @@ def exercise(backend: str, device: torch.device, few: bool = False) -> int:
                     ]
                     queries, keys, values = leaves[::3], leaves[1::3], leaves[2::3]
                     _retrieve_at_positions(values)
+                    _mix(values, heads)
+                    _leave_out(leaves, heads)
                     history = ek.LayerHistory()
                     total = torch.zeros((), device=device)
                     for q, k, v in zip(queries, keys, values, strict=True):
@@ -86,12 +114,14 @@ def exercise(backend: str, device: torch.device, few: bool = False) -> int:
 def _exercise_modules(x: torch.Tensor, head_dim: int, backend: str) -> int:
     """A layer with the residual, a block with norm and dropped samples, a layer that only provides, a light layer.
 
-    The light one where the backend has kernels of it.
+    The light one where the backend has kernels of it. The last block leaves out retrievals of small weights, and then
+    takes over a retrieval.
     """
     x = x.detach().requires_grad_()
     channels, count = x.shape[1], 0
     first, last = (ek.LayerAttention(channels, head_dim).to(x.device, x.dtype) for _ in range(2))
     block = ek.ELA(channels, head_dim, drop_path=0.5).to(x.device, x.dtype)
+    other = ek.ELA(channels, head_dim, skip="reuse", tolerance=0.4).to(x.device, x.dtype)
     light = ek.LightLayerAttention(channels, head_dim).to(x.device, x.dtype)
     for is_training in (True, False):
         history = ek.LayerHistory()
@@ -100,7 +130,10 @@ def _exercise_modules(x: torch.Tensor, head_dim: int, backend: str) -> int:
             y = block(y, history)
         last.provide(y, history)
         y = block.eval()(y, history)
-        count += 3
+        for skipped in (False, True):
+            other.skipped = skipped
+            y = other.eval()(y, history)
+        count += 5
         if "light_layer" in (KERNELS[backend].ops or ()):
             y = light(y, x)
             count += 1

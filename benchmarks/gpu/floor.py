@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from benchmarks.gpu.footprint import OPS, least_bytes
-from benchmarks.gpu.ops import LayerOps, check_operation, refusing
+from benchmarks.gpu.ops import LayerOps, refusing
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.shapes import FEW_CASES, FLOOR_CASES, SMOKE_CASES, Case
 from benchmarks.gpu.timing import Budget, graphed, take_turns
@@ -81,36 +81,56 @@ def _measure_case(
         LayerOps(case, depth, setting.device, seed)
         for seed in range(input_sets(case, depth, setting))
     ]
-    found: dict[str, Any] = {
+    least = {op: least_bytes(op, case, depth) for op in OPS}
+    return {
         "depth": depth,
         "map_bytes": case.map_bytes,
         "input_sets": len(sets),
         "exceeds_cache": exceeds_cache(case, depth, setting),
-        "ops": {},
+        "ops": measure_ops(case.name, sets, least, setting, budget, (copy, copy_bytes), refused),
     }
-    for op in OPS:
-        contenders: dict[str, Contender] = {"copy": copy}
-        calls = _calls(op, case, depth, len(sets))
+
+
+class Operations(Protocol):
+    """One set of inputs, on which operations are checked and timed by their names."""
+
+    def check(self, op: str, backend: str) -> float:
+        """Refuse an operation whose results are wrong; return how far the worst is off."""
+
+    def operation(self, op: str, backend: str) -> Contender:
+        """One operation of one backend, as something to time."""
+
+
+def measure_ops(
+    case_name: str,
+    sets: Sequence[Operations],
+    least: Mapping[str, int],
+    setting: Setting,
+    budget: Budget,
+    copy: tuple[Contender, int],
+    refused: list[str],
+) -> dict[str, Any]:
+    """Times of all operations that `least` has the bytes of, in turns with the copy of so many bytes."""
+    found = {}
+    for op, least_of_op in least.items():
+        contenders: dict[str, Contender] = {"copy": copy[0]}
+        calls = _calls(len(sets) * least_of_op)
         errors = {}
         for backend in setting.backends:
-            with refusing(f"{case.name}: {backend} {op}", refused):
-                error = check_operation(sets[0], op, backend)
+            with refusing(f"{case_name}: {backend} {op}", refused):
+                error = sets[0].check(op, backend)
                 operations = [s.operation(op, backend) for s in sets]
                 contenders[backend] = graphed(partial(run_all, operations, calls), setting.device)
                 errors[backend] = error
         seconds = take_turns(contenders, setting.device, setting.rounds, min(0.5, budget.left / 4))
-        found["ops"][op] = report_op(
-            seconds, least_bytes(op, case, depth), len(sets) * calls, copy_bytes, errors
-        )
+        found[op] = report_op(seconds, least_of_op, len(sets) * calls, copy[1], errors)
     return found
 
 
-def _calls(op: str, case: Case, depth: int, sets: int) -> int:
+def _calls(least_of_sets: int) -> int:
     """How often all sets are gone through in one timed region."""
     optimistic = 4e12  # bytes a second; a slower device only makes the region longer
-    return max(
-        1, min(50, round(_REGION_SECONDS * optimistic / (sets * least_bytes(op, case, depth))))
-    )
+    return max(1, min(50, round(_REGION_SECONDS * optimistic / least_of_sets)))
 
 
 def run_all(operations: list[Contender], calls: int) -> list[object]:

@@ -20,6 +20,19 @@ And of a whole layer's pieces, F being the filters:
     epilogue backward  reads what was retrieved and the output's gradient, for the sums that the norm's backward needs
                        first; then both again, and writes the gradient of what was retrieved          5 M + 6 C * 4
 
+Of a retrieval at every position from T values that are their own keys, P being one float32 number for each position
+(B * N), V a float32 number for each channel; and of a sum by given weights W:
+
+    position forward   reads T maps and the query; writes one map and the weights                (T + 1) M + T P + V
+    position dots      reads T maps, the output's gradient, the query, the weights; writes two coefficients for each
+                       value and position, and the query's gradient                            (T + 1) M + 3 T P + 2 V
+    position gather    reads T output gradients, the value, T queries, of each retrieval's weights and coefficients
+                       one column; writes the value's gradient                                 (T + 2) M + 3 T P + T V
+    position push      reads as dots does; writes T values' gradients and the query's            (2 T + 1) M + T P + 2 V
+    mix                reads T maps and the weights; writes one map                                     (T + 1) M + W
+    mix backward       reads T maps, the output's gradient, the weights; writes T values' gradients and the
+                       weights'                                                                      (2 T + 1) M + 2 W
+
 Partial sums that a kernel writes for itself are not in it: they are its own affair.
 """
 
@@ -64,3 +77,30 @@ def piece_bytes(piece: str, case: Case, filter_size: int) -> int:
         "epilogue backward": 5 * one_map + 6 * vector,
     }
     return counts[piece]
+
+
+POSITION_OPS = (
+    "position forward",
+    "position dots",
+    "position gather",
+    "position push",
+    "mix",
+    "mix backward",
+)
+
+
+def position_bytes(op: str, case: Case, depth: int) -> int:
+    """Bytes that an operation of attention at every position, or of a mix, must move."""
+    shape, one_map, t = case.shape, case.map_bytes, depth
+    plane = 4 * shape.batch * shape.size**2
+    vector = 4 * shape.channels
+    weights = 4 * shape.batch * shape.heads * t
+    counts = {
+        "position forward": (t + 1) * one_map + t * plane + vector,
+        "position dots": (t + 1) * one_map + 3 * t * plane + 2 * vector,
+        "position gather": (t + 2) * one_map + 3 * t * plane + t * vector,
+        "position push": (2 * t + 1) * one_map + t * plane + 2 * vector,
+        "mix": (t + 1) * one_map + weights,
+        "mix backward": (2 * t + 1) * one_map + 2 * weights,
+    }
+    return counts[op]

@@ -34,7 +34,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST, KERNELS = "manifest.json", "kernels.tar.xz"
 # What the cache is filled from: the parts of `--plan first` and its tests; and of `--plan second`.
-PARTS = ("sanitizer", "floor", "layers")
+PARTS = ("sanitizer", "floor", "layers", "positions", "rivals")
 TESTS = ("tests/gpu/test_first.py",)
 WHOLE_PARTS = (*PARTS, "pieces", "stages", "memory", "networks")
 WHOLE_TESTS = (*TESTS, "tests/gpu/test_light.py", "tests/conformance")

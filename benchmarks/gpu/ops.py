@@ -149,6 +149,10 @@ class LayerOps:
         }[name]
         return lambda: run(kernels)
 
+    def check(self, name: str, backend: str) -> float:
+        """See :func:`check_operation`."""
+        return check_operation(self, name, backend)
+
     def expected(self, name: str) -> dict[str, Tensor]:
         """What :meth:`found` has to be, in float64."""
         q, keys, values = (

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.gpu.footprint import PIECES
+from benchmarks.gpu.footprint import PIECES, POSITION_OPS
 
 _OPS = ("forward", "dots", "gather", "push")
 
@@ -21,7 +21,9 @@ def draw(results: dict[str, Any], folder: Path) -> None:
     parts = results["parts"]
     floor = parts.get("floor", {}).get("cases", {})
     pieces = parts.get("pieces", {}).get("cases", {})
+    positions = parts.get("positions", {}).get("cases", {})
     panels = [(_floor_axis(op), floor) for op in _OPS if floor]
+    panels += [(_floor_axis(op), positions) for op in POSITION_OPS if positions]
     panels += [(_floor_axis(piece), pieces) for piece in PIECES if pieces]
     if panels:
         _save(folder / "floor.png", panels)

@@ -8,7 +8,7 @@
 # pybind11, setuptools and pytest; nvcc of the same release. What is not the same there is compiled there.
 set -uo pipefail
 
-RIVALS="liger-kernel==0.8.5 fla-core==0.6.0 einops"
+RIVALS="liger-kernel==0.8.5 fla-core==0.6.0 einops flash-attn-res==0.1.12"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 2
 python="${PYTHON:-python3}"

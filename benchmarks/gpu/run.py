@@ -26,6 +26,7 @@ from benchmarks.gpu import (
     networks,
     overhead,
     pieces,
+    positions,
     rivals,
     stages,
 )
@@ -39,6 +40,7 @@ PARTS: dict[str, Callable[[Setting, Budget, Save], None]] = {
     "layers": layers.measure,
     "networks": networks.measure,
     "pieces": pieces.measure,
+    "positions": positions.measure,
     "stages": stages.measure,
     "compiled": stages.measure_compiled,
     "layers_compiled": layers.measure_compiled,

@@ -136,3 +136,16 @@ PIECE_CASES = [
     *_variants([LARGE[2]], _ALL[1], _ALL[3]),
     *_variants([LARGE[-1]], _ALL[0], _ALL[2]),
 ]
+
+# Attention at every position: tokens of a language model, as a map whose channels lie together, and maps.
+_TOKENS = StageShape(8, 16, 1024, 32, 1024)
+POSITION_CASES = [
+    *_variants([_TOKENS], _ALL[2]),
+    *_variants([LARGE[2]], _ALL[0]),
+    *_variants([LARGE[0]], _ALL[1]),  # whose rows of positions do not lie on 16 bytes
+    *_variants([LARGE[2]], *_ALL[1:3]),
+    *_variants([StageShape(24, 8, 2048, 32, 2048)], _ALL[2]),
+    *_variants([_TOKENS], _ALL[3]),
+    *_variants([SMALL[1]], _ALL[0]),
+]
+FEW_POSITION_CASES = POSITION_CASES[:2]

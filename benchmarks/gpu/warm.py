@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import itertools
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu import floor, layers, networks, shapes, stages
+from benchmarks.gpu import floor, layers, networks, positions, rivals, shapes, stages
 from benchmarks.gpu.exercise import exercise
-from benchmarks.gpu.footprint import OPS, PIECES
-from benchmarks.gpu.ops import LayerOps
+from benchmarks.gpu.footprint import OPS, PIECES, POSITION_OPS
+from benchmarks.gpu.ops import LayerOps, refusing
 from benchmarks.gpu.pieces import LayerPieces
 from benchmarks.gpu.setting import Setting, make_setting
 from ela_kernels.backends.dispatch import KERNELS
@@ -50,6 +51,27 @@ def _pieces(case: shapes.Case, setting: Setting) -> None:
         for piece in PIECES:
             if pieces.is_alone(piece, kernels):
                 pieces.run(piece, kernels)
+
+
+def _positions(case: shapes.Case, setting: Setting) -> None:
+    ops = positions.PositionOps(case, setting.device)
+    for backend in setting.backends:
+        for op in POSITION_OPS:
+            ops.operation(op, backend)()
+
+
+def _rivals(size: tuple[int, int, int, int], setting: Setting) -> None:
+    # What flash-linear-attention finds beside other processes is not to be what it runs with.
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    inputs, problems = rivals.Inputs(size, setting.device), list[str]()
+    attends, _ = rivals.load(setting, problems)
+    for name, step in rivals.contenders_of(inputs, setting, attends).items():
+        is_compiled = name == stages.COMPILED and setting.on_gpu
+        if is_compiled or name not in stages.BASELINES:
+            with refusing(name, problems):
+                step.both(inputs.dout)
+    if problems:
+        raise RuntimeError("; ".join(problems))
 
 
 def _stage(case: shapes.Case, compiled: bool, setting: Setting) -> None:
@@ -101,6 +123,10 @@ def _jobs_by_part(setting: Setting) -> dict[str, list[Job]]:
         ],
         "floor": [partial(_floor, case) for case in (small if smoke else floor.cases_of(setting))],
         "pieces": [partial(_pieces, case) for case in (small if smoke else shapes.PIECE_CASES)],
+        "positions": [
+            partial(_positions, case) for case in (small if smoke else positions.cases_of(setting))
+        ],
+        "rivals": [partial(_rivals, size) for size in rivals.sizes_of(setting)],
         "stages": [
             partial(_stage, case, False) for case in (small if smoke else shapes.STAGE_CASES)
         ],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -27,7 +25,7 @@ from support.layouts import (
     last_slice,
     one_number,
 )
-from support.mixes import WEIGHTS, Mix, assert_mixed, by_hand, evaluate, make_mix
+from support.mixes import WEIGHTS, Mix, assert_mixed, by_hand, evaluate, make_mix, put_mix
 from support.on_gpu import same_bits
 from support.pairs import pairs
 
@@ -35,12 +33,7 @@ import ela_kernels as ek
 
 
 def on_backend(backend: Backend, mix: Mix) -> Mix:
-    return dataclasses.replace(
-        mix,
-        weights=backend.put(mix.weights),
-        values=[backend.put(v) for v in mix.values],
-        dout=None if mix.dout is None else backend.put(mix.dout),
-    )
+    return put_mix(mix, backend.put)
 
 
 def run(backend: Backend, mix: Mix) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,34 +11,13 @@ from support.backends import ALL, Backend, over, words
 from support.cases import Case, evaluate, make_case
 from support.layer_checks import FORMS, Results, check, filters_together, leaf, make, step
 from support.layouts import TOKEN_LAYOUTS, channel_slice, channels_last, contiguous, last_slice
+from support.left_out import between, spread
 from support.on_gpu import same_bits
-from support.oracle import assert_matches, oracle
+from support.oracle import assert_matches
 from support.pairs import pairs
 from torch import Tensor, nn
 
 import ela_kernels as ek
-
-
-def between(weights: Iterable[Tensor]) -> float:
-    """A tolerance that a good part of the weights is below, as far from all of them as can be.
-
-    Weights in another dtype are then on the same side of it.
-    """
-    every = torch.cat([w.detach().double().cpu().flatten() for w in weights]).clamp_min(1e-30)
-    sorted_logs = every.sort().values.log()
-    low, high = len(sorted_logs) // 4, max(3 * len(sorted_logs) // 4, len(sorted_logs) // 4 + 2)
-    gaps = sorted_logs[low + 1 : high] - sorted_logs[low : high - 1]
-    at = low + int(gaps.argmax())
-    assert gaps.max() > 1e-3, "the weights lie too close"
-    return float(((sorted_logs[at] + sorted_logs[at + 1]) / 2).exp())
-
-
-def spread(case: Case) -> Case:
-    """The case with weights from nearly one to nearly nothing, and a tolerance among them."""
-    per_head = case.q.shape[1] // case.heads
-    case.scale = 3 * per_head**-0.5
-    case.tolerance = between([oracle(case)["weights"]])
-    return case
 
 
 def check_case(backend: Backend, case: Case) -> dict[str, Tensor]:
@@ -324,6 +302,18 @@ def test_a_tolerance_that_float32_has_not(backend, layout):
         value[out[..., j].repeat_interleave(3, 1)] = torch.inf
     found = backend.evaluate(case)
     assert all(same_bits(x, clean[name]) for name, x in found.items())
+
+
+@over("dtype", lambda backend: backend.dtypes, ALL)
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=words)
+def test_the_output_keeps_the_memory_format(backend, dtype, layout):
+    case = backend.case(spread(make_case((2, 6, 4, 5), 3, 2, dtype, layout)))
+    out = ek.layer_attention(
+        case.q, case.keys, case.values, case.heads, case.scale, tolerance=case.tolerance
+    ).out
+    expected = torch.channels_last if layout is channels_last else torch.contiguous_format
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=expected)
 
 
 def test_a_tolerance_that_is_none(backend):

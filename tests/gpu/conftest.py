@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.on_gpu import BACKENDS, DEVICE, serving
+from support.on_gpu import BACKENDS, DEVICE, IS_STAND_IN, serving, synchronize
 
 import ela_kernels as ek
 from ela_kernels.backends.contract import KernelBackend
 from ela_kernels.backends.dispatch import KERNELS
 
-# What a call of the attention's kernels is recorded as; a whole layer in one call counts as its attention's.
-_OF_ATTENTION = {
+# What a call of the operations' kernels is recorded as; a whole layer in one call counts as its attention's.
+_OF_OPERATIONS = {
     "attend": "forward",
     "layer": "forward",
     "attend_backward": "backward",
     "layer_backward": "backward",
     "weights": "weights",
     "gather": "gather",
+    "mix": "mix",
+    "mix_backward": "mix backward",
+    "position_attend": "position forward",
+    "position_attend_backward": "position backward",
+    "position_gather": "position gather",
 }
 
 
@@ -36,7 +42,7 @@ def gpu() -> Iterator[None]:
         pytest.skip("needs a CUDA device, and PyTorch finds none")
     torch.cuda.manual_seed_all(20230203)
     yield
-    torch.cuda.synchronize()
+    synchronize()
 
 
 @pytest.fixture
@@ -67,11 +73,21 @@ def exact_convolutions() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest, gpu: None) -> Iterator[str]:
     """Each GPU backend in turn, forced; skips one that is not available."""
     name = str(request.param)
-    status = ek.backend_status()[name]
-    if status != "available":
-        pytest.skip(f"{name}: {status}")
-    with ek.use_backend(name):
-        yield name
+    with _kernels():
+        status = ek.backend_status()[name]
+        if status != "available":
+            pytest.skip(f"{name}: {status}")
+        with ek.use_backend(name):
+            yield name
+
+
+def _kernels() -> contextlib.AbstractContextManager[Any]:
+    """Those of the device, or in a dry run of CUDA's on the CPU their stand-in."""
+    if not IS_STAND_IN:
+        return contextlib.nullcontext()
+    from support.cuda_on_cpu import kernels_on_cpu
+
+    return kernels_on_cpu()
 
 
 @pytest.fixture
@@ -84,12 +100,13 @@ def light_backend(backend: str) -> Iterator[str]:
 
 @pytest.fixture
 def kernels_ran(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[str]:
-    """What the calls made so far ran on the kernels of `backend`: `forward`, `backward`, `weights` or `gather`.
+    """What the calls made so far ran on the kernels of `backend`: `forward`, `backward`, `weights` or `gather`, or
 
-    A whole layer in one call counts as its attention's.
+    `mix` and `mix backward`, and the first two and the last of attention at every position. A whole layer in one call
+    counts as its attention's.
     """
     spy = Spy(monkeypatch, KERNELS[backend])
-    for function, name in _OF_ATTENTION.items():
+    for function, name in _OF_OPERATIONS.items():
         spy.on(function, name)
     return spy.record
 

@@ -12,9 +12,11 @@ import re
 import pytest
 import torch
 from support.cases import make_case
+from support.held_values import HALVES
 from support.layer_stages import (
     FORMS,
     INTERPRETED,
+    gradients,
     make_blocks,
     make_light_blocks,
     make_stage,
@@ -23,6 +25,8 @@ from support.layer_stages import (
 )
 from support.layers_on_gpu import CPU, on_device
 from support.layouts import channels_last, contiguous
+from support.left_out import spread
+from support.mixes import assert_mixed, evaluate, make_mix, put_mix
 from support.on_gpu import DEVICE, GPU_DTYPES, case_on, evaluate_on, moved
 from support.oracle import assert_matches, oracle, tolerances
 from support.position import assert_position_matches, evaluate_position, make_position_case
@@ -92,15 +96,30 @@ def test_a_history(maker, dtype, shape, kernels_ran):
     assert kernels_ran.count("gather") == DEPTH
 
 
+def assert_gathered(found, expected, dtype):
+    """A gradient is one rounding in the pull form, and as many as there are retrievals in the push form."""
+    rtol = 2e-4 if dtype == torch.float32 else DEPTH * torch.finfo(dtype).eps
+    for a, b in zip(found, expected, strict=True):
+        a, b = a.double().cpu(), b.double().cpu()
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * b.abs().max().item())
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["vector", "maps"])
 @shapes
 @dtypes
 @makers
-def test_positions(maker, dtype, shape):
-    """Attention at every position: forward, the push form, and gradients gathered in the pull form."""
-    case = make_position_case(SHAPES[shape], DEPTH, dtype, maker, dout=maker)
-    assert_position_matches(evaluate_position(case, put=moved), case)
+def test_positions(maker, dtype, shape, given, kernels_ran):
+    """Attention at every position: forward, the push form, and gradients gathered in the pull form.
 
-    def gradients(pull):
+    Of values that are their own keys by one query, and with a query and keys for each position.
+    """
+    case = make_position_case(
+        SHAPES[shape], DEPTH, dtype, maker, dout=maker, map_query=given, keys=given
+    )
+    assert_position_matches(evaluate_position(case, put=moved), case)
+    assert kernels_ran == ["position forward", "position backward"]
+
+    def of_values(pull):
         history, values, total = ek.PositionHistory(), [], 0
         for value in case.values:
             values.append(moved(value).requires_grad_())
@@ -112,14 +131,72 @@ def test_positions(maker, dtype, shape):
                     moved(case.query), values, norm_weight=moved(case.norm_weight)
                 ).out
             total = total + out.float().square().sum()
-        return [g.double().cpu() for g in torch.autograd.grad(total, values)]
+        return torch.autograd.grad(total, values)
 
-    # A gradient is one rounding in the pull form, and as many as there are retrievals in the push form.
-    rtol = 2e-4 if dtype == torch.float32 else DEPTH * torch.finfo(dtype).eps
-    for found, expected in zip(gradients(True), gradients(False), strict=True):
-        torch.testing.assert_close(
-            found, expected, rtol=rtol, atol=rtol * expected.abs().max().item()
-        )
+    assert_gathered(of_values(True), of_values(False), dtype)
+    assert kernels_ran.count("position gather") == DEPTH
+
+
+@shapes
+@dtypes
+@makers
+def test_a_tolerance(maker, dtype, shape, kernels_ran):
+    """Retrievals of small weights are left out of sums, of dot products and of what is gathered."""
+    case = spread(make_case(SHAPES[shape], DEPTH, heads_of(shape), dtype, maker, dout=maker))
+    found = evaluate_on(case)
+    assert (found["weights"] < case.tolerance).any()
+    assert_matches(found, case)
+    assert kernels_ran == ["forward", "backward"]
+    on_device = case_on(case)
+    q, options = on_device.q, {"scale": case.scale, "tolerance": case.tolerance}
+
+    def of_values(pull):
+        history, values, total = ek.LayerHistory(), [], 0
+        for t, value in enumerate(on_device.values):
+            values.append(value.detach().requires_grad_())
+            if pull:
+                out = history.attend(q, on_device.keys[t], values[-1], heads=case.heads, **options)
+            else:
+                keys = on_device.keys[: t + 1]
+                out = ek.layer_attention(q, keys, values, case.heads, **options).out
+            total = total + out.float().square().sum()
+        return torch.autograd.grad(total, values)
+
+    assert_gathered(of_values(True), of_values(False), dtype)
+    assert kernels_ran.count("gather") == DEPTH
+
+
+@shapes
+@dtypes
+@makers
+def test_a_mix(maker, dtype, shape, kernels_ran):
+    """A sum by weights that are given, with the gradients of these and of values, and of either alone."""
+    for wanted in (("weights", "values"), ("weights",), ("values",)):
+        mix = make_mix(SHAPES[shape], DEPTH, heads_of(shape), dtype, maker, dout=maker)
+        mix.wanted = [name for name in mix.wanted if name.startswith(wanted)]
+        found = evaluate(put_mix(mix, moved))
+        assert_mixed({name: x.cpu() for name, x in found.items()}, mix)
+    assert kernels_ran == ["mix", "mix backward"] * 3
+
+
+@pytest.mark.parametrize("held", HALVES, ids=str)
+@shapes
+@makers
+def test_values_held_in_half_precision(maker, held, shape, backend):
+    """Layers in float32 retrieve what was rounded, and the gradients are those of what it was rounded from."""
+    case = case_on(make_case(SHAPES[shape], DEPTH, heads_of(shape), torch.float32, maker))
+
+    def step(history, values):
+        leaves = [v.detach().requires_grad_() for v in values]
+        pairs = zip(case.keys, leaves, strict=True)
+        outs = [history.attend(case.q, k, v, heads=case.heads) for k, v in pairs]
+        total = sum(out.square().sum() for out in outs)
+        return [*(out.detach() for out in outs), *torch.autograd.grad(total, leaves)]
+
+    found = step(ek.LayerHistory(dtype=held), case.values)
+    expected = step(ek.LayerHistory(), [v.to(held).float() for v in case.values])
+    assert {x.dtype for x in found} == {torch.float32}
+    assert_gathered(found, expected, torch.float32)
 
 
 def step(modules, x):
@@ -143,7 +220,7 @@ def step(modules, x):
         kinds |= {"weights": [history.weights.detach()], "divergence": [history.kl.detach()]}
         loss = loss + history.kl.double().sum() + history.weights.double().square().sum()
     leaves = {"0.x": x} | dict(modules.named_parameters())
-    for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+    for name, grad in zip(leaves, gradients(loss, list(leaves.values())), strict=True):
         kind = re.sub("W[qk]", "Wq or Wk", name.partition(".")[2])
         kinds.setdefault(f"gradients of {kind}", []).append(grad)
     for name, buffer in modules.named_buffers():
@@ -170,8 +247,8 @@ def check(modules, x, backend):
         x.dtype != torch.float32,
         not isinstance(modules[0], ek.LayerAttention),
     )
-    # A dry run may interpret, which rounds to bfloat16 otherwise.
-    factor = INTERPRETED if getattr(KERNELS[backend], "interprets", False) else 8
+    # A dry run may interpret, which rounds to bfloat16 otherwise; eager PyTorch has no kernels.
+    factor = INTERPRETED if getattr(KERNELS.get(backend), "interprets", False) else 8
     for kind, truth in exact.items():
         if is_half and has_activation and "Wq or Wk" in kind:
             continue
@@ -181,6 +258,7 @@ def check(modules, x, backend):
         error, theirs = ((r[kind] - truth).norm() for r in (found, plain))
         allowed = factor * theirs + own * truth.norm()
         assert error <= allowed, f"{kind}: {error:.3g} from float64, allowed is {allowed:.3g}"
+    return exact
 
 
 @shapes
@@ -202,6 +280,34 @@ def test_blocks(form, dtype, shape, is_training, backend, layers_ran):
     blocks, x = make_blocks(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype, form)
     check(blocks.train(is_training), x, backend)
     assert layers_ran == ["layer"] * LAYERS + ["layer_backward"] * LAYERS
+
+
+@shapes
+@dtypes
+@forms
+def test_layers_and_blocks_with_a_tolerance(form, dtype, shape, backend):
+    """Above all weights of the second layer, and below them: one between would part half precision's otherwise."""
+    for make in (make_stage, make_blocks):
+        for tolerance in (0.99, 1e-9):
+            modules, x = make(SHAPES[shape], LAYERS, HEAD_DIMS[shape], dtype, form)
+            for module in modules:
+                getattr(module, "attn", module).tolerance = tolerance
+            weights = check(modules, x, backend)["weights"]
+            assert (weights < 0.99).all()
+            assert (weights > 1e-9).all()
+
+
+@pytest.mark.parametrize("is_training", [True, False], ids=["training", "inference"])
+@shapes
+@dtypes
+@forms
+def test_a_block_that_takes_over_a_retrieval(form, dtype, shape, is_training, backend, layers_ran):
+    """Of the block before it, which it norms anew; the block after it reads its pair all the same."""
+    blocks, x = make_blocks(SHAPES[shape], LAYERS + 1, HEAD_DIMS[shape], dtype, form, skip="reuse")
+    blocks[1].skipped = True
+    check(blocks.train(is_training), x, backend)
+    count = LAYERS + 1
+    assert layers_ran == ["layer"] * count + ["layer_backward"] * count
 
 
 @shapes

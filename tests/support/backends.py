@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import interpreted
 from support.cases import HALF_TYPES, Case, evaluate
-from support.on_gpu import case_on, moved
+from support.on_gpu import case_on, moved, synchronize
 from support.sizes import BEYOND_CHUNKS, BEYOND_GRIDS, DEPTHS, LAYER_SIZES, SIZES, TOKEN_SIZES, Size
 from torch import Tensor
 
@@ -315,8 +315,10 @@ class OnDevice(Backend):
             pytest.skip("needs a CUDA device, and PyTorch finds none")
         torch.cuda.manual_seed_all(20230203)
         with super().forced(), exact_convolutions():
-            yield
-            torch.cuda.synchronize()  # a fault shows in the test that caused it
+            try:
+                yield
+            finally:
+                synchronize()
 
 
 ALL: list[Backend] = [

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from support.cases import Case
+from support.oracle import oracle
 from torch import Tensor
 
 NUMBERS = (torch.nan, torch.inf, -torch.inf)
@@ -51,3 +55,25 @@ def middle(weights: Tensor, share: float = 0.5) -> float:
     assert (weights < tolerance).any()
     assert not (weights < tolerance).all()
     return tolerance
+
+
+def between(weights: Iterable[Tensor]) -> float:
+    """A tolerance that a good part of the weights is below, as far from all of them as can be.
+
+    Weights in another dtype are then on the same side of it.
+    """
+    every = torch.cat([w.detach().double().cpu().flatten() for w in weights]).clamp_min(1e-30)
+    sorted_logs = every.sort().values.log()
+    low, high = len(sorted_logs) // 4, max(3 * len(sorted_logs) // 4, len(sorted_logs) // 4 + 2)
+    gaps = sorted_logs[low + 1 : high] - sorted_logs[low : high - 1]
+    at = low + int(gaps.argmax())
+    assert gaps.max() > 1e-3, "the weights lie too close"
+    return float(((sorted_logs[at] + sorted_logs[at + 1]) / 2).exp())
+
+
+def spread(case: Case) -> Case:
+    """The case with weights from nearly one to nearly nothing, and a tolerance among them."""
+    per_head = case.q.shape[1] // case.heads
+    case.scale = 3 * per_head**-0.5
+    case.tolerance = between([oracle(case)["weights"]])
+    return case

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -63,6 +64,16 @@ def make_mix(
     mix = Mix(weights, values, channels_last, dout(shape, dtype))
     mix.wanted = list(mix.inputs())
     return mix
+
+
+def put_mix(mix: Mix, put: Callable[[Tensor], Tensor]) -> Mix:
+    """The call with its tensors where `put` puts them."""
+    return dataclasses.replace(
+        mix,
+        weights=put(mix.weights),
+        values=[put(v) for v in mix.values],
+        dout=None if mix.dout is None else put(mix.dout),
+    )
 
 
 def evaluate(mix: Mix, op: Callable[..., Tensor] = ek.depth_mix) -> dict[str, Tensor]:

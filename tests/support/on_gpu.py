@@ -1,7 +1,8 @@
 """Calls moved to a GPU as they lie in memory.
 
 `ELA_KERNELS_TEST_DEVICE=cpu` runs what needs no CUDA of these tests on the cpp backend, and with `TRITON_INTERPRET=1`
-on the interpreted triton one: to see without a GPU that the tests themselves are right.
+on the interpreted triton one: to see without a GPU that the tests themselves are right. `cuda_on_cpu` runs them on the
+CUDA kernels, built by the host compiler against a stand-in for their runtime, which takes minutes at first.
 """
 
 from __future__ import annotations
@@ -18,11 +19,29 @@ from torch import Tensor
 import ela_kernels as ek
 from ela_kernels.backends.dispatch import KERNELS
 
-DEVICE = torch.device(os.environ.get("ELA_KERNELS_TEST_DEVICE", "cuda"))
+_NAME = os.environ.get("ELA_KERNELS_TEST_DEVICE", "cuda")
+IS_STAND_IN = _NAME == "cuda_on_cpu"
+DEVICE = torch.device("cpu" if IS_STAND_IN else _NAME)
 BACKENDS = ("cuda", "triton") if DEVICE.type == "cuda" else ("cpp", "triton")
+if IS_STAND_IN:
+    BACKENDS = ("cuda",)
 
 # What a backend on a GPU takes; float64 is left to eager PyTorch.
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a fault shows in the test that caused it.
+
+    After a fault of a kernel every call of this process fails. A worker of pytest-xdist ends then, which is reported as
+    this test's failure, and another one takes over: the tests after it are to say something of themselves.
+    """
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        os._exit(70)
 
 
 def serving(backend: str, attention: str) -> str:

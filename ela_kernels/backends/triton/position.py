@@ -65,10 +65,10 @@ class _Shape(NamedTuple):
     def places(self) -> int:
         return self.batch * self.positions
 
-    @property
-    def warps(self) -> int:
-        elements = self.P * self.C
-        return 4 if elements <= 2048 else 8 if elements <= 4096 else 16
+    def warps(self, aligned: bool) -> int:
+        """16 elements a thread; half as many where each of them has an address of its own, as far as a block goes."""
+        each = 512 if aligned else 256
+        return min(max(self.P * self.C // each, 4), 16)
 
 
 def _shape(value: Tensor, channels_last: bool) -> _Shape:
@@ -179,7 +179,7 @@ def position_attend(call: PositionCall) -> tuple[Tensor, Tensor, Tensor | None]:
             UNIT=maps.unit,
             P=s.P,
             C=s.C,
-            num_warps=s.warps,
+            num_warps=s.warps(maps.aligned),
         )
         position_weights_kernel[(-(-s.places // _BLOCK),)](
             weights,
@@ -263,7 +263,7 @@ def position_attend_backward(
         "UNIT": maps.unit,
         "P": s.P,
         "C": s.C,
-        "num_warps": s.warps,
+        "num_warps": s.warps(maps.aligned),
     }
     strides = [
         *maps.units(value_strides),
@@ -368,6 +368,6 @@ def position_gather(
             UNIT=maps.unit,
             P=s.P,
             C=s.C,
-            num_warps=s.warps,
+            num_warps=s.warps(maps.aligned),
         )
     return dvalue

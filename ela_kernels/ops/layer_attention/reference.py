@@ -79,8 +79,9 @@ def aggregate_reference(
     for j, value in enumerate(values):
         weight = per_channel[..., j].reshape(shape)
         if tolerance > 0:
-            # Not the weight: a value that is not read may be infinite, or its gradient.
-            value = value.masked_fill(is_left_out(weight, tolerance), 0.0)
+            # Not the weight: a value that is not read may be infinite, or its gradient. By masked_fill it would lose
+            # its memory format.
+            value = torch.where(is_left_out(weight, tolerance), 0.0, value)
         term = weight * value.to(weights.dtype)
         total = term if total is None else total + term
     assert total is not None  # the public functions refuse an empty history
