@@ -52,7 +52,7 @@ TSAN := build/tsan
 BENCH_ENV := MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_MMAP_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=1000000000
 
 .DEFAULT_GOAL := help
-.PHONY: help install compiled loaded demo study quick test test-all test-oldest test-integrations slow gpu-test lint format compdb bench compare tables readme-tables gpu-bench cuda-report \
+.PHONY: help install compiled loaded demo study quick test test-all test-sanitized test-oldest test-integrations slow gpu-test lint format compdb bench compare tables readme-tables gpu-bench cuda-report \
   triton-report triton-versions asan tsan dist clean
 
 help: ## list the targets
@@ -111,6 +111,9 @@ test: $(INSTALLED) ## run the tests that need no GPU and are not slow, with some
 
 test-all: $(INSTALLED) ## the same with all of these cases
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_WORKERS) $(PYTEST_ARGS)
+
+test-sanitized: $(INSTALLED) ## run the CUDA kernels on the CPU under AddressSanitizer and UBSan, which test leaves out
+	$(TEST_ENV) $(BIN)/python -m pytest -k test_nothing_is_out_of_bounds tests/cuda_on_cpu/test_plans.py $(PYTEST_ARGS)
 
 # The oldest PyTorch that pyproject.toml admits, with what the rest of the package stands on. The extension is the usual
 # build: it knows nothing of PyTorch. Its own folder, since this PyTorch may want another Triton.

@@ -38,7 +38,7 @@ def _is_command() -> bool:
     # This is there until Python has imported the package of the module that it runs.
     if arguments[0] != "-m":
         return Path(arguments[0]).stem == "ela-kernels"
-    return sys.orig_argv[-len(arguments)].endswith("ela_kernels")
+    return sys.orig_argv[-len(arguments)].removeprefix("-m") == "ela_kernels"
 
 
 def _is_to_be_told() -> bool:
