@@ -150,10 +150,25 @@ def _nothing_seen(model: nn.Module) -> str:
     left = list(dict.fromkeys(_left_out(model, set()).values()))
     if left:
         why = "; ".join(left)
+    advice = ""
+    if any(_is_published(module) for module in model.modules()):
+        advice = ". ela_kernels.convert(model) puts them in the place of those that it knows"
+    elif not left:
+        advice = (
+            ". This one has no layer attention: ela_kernels.integrations.attach puts layers after the blocks of a "
+            "network"
+        )
     return (
         f"model: got {type(model).__name__}, in which no layer can be looked at ({why}); allowed is a model with "
-        "LayerAttention or ELA layers. ela_kernels.convert(model) puts them in the place of those that it knows"
+        f"LayerAttention or ELA layers{advice}"
     )
+
+
+def _is_published(module: nn.Module) -> bool:
+    """Whether a module may be one that `ela_kernels.convert` knows, and is none of ours."""
+    if isinstance(module, (LayerAttention, LightLayerAttention)):
+        return False
+    return all(isinstance(getattr(module, name, None), nn.Module) for name in ("Wq", "Wk", "Wv"))
 
 
 def _names(model: nn.Module) -> dict[Any, str]:

@@ -15,13 +15,21 @@ from torch import Tensor, nn
 from ela_kernels.backends.dispatch import refusal_by
 from ela_kernels.conversion.cut import Given, run_up_to
 from ela_kernels.conversion.factors import HAVE_FACTORS, Gated
-from ela_kernels.conversion.fused import Fused, FusedDecay, FusedGate, FusedLayer, is_wrapped
+from ela_kernels.conversion.fused import (
+    Fused,
+    FusedDecay,
+    FusedGate,
+    FusedLayer,
+    is_wrapped,
+    summed_dtype,
+)
 from ela_kernels.explaining import refused
 from ela_kernels.modules.ela import ELA
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.residual import light_residual_block, residual_block
 from ela_kernels.modules.reuse import block_around
 from ela_kernels.modules.skipping import SkipMode, Skipping
+from ela_kernels.ops.autocast import is_autocast_on, layer_dtype
 from ela_kernels.torch_internals import has_own_hooks, is_exporting, own_child, part_of
 
 
@@ -46,6 +54,7 @@ class Tail(NamedTuple):
 
 
 FUNCTIONAL = ""
+_WIDENED = "under autocast the sum with the output before is {}, as in the original, and so is all that follows it"
 
 _NOTHING, _RELU = nn.Identity(), nn.ReLU()
 
@@ -115,6 +124,11 @@ class FusedBlock(Fused):
         assert isinstance(layer, FusedGate)
         assert isinstance(attention, FusedDecay)
         decay = attention.fused_decay()
+        dtype = summed_dtype(x, state, decay)
+        if is_autocast_on(x) and dtype != layer_dtype(x):
+            refused(layer, "block", refusal_by((_WIDENED.format(dtype),)), tells=False)
+            o = layer(x, state, decay).to(dtype)
+            return block_around(norm, act, drop_path, x, o, samples)
         return light_residual_block(layer, norm, act, drop_path, x, state, samples, decay)[0]
 
     def fused_release(self) -> None:

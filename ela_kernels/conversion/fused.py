@@ -22,7 +22,7 @@ from ela_kernels.explaining import refused
 from ela_kernels.modules.layer_attention import LayerAttention
 from ela_kernels.modules.light import LightLayerAttention
 from ela_kernels.modules.query_key_value import QueryKeyValue, pooled, runs_as
-from ela_kernels.ops.autocast import is_autocast_on
+from ela_kernels.ops.autocast import is_autocast_on, layer_dtype
 from ela_kernels.ops.depth_mix.interface import mixed
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.observer import present_observer
@@ -293,6 +293,15 @@ def gate_of(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Fuse
     return None if is_wrapped(layer) or layer.fused_is_watched() else layer
 
 
+def summed_dtype(x: Tensor, prev_out: Any, decay: Tensor) -> torch.dtype:
+    """Of the original's `gated + decay * prev_out`: autocast casts what convolutions give, and neither product nor sum.
+
+    A factor in float32 beside it makes the result float32, from there on through the residual connections too.
+    """
+    dtype = torch.promote_types(layer_dtype(x), decay.dtype)
+    return torch.promote_types(dtype, prev_out.dtype) if isinstance(prev_out, Tensor) else dtype
+
+
 class FusedDecay(Fused):
     """The module around a light layer: `forward(x, prev_out)`, the gated value plus the decayed previous output."""
 
@@ -308,7 +317,8 @@ class FusedDecay(Fused):
         if not isinstance(x, Tensor) or needs_dispatcher(x) or is_transformed():
             return self.fused_original_forward(x, prev_out)
         end_here(self, layer, x, prev_out)
-        return layer(x, prev_out, self.fused_decay())
+        decay = self.fused_decay()
+        return layer(x, prev_out, decay).to(summed_dtype(x, prev_out, decay))
 
     def fused_decay(self) -> Any:
         """The decay, `[C, 1, 1]`."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ela_kernels.backends.tracing import is_transformed
 from ela_kernels.ops.layer_attention import LayerHistory
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
 from ela_kernels.torch_internals import made_by, plain_functions, tensor_without_memory
@@ -128,8 +129,9 @@ def _without_memory(
     """A new tensor of a lazy class, which is given its attributes afterwards."""
     found = cast("Lazy", tensor_without_memory(kind, shape, dtype, like.device))
     found._cell, found.has_grad = [None], torch.is_grad_enabled()
-    if found.has_grad and like.requires_grad:
-        # Autograd's own engine may take it for an input, and leave its gradient here, where nobody asks for it.
+    if found.has_grad and like.requires_grad and not is_transformed():
+        # Autograd's own engine may take it for an input, and leave its gradient here, where nobody asks for it. A
+        # transform has an engine of its own, and refuses the asking.
         with plain_functions():
             found.requires_grad_().register_hook(_lost)
     return found

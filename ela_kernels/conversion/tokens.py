@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ela_kernels.backends.tracing import is_transformed, needs_dispatcher
-from ela_kernels.conversion.fused import Fused, gate_of
+from ela_kernels.conversion.fused import Fused, gate_of, summed_dtype
 from ela_kernels.modules.tokens import as_map, as_tokens
 from ela_kernels.torch_internals import part_of
 
@@ -47,7 +47,7 @@ class FusedTokens(Fused):
         leading, own = torch.split(x, [1, positions], 1)
         _, before = torch.split(prev_out, [1, positions], 1)
         decay = getattr(self, self.fused_factor).view(layer.dim, 1, 1)
-        out = layer(as_map(own), as_map(before), decay)
+        out = layer(as_map(own), as_map(before), decay).to(summed_dtype(own, before, decay))
         return torch.cat((leading, as_tokens(out)), 1)
 
     def fused_release(self) -> None:

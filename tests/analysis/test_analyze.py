@@ -288,7 +288,7 @@ def test_not_finite() -> None:
         (
             {"model": nn.Linear(4, 4)},
             ValueError,
-            "model: got Linear, in which no layer .*ela_kernels.convert",
+            "model: got Linear, in which no layer .* no layer attention: ela_kernels.integrations.attach",
         ),
         (
             {"model": nn.LazyLinear(4)},
@@ -324,3 +324,12 @@ def test_refused(change: dict[str, Any], error: type[Exception], said: str) -> N
     given = {"model": stage(), "loader": default, **change}
     with pytest.raises(error, match=said):
         ek.analyze(given.pop("model"), given.pop("loader"), **given)
+
+
+def test_advice_is_for_the_model_that_there_is() -> None:
+    """Only a network that `convert` may know is sent there; one whose layers did not run is told that."""
+    published = nn.ModuleList([ek.modules.ConcatLayerAttention(C, 4)])
+    with pytest.raises(ValueError, match="allowed is .*ela_kernels.convert\\(model\\) puts them"):
+        ek.analyze(published, maps(1), forward=lambda model, x: x)
+    with pytest.raises(ValueError, match="did not come by.*LayerAttention or ELA layers$"):
+        ek.analyze(stage(), maps(1), forward=lambda model, x: x)

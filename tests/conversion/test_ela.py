@@ -238,3 +238,33 @@ def test_the_other_goal_for_the_rest_of_a_model() -> None:
     assert len(elas(model["base"])) == len(elas(model["ela"])) == 6
     assert model["ela"].blocks[1].ela.skipped
     assert {e.form for e in ek.explain(model["light"], X.float())} == {"block"}
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+def test_function_transforms(skipped: bool) -> None:
+    """Ours runs there too, and gives what it gives outside; of samples one by one as well."""
+    model, ours = both()
+    ours.eval(), model.eval()
+    elas(ours)[1].skipped = skipped
+    of = ours if skipped else model
+    parameters = dict(model.named_parameters())
+
+    def loss(given: dict[str, Tensor], x: Tensor, network: nn.Module) -> Tensor:
+        found: Tensor = torch.func.functional_call(network, given, x).square().sum()
+        return found
+
+    got = torch.func.grad(loss)(parameters, X, ours)
+    wanted = torch.autograd.grad(
+        of(X).square().sum(),
+        [of.get_parameter(name) for name in parameters],
+        allow_unused=True,
+    )
+    for gradient, wish in zip(got.values(), wanted, strict=True):
+        wish = torch.zeros_like(gradient) if wish is None else wish
+        torch.testing.assert_close(gradient, wish, rtol=1e-10, atol=1e-11)
+    one_by_one = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, None))
+    for name, gradients in one_by_one(parameters, X[:, None], ours).items():
+        torch.testing.assert_close(gradients.sum(0), got[name], rtol=1e-10, atol=1e-10)
+    _, tangent = torch.func.jvp(ours, (X,), (X,))
+    _, along = torch.autograd.functional.jvp(model, X, X) if not skipped else (None, tangent)
+    torch.testing.assert_close(tangent, along, rtol=1e-10, atol=1e-11)
