@@ -90,34 +90,58 @@ class Collector:
     def came_by(self, history: Any, caller: Any, before: Snapshot, after: Snapshot) -> None:
         """A layer came by: see :class:`ela_kernels.ops.layer_attention.observer.Observer`."""
         layer = history.turns.present or caller
-        stage = self._stage(history, layer)
         probed, self._probed = self._probed, None
         retrieves = after.weights is not before.weights
         if retrieves:
             weights, kl = after.weights, after.kl
         else:
             weights, kl = (None, None) if probed is None else (probed.weights, probed.kl)
+        self._note(history.origin, layer, before.position, retrieves, weights, kl)
+
+    def came_by_at_positions(
+        self,
+        history: Any,
+        caller: Any,
+        place: int,
+        weights: Tensor | None,
+        kl: Tensor | None,
+        retrieves: bool,
+    ) -> None:
+        """The same of a `PositionHistory`; each position of a sample is taken for one of its heads."""
+        if weights is not None:
+            weights = weights.unsqueeze(2).flatten(2).transpose(1, 2)
+        kl = None if kl is None else kl.unsqueeze(1).flatten(1)
+        self._note(history, caller, place, retrieves, weights, kl)
+
+    def _note(
+        self,
+        origin: Any,
+        layer: Any,
+        place: int,
+        retrieves: bool,
+        weights: Tensor | None,
+        kl: Tensor | None,
+    ) -> None:
+        stage = self._stage(origin, layer)
         depth = 0 if weights is None else weights.shape[-1]
-        key = (stage, before.position, None if layer is None else id(layer), depth, retrieves)
+        key = (stage, place, None if layer is None else id(layer), depth, retrieves)
         row = self._rows.get(key)
         if row is None:
-            row = self._rows[key] = Row(layer, stage, before.position, retrieves)
+            row = self._rows[key] = Row(layer, stage, place, retrieves)
         row.add(weights, kl)
         if kl is not None and layer is not None:
             self.batches[-1].setdefault(layer, []).append(kl.detach())
 
-    def _stage(self, history: Any, layer: Any) -> int:
+    def _stage(self, origin: Any, layer: Any) -> int:
         """A stage is known by the layer that comes first, in whatever history of whatever batch.
 
         A history may go on as another object, which has the same origin.
         """
-        found = self._stage_of.get(history.origin)
+        found = self._stage_of.get(origin)
         if found is None:
             first: Hashable = id(layer)
             if layer is None:
                 first = ("unnamed", self._unnamed)
                 self._unnamed += 1
-            found = self._stage_of[history.origin] = self._stages.setdefault(
-                first, len(self._stages)
-            )
+            found = self._stage_of[origin] = self._stages.setdefault(first, len(self._stages))
         return found

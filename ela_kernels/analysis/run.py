@@ -20,6 +20,7 @@ from ela_kernels.ebqm.stages import plain_name
 from ela_kernels.ebqm.statistics import Moments, Statistics
 from ela_kernels.modules import ELA, AttentionResidual, LayerAttention, LightLayerAttention
 from ela_kernels.modules.published import ConcatLayerAttention
+from ela_kernels.modules.watched import Watched
 from ela_kernels.ops.layer_attention.observer import observed_by
 from ela_kernels.torch_internals import is_lazy
 
@@ -30,10 +31,7 @@ _LIGHT = "the light form: it lets the output before it decay, and has no weights
 _CONCATENATES = (
     "the concatenating form, which has no LayerHistory; ela_kernels.convert(model) fuses it"
 )
-_RESIDUAL = (
-    "it retrieves at every position, from a PositionHistory, which is not looked into; the report of an EBQM that "
-    "watched it in training has its divergence"
-)
+_RESIDUAL = "it did not come by with a PositionHistory in these batches, or where it is not looked"
 _UNSEEN = "it did not come by in these batches, or in a thread or a graph that is not looked into"
 
 
@@ -51,7 +49,8 @@ def analyze(
     Whatever retrieves from a :class:`ela_kernels.LayerHistory` that the model makes in its pass is seen:
     :class:`ela_kernels.LayerAttention` and its subclasses, :class:`ela_kernels.ELA`, and modules that call
     :meth:`ela_kernels.LayerHistory.attend` with themselves as `caller`. EBQM watches ELA layers; in a model without
-    any, every layer is taken for one. :class:`ela_kernels.AttentionResidual` is not seen: `.left` names each.
+    any, every layer is taken for one. So are :class:`ela_kernels.AttentionResidual` modules that are given a
+    :class:`ela_kernels.PositionHistory`, each position of a sample in the place of a head.
 
     The batches run without gradients. Afterwards the model is what it was, also if one of them raises: attributes of
     its modules (modes, and what ELA layers have learnt), buffers, decisions, and what an EBQM has observed. So are the
@@ -146,7 +145,7 @@ def _checked_settings(given: dict[str, Any]) -> Settings:
 
 
 def _nothing_seen(model: nn.Module) -> str:
-    why = "none of its modules retrieved from a LayerHistory that it made in its pass"
+    why = "none of its modules retrieved from a LayerHistory or PositionHistory that it made in its pass"
     left = list(dict.fromkeys(_left_out(model, set()).values()))
     if left:
         why = "; ".join(left)
@@ -160,7 +159,7 @@ def _nothing_seen(model: nn.Module) -> str:
         )
     return (
         f"model: got {type(model).__name__}, in which no layer can be looked at ({why}); allowed is a model with "
-        f"LayerAttention or ELA layers{advice}"
+        f"LayerAttention, ELA or AttentionResidual layers{advice}"
     )
 
 
@@ -244,9 +243,9 @@ def _used(settings: Settings) -> dict[str, Any]:
 
 
 def _watched(rows: Sequence[Row]) -> list[Any]:
-    """The layers that EBQM decides about, in the order of the run: ELA layers, or all in a model without any."""
+    """The layers that EBQM decides about, in the order of the run: all where it watches none."""
     layers = list(dict.fromkeys(row.layer for row in rows if row.layer is not None))
-    return [layer for layer in layers if isinstance(layer, ELA)] or layers
+    return [layer for layer in layers if isinstance(layer, Watched)] or layers
 
 
 def _verdicts(
@@ -266,8 +265,8 @@ def _verdicts(
             Candidate(
                 stages[layer],
                 layer in first,
-                isinstance(layer, ELA) and layer.skipped,
-                isinstance(layer, ELA) and layer.pruned,
+                isinstance(layer, Watched) and layer.skipped,
+                isinstance(layer, Watched) and layer.pruned,
                 score,
             )
             for layer, score in zip(watched, scores, strict=True)

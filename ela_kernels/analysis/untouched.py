@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ela_kernels.explaining import copies_of, restore, unchanged
 from ela_kernels.modules.ela import ELA
+from ela_kernels.modules.watched import Watched
 from ela_kernels.ops.layer_attention.readers import Readers
 from ela_kernels.torch_internals import without_compiling
 
@@ -32,8 +33,9 @@ def untouched(model: nn.Module, training: bool | None) -> Iterator[None]:
     with _random_numbers(), unchanged(model), without_compiling():
         try:
             for module, _ in kept:
-                if isinstance(module, ELA):
+                if isinstance(module, Watched):
                     module.watched = False
+                if isinstance(module, ELA):
                     module.readers = Readers()
             if training is not None:
                 model.train(training)

@@ -154,11 +154,13 @@ class AttentionResidual(Watched):
 
     def _reuse(self, history: PositionHistory, probe: bool) -> Tensor:
         """Take over the last retrieval; `probe`: and see how far this module's own would be from it."""
-        if probe and not self.pruned:
-            self._observe(_with_heads(history.probe(*self._retrieval())))
-            self.probe_next = False
+        if (probe or history.is_observed) and not self.pruned:
+            kl = history.probe(*self._retrieval())
+            if probe:
+                self._observe(_with_heads(kl))
+                self.probe_next = False
         served_without_kernels(self, "skipped")
-        out = history.reuse()
+        out = history.reuse(self)
         if not expects_all_parameters():
             return out
         # Where no later one retrieves, nobody reads what was added since the last that did.

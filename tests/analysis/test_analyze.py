@@ -329,7 +329,7 @@ def test_refused(change: dict[str, Any], error: type[Exception], said: str) -> N
 def test_advice_is_for_the_model_that_there_is() -> None:
     """Only a network that `convert` may know is sent there; one whose layers did not run is told that."""
     published = nn.ModuleList([ek.modules.ConcatLayerAttention(C, 4)])
-    with pytest.raises(ValueError, match="allowed is .*ela_kernels.convert\\(model\\) puts them"):
+    with pytest.raises(ValueError, match=r"allowed is .*ela_kernels.convert\(model\) puts them"):
         ek.analyze(published, maps(1), forward=lambda model, x: x)
-    with pytest.raises(ValueError, match="did not come by.*LayerAttention or ELA layers$"):
+    with pytest.raises(ValueError, match=r"did not come by.*AttentionResidual layers$"):
         ek.analyze(stage(), maps(1), forward=lambda model, x: x)

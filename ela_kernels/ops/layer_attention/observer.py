@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from ela_kernels.ops.layer_attention.interface import LayerAttentionWeights
 from ela_kernels.ops.layer_attention.snapshot import Snapshot
@@ -18,6 +19,21 @@ class Observer(Protocol):
 
     def came_by(self, history: Any, caller: Any, before: Snapshot, after: Snapshot) -> None:
         """`caller` retrieved (then the weights of `after` are others), gave its pair, or passed by."""
+        ...
+
+    def came_by_at_positions(
+        self,
+        history: Any,
+        caller: Any,
+        place: int,
+        weights: Tensor | None,
+        kl: Tensor | None,
+        retrieves: bool,
+    ) -> None:
+        """The same of a `PositionHistory`: weights `[B, T, *positions]` and divergence `[B, *positions]` of `caller`.
+
+        Where it is skipped, those that it would have had; None where nobody asked.
+        """
         ...
 
     def probed(self, history: Any, found: LayerAttentionWeights) -> None:

@@ -17,6 +17,7 @@ from ela_kernels.ops.autocast import as_autocast_dtype, is_autocast_on
 from ela_kernels.ops.autograd.gathering import Gathering, signs_are_in_memory
 from ela_kernels.ops.autograd.record import Record, graph_task, is_recomputing
 from ela_kernels.ops.checks import check_tensor
+from ela_kernels.ops.layer_attention.observer import present_observer
 from ela_kernels.ops.position_attention import checks
 from ela_kernels.ops.position_attention.autograd import OP, readable
 from ela_kernels.ops.position_attention.history_node import (
@@ -77,6 +78,13 @@ class PositionHistory:
         self._backend: KernelBackend | None = None  # that the record is of
         self._channels_last: bool | None = None
         self._made_in = graph_task()
+        self._observer = present_observer()
+        self._probed: PositionAttentionOutput | None = None  # for who looks on
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether somebody looks on, who wants to know of skipped modules too what they would retrieve."""
+        return self._observer is not None
 
     @property
     def values(self) -> tuple[Tensor, ...]:
@@ -168,7 +176,9 @@ class PositionHistory:
             found = self._pulled(call, caller)
         if found is None:
             found = retrieve(*options, caller)
-        self.position, self._read = self.position + 1, len(self._values)
+        place, self.position, self._read = self.position, self.position + 1, len(self._values)
+        if self._observer is not None:
+            self._observer.came_by_at_positions(self, caller, place, found.weights, found.kl, True)
         return self._hold(found)
 
     def stage_of(self, number: int) -> int:
@@ -177,8 +187,11 @@ class PositionHistory:
             self._stage = number
         return self._stage
 
-    def reuse(self) -> Tensor:
+    def reuse(self, caller: Any = None) -> Tensor:
         """What was retrieved last, the same tensor, for a module that is skipped. Weights and divergence stay.
+
+        Args:
+            caller: the module that is skipped, for who looks on.
 
         Raises:
             RuntimeError: nothing was, or it was changed in place (which is not noticed in inference mode).
@@ -194,7 +207,11 @@ class PositionHistory:
                 "reuse: got what was retrieved last, changed in place since, for a layer that is skipped and takes it "
                 "over; allowed is that tensor as it was. Change a copy of it, out.clone()"
             )
-        self.position += 1
+        place, self.position = self.position, self.position + 1
+        if self._observer is not None:
+            probed, self._probed = self._probed, None
+            weights, kl = (None, None) if probed is None else (probed.weights, probed.kl)
+            self._observer.came_by_at_positions(self, caller, place, weights, kl, False)
         return out
 
     @torch.no_grad()
@@ -212,7 +229,9 @@ class PositionHistory:
         self._check_not_recomputing()
         prev = self.weights
         options = query, self._values, None, norm_weight, eps, scale, prev, self._channels_last
-        return retrieve(*options, None).kl
+        found = retrieve(*options, None)
+        self._probed = found if self.is_observed else None
+        return found.kl
 
     def choose(self, active: Tensor, before: PositionAttentionOutput) -> Tensor:
         """The last retrieval where `active`, a boolean of no dimension, is True, and else `before`, the one before it.
