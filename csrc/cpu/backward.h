@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/aggregate.h"
+#include "cpu/sum_rows.h"
 
 namespace ela::ELA_ISA {
 
@@ -50,8 +51,12 @@ inline void dot_sources(const Acc<T>* x, const V* const* v, const Acc<T>* factor
     const Vec<T> d = at.load(x);
     for (int j = 0; j < J; ++j) sum[j][at.half] += d * at.load(v[j]);
   });
+  Vec<T> both[J];
+  for (int j = 0; j < J; ++j) both[j] = sum[j][0] + sum[j][1];
+  Acc<T> found[J];
+  sum_each<T, J>(both, found);
   for (int j = 0; j < J; ++j) {
-    *sums[j] += sum_lanes<T>(sum[j][0] + sum[j][1]);
+    *sums[j] += found[j];
     if (dv[j] == nullptr) continue;
     const Acc<T> by = factor[j];
     map_any_order<T>(count, dv[j], [=](auto at) { return by * at.load(x); });
@@ -74,6 +79,67 @@ inline const float* widened(const T* x, float* buffer, int64_t count) {
   return buffer;
 }
 
+// Where a map's channels begin that belong to a head, and how far it is to those of the next.
+template <class T>
+struct Heads {
+  T* first;
+  int64_t step;
+  T* of(int64_t head) const { return first == nullptr ? nullptr : first + head * step; }
+};
+template <class T>
+inline Heads<T> heads_of(const MapView& map, const Shape& s, int64_t b, int64_t g) {
+  if (map.data == nullptr) return {nullptr, 0};
+  const int64_t step = s.head_dim() * map.inner;
+  return {const_cast<T*>(planar_at<T>(map, b, 0, g * step)), step};
+}
+
+// Heads that are one chunk each, of `length` elements, and leave nothing out: several at a time, source by source. Of a
+// plane of 7 x 7, what belongs to a head and a source takes longer than the products.
+template <class T, class V>
+void dots_of_heads(const BackwardParams& p, const Partials& q, int64_t length, Acc<T>* partials, int threads) {
+  using A = Acc<T>;
+  const Shape& s = p.forward.shape;
+  const int64_t depth = p.forward.depth, at_once = kChunk / length;
+  for_part(s, s.heads, threads, [&](int64_t begin, int64_t end) {
+    alignas(ELA_VECTOR_BYTES) A buffer[kIsWide<T> ? 1 : kChunk];
+    for (int64_t item = begin, some; item < end; item += some) {
+      const int64_t b = item / s.heads, g = item % s.heads;
+      some = s.heads - g < end - item ? s.heads - g : end - item;
+      if (some > at_once) some = at_once;
+      A* const sums = partials + item * q.blocks * depth;
+      for (int64_t i = 0; i < some * q.blocks * depth; ++i) sums[i] = 0;
+      const Heads<T> dout = heads_of<T>(*p.dout, s, b, g);
+      Heads<const A> x = {buffer, length};
+      if constexpr (kIsWide<T>) {
+        x = {dout.first, dout.step};
+      } else {
+        for (int64_t h = 0; h < some; ++h) widened(dout.of(h), buffer + h * length, length);
+      }
+      for (int64_t first = 0; first < depth; first += kStreams) {
+        const int count = static_cast<int>(depth - first < kStreams ? depth - first : kStreams);
+        Heads<V> v[kStreams];
+        Heads<T> dv[kStreams] = {};
+        for (int k = 0; k < count; ++k) {
+          v[k] = heads_of<V>(p.values[first + k], s, b, g);
+          if (p.dvalues != nullptr) dv[k] = heads_of<T>(p.dvalues[first + k], s, b, g);
+        }
+        by_streams(count, [&](auto streams) {
+          for (int64_t h = 0; h < some; ++h) {
+            const V* from[streams];
+            T* to[streams];
+            A factor[streams], *sum[streams];
+            for (int k = 0; k < streams; ++k) {
+              from[k] = v[k].of(h), to[k] = dv[k].of(h), sum[k] = sums + h * q.blocks * depth + first + k;
+              factor[k] = to[k] == nullptr ? 0 : factor_at<A>(weight_column<A>(p.forward, first + k), item + h);
+            }
+            dot_sources<T, decltype(streams)::value>(x.of(h), from, factor, to, length, sum);
+          }
+        });
+      }
+    }
+  });
+}
+
 template <class T, class V = T>
 void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, int threads) {
   using A = Acc<T>;
@@ -86,6 +152,7 @@ void dots_planar(const BackwardParams& p, const Partials& q, Acc<T>* partials, i
   }
   const RowPlan plan = plan_rows(s, gapless);
   const int64_t units = plan.rows * plan.chunks;
+  if (units == 1 && p.forward.tolerance <= 0) return dots_of_heads<T, V>(p, q, plan.length, partials, threads);
   const auto column = [&](int64_t j) { return weight_column<A>(p.forward, j); };
   const T* const no_residual = nullptr;
   for_part(s, s.heads * q.blocks, threads, [&](int64_t begin, int64_t end) {
@@ -180,8 +247,8 @@ inline void add_dots(const BackwardParams& p, const Patch& patch, const Streams<
   });
   // A head may straddle two strips; its two parts meet in by_head.
   for (int k = 0; k < at.count; ++k) {
-    for (int64_t i = 0; i < patch.count;) {
-      const int64_t g = (patch.c + i) / head_dim;
+    int64_t g = patch.c / head_dim;
+    for (int64_t i = 0; i < patch.count; ++g) {
       const int64_t next = (g + 1) * head_dim - patch.c, stop = next < patch.count ? next : patch.count;
       const A* sum = sums + k * kStrip + i;
       // What another head retains was read for this one too.

@@ -9,6 +9,7 @@
 #include "cpu/maps.h"
 #include "cpu/parallel.h"
 #include "cpu/plane.h"
+#include "cpu/small_planes.h"
 
 namespace ela::ELA_ISA {
 
@@ -45,8 +46,8 @@ void depthwise_planar(const DepthwiseParams& p, int threads) {
   });
 }
 
-// Small planes, with zeros between their rows. The plane after the present one is padded before this one is convolved:
-// what was stored a moment ago is read slowly.
+// Planes of bfloat16 and float16 that are not wide, with zeros between their rows. The plane after the present one is
+// padded before this one is convolved: what was stored a moment ago is read slowly.
 template <class T, class V>
 void depthwise_padded(const DepthwiseParams& p, int threads) {
   using A = Acc<T>;
@@ -72,6 +73,29 @@ void depthwise_padded(const DepthwiseParams& p, int threads) {
       A* const used = now;
       now = later, later = used;
     }
+  });
+}
+
+// Small planes, a lane each.
+template <class T, class V>
+void depthwise_small(const DepthwiseParams& p, int threads) {
+  constexpr int kL = kLanes<T>;
+  const ImageShape& s = p.shape;
+  for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+    LanePlanes<T> x(s.height, s.width);
+    alignas(ELA_VECTOR_BYTES) Acc<T> v[kSmallPlane * kL];
+    for_lanes<T>(begin, end, s.channels, [&](int64_t b, int64_t c, auto planes) {
+      Vec<T> tap[kTaps], sum{};
+      load_lane_taps<T>(p.taps, c, planes, tap);
+      to_lanes<T>(planar_at<T>(p.x, b, c, 0), p.x.inner, planes, s.positions(), x.row(0));
+      for (int64_t r = 0; r < s.height; ++r) {
+        Acc<T>* const row = v + r * x.pitch;
+        sum += convolve_line<T>(tap, Vec<T>{}, s.width, x.around(r),
+                                [=](int64_t w, Vec<T> out) { store_n(row + w * kL, out, kL); });
+      }
+      from_lanes<T>(v, const_cast<V*>(planar_at<V>(p.v, b, c, 0)), p.v.inner, planes, s.positions(), kAsItIs);
+      store_n(static_cast<T*>(p.mean) + b * s.channels + c, sum / static_cast<Acc<T>>(s.positions()), planes);
+    });
   });
 }
 
@@ -170,6 +194,7 @@ void depthwise_interleaved(const DepthwiseParams& p, int threads) {
 template <class T, class V = T>
 void depthwise_kernel(const DepthwiseParams& p, int threads) {
   if (p.shape.interleaved) return depthwise_interleaved<T, V>(p, threads);
+  if (is_small<T>(p.shape.height, p.shape.width)) return depthwise_small<T, V>(p, threads);
   is_padded<T>(p.shape.height, p.shape.width) ? depthwise_padded<T, V>(p, threads) : depthwise_planar<T, V>(p, threads);
 }
 

@@ -63,6 +63,61 @@ void gather_convolve_planar(const GatherConvolveParams& p, int threads) {
   });
 }
 
+// Small planes, a lane each.
+template <bool kWantsTaps, class T>
+void gather_convolve_small(const GatherConvolveParams& p, int threads) {
+  using A = Acc<T>;
+  constexpr int kL = kLanes<T>;
+  const ImageShape& s = p.shape;
+  const int64_t head_dim = s.channels / p.heads, positions = s.positions();
+  bool gapless = true;
+  for (int64_t j = 0; j < p.sources; ++j) gapless = gapless && p.maps[j].inner == positions;
+  for_part(s, s.channels, threads, [&](int64_t begin, int64_t end) {
+    LanePlanes<T> dv(s.height, s.width);
+    alignas(ELA_VECTOR_BYTES) A planes_of[kSmallPlane * kL], x[kSmallPlane * kL];
+    for_lanes<T>(begin, end, s.channels, [&](int64_t b, int64_t c, auto planes) {
+      for (int64_t k = 0, some; k < planes; k += some) {
+        const int64_t left_of_head = head_dim - (c + k) % head_dim;
+        some = !gapless ? 1 : left_of_head < planes - k ? left_of_head : planes - k;
+        gather_planes<T>(p, b, c + k, some * positions, planes_of + k * positions);
+      }
+      to_lanes<T>(planes_of, positions, planes, positions, dv.row(0));
+      if (kWantsTaps) {
+        Vec<T> sums[kTaps] = {};
+        to_lanes<T>(planar_at<T>(p.x, b, c, 0), p.x.inner, planes, positions, x);
+        for (int64_t r = 0; r < s.height; ++r) {
+          const A* const row = x + r * dv.pitch;
+          correlate_line<T>(
+              s.width, dv.around(r), [=](int64_t w) { return load_n(row + w * kL, kL); }, lane_bits<T>(0, kL), r == 0,
+              sums);
+        }
+        for (int k = 0; k < kTaps; ++k) store_n(x + (k % 3 * 3 + k / 3) * kL, sums[k], kL);
+        A* const dtaps = static_cast<A*>(p.workspace) + (b * s.channels + c) * kTaps;
+        from_lanes<T>(x, dtaps, kTaps, planes, kTaps, kAsItIs);
+      }
+      if (p.dx.data == nullptr) return;
+      Vec<T> tap[kTaps], turned[kTaps], offset{};
+      load_lane_taps<T>(p.taps, c, planes, tap);
+      for (int k = 0; k < kTaps; ++k) turned[kTaps - 1 - k] = tap[k];
+      if (p.dmean != nullptr) {
+        offset = load_n(static_cast<const A*>(p.dmean) + b * s.channels + c, planes) / static_cast<A>(positions);
+      }
+      for (int64_t r = 0; r < s.height; ++r) {
+        A* const row = planes_of + r * dv.pitch;
+        convolve_line<T>(turned, offset, s.width, dv.around(r),
+                         [=](int64_t w, Vec<T> out) { store_n(row + w * kL, out, kL); });
+      }
+      T* const dx = const_cast<T*>(planar_at<T>(p.dx, b, c, 0));
+      if (p.residual.data == nullptr) return from_lanes<T>(planes_of, dx, p.dx.inner, planes, positions, kAsItIs);
+      const T* const residual = planar_at<T>(p.residual, b, c, 0);
+      from_lanes<T>(planes_of, dx, p.dx.inner, planes, positions,
+                    [=, step = p.residual.inner](Vec<T> out, int k, int64_t i, auto n) {
+                      return out + load_n(residual + k * step + i, n);
+                    });
+    });
+  });
+}
+
 // Interleaved: dv of some rows, with one more above and below, and of a strip of channels, as [vectors of channels,
 // positions, a vector]: what is gathered is read and written along the channels, and convolved along the positions.
 // A strip is as wide as fits: its pieces of memory lie a position apart, and short ones are read without foresight.
@@ -215,6 +270,8 @@ void gather_convolve_kernel(const GatherConvolveParams& p, int threads) {
   if (p.shape.interleaved) {
     p.dtaps != nullptr ? gather_convolve_interleaved<true, T>(p, threads)
                        : gather_convolve_interleaved<false, T>(p, threads);
+  } else if (is_small<T>(p.shape.height, p.shape.width)) {
+    p.dtaps != nullptr ? gather_convolve_small<true, T>(p, threads) : gather_convolve_small<false, T>(p, threads);
   } else {
     p.dtaps != nullptr ? gather_convolve_planar<true, T>(p, threads) : gather_convolve_planar<false, T>(p, threads);
   }

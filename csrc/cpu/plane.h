@@ -100,13 +100,11 @@ inline int64_t padded_size(int64_t height, int64_t width) {
 
 // The elements of planes that are padded before they are convolved, on the stack.
 constexpr int64_t kPaddedPlane = 4 * 1024;
-// Measured with AVX2 in cache, of what a convolution takes otherwise: of bfloat16 72 % at 7 x 7, 91 % at 14 x 14, as
-// much at 28 x 28 and more at 56 x 56; of float 77 % at 7 x 7 and more from 14 x 14 on. The gathered planes of a
-// backward took as long at 7 x 7 and half as long again at 14 x 14.
+// Measured with AVX2 in cache, in bfloat16, of what a convolution takes otherwise: 91 % at 14 x 14, as much at 28 x 28
+// and more at 56 x 56; in float more from 14 x 14 on. The gathered planes of a backward took half as long again.
 template <class T>
 inline bool is_padded(int64_t height, int64_t width) {
-  if (padded_size<T>(height, width) > kPaddedPlane) return false;
-  return kIsWide<T> ? !kPartsAreCheap && width < kLanes<T> : width <= 2 * kLanes<T>;
+  return !kIsWide<T> && width <= 2 * kLanes<T> && padded_size<T>(height, width) <= kPaddedPlane;
 }
 
 template <class T, class Body>

@@ -229,7 +229,6 @@ struct CopiedParts : NativeMemory<T> {
   }
 };
 #if defined(__AVX512F__) && ELA_VECTOR_BYTES == 64
-constexpr bool kPartsAreCheap = true;
 inline uint32_t lane_mask(int begin, int end) { return (1u << end) - (1u << begin); }
 template <>
 struct Memory<float> : NativeMemory<float> {
@@ -250,7 +249,6 @@ struct Memory<double> : NativeMemory<double> {
   }
 };
 #elif defined(__AVX2__) && ELA_VECTOR_BYTES == 32
-constexpr bool kPartsAreCheap = false;
 inline __m256i lane_mask_32(int begin, int end) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
@@ -278,7 +276,6 @@ struct Memory<double> : NativeMemory<double> {
   }
 };
 #else
-constexpr bool kPartsAreCheap = false;
 template <>
 struct Memory<float> : CopiedParts<float> {};
 template <>

@@ -44,7 +44,39 @@ template <class T>
 inline Vec<T> sum_rows(const Acc<T>* rows) {
   return fold_rows<T, kLanes<T>>(rows);
 }
+
+// sums[j] = sum_lanes<T>(of[j]) of up to four vectors, to the last bit: halves are added to halves, here of several.
+template <class T, int kWidth>
+inline Vec<T> add_halves(Vec<T> v) {
+  if constexpr (kWidth == 0) {
+    return v;
+  } else {
+    return add_halves<T, kWidth / 2>(add_pairs<T, kWidth>(v, v, typename IndicesTo<kLanes<T>>::Type{}));
+  }
+}
+template <class T, int kCount>
+inline void sum_each(const Vec<T>* of, Acc<T>* sums) {
+  static_assert(kCount <= 4, "two halvings take four vectors into one");
+  if constexpr (kCount == 1 || kLanes<T> < 4) {
+    for (int j = 0; j < kCount; ++j) sums[j] = sum_lanes<T>(of[j]);
+  } else {
+    constexpr int kHalf = kLanes<T> / 2, kQuarter = kLanes<T> / 4;
+    constexpr auto all = typename IndicesTo<kLanes<T>>::Type{};
+    Vec<T> found = add_pairs<T, kHalf>(of[0], of[1], all);
+    if constexpr (kCount == 2) {
+      found = add_halves<T, kQuarter>(found);
+    } else {
+      found = add_pairs<T, kQuarter>(found, add_pairs<T, kHalf>(of[2], of[kCount - 1], all), all);
+      found = add_halves<T, kQuarter / 2>(found);
+    }
+    for (int j = 0; j < kCount; ++j) sums[j] = found[j % 2 * kHalf + j / 2 * kQuarter];
+  }
+}
 #else
+template <class T, int kCount>
+inline void sum_each(const Vec<T>* of, Acc<T>* sums) {
+  for (int j = 0; j < kCount; ++j) sums[j] = sum_lanes<T>(of[j]);
+}
 template <class T>
 inline Vec<T> sum_rows(const Acc<T>* rows) {
   Vec<T> sums;

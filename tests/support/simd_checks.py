@@ -146,10 +146,12 @@ def check_positions(dtype: torch.dtype) -> None:
         ((1, 1, 1), contiguous, True),
     ):
         for given in (False, True):
-            case = make_position_case(
-                shape, 3, dtype, layout, channels_last=tokens, map_query=given, keys=given
-            )
-            assert_position_matches(evaluate_position(case), case)
+            # More depths than are read before the next: a planar tile's sum is then rescaled.
+            for depth in (3, 10):
+                case = make_position_case(
+                    shape, depth, dtype, layout, channels_last=tokens, map_query=given, keys=given
+                )
+                assert_position_matches(evaluate_position(case), case)
 
 
 def check_layers(dtype: torch.dtype, tolerance: float) -> None:
