@@ -34,7 +34,7 @@ from ela_kernels.backends import dispatch
 from ela_kernels.backends.dispatch import KERNELS
 from ela_kernels.backends.extension import extension, extension_problem
 from ela_kernels.backends.types import NormAct
-from ela_kernels.ops.layer_attention import autograd, interface
+from ela_kernels.ops.layer_attention import autograd, interface, places
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,6 +64,15 @@ def poisoned_memory() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_graph_was_compiled() -> Iterator[None]:
+    """As in a process that compiled no layer: in others no pair of a skipped layer waits for somebody to read it."""
+    before = list(places.graphs_seen)
+    places.graphs_seen.clear()
+    yield
+    places.graphs_seen[:] = before
 
 
 @pytest.fixture

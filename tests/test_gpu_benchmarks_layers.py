@@ -108,6 +108,7 @@ def test_a_network_with_another_loss_is_not_timed(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_cpp
+@pytest.mark.usefixtures("no_graph_was_compiled")
 def test_all_kernels_are_exercised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method of a backend, also by the few calls that there is time for in a first look."""
     made = Cpp().spied(monkeypatch)

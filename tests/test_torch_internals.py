@@ -15,6 +15,8 @@ from ela_kernels import torch_internals
 PACKAGE = Path(ela_kernels.__file__).parent
 # Of named tuples, whose methods begin so in order not to be fields.
 NAMED_TUPLES = {"_asdict", "_replace", "_fields"}
+# Of Python itself, which documents it by this name.
+DOCUMENTED = {"_exit"}
 
 
 def is_private(name: str) -> bool:
@@ -23,7 +25,7 @@ def is_private(name: str) -> bool:
 
 def own_names(trees: list[ast.Module]) -> set[str]:
     """What the package itself defines: functions, classes, variables and attributes that it sets."""
-    found = set(NAMED_TUPLES)
+    found = NAMED_TUPLES | DOCUMENTED
     for tree in trees:
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

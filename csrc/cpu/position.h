@@ -195,7 +195,7 @@ inline void add_running(const PositionForwardParams& f, const PositionTile& at, 
 
 // A planar tile of more depths than are read twice before the next ones are read: it is as long whatever the depth.
 // Measured in float32 with AVX-512, of what a tile that keeps all depths in cache takes: 12 maps of 28 x 28 and 64
-// channels 76 %, of 7 x 7 and 512 channels 84 %, 24 of 14 x 14 and 256 channels 67 %.
+// channels 79 %, of 7 x 7 and 512 channels 83 %, 24 of 14 x 14 and 256 channels 77 %.
 template <class T>
 inline void position_running_tile(const PositionForwardParams& f, const PositionTile& at) {
   using A = Acc<T>;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,15 +13,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import ela_kernels as ek
-from ela_kernels.ops.layer_attention import places, reuse
+from ela_kernels.ops.layer_attention import reuse
 
-
-@pytest.fixture(autouse=True)
-def no_graph_was_compiled() -> Iterator[None]:
-    before = list(places.graphs_seen)
-    places.graphs_seen.clear()
-    yield
-    places.graphs_seen[:] = before
+pytestmark = pytest.mark.usefixtures("no_graph_was_compiled")
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import ela_kernels as ek
 from ela_kernels import explaining
 from ela_kernels.backends.setting import current_setting
-from ela_kernels.ops.layer_attention import deferral, places
 from ela_kernels.ops.layer_attention.held import rounded
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -197,10 +196,9 @@ def test_skipped_blocks(skip: str) -> None:
     check_against_float64(run, blocks, x, BF16)
 
 
-def test_a_pair_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_graph_was_compiled")
+def test_a_pair_that_waits() -> None:
     """After a pass in which nobody read it, a skipped layer's pair is made only where somebody does."""
-    monkeypatch.setattr(places, "graphs_seen", [])  # other tests compile, and then none waits
-    monkeypatch.setattr(deferral, "graphs_seen", places.graphs_seen)
     blocks, x = make_blocks(SHAPE, 3, 3, torch.float32, skip="reuse")
     for block in blocks[1:]:
         block.skipped = True
