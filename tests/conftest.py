@@ -58,6 +58,11 @@ def settings_restored() -> Iterator[None]:
 
 
 @pytest.fixture
+def one_thread(settings_restored: None) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fresh memory is NaN, so that an output that nothing wrote shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.backends import METHODS, Cpp
+from support.dry_runs import CPU, SHAPE, needs_cpp
 
 import ela_kernels as ek
 from benchmarks.contenders import WrongResultError
@@ -27,20 +28,9 @@ from benchmarks.gpu.shapes import (
     Case,
 )
 from benchmarks.gpu.targets import targets
-from benchmarks.shapes import StageShape
 from ela_kernels.backends.dispatch import KERNELS
 
-SHAPE = StageShape(3, 2, 16, 6, 8)
-CPU = torch.device("cpu")
-
-needs_cpp = pytest.mark.skipif(
-    ek.backend_status()["cpp"] != "available", reason="the dry run is on the cpp backend"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_least_bytes_of_pieces_by_hand() -> None:

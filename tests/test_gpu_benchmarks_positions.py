@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from support.dry_runs import CPU, SHAPE, needs_cpp
 from torch import Tensor
 
-import ela_kernels as ek
 from benchmarks.contenders import WrongResultError
 from benchmarks.gpu import kernels, rivals, run, warm
 from benchmarks.gpu.footprint import POSITION_OPS, position_bytes
@@ -23,20 +22,9 @@ from benchmarks.gpu.setting import make_setting
 from benchmarks.gpu.shapes import FEW_POSITION_CASES, INTERLEAVED, PLANAR, POSITION_CASES, Case
 from benchmarks.gpu.targets import backends_of, targets
 from benchmarks.gpu.timing import Budget
-from benchmarks.shapes import StageShape
 from ela_kernels.backends.dispatch import KERNELS
 
-SHAPE = StageShape(3, 2, 16, 6, 8)
-CPU = torch.device("cpu")
-
-needs_cpp = pytest.mark.skipif(
-    ek.backend_status()["cpp"] != "available", reason="the dry run is on the cpp backend"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_least_bytes_by_hand() -> None:

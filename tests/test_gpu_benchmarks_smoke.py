@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.dry_runs import CPU, SHAPE, needs_cpp
 
-import ela_kernels as ek
 from benchmarks.gpu import floor, layers, run, stages
 from benchmarks.gpu.footprint import OPS, PIECES, least_bytes
 from benchmarks.gpu.ops import LayerOps, check_operation, tolerance
@@ -32,17 +32,7 @@ from benchmarks.gpu.timing import Budget, take_turns
 from benchmarks.shapes import StageShape
 from ela_kernels.backends.dispatch import KERNELS
 
-SHAPE = StageShape(3, 2, 16, 6, 8)
-CPU = torch.device("cpu")
-
-needs_cpp = pytest.mark.skipif(
-    ek.backend_status()["cpp"] != "available", reason="the dry run is on the cpp backend"
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -117,9 +107,7 @@ def test_operations_pass_their_check(op: str, layout: str) -> None:
 
 
 @needs_cpp
-def test_a_wrong_operation_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch, refusals: list[str]
-) -> None:
+def test_a_wrong_operation_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = KERNELS["cpp"].attend
 
     def wrong(*args: Any) -> Any:
@@ -128,9 +116,11 @@ def test_a_wrong_operation_is_not_timed(
         return out, weights, kl
 
     monkeypatch.setitem(vars(KERNELS["cpp"]), "attend", wrong)
-    setting = make_setting("cpu", None, smoke=True)
-    copy, size = floor.copy_contender(setting)
-    found = floor._measure_case(Case(SHAPE), setting, Budget(60), copy, size, refusals)
+    setting, reports = make_setting("cpu", None, smoke=True), list[dict[str, Any]]()
+    monkeypatch.setattr(floor, "cases_of", lambda _: [Case(SHAPE)])
+    floor.measure(setting, Budget(60), reports.append)
+    (found,) = reports[-1]["cases"].values()
+    refusals = reports[-1]["refused"]
     assert found["ops"]["forward"]["backends"] == {}
     assert "cpp" in found["ops"]["dots"]["backends"]
     (line,) = refusals

@@ -12,16 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.dry_runs import needs_cpp
 
-import ela_kernels as ek
 from benchmarks.gpu import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "run_gpu.sh"
 
-needs_cpp = pytest.mark.skipif(
-    ek.backend_status()["cpp"] != "available", reason="the dry run is on the cpp backend"
-)
 needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 

@@ -55,40 +55,14 @@ def cases_of(setting: Setting) -> list[Case]:
 
 def measure(setting: Setting, budget: Budget, save: Save) -> None:
     """All cases, each saved as soon as it is there; what the budget does not reach is named."""
-    report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
-    copy, copy_bytes = copy_contender(setting)
-    for case in cases_of(setting):
-        if budget.left < 4 and report["cases"]:
-            report["left_out"].append(case.name)
-            continue
-        report["cases"][case.name] = _measure_case(
-            case, setting, budget, copy, copy_bytes, report["refused"]
-        )
-        save(report)
-    save(report)
 
+    def inputs(case: Case, seed: int) -> LayerOps:
+        return LayerOps(case, case.shape.depth, setting.device, seed)
 
-def _measure_case(
-    case: Case,
-    setting: Setting,
-    budget: Budget,
-    copy: Contender,
-    copy_bytes: int,
-    refused: list[str],
-) -> dict[str, Any]:
-    depth = case.shape.depth
-    sets = [
-        LayerOps(case, depth, setting.device, seed)
-        for seed in range(input_sets(case, depth, setting))
-    ]
-    least = {op: least_bytes(op, case, depth) for op in OPS}
-    return {
-        "depth": depth,
-        "map_bytes": case.map_bytes,
-        "input_sets": len(sets),
-        "exceeds_cache": exceeds_cache(case, depth, setting),
-        "ops": measure_ops(case.name, sets, least, setting, budget, (copy, copy_bytes), refused),
-    }
+    def least(case: Case) -> dict[str, int]:
+        return {op: least_bytes(op, case, case.shape.depth) for op in OPS}
+
+    measure_cases(cases_of(setting), inputs, least, setting, budget, save, seconds=4)
 
 
 class Operations(Protocol):
@@ -99,6 +73,43 @@ class Operations(Protocol):
 
     def operation(self, op: str, backend: str) -> Contender:
         """One operation of one backend, as something to time."""
+
+
+def measure_cases(
+    cases: Sequence[Case],
+    inputs: Callable[[Case, int], Operations],
+    least: Callable[[Case], Mapping[str, int]],
+    setting: Setting,
+    budget: Budget,
+    save: Save,
+    seconds: float,
+) -> None:
+    """All cases, each saved as soon as it is there; what the budget does not reach is named.
+
+    Args:
+        cases: most important first.
+        inputs: makes one set of inputs of a case, of a number that is its seed.
+        least: a case's operations, each with the least bytes that it moves.
+        setting, budget, save: of the part.
+        seconds: with less than these no case but the first is begun.
+    """
+    report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
+    copy = copy_contender(setting)
+    for case in cases:
+        if budget.left < seconds and report["cases"]:
+            report["left_out"].append(case.name)
+            continue
+        depth, refused = case.shape.depth, report["refused"]
+        sets = [inputs(case, seed) for seed in range(input_sets(case, depth, setting))]
+        report["cases"][case.name] = {
+            "depth": depth,
+            "map_bytes": case.map_bytes,
+            "input_sets": len(sets),
+            "exceeds_cache": exceeds_cache(case, depth, setting),
+            "ops": measure_ops(case.name, sets, least(case), setting, budget, copy, refused),
+        }
+        save(report)
+    save(report)
 
 
 def measure_ops(

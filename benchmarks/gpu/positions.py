@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.floor import Save, copy_contender, exceeds_cache, input_sets, measure_ops
+from benchmarks.gpu.floor import Save, measure_cases
 from benchmarks.gpu.footprint import POSITION_OPS, position_bytes
 from benchmarks.gpu.ops import distance, tolerance
 from benchmarks.gpu.setting import Setting
@@ -148,31 +147,11 @@ def cases_of(setting: Setting) -> list[Case]:
 
 def measure(setting: Setting, budget: Budget, save: Save) -> None:
     """All cases, each saved as soon as it is there; what the budget does not reach is named."""
-    report: dict[str, Any] = {"cases": {}, "left_out": [], "refused": []}
-    copy, copy_bytes = copy_contender(setting)
-    for case in cases_of(setting):
-        if budget.left < 3 and report["cases"]:
-            report["left_out"].append(case.name)
-            continue
-        depth = case.shape.depth
-        sets = [
-            PositionOps(case, setting.device, seed)
-            for seed in range(input_sets(case, depth, setting))
-        ]
-        report["cases"][case.name] = {
-            "depth": depth,
-            "map_bytes": case.map_bytes,
-            "input_sets": len(sets),
-            "exceeds_cache": exceeds_cache(case, depth, setting),
-            "ops": measure_ops(
-                case.name,
-                sets,
-                {op: position_bytes(op, case, depth) for op in POSITION_OPS},
-                setting,
-                budget,
-                (copy, copy_bytes),
-                report["refused"],
-            ),
-        }
-        save(report)
-    save(report)
+
+    def inputs(case: Case, seed: int) -> PositionOps:
+        return PositionOps(case, setting.device, seed)
+
+    def least(case: Case) -> dict[str, int]:
+        return {op: position_bytes(op, case, case.shape.depth) for op in POSITION_OPS}
+
+    measure_cases(cases_of(setting), inputs, least, setting, budget, save, seconds=3)

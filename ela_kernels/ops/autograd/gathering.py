@@ -49,6 +49,4 @@ class Gathering(NamedTuple):
                 without_gradient = (*without_gradient, tensor)
             elif not have_node:
                 is_whole = False
-            if tensor.is_neg():
-                is_whole = False
-        return Gathering(is_whole, without_gradient)
+        return Gathering(is_whole and signs_are_in_memory(*tensors), without_gradient)
